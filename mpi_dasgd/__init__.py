@@ -1,0 +1,26 @@
+"""Decentralized, asynchronous, quantized SGD for PyTorch over MPI one-sided communication."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpi_dasgd.decentralized import Decentralized
+    from mpi_dasgd.storage.model import load_model
+
+__all__ = ["Decentralized", "__version__", "load_model"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: commands that need no MPI or torch do not load them."""
+    if name == "Decentralized":
+        from mpi_dasgd.decentralized import Decentralized
+
+        return Decentralized
+    if name == "load_model":
+        from mpi_dasgd.storage.model import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

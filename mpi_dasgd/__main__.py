@@ -1,0 +1,9 @@
+"""``python -m mpi_dasgd`` is ``mpi-dasgd``."""
+
+from __future__ import annotations
+
+import sys
+
+from mpi_dasgd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,40 @@
+"""Synchronous data-parallel SGD: the gradients of all ranks are averaged in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["AllReduce"]
+
+
+class AllReduce(Algorithm):
+    """Mini-batch SGD with the union of all ranks' batches, as by PyTorch DDP or Horovod."""
+
+    name = "allreduce"
+    paper = "large-batch SGD"
+    synchronous = True
+    publishes = False
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings) -> None:
+        """Refuse local steps: all ranks hold the same model."""
+        super().check(ranks, settings)
+        if settings.local_steps != 1:
+            raise UserError(
+                "algorithm.local_steps: 'allreduce' averages every gradient, expected 1, got "
+                f"{settings.local_steps}"
+            )
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """x <- x - eta (1/n) sum_j g_j(x), the same x on all ranks."""
+        gradient = local.gradient
+        total = self.endpoint.allreduce(gradient)
+        while not total.done():
+            yield total
+        gradient /= self.endpoint.size
+        local.update()

@@ -1,0 +1,227 @@
+"""A run as the report sees it: its figures, each of them measured or None."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpi_dasgd.storage.results import Results
+from mpi_dasgd.storage.schema import CONSENSUS, INITIATED, SKIPPED, UNKNOWN_AGE
+
+__all__ = ["Evaluations", "Run", "SecondsTo"]
+
+# What the summary and the list of ranks show anyway; the other attributes are provenance.
+IDENTITY = (
+    "config_json",
+    "algorithm",
+    "codec",
+    "ranks",
+    "seed",
+    "task",
+    "status",
+    "topology",
+    "name",
+)
+
+
+class SecondsTo(NamedTuple):
+    """Wall seconds after which an accuracy was first measured; None if it never was."""
+
+    mean: float | None
+    worst: float | None
+
+
+class Evaluations(NamedTuple):
+    """Accuracies over milestones, (milestone,) each, NaN where not measured.
+
+    `mean` is of the mean of all models, `worst` and `best` are over the models of the ranks.
+    """
+
+    samples: np.ndarray
+    seconds: np.ndarray
+    mean: np.ndarray
+    worst: np.ndarray
+    best: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run and its figures.
+
+    Attributes:
+        name: what the run is called in tables and figures.
+        path: the run directory.
+        results: all its records.
+    """
+
+    name: str
+    path: Path
+    results: Results
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration; empty if it was not recorded."""
+        config = json.loads(self.results.attributes.get("config_json", "{}"))
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Versions, machine, source and command of the run."""
+        return {k: str(v) for k, v in self.results.attributes.items() if k not in IDENTITY}
+
+    def column(self, table: str, name: str) -> np.ndarray:
+        """Return the valid values of a column, rank after rank, (records of all ranks,)."""
+        values = self.results.tables[table][name]
+        records = self.results.records[table]
+        return np.concatenate([row[:n] for row, n in zip(values, records, strict=True)])
+
+    def ages(self) -> np.ndarray:
+        """Return by how many steps each state received lagged behind its reader (< 0: ahead)."""
+        ages = self.column("exchange", "age_steps")
+        known = (self.column("exchange", "kind") != SKIPPED) & (ages != UNKNOWN_AGE)
+        return np.asarray(ages[known])
+
+    def evaluations(self) -> Evaluations:
+        """Return the accuracies at the milestones.
+
+        Without the consensus table, as in a live run, worst and best come from the ranks' own
+        evaluations, at the milestones that all ranks have reached; the mean model is unknown then.
+        """
+        consensus = self.results.consensus
+        if not consensus:
+            return self._own_evaluations()
+        unknown = np.full(len(consensus["milestone"]), np.nan)
+        names = (
+            "progress",
+            "time",
+            "mean_test_accuracy",
+            "worst_test_accuracy",
+            "best_test_accuracy",
+        )
+        return Evaluations(*(consensus.get(name, unknown).astype(float) for name in names))
+
+    def _own_evaluations(self) -> Evaluations:
+        milestones = self.column("evaluation", "milestone")
+        columns = {
+            name: self.column("evaluation", name).astype(float)
+            for name in ("progress", "time", "test_accuracy")
+        }
+        size = len(self.results.rank)
+        common = [m for m in np.unique(milestones) if (milestones == m).sum() == size]
+        at = [milestones == milestone for milestone in common]
+        accuracy = [columns["test_accuracy"][where] for where in at]
+        return Evaluations(
+            samples=np.array([columns["progress"][where].max() for where in at]),
+            seconds=np.array([columns["time"][where].max() for where in at]),
+            mean=np.full(len(at), np.nan),
+            worst=np.array([values.min() for values in accuracy]),
+            best=np.array([values.max() for values in accuracy]),
+        )
+
+    def seconds_to(self, accuracy: float) -> SecondsTo:
+        """Return when `accuracy` (a fraction) was first measured, of mean model and worst rank."""
+        curves = self.evaluations()
+
+        def first(values: np.ndarray) -> float | None:
+            reached = np.flatnonzero(values >= accuracy)
+            return _number(curves.seconds[reached[0]]) if len(reached) else None
+
+        return SecondsTo(first(curves.mean), first(curves.worst))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the run, as JSON can hold them; None for what was not measured.
+
+        staleness_mean and staleness_max count a state that was ahead of its reader as 0 steps
+        stale; bytes_per_exchange is all payload moved per exchange initiated; accuracies, test loss
+        and consensus distance are those of the last milestone.
+        """
+        attributes, ranks = self.results.attributes, self.results.ranks
+        stale = np.maximum(self.ages(), 0)
+        initiated = int((self.column("exchange", "kind") == INITIATED).sum())
+        wall = float(ranks["wall_s"].max())
+        samples = int(ranks["samples"].sum())
+        accuracy = self.evaluations()
+        return {
+            "name": self.name,
+            "algorithm": attributes.get("algorithm"),
+            "codec": attributes.get("codec"),
+            "topology": attributes.get("topology") or self._configured("topology"),
+            "task": attributes.get("task"),
+            "seed": attributes.get("seed"),
+            "status": attributes["status"],
+            "ranks": int(attributes["ranks"]),
+            "ranks_lost": sorted(self.results.lost),
+            "samples": samples,
+            "wall_s": wall,
+            "samples_per_s": _number(samples / wall) if wall > 0 else None,
+            "train_loss": self._final_loss(),
+            "test_loss": self._last("mean_test_loss"),
+            "test_accuracy": _last(accuracy.mean),
+            "worst_rank_accuracy": _last(accuracy.worst),
+            "staleness_mean": float(stale.mean()) if len(stale) else None,
+            "staleness_max": int(stale.max()) if len(stale) else None,
+            "exchanges": initiated or None,
+            "bytes_per_exchange": self._bytes() / initiated if initiated else None,
+            "bytes_sent": self._counter("bytes_sent"),
+            "consensus_distance": self._last("consensus_distance"),
+            "consensus_relative": self._last("consensus_relative"),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return the summary, one entry a rank, the milestones, configuration and provenance."""
+        ranks = [
+            {"rank": int(rank)}
+            | {name: _plain(values[row]) for name, values in self.results.ranks.items()}
+            for row, rank in enumerate(self.results.rank)
+        ]
+        milestones = {
+            column.name: [_plain(value) for value in self.results.consensus[column.name]]
+            for column in CONSENSUS
+            if column.name in self.results.consensus
+        }
+        return self.summary() | {
+            "path": str(self.path.resolve()),
+            "per_rank": ranks,
+            "milestones": milestones,
+            "config": self.config,
+            "provenance": self.provenance,
+        }
+
+    def _bytes(self) -> float:
+        return float(self.column("exchange", "bytes").sum())
+
+    def _configured(self, name: str) -> str | None:
+        value = self.config.get(name)
+        return value if isinstance(value, str) else None
+
+    def _counter(self, name: str) -> int | None:
+        values = self.results.ranks.get(name)
+        return None if values is None or (values < 0).any() else int(values.sum())
+
+    def _final_loss(self) -> float | None:
+        """Return the mean training loss of the last twentieth of the samples."""
+        progress, loss = self.column("train", "progress"), self.column("train", "loss")
+        return _number(loss[progress >= 0.95 * progress.max()].mean())
+
+    def _last(self, name: str) -> float | None:
+        return _last(self.results.consensus.get(name, np.empty(0)))
+
+
+def _last(values: np.ndarray) -> float | None:
+    return _number(values[-1]) if len(values) else None
+
+
+def _number(value: float | np.floating[Any]) -> float | None:
+    """Return a float, or None for NaN and infinities, which JSON cannot hold."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    return _number(value) if isinstance(value, np.floating) else int(value)

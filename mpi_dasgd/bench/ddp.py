@@ -1,0 +1,203 @@
+"""The rival: torch's DistributedDataParallel over gloo, with the task and straggler of a run."""
+
+# Without `from __future__ import annotations`: DDP checks the types of a hook, not their names.
+
+import os
+import socket
+import struct
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from mpi_dasgd import straggler
+from mpi_dasgd.config import Config
+from mpi_dasgd.evaluation import Evaluator, Snapshots, consensus_table
+from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.storage.results import consolidate
+from mpi_dasgd.storage.runfile import RunFile, rank_path
+from mpi_dasgd.tasks import data as tasks
+from mpi_dasgd.tasks import models
+from mpi_dasgd.world import expected_ranks
+
+__all__ = ["DdpTrainer", "tcp_bytes_sent"]
+
+_TIMEOUT = timedelta(seconds=120)
+
+
+class DdpTrainer:
+    """One rank of a DDP job on this machine; it needs no MPI, only the launcher's numbers.
+
+    Weights, batches, recording and snapshots are those of `mpi_dasgd.trainer.Trainer`. The slowed
+    rank computes more before it takes part in the all-reduce, or sleeps whenever a bucket is ready,
+    as long as the slower machine would have computed.
+
+    Args:
+        config: the run; its algorithm is ignored, its budget must be in seconds.
+
+    Attributes:
+        rank, size: this rank, and how many there are.
+        begun: `time.monotonic` at the beginning of the training.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.size, self.rank = expected_ranks()
+        self.config = config
+        directory = Path(config.run.directory)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host may lead nowhere
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{(directory / 'rendezvous').resolve()}",
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_TIMEOUT,
+        )
+        torch.manual_seed(config.run.seed * 1000003 + self.rank)
+        self.data = tasks.load(config.task.name, config.task.model, config.run.seed)
+        model = models.build(config.task.model, self.data.features, self.data.classes)
+        self.parameters = FlatParameters(model)
+        self.optimizer = getattr(torch.optim, config.optimizer.name)(
+            model.parameters(), lr=config.optimizer.lr, **config.optimizer.options
+        )
+        self.batches = tasks.Batches(
+            self.data,
+            config.task.batch_size,
+            seed=config.run.seed,
+            rank=self.rank,
+            ranks=self.size,
+            sharded=config.task.data == "sharded",
+        )
+        self.straggler = straggler.Straggler(
+            straggler.StragglerSettings(**config.straggler.model_dump()),
+            self.rank,
+            self.size,
+            config.run.seed,
+        )
+        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._sleeps = self.straggler.active and config.straggler.mode == "sleep"
+        if self._sleeps:
+            self.ddp.register_comm_hook(None, self._sleep_then_reduce)
+        self.step = self.samples = 0
+        self._mark = 0.0
+        self.snapshots = Snapshots(config.run_directory / "snapshots")
+        self.evaluator = Evaluator(model, self.parameters, self.data)
+        self.file = RunFile(
+            rank_path(config.run_directory, self.rank),
+            rank=self.rank,
+            size=self.size,
+            attributes={"config_json": config.model_dump_json(), "algorithm": "ddp"},
+        )
+        if self.rank == 0:
+            np.zeros(1, np.int64).tofile(directory / "last-step")
+        dist.barrier()
+        self._last_step = np.memmap(directory / "last-step", np.int64, "r+", shape=(1,))
+        self._sent = tcp_bytes_sent()
+        dist.barrier()
+        self.begun = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self.begun
+
+    def run(self) -> None:
+        """Train until the budget is spent, evaluate, and write results.h5. Collective."""
+        self._train()
+        counters: dict[str, Any] = {"steps": self.step, "samples": self.samples}
+        if self._sent is not None:
+            counters["bytes_sent"] = (tcp_bytes_sent() or 0) - self._sent
+        points = self.config.evaluation.points
+        self._milestone(points)
+        self.file.close("finished", counters)
+        dist.barrier()
+        mine = range(1 + self.rank, points + 1, self.size)
+        table = consensus_table(mine, range(self.size), self.snapshots, self.evaluator, {})
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, table)
+        if self.rank == 0:
+            merged = {name: np.concatenate([part[name] for part in parts]) for name in table}
+            order = np.argsort(merged["milestone"])
+            consolidate(self.config.run_directory, {k: v[order] for k, v in merged.items()})
+        dist.destroy_process_group()
+
+    def _train(self) -> None:
+        seconds, points = self.config.budget.seconds, self.config.evaluation.points
+        assert seconds is not None, "measured for a time"
+        works = self.straggler.active and not self._sleeps
+        milestone = 1
+        while True:
+            self._mark = begun = time.perf_counter()
+            x, y = self.batches.batch(self.step)
+            if works:
+                with self.ddp.no_sync():  # the factor is whole: the time of one does not count
+                    self.straggler.slow_down(self.step, 1.0, lambda: self._gradient(x, y))  # noqa: B023
+            if self.rank == 0 and self.elapsed >= seconds:
+                self._last_step[0] = self.step + 1  # before the all-reduce that all ranks share
+            loss = self._gradient(x, y)
+            self.optimizer.step()
+            self.step += 1
+            self.samples += len(x)
+            elapsed = self.elapsed
+            self.file.append(
+                "train", self.step, elapsed, self.samples, self.samples * self.size, loss,
+                self.config.optimizer.lr, time.perf_counter() - begun, 0.0, 0.0,
+            )  # fmt: skip
+            while milestone < points and elapsed * points >= milestone * seconds:
+                self._milestone(milestone)
+                milestone += 1
+            if 0 < self._last_step[0] <= self.step:
+                return
+
+    def _gradient(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.ddp(x), y)
+        loss.backward()
+        return loss.item()
+
+    def _sleep_then_reduce(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """All-reduce a bucket, later by as much as its computation would have taken longer."""
+        self.straggler.slow_down(self.step, time.perf_counter() - self._mark)
+        self._mark = time.perf_counter()
+        group = dist.group.WORLD
+        assert group is not None, "the process group is initialized"
+        return allreduce_hook(group, bucket)
+
+    def _milestone(self, milestone: int) -> None:
+        when = (self.elapsed, self.samples, self.samples * self.size)
+        self.snapshots.save(milestone, self.rank, self.parameters, *when)
+
+
+def tcp_bytes_sent() -> int | None:
+    """Return the payload bytes that this process has sent on the TCP connections it has open.
+
+    From ``tcpi_bytes_sent`` of ``struct tcp_info`` (Linux 4.19 or newer); None on older systems.
+    """
+    total = 0
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (not files that stay)
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):  # noqa: PTH115
+                continue
+            copy = os.dup(int(name))
+        except OSError:  # closed meanwhile
+            continue
+        with socket.socket(fileno=copy) as connection:
+            families = (socket.AF_INET, socket.AF_INET6)
+            if connection.family not in families or connection.type != socket.SOCK_STREAM:
+                continue
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            if len(info) < 208:
+                return None
+            total += struct.unpack_from("Q", info, 200)[0]
+    return total

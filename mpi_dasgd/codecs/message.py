@@ -1,0 +1,155 @@
+"""What crosses the wire: one contiguous buffer of header, scales, checks and payload.
+
+All offsets are multiples of 64 bytes, so that every part is aligned for vector loads wherever the
+buffer is. Sizes and counts are 64-bit: a message may exceed 2 GiB.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mpi_dasgd.errors import MpiDasgdError
+
+__all__ = ["Header", "Layout", "Message"]
+
+MAGIC = 0x4D504453  # "MPDS"
+VERSION = 1
+ALIGNMENT = 64
+_HEADER = struct.Struct("<IHHi4xqqqqQ")
+_SEQUENCE = struct.Struct("<q")
+_SEQUENCE_AT = 56
+
+
+class Header(NamedTuple):
+    """The first 64 bytes of a message, little endian.
+
+    Attributes:
+        magic, version: what this is; a reader refuses others.
+        codec: number of the codec, as in `mpi_dasgd.codecs.NUMBERS`.
+        rank: sender.
+        step: local step of the sender.
+        time_ns: wall-clock (or virtual) time of the sender in nanoseconds.
+        elements: number of model elements, padding included.
+        nbytes: length of the whole message.
+        seed: seed of stochastic rounding.
+    """
+
+    magic: int
+    version: int
+    codec: int
+    rank: int
+    step: int
+    time_ns: int
+    elements: int
+    nbytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of all messages of a codec for one model.
+
+    Attributes:
+        codec: number of the codec.
+        elements: number of model elements.
+        scales: number of float32 scales.
+        checks: number of uint32 checks.
+        payload_dtype: type of the payload.
+        payload_items: number of payload items.
+    """
+
+    codec: int
+    elements: int
+    payload_dtype: np.dtype
+    payload_items: int
+    scales: int = 0
+    checks: int = 0
+
+    @property
+    def scales_at(self) -> int:
+        """Offset of the scales in bytes."""
+        return ALIGNMENT
+
+    @property
+    def checks_at(self) -> int:
+        """Offset of the checks in bytes."""
+        return self.scales_at + _aligned(4 * self.scales)
+
+    @property
+    def payload_at(self) -> int:
+        """Offset of the payload in bytes."""
+        return self.checks_at + _aligned(4 * self.checks)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of a message in bytes, a multiple of 64."""
+        return self.payload_at + _aligned(self.payload_dtype.itemsize * self.payload_items)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Message:
+    """Views of one message in a buffer that somebody else owns: a window slot or a staging area.
+
+    Args:
+        buffer: 1-D uint8 array of `layout.nbytes` bytes.
+        layout: its division.
+
+    Attributes:
+        buffer: the whole message.
+        scales, checks, payload: float32, uint32 and codec-typed views of its parts.
+    """
+
+    __slots__ = ("_raw", "buffer", "checks", "layout", "payload", "scales")
+
+    def __init__(self, buffer: np.ndarray, layout: Layout) -> None:
+        if buffer.dtype != np.uint8 or buffer.shape != (layout.nbytes,):
+            raise MpiDasgdError(
+                f"message buffer: expected {layout.nbytes} bytes, got {buffer.dtype} {buffer.shape}"
+            )
+        self.buffer = buffer
+        self.layout = layout
+        self._raw = memoryview(buffer)
+        self.scales = buffer[layout.scales_at :][: 4 * layout.scales].view(np.float32)
+        self.checks = buffer[layout.checks_at :][: 4 * layout.checks].view(np.uint32)
+        size = layout.payload_dtype.itemsize * layout.payload_items
+        self.payload = buffer[layout.payload_at :][:size].view(layout.payload_dtype)
+
+    def stamp(self, *, rank: int, step: int, time_ns: int, seed: int = 0) -> None:
+        """Write the header."""
+        layout = self.layout
+        _HEADER.pack_into(
+            self._raw, 0, MAGIC, VERSION, layout.codec, rank, step, time_ns,
+            layout.elements, layout.nbytes, seed,
+        )  # fmt: skip
+
+    @property
+    def header(self) -> Header:
+        """The header, checked.
+
+        Raises:
+            MpiDasgdError: if this is no message of this program, version, codec and model size.
+        """
+        header = Header._make(_HEADER.unpack_from(self._raw, 0))
+        expected = (MAGIC, VERSION, self.layout.codec, self.layout.elements, self.layout.nbytes)
+        found = (header.magic, header.version, header.codec, header.elements, header.nbytes)
+        if found != expected:
+            raise MpiDasgdError(
+                f"message header: expected (magic, version, codec, elements, bytes) {expected}, got {found}"
+            )
+        return header
+
+    @property
+    def sequence(self) -> int:
+        """Number of this message among those of its sender to this receiver."""
+        return int(_SEQUENCE.unpack_from(self._raw, _SEQUENCE_AT)[0])
+
+    @sequence.setter
+    def sequence(self, value: int) -> None:
+        _SEQUENCE.pack_into(self._raw, _SEQUENCE_AT, value)

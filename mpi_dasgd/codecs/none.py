@@ -1,0 +1,54 @@
+"""The codec `none`: models and deltas cross the wire as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.kernels.average import pair_average
+
+__all__ = ["NoCodec"]
+
+
+class NoCodec:
+    """Sends elements unchanged.
+
+    Args:
+        elements: number of model elements.
+        dtype: float32, or float64 for the simulator.
+    """
+
+    name = "none"
+
+    def __init__(self, elements: int, dtype: np.dtype) -> None:
+        self.layout = Layout(
+            codec=0, elements=elements, payload_dtype=dtype, payload_items=elements
+        )
+
+    def encode(self, x: np.ndarray, out: Message) -> None:
+        """Write model `x` to `out`."""
+        pair_average(x, published=out.payload)
+
+    def exchange(
+        self,
+        x: np.ndarray,
+        arrived: Sequence[Message],
+        theirs: Message | None,
+        weight: float,
+        reply: Message | None,
+        published: Message | None,
+    ) -> None:
+        """Absorb deltas, average with `theirs`, and write `reply` and the publication in one pass.
+
+        The arguments are those of `mpi_dasgd.kernels.average.pair_average`, as messages.
+        """
+        pair_average(
+            x,
+            [message.payload for message in arrived],
+            None if theirs is None else theirs.payload,
+            weight,
+            None if reply is None else reply.payload,
+            None if published is None else published.payload,
+        )

@@ -1,0 +1,321 @@
+"""A run's configuration: one frozen, typed schema, read from TOML files and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mpi_dasgd.errors import UserError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Config", "describe", "load"]
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
+
+
+class Run(Section):
+    name: str = Field(
+        "run", description="name of the run and of its result directory", min_length=1
+    )
+    directory: str = Field("runs", description="directory in which result directories are created")
+    seed: int = Field(1, description="seed of weights, batches, partners and stragglers", ge=0)
+    overwrite: bool = Field(False, description="replace an existing result directory")
+    resume: bool = Field(False, description="go on from the newest checkpoint of this run")
+
+
+class Task(Section):
+    name: Literal["digits", "breast_cancer", "random", "quadratic"] = Field(
+        "digits", description="data set; quadratic is for `simulate` only"
+    )
+    model: Literal["cnn", "mlp", "logistic", "mlp_25m", "cnn_1m"] = Field(
+        "cnn", description="network; see mpi_dasgd/tasks/models.py for the shapes"
+    )
+    batch_size: Positive = Field(32, description="samples of a mini-batch of one rank")
+    data: Literal["shared", "sharded"] = Field(
+        "shared", description="every rank draws from all data, or from its own shard only"
+    )
+
+
+class Optimizer(Section):
+    name: str = Field("SGD", description="any class of torch.optim")
+    lr: float = Field(0.1, description="base learning rate", gt=0)
+    options: dict[str, float | bool | int | list[float]] = Field(
+        default_factory=lambda: {"momentum": 0.9},
+        description="further keyword arguments of the class",
+    )
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "step"] = Field(
+        "constant", description="course of the learning rate over GLOBAL progress"
+    )
+    warmup: Fraction = Field(0.0, description="share of the budget with linear warm-up")
+    warmup_start: Fraction = Field(0.1, description="factor at which warm-up starts")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75), description="shares of the budget at which `step` multiplies by gamma"
+    )
+    gamma: float = Field(0.1, description="factor of `step` at each milestone", gt=0)
+    final: Fraction = Field(0.0, description="factor at which `cosine` ends")
+
+
+class Budget(Section):
+    samples: Positive | None = Field(None, description="samples of all ranks together")
+    epochs: float | None = Field(
+        None, description="passes over the training data, all ranks together", gt=0
+    )
+    seconds: float | None = Field(None, description="wall time of training", gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [k for k in ("samples", "epochs", "seconds") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of samples, epochs, seconds, not {' and '.join(given)}")
+        return self
+
+
+class Algorithm(Section):
+    name: Literal["adpsgd", "allreduce", "alone"] = Field(
+        "adpsgd", description="how the ranks agree; see `mpi_dasgd/algorithms/`"
+    )
+    local_steps: Positive = Field(1, description="H: local steps between two exchanges")
+    tries: Positive = Field(4, description="adpsgd: neighbours tried for one exchange")
+    weight: float = Field(
+        0.5, description="adpsgd: share of the distance that each side moves", gt=0, le=0.5
+    )
+
+
+class Topology(Section):
+    graph: Literal[
+        "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
+        "bipartite_exponential", "edges",
+    ] = Field("complete", description="who may talk to whom")  # fmt: skip
+    degree: Positive | None = Field(None, description="random_regular: neighbours of each rank")
+    file: str | None = Field(None, description="edges: file with one `i j [weight]` a line")
+
+
+class Codec(Section):
+    name: Literal["none"] = Field("none", description="what crosses the wire; none = fp32 as it is")
+
+
+class Transport(Section):
+    path: Literal["auto", "node", "remote"] = Field(
+        "auto",
+        description="auto: in place within a node, Get/Put between nodes; node and remote force one",
+    )
+    memory: Literal["host"] = Field("host", description="memory kind of the payload windows")
+    publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
+    inbox_slots: int = Field(4, description="messages that an inbox holds", ge=1, le=64)
+    progress_interval: float = Field(
+        0.0003,
+        description="seconds between progress calls when a neighbour is on another node",
+        gt=0,
+    )
+    silence: float = Field(
+        10.0, description="seconds without a heartbeat after which a rank counts as dead", gt=0
+    )
+
+
+class Straggler(Section):
+    kind: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
+        "none", description="artificial slowness"
+    )
+    ranks: tuple[int, ...] = Field(
+        (-1,), description="constant, pause: the slow ranks; negative from the end"
+    )
+    factor: float = Field(10.0, description="constant: how many times slower", ge=1)
+    mode: Literal["sleep", "work"] = Field(
+        "sleep", description="sleep, or compute the gradient again"
+    )
+    sigma: float = Field(0.5, description="lognormal: spread of the factor", gt=0)
+    period: Positive = Field(100, description="pause: steps between two pauses")
+    pause: float = Field(0.1, description="pause: seconds", ge=0)
+
+
+class Evaluation(Section):
+    points: int = Field(
+        10, description="evaluations, evenly over the budget; the last is at its end", ge=1
+    )
+    live: bool = Field(True, description="each rank also evaluates its own model during the run")
+
+
+class Checkpoint(Section):
+    points: int = Field(0, description="checkpoints, evenly over the budget; 0: none", ge=0)
+    keep: int = Field(2, description="checkpoints kept", ge=2)
+
+
+class Simulation(Section):
+    ranks: Positive = Field(16, description="virtual ranks")
+    dimension: Positive = Field(32, description="quadratic: dimension")
+    condition: float = Field(
+        10.0, description="quadratic: largest over smallest curvature; the largest is 1", ge=1
+    )
+    heterogeneity: float = Field(
+        0.0, description="quadratic: spread of the ranks' own minima", ge=0
+    )
+    noise: float = Field(
+        0.0, description="quadratic: standard deviation of gradient noise per coordinate", ge=0
+    )
+    gradients: Literal["on", "off"] = Field(
+        "on", description="off: exchanges alone, to test conservation"
+    )
+    compute: Literal["constant", "uniform", "lognormal", "exponential"] = Field(
+        "uniform", description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean"
+    )
+    mean: float = Field(1.0, description="mean time of a step, in units of virtual time", gt=0)
+    sigma: float = Field(0.5, description="lognormal: spread", gt=0)
+    slow_ranks: tuple[int, ...] = Field((), description="ranks that are slow_factor times slower")
+    slow_factor: float = Field(10.0, description="how many times slower", ge=1)
+    latency: float = Field(
+        0.0, description="time of one message or word operation; 0: as within a node", ge=0
+    )
+    bandwidth: float = Field(0.0, description="bytes per unit of time; 0: without limit", ge=0)
+    precision: Literal["float32", "float64"] = Field("float64", description="type of the models")
+
+
+class Config(Section):
+    """Everything that a run depends on. Build it with `load`."""
+
+    run: Run = Run()
+    task: Task = Task()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    algorithm: Algorithm = Algorithm()
+    topology: Topology = Topology()
+    codec: Codec = Codec()
+    transport: Transport = Transport()
+    straggler: Straggler = Straggler()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    simulation: Simulation = Simulation()
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run writes its results."""
+        return Path(self.run.directory) / self.run.name
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: TOML file, or None for the defaults.
+        overrides: ``section.key=value`` each, later ones win; values are TOML, or else strings.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key, or a value out of range.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"configuration file {path}: {error.strerror or error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"configuration file {path} is not TOML: {error}") from error
+    for override in overrides:
+        _set(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        source = "configuration" if path is None else str(path)
+        lines = [_explain(item) for item in error.errors()]
+        raise UserError(f"{source}: " + f"\n{source}: ".join(lines)) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"override {override!r}: expected section.key=value, as in optimizer.lr=0.05"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    field = _fields(sections).get(last)
+    if field is not None and field.annotation in (str, str | None) and not isinstance(value, str):
+        value = text  # a name such as 3 or nan
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+    if sections == ["budget"]:
+        data.clear()  # one budget replaces another
+    data[last] = value
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """One validation error in words: where, what came, what was expected."""
+    where = tuple(part for part in item["loc"] if isinstance(part, str))
+    name = ".".join(str(part) for part in item["loc"] if part not in ("int", "float", "bool"))
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        valid = list(_fields(where[:-1]))
+        return f"{name}: unknown key{nearest(where[-1], valid)} (valid here: {', '.join(valid)})"
+    if item["type"] == "literal_error":
+        field = _fields(where[:-1]).get(where[-1])
+        valid = [str(v) for v in get_args(field.annotation)] if field else []
+        return f"{name}: {value!r} is not known{nearest(str(value), valid)} (valid: {', '.join(valid)})"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{name}: {message}" + ("" if item["type"] == "value_error" else f", got {value!r}")
+
+
+def _fields(path: Iterable[str]) -> Mapping[str, Any]:
+    model: type[BaseModel] = Config
+    for part in path:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return {}
+        model = inner
+    return model.model_fields
+
+
+def describe(config: Config) -> Iterator[str]:
+    """Yield TOML lines of every key with its value, its default where that differs, and its meaning."""
+    for section, field in Config.model_fields.items():
+        values = getattr(config, section)
+        yield f"[{section}]"
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        defaults = model()
+        for key, info in model.model_fields.items():
+            value, default = getattr(values, key), getattr(defaults, key)
+            note = info.description or ""
+            if value != default:
+                note += f"; default {_toml(default) or 'unset'}"
+            text = _toml(value)
+            yield (f"{key} = {text}" if text else f"# {key} =") + f"  # {note}"
+        yield ""
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case tuple() | list():
+            return "[" + ", ".join(_toml(item) for item in value) + "]"
+        case dict():
+            return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+    return str(value)

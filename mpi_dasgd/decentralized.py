@@ -1,0 +1,372 @@
+"""Decentralized: turns a PyTorch training loop into a decentralized one. The trainer is its first user."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpi_dasgd import algorithms, codecs, topology, world
+from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.config import Config
+from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.stepsize import Schedule
+from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
+from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.rma import RmaEndpoint
+
+__all__ = ["Decentralized"]
+
+_LOOK = 0.005  # seconds between two looks at the notices of other ranks
+_LEAVE = 60.0  # seconds to wait for the others at the end
+
+
+class Decentralized:
+    """Averages a model with those of the other ranks after every step, without waiting for them.
+
+    ::
+
+        training = mpi_dasgd.Decentralized(model, optimizer, samples=100_000)
+        while not training.finished:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            training.step(len(x))       # instead of optimizer.step()
+        training.close()
+
+    Construction and `close` are collective; nothing is in between.
+
+    Args:
+        model: float32 parameters on one device; those of rank 0 are copied to all ranks, and
+            become views of one flat vector.
+        optimizer: any torch optimizer over the parameters of `model`; its state stays local.
+        algorithm, graph, codec: names, as in the configuration.
+        samples: budget of all ranks together, after which `finished` is true; None for no end.
+        seconds: the same in wall time.
+        config: all settings at once, instead of the five above.
+        environment: what `mpi_dasgd.world.start` returned, if it was called before.
+        record: called with every exchange.
+
+    Raises:
+        UserError: for settings that do not fit each other or the number of ranks.
+
+    Attributes:
+        rank, size: this rank, and how many there are.
+        samples: samples that this rank has processed.
+        exchange_seconds, wait_seconds: time spent in exchanges, and waiting in them, so far.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: str = "adpsgd",
+        *,
+        graph: str = "complete",
+        codec: str = "none",
+        samples: int | None = None,
+        seconds: float | None = None,
+        config: Config | None = None,
+        environment: world.World | None = None,
+        record: Callable[[Exchange], None] | None = None,
+    ) -> None:
+        if environment is None:
+            environment = world.start()
+            environment.abort_on_exception()
+        if config is None:
+            config = _configure(algorithm, graph, codec, samples, seconds)
+        self.world = environment
+        self.rank, self.size = environment.rank, environment.size
+        self.optimizer = optimizer
+        self.samples = 0
+        self.exchange_seconds = self.wait_seconds = 0.0
+        self._config = config
+        self._closed = False
+        with environment.together():
+            kind = algorithms.find(config.algorithm.name)
+            graph_of_ranks = topology.build(
+                config.topology.graph,
+                self.size,
+                degree=config.topology.degree,
+                file=config.topology.file,
+                seed=config.run.seed,
+            )
+            self._schedule = Schedule(**config.schedule.model_dump())
+            self.parameters = FlatParameters(model)
+            self._codec = codecs.make(
+                config.codec.name, self.parameters.host.size, self.parameters.host.dtype
+            )
+            kind.check(self.size, config.algorithm)
+            if kind.synchronous and config.budget.seconds and config.schedule.name != "constant":
+                raise UserError(
+                    f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
+                    "learning rates would differ; give budget.samples or budget.epochs instead"
+                )
+        self._broadcast()
+        self.local = _Local(optimizer, self.parameters)
+        transport = config.transport
+        self.endpoint = RmaEndpoint(
+            environment.comm,
+            self._codec.layout,
+            graph_of_ranks,
+            path=transport.path,
+            publication_slots=transport.publication_slots if kind.publishes else 0,
+            inbox_slots=transport.inbox_slots if kind.publishes else 0,
+            progress_interval=transport.progress_interval,
+            silence=transport.silence,
+        )
+        self._rng = np.random.default_rng([config.run.seed, self.rank, 3])
+        self.algorithm = kind(
+            self.endpoint,
+            self._codec,
+            self.parameters.host,
+            config.algorithm,
+            self._rng,
+            record or (lambda exchange: None),
+        )
+        self._begun = self._looked = time.monotonic()
+        self._elapsed_before = 0.0
+        self.algorithm.start()
+        environment.comm.Barrier()  # every rank has published before any looks for a partner
+        self.restart_clock()
+
+    def _broadcast(self) -> None:
+        """Give all ranks the model of rank 0, and see that they have it."""
+        comm = self.world.comm
+        comm.Bcast(self.parameters.host, root=0)
+        self.parameters.push()
+        buffers = self.parameters.buffers()
+        if comm.allgather(buffers.size) != [buffers.size] * self.size:
+            raise UserError("model: the ranks have models of different shapes")
+        comm.Bcast(buffers, root=0)
+        self.parameters.set_buffers(buffers)
+        digests = comm.allgather(self.parameters.digest())
+        if len(set(digests)) > 1:
+            raise PeerLost(f"the ranks do not have the same initial weights: {digests}")
+
+    def restart_clock(self) -> None:
+        """Count `elapsed` from now, or from where an earlier part of the run ended."""
+        self._begun = time.monotonic() - self._elapsed_before
+
+    def resume(self, steps: int, samples: int, elapsed: float) -> None:
+        """Go on from a checkpoint: counts of the earlier part, and the model that was set, published."""
+        self.local.step = steps
+        self.samples = samples
+        self._elapsed_before = elapsed
+        self.endpoint.board.report(samples)
+        self.algorithm.restart(steps)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self._begun
+
+    @property
+    def total_samples(self) -> int:
+        """Samples that all ranks have processed, as far as this one has seen."""
+        if self.algorithm.synchronous:
+            return self.samples * self.size
+        return self.endpoint.board.total
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, in [0, 1]; 0 if there is no budget."""
+        budget = self._config.budget
+        if budget.samples is not None:
+            return min(1.0, self.total_samples / budget.samples)
+        if budget.seconds is not None:
+            return min(1.0, self.elapsed / budget.seconds)
+        return 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        if self._timed_in_step:
+            last = self.endpoint.board.last_step(0)
+            return 0 < last <= self.local.step
+        return self.progress >= 1.0
+
+    @property
+    def _timed_in_step(self) -> bool:
+        """Whether ranks that go in step must stop by the clock: rank 0 then declares the last step."""
+        return self.algorithm.synchronous and self._config.budget.seconds is not None
+
+    def step(self, samples: int = 1) -> None:
+        """Apply the gradient and exchange: call it instead of ``optimizer.step()``.
+
+        Args:
+            samples: size of the batch whose gradient this is.
+
+        Raises:
+            PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
+        """
+        begun = time.perf_counter()
+        self.samples += samples
+        local = self.local
+        local.step += 1
+        local.factor = self._schedule.factor(self.progress)
+        if self._timed_in_step and self.rank == 0 and self.progress >= 1.0:
+            self.endpoint.board.stop_after(local.step)  # before the exchange that all ranks share
+        updated = local.update_seconds
+        for pending in self.algorithm.step(local):
+            self._wait(pending)
+        self.parameters.push()
+        self.endpoint.board.report(self.samples)
+        if time.monotonic() - self._looked > _LOOK:
+            self._look()
+        self.exchange_seconds += time.perf_counter() - begun - (local.update_seconds - updated)
+
+    def _look(self) -> None:
+        self.endpoint.look()
+        self._looked = time.monotonic()
+        board = self.endpoint.board
+        if FAILED in board.status:
+            raise PeerLost(f"rank {board.status.index(FAILED)} has failed")
+        if self.algorithm.synchronous and board.dead:
+            raise PeerLost(
+                f"rank {min(board.dead)} is gone, and {self.algorithm.name} needs all ranks"
+            )
+
+    def _wait(self, pending: Pending | None, done: Callable[[], bool] | None = None) -> None:
+        """Wait politely: give the core away, longer and longer, and mind the other ranks."""
+        begun = time.perf_counter()
+        pause = 0.0
+        done = done or (pending.done if pending is not None else None)
+        assert done is not None
+        while not done():
+            time.sleep(pause)
+            waited = time.perf_counter() - begun
+            pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
+            if waited > _LOOK:
+                self._look()
+        self.wait_seconds += time.perf_counter() - begun
+
+    def finish(self) -> None:
+        """Stop exchanging, and absorb what others still send: after it no delta is on its way.
+
+        Ranks do not wait for each other's training here but for the last messages; a rank that
+        has died is not waited for. Called by `close`.
+        """
+        board = self.endpoint.board
+        if board.status[self.rank] != RUNNING:
+            return
+        for pending in self.algorithm.leave():
+            self._wait(pending)
+        self._wait(None, self.endpoint.delivered)
+        board.announce(FINISHED)
+        while not self._quiet():
+            self.algorithm.absorb(self.local.step)
+            time.sleep(0.001)
+            self._look()
+        self.algorithm.absorb(self.local.step)
+        self.parameters.push()
+
+    def _quiet(self) -> bool:
+        board = self.endpoint.board
+        return all(
+            status != RUNNING or rank in board.dead for rank, status in enumerate(board.status)
+        )
+
+    def average(self) -> None:
+        """Replace the model by the mean of all ranks' models, buffers too. Collective."""
+        comm = self.world.comm
+        host, buffers = self.parameters.host, self.parameters.buffers()
+        total = host.astype(np.float64)
+        comm.Allreduce(_in_place(), total)
+        comm.Allreduce(_in_place(), buffers)
+        self.parameters.set((total / self.size).astype(np.float32))
+        self.parameters.set_buffers(buffers / self.size)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the transport did so far, by name; see `mpi_dasgd.transport.counters.Counters`."""
+        return dataclasses.asdict(self.endpoint.totals())
+
+    def fail(self) -> bool:
+        """Tell the other ranks that this one has failed; return whether it is the first to do so."""
+        self.endpoint.board.announce(FAILED)
+        return self.endpoint.board.speak()
+
+    def close(self) -> None:
+        """Finish, and free the windows. Collective; later calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self.finish()
+            self.endpoint.close()
+
+    def __enter__(self) -> Decentralized:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail()
+
+
+class _Local:
+    """This rank's training, as its algorithm sees it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: FlatParameters) -> None:
+        self.step = 0
+        self.factor = 1.0
+        self.update_seconds = 0.0
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._staged: np.ndarray | None = None
+        self._flat: torch.Tensor | None = None
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """The gradient, flat; `update` applies what it then holds."""
+        self._flat = self._parameters.gather_gradient()
+        self._staged = self._flat.cpu().numpy()
+        return self._staged
+
+    def update(self) -> None:
+        """One step of the optimizer, at the learning rate that global progress demands."""
+        begun = time.perf_counter()
+        if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
+            self._flat.copy_(torch.from_numpy(self._staged))
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.factor
+        self._optimizer.step()
+        self._parameters.pull()
+        self.update_seconds += time.perf_counter() - begun
+
+
+def _in_place() -> Any:
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
+
+
+def _configure(
+    algorithm: str, graph: str, codec: str, samples: int | None, seconds: float | None
+) -> Config:
+    from mpi_dasgd.config import load
+
+    settings: Iterable[tuple[str, Any]] = (
+        ("algorithm.name", algorithm),
+        ("topology.graph", graph),
+        ("codec.name", codec),
+        ("budget.samples", samples),
+        ("budget.seconds", seconds),
+    )
+    return load(None, (f"{key}={value}" for key, value in settings if value is not None))

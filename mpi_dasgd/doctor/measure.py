@@ -1,0 +1,258 @@
+"""What the doctor measures between ranks: progress against a busy target, latency, bandwidth."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_dasgd.bench.rma import peers, serve_until_all_come
+from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+    from mpi_dasgd.world import World
+
+__all__ = ["checks"]
+
+_BUSY = 0.3  # seconds that a target computes
+_STUCK = 0.1  # an operation that takes longer has waited for the end of the computation
+_SLOW = 0.02  # seconds that an operation should not take on a transport that works
+_PUT = 1_000_000  # bytes put meanwhile
+_WORDS = 0.1  # seconds for the latency of one word operation
+_BYTES = 16_000_000  # payload
+_REPEATS = 9
+
+
+def checks(environment: World) -> list[Check]:
+    """Return the findings between rank 0 and a rank of its node and one of another. Collective."""
+    from mpi4py import MPI
+
+    from mpi_dasgd.codecs import NoCodec
+    from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+
+    comm = environment.comm
+    near, far = peers(comm)
+    others = {where: rank for where, rank in (("same node", near), ("other node", far)) if rank}
+    words = WindowWords(comm, 2)
+    layout = NoCodec(_BYTES // 4, np.dtype(np.float32)).layout
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    shared = WindowSlots(comm, node, layout, 1) if near is not None else None
+    remote = WindowSlots(comm, node, layout, 1, "remote")
+    small = WindowSlots(comm, node, NoCodec(_PUT // 4, np.dtype(np.float32)).layout, 1, "remote")
+    node.Free()
+    found = [
+        *(_progress(comm, words, small, where, rank) for where, rank in others.items()),
+        *(_latency(comm, words, where, rank) for where, rank in others.items()),
+        *(
+            _bandwidth(comm, remote, shared if rank == near else None, where, rank)
+            for where, rank in others.items()
+        ),
+    ]
+    for slots in (small, remote, shared):
+        if slots is not None:
+            slots.close()
+    words.close()
+    return found
+
+
+def _sample(operation: Callable[[], object], seconds: float, most: int = 3000) -> list[float]:
+    """Return the seconds that each call takes, for so long or so many."""
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while not samples or (time.perf_counter() < end and len(samples) < most):
+        start = time.perf_counter()
+        operation()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def _while_busy(comm: MPI.Comm, target: int, operation: Callable[[], object]) -> list[float]:
+    """Return the seconds of `operation`, done by rank 0 while `target` computes. Collective.
+
+    The target makes no MPI call meanwhile, except in the thread of a transport if there is one.
+    """
+    serve_until_all_come(comm)
+    samples: list[float] = []
+    if comm.rank == target:
+        matrix = np.eye(128)
+        end = time.perf_counter() + _BUSY
+        while time.perf_counter() < end:
+            matrix = matrix @ matrix
+    elif comm.rank == 0:
+        time.sleep(_BUSY / 10)  # the target is computing by then
+        samples = _sample(operation, _BUSY / 2)
+    serve_until_all_come(comm)
+    return samples
+
+
+def _progress(
+    comm: MPI.Comm, words: WindowWords, slots: WindowSlots, where: str, target: int
+) -> Check:
+    """Whether operations complete while the target is busy: by themselves, and with the transport."""
+    message = slots.at(comm.rank, 0)
+    assert message is not None, "own slots are in place"
+    operations: dict[str, Callable[[], object]] = {
+        "fetch_and_op": lambda: words.read(target, 0),
+        "put": lambda: slots.put(target, 0, message),
+    }
+
+    def measure() -> tuple[dict[str, float], bool]:
+        for _ in range(2):  # a busy machine may hold up a rank once
+            figures: dict[str, float] = {}
+            slowest = 0.0
+            for name, operation in operations.items():
+                samples = _while_busy(comm, target, operation)
+                figures |= _figures(name, samples)
+                slowest = max([slowest, *samples])
+            independent = bool(comm.bcast(slowest < _STUCK))
+            if independent:
+                break
+        return figures, independent
+
+    alone, independent = measure()
+    values: dict[str, Any] = {"independent": independent, "alone": alone}
+    if not independent:
+        with _transport(comm):
+            values["with_courier"], _ = measure()
+    if comm.rank != 0:
+        return Check("progress", OK, "")
+    name = f"progress, {where}"
+    if independent:
+        text = f"one-sided operations complete while the target computes: {_words(alone)}"
+        return Check(name, OK, text, values)
+    figures = values["with_courier"]
+    text = (
+        "operations complete only when the target enters MPI; with the courier thread of the "
+        f"transport: {_words(figures)}"
+    )
+    if max(figures["fetch_and_op_us"], figures["put_us"]) < _SLOW * 1e6:
+        return Check(name, OK, text, values)
+    if where == "other node":
+        text += (
+            ", which is slow: set transport.progress_interval lower, leave a core for the thread, or "
+            "with Open MPI's UCX set OMPI_MCA_opal_common_ucx_progress_iterations=1"
+        )
+    else:
+        text += (
+            ", which is slow: the library does not share the memory of a node; unset "
+            "MPIR_CVAR_NOLOCAL (MPICH), or set OMPI_MCA_osc=^ucx (Open MPI)"
+        )
+    return Check(name, WARNING, text, values)
+
+
+@contextmanager
+def _transport(comm: MPI.Comm) -> Iterator[None]:
+    """Have the real transport, with its thread, in the background. Collective."""
+    from mpi_dasgd import topology
+    from mpi_dasgd.codecs import NoCodec
+    from mpi_dasgd.transport.rma import RmaEndpoint
+
+    own = comm.Dup()
+    layout = NoCodec(1024, np.dtype(np.float32)).layout
+    interval = sys.getswitchinterval()
+    endpoint = RmaEndpoint(own, layout, topology.build("complete", own.size))
+    yield
+    endpoint.close()
+    sys.setswitchinterval(interval)
+    own.Free()
+
+
+def _latency(comm: MPI.Comm, words: WindowWords, where: str, other: int) -> Check:
+    """Latency of the two operations on control words, the target looking into MPI now and then."""
+    serve_until_all_come(comm)
+    values: dict[str, Any] = {}
+    swapped = True
+    if comm.rank == 0:
+        words.read(other, 1), words.swap(other, 1, 0, 0)  # warm
+        values |= _figures("fetch_and_op", _sample(lambda: words.read(other, 1), _WORDS))
+        swaps: list[bool] = []
+        values |= _figures(
+            "compare_and_swap",
+            _sample(lambda: swaps.append(words.swap(other, 1, len(swaps), len(swaps) + 1)), _WORDS),
+        )
+        swapped = all(swaps) and words.read(other, 1) == len(swaps)
+    serve_until_all_come(comm)
+    name = f"words, {where}"
+    if not swapped:
+        text = (
+            "Compare_and_swap lost an update: do not train with this MPI library; install another"
+        )
+        return Check(name, FAILS, text, values)
+    return Check(name, OK, _words(values) if values else "", values)
+
+
+def _bandwidth(
+    comm: MPI.Comm, remote: WindowSlots, shared: WindowSlots | None, where: str, other: int
+) -> Check:
+    """Bandwidth of Put, Get and a copy in place, against memcpy in the same rounds."""
+    mine = remote.at(comm.rank, 0)
+    assert mine is not None, "own slots are in place"
+    mine.payload[:] = comm.rank
+    there = None if shared is None else shared.at(other, 0)
+    if shared is not None and comm.rank == other:
+        own = shared.at(other, 0)
+        assert own is not None
+        own.payload[:] = other
+        shared.sync()
+    serve_until_all_come(comm)
+    samples: dict[str, list[float]] = {}
+    wrong: list[str] = []
+    if comm.rank == 0:
+        source, copy = np.full(_BYTES // 4, -1, np.float32), np.zeros(_BYTES // 4, np.float32)
+        from mpi_dasgd.codecs import Message
+
+        layout = mine.layout
+        out = Message(np.zeros(layout.nbytes, np.uint8), layout)
+        operations: dict[str, Callable[[], object]] = {
+            "memcpy": lambda: ctypes.memmove(copy.ctypes.data, source.ctypes.data, _BYTES),
+            "get": lambda: remote.get(other, 0, out),
+            "put": lambda: remote.put(other, 0, out),
+        }
+        if there is not None:
+            operations["in_place"] = lambda: np.copyto(copy, there.payload)
+        expected = {"memcpy": (copy, -1), "get": (out.payload, other), "in_place": (copy, other)}
+        for repeat in range(_REPEATS + 1):
+            for name, operation in operations.items():
+                start = time.perf_counter()
+                operation()
+                seconds = time.perf_counter() - start
+                array, value = expected.get(name, (copy, None))
+                if value is not None and not (array == value).all():
+                    wrong.append(name)
+                if repeat:  # the first one touches memory for the first time
+                    samples.setdefault(name, []).append(seconds)
+    serve_until_all_come(comm)
+    values = {
+        f"{name}_mb_per_s": _BYTES / float(np.median(seconds)) / 1e6
+        for name, seconds in samples.items()
+    }
+    name = f"payload, {where}"
+    if wrong:
+        text = f"{' and '.join(sorted(set(wrong)))} brought wrong bytes: do not train with this MPI library"
+        return Check(name, FAILS, text, values)
+    figures = ", ".join(f"{key.removesuffix('_mb_per_s')} {v:.0f}" for key, v in values.items())
+    return Check(name, OK, f"MB/s at {_BYTES / 1e6:.0f} MB: {figures.replace('_', ' ')}", values)
+
+
+def _figures(name: str, seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    median, p99 = np.percentile(seconds, (50, 99)) * 1e6
+    return {f"{name}_us": float(median), f"{name}_p99_us": float(p99)}
+
+
+def _words(figures: dict[str, float]) -> str:
+    """Median and 99th percentile of each operation, in words."""
+    names = [key.removesuffix("_us") for key in figures if not key.endswith("_p99_us")]
+    return ", ".join(
+        f"{name.capitalize()} {figures[f'{name}_us']:.3g} us (p99 {figures[f'{name}_p99_us']:.3g})"
+        for name in names
+    )

@@ -1,0 +1,300 @@
+"""Simulation: the algorithms, unchanged, on many virtual ranks with given speeds, latency and bandwidth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpi_dasgd import algorithms, codecs, topology
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
+from mpi_dasgd.config import Config
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.stepsize import Schedule
+from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
+from mpi_dasgd.tasks import convex
+from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
+from mpi_dasgd.transport.words import READY
+
+__all__ = ["Simulation", "Trace", "simulate"]
+
+_DIVERGED = 1e12  # squared distance from which a run counts as diverged
+
+
+@dataclass
+class Trace:
+    """What a simulation measured.
+
+    Attributes:
+        gradients: number of gradients computed, per sample of the lists below.
+        times: virtual time.
+        disagreement: mean_i |x_i - mean|^2.
+        distance: |mean - optimum|^2, the mean including deltas on their way.
+    """
+
+    gradients: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    disagreement: list[float] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
+
+
+class _VirtualRank:
+    """One rank's training: the `Local` of its algorithm."""
+
+    def __init__(
+        self, x: np.ndarray, momentum: float, decay: float, expected_sum: np.ndarray
+    ) -> None:
+        self.step = 0
+        self.gradient = np.zeros_like(x)
+        self.rate = 0.0
+        self._x = x
+        self._momentum = momentum
+        self._decay = decay
+        self._expected_sum = expected_sum
+        self._velocity = np.zeros_like(x) if momentum else None
+
+    def update(self) -> None:
+        """SGD with momentum and weight decay, as torch.optim.SGD has it."""
+        direction = self.gradient
+        if self._decay:
+            direction = direction + self._decay * self._x
+        if self._velocity is not None:
+            self._velocity *= self._momentum
+            self._velocity += direction
+            direction = self._velocity
+        change = self.rate * direction
+        self._x -= change
+        self._expected_sum -= change
+
+
+class Simulation:
+    """n virtual ranks.
+
+    Args:
+        config: sections simulation, task, optimizer, schedule, budget, algorithm, topology, codec,
+            transport and run.seed count. One gradient is `task.batch_size` samples of the budget.
+        endpoint: makes the endpoint of a rank; tests pass broken ones.
+
+    Raises:
+        UserError: if the configuration cannot be simulated.
+    """
+
+    def __init__(
+        self, config: Config, endpoint: Callable[[Network, int], VirtualEndpoint] = VirtualEndpoint
+    ) -> None:
+        settings = config.simulation
+        self.config = config
+        self.size = settings.ranks
+        self.problem = convex.build(config)
+        self.gradients_due = self._budget()
+        momentum, decay = self._optimizer()
+        seed = config.run.seed
+        dtype = np.dtype(settings.precision)
+        dimension = self.problem.start.size
+        graph = topology.build(
+            config.topology.graph,
+            self.size,
+            degree=config.topology.degree,
+            file=config.topology.file,
+            seed=seed,
+        )
+        codec = codecs.make(config.codec.name, dimension, dtype)
+        self.clock = Clock()
+        self.network = Network(
+            self.clock,
+            codec.layout,
+            graph,
+            publication_slots=config.transport.publication_slots,
+            inbox_slots=config.transport.inbox_slots,
+            latency=settings.latency,
+            bandwidth=settings.bandwidth,
+        )
+        self.models = np.tile(self.problem.start.astype(dtype), (self.size, 1))
+        if settings.gradients == "off":
+            self.models += np.random.default_rng([seed, 2]).normal(size=self.models.shape)
+        kind = algorithms.find(config.algorithm.name)
+        self._expected_sum = self.models.sum(0, dtype=np.float64)  # what conservation demands
+        self.locals = [_VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
+        self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
+        self.algorithms = [
+            kind(self.endpoints[i], codec, x, config.algorithm, _rng(seed, i, 3), self._record)
+            for i, x in enumerate(self.models)
+        ]
+        slow = resolve_ranks(settings.slow_ranks, self.size)
+        self._times = ComputeTimes(
+            settings.compute, settings.mean, settings.sigma, slow, settings.slow_factor
+        )
+        self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
+        self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
+        self._schedule = Schedule(**config.schedule.model_dump())
+        self.gradients = 0
+        self.waits = 0
+        self.ages: list[int] = []
+        self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0}
+        self.trace = Trace()
+        self.diverged = False
+
+    def _budget(self) -> int:
+        budget = self.config.budget
+        if budget.samples is None:
+            raise UserError("budget.samples: `simulate` needs it, as in budget.samples=4000")
+        return max(1, budget.samples // self.config.task.batch_size)
+
+    def _optimizer(self) -> tuple[float, float]:
+        optimizer = self.config.optimizer
+        options = dict(optimizer.options)
+        momentum, decay = options.pop("momentum", 0.0), options.pop("weight_decay", 0.0)
+        if (
+            optimizer.name != "SGD"
+            or options
+            or isinstance(momentum, list)
+            or isinstance(decay, list)
+        ):
+            raise UserError(
+                "optimizer: `simulate` knows SGD with momentum and weight_decay, got "
+                f"{optimizer.name} {dict(optimizer.options)}"
+            )
+        return float(momentum), float(decay)
+
+    def _record(self, exchange: Exchange) -> None:
+        self.kinds[exchange.kind] += 1
+        if exchange.kind == INITIATED:
+            self.ages.append(exchange.step - exchange.partner_step)
+
+    def run(self) -> dict[str, object]:
+        """Simulate until the budget is spent; return the figures that `simulate --json` prints."""
+        begun = time.perf_counter()
+        for algorithm in self.algorithms:
+            algorithm.start()
+        for rank in range(self.size):
+            self._begin(rank)
+        self._sample()
+        while not self.diverged and self.clock.advance():
+            pass
+        seconds = time.perf_counter() - begun
+        if not self.diverged:
+            self._sample()
+        return self._figures(seconds)
+
+    def _begin(self, rank: int) -> None:
+        delay = self._times.sample(rank, self._time_rng[rank])
+        self.clock.after(delay, lambda: self._ready(rank))
+
+    def _ready(self, rank: int) -> None:
+        """A gradient is ready: one step of the algorithm."""
+        if self.gradients >= self.gradients_due:
+            return
+        local = self.locals[rank]
+        local.step += 1
+        local.rate = self.config.optimizer.lr * self._schedule.factor(
+            self.gradients / self.gradients_due
+        )
+        self.gradients += 1
+        if self.config.simulation.gradients == "on":
+            x = self.models[rank]
+            local.gradient[:] = self.problem.gradient(rank, x, self._noise_rng[rank])
+        self._drive(rank, self.algorithms[rank].step(local))
+
+    def _drive(self, rank: int, step: Iterator[Pending]) -> None:
+        """Go on with a step; where it must wait, have what it waits for come back here."""
+        for pending in step:
+            self.waits += 1
+            pending.waiting.append(lambda: self._drive(rank, step))  # type: ignore[attr-defined]
+            return
+        if self.gradients % max(50, self.size) == 0:
+            self._sample()
+        self._begin(rank)
+
+    def _in_flight(self) -> np.ndarray:
+        """Sum of the deltas that were sent and not absorbed."""
+        total = np.zeros(self.models.shape[1])
+        where = self.network.where
+        for rank in range(self.size):
+            for slot, index in enumerate(where.inbox):
+                if self.network.read(rank, index) & 3 == READY:
+                    total += self.network.at(rank, len(where.publication) + slot).payload
+        return total
+
+    def _sample(self) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = self.models.mean(0)
+            disagreement = float(np.square(self.models - mean).sum() / self.size)
+            distance = float(np.square(mean - self.problem.optimum).sum())
+        self.trace.gradients.append(self.gradients)
+        self.trace.times.append(self.clock.now)
+        self.trace.disagreement.append(disagreement)
+        self.trace.distance.append(distance)
+        self.diverged = not (disagreement < _DIVERGED and distance < _DIVERGED)
+
+    def _figures(self, seconds: float) -> dict[str, object]:
+        total = self.models.sum(0, dtype=np.float64) + self._in_flight()
+        scale = np.abs(self.models).sum(0, dtype=np.float64).max()
+        error = float(np.abs(total - self._expected_sum).max() / scale)
+        return {
+            "name": self.config.run.name,
+            "algorithm": self.config.algorithm.name,
+            "codec": self.config.codec.name,
+            "topology": self.config.topology.graph,
+            "ranks": self.size,
+            "gradients": self.gradients,
+            "effective_step": self._effective_step(total / self.size),
+            "max_disagreement": _number(max(self.trace.disagreement)),
+            "final_disagreement": _number(self.trace.disagreement[-1]),
+            "final_distance": _number(self.trace.distance[-1]),
+            "excess_loss": _number(
+                self.problem.value(total / self.size) - self.problem.value(self.problem.optimum)
+            ),
+            "conservation_error": _number(error),
+            "waits": self.waits,
+            "exchanges": self.kinds[INITIATED],
+            "skipped": self.kinds[SKIPPED],
+            "staleness_mean": float(np.mean(self.ages)) if self.ages else None,
+            "staleness_max": max(self.ages) if self.ages else None,
+            "virtual_time": self.clock.now,
+            "events": self.clock.events,
+            "seconds": seconds,
+            "events_per_second": self.clock.events / seconds,
+            "diverged": self.diverged,
+        }
+
+    def _effective_step(self, mean: np.ndarray) -> float | None:
+        """Decay of the mean over that of plain SGD with T/n steps; None where that is not defined.
+
+        On coordinate k of a noise-free quadratic one gradient of n ranks multiplies the mean by
+        (1 - eta c_k)^(1/n) if its effective step is 1.
+        """
+        problem, config = self.problem, self.config
+        plain = config.schedule.name == "constant" and config.schedule.warmup == 0
+        options = config.optimizer.options
+        if (
+            not isinstance(problem, convex.Quadratic)
+            or problem.noise
+            or config.simulation.gradients == "off"
+            or not plain
+            or any(options.values())
+            or self.diverged
+        ):
+            return None
+        expected = np.log1p(-config.optimizer.lr * problem.curvature) * self.gradients / self.size
+        ratio = mean / problem.start
+        if not (ratio > 0).all():
+            return None
+        return float(np.log(ratio).sum() / expected.sum())
+
+
+def _rng(seed: int, rank: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([seed, rank, purpose])
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def simulate(config: Config) -> dict[str, object]:
+    """Run one simulation; see `Simulation.run`."""
+    return Simulation(config).run()

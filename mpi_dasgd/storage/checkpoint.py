@@ -1,0 +1,217 @@
+"""Checkpoints: one HDF5 file per rank, written in the background, made one by a manifest."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.checkpoint_files import (
+    array_digest,
+    file_digest,
+    manifest_path,
+    rank_file_path,
+    rank_files,
+    read_digest,
+    slices,
+    steps_with_manifest,
+    write_manifest,
+)
+from mpi_dasgd.storage.files import atomic
+from mpi_dasgd.storage.restore import good_steps, load
+from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, LIBVER
+from mpi_dasgd.storage.writer import writer
+
+__all__ = ["Checkpoints", "good_steps", "load"]
+
+POLL_SECONDS = 0.25
+
+
+class Checkpoints:
+    """Saves the state of one rank without stopping its training, and without any collective call.
+
+    Every rank writes its own file. Rank 0 writes the manifest of a checkpoint last, when the files
+    of all ranks of that step exist: a checkpoint without manifest does not count, and the one
+    before stays valid. Construct it on every rank before the ranks first synchronize, so that
+    rank 0 has removed what a broken earlier attempt left before any rank saves.
+
+    Args:
+        directory: where the checkpoints lie, seen by all ranks.
+        rank: this rank.
+        size: number of ranks.
+        keep: how many complete checkpoints stay, at least 2.
+        resumed: step this run was restarted from; later checkpoints in the directory are removed.
+
+    Raises:
+        UserError: if `keep` is below 2, or the directory has checkpoints but `resumed` is None.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        rank: int,
+        size: int,
+        keep: int = 2,
+        *,
+        resumed: int | None = None,
+    ) -> None:
+        if keep < 2:
+            raise UserError(f"keep: expected at least 2 checkpoints to keep, came {keep}")
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._rank, self._size, self._keep = rank, size, keep
+        self._copy: dict[str, np.ndarray] = {}
+        self._writing: Future[None] | None = None
+        self._pending: dict[int, int] = {}  # step -> a rank whose file was not there yet
+        self._polling: Future[None] | None = None
+        if rank == 0:
+            self._remove_leftovers(resumed)
+            self._polling = writer().repeat(self._poll, POLL_SECONDS)
+
+    def save(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Copy the state and write it in the background; waits only for the write before this one.
+
+        Args:
+            step: number of the checkpoint, the same on all ranks and growing.
+            arrays: the state, any shapes and numeric dtypes; the first call allocates the copy.
+            meta: what else belongs to the state, as JSON can hold it.
+
+        Raises:
+            OSError: if an earlier write failed.
+        """
+        self._finish_writing()
+        self._snapshot(arrays)
+        everything = {**meta, "step": step, "rank": self._rank, "size": self._size}
+        text = json.dumps(everything, sort_keys=True)
+        self._writing = writer().submit(lambda: self._write(step, text))
+
+    def wait(self, timeout: float = 60.0) -> bool:
+        """Block until the last save is on disk and, on rank 0, its manifest too.
+
+        Returns:
+            False if on rank 0 the files of some ranks did not come within `timeout` seconds.
+        """
+        self._finish_writing()
+        deadline = time.monotonic() + timeout
+        while self._polling is not None:
+            if self._polling.done():
+                self._polling.result()
+            writer().submit(self._poll).result()
+            if not self._pending:
+                break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Wait as `wait` does, then stop watching for the files of other ranks."""
+        try:
+            return self.wait(timeout)
+        finally:
+            if self._polling is not None:
+                self._polling.cancel()
+
+    def _finish_writing(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _snapshot(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copy `arrays` to buffers that are allocated once: page faults cost more than the copy."""
+        self._copy = {name: buffer for name, buffer in self._copy.items() if name in arrays}
+        for name, array in arrays.items():
+            buffer = self._copy.get(name)
+            if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
+                buffer = self._copy[name] = np.empty(array.shape, array.dtype)
+            np.copyto(buffer, array)
+
+    def _write(self, step: int, meta: str) -> None:
+        with (
+            atomic(rank_file_path(self.directory, step, self._rank)) as temporary,
+            h5py.File(temporary, "w", libver=LIBVER) as file,
+        ):
+            file.attrs.update(
+                format=FORMAT, format_version=FORMAT_VERSION, content="checkpoint", meta_json=meta
+            )
+            digests = {}
+            file.create_group("arrays")
+            for name, array in self._copy.items():
+                data = file.create_dataset(f"arrays/{name}", array.shape, array.dtype)
+                # HDF5 runs one call at a time: slices let other threads read HDF5 in between.
+                for part in slices(array):
+                    data[part] = array[part]
+                digests[name] = data.attrs["xxh3_128"] = array_digest(array)
+            file.attrs["digest"] = file_digest(meta, digests)
+        self._remove_own_incomplete()
+        if self._rank == 0:
+            self._pending[step] = 0
+            # Every rank removes its files of older steps that never became complete; forget them.
+            for old in sorted(self._pending)[: -self._keep - 2]:
+                del self._pending[old]
+            self._poll()
+
+    def _poll(self) -> bool:
+        """Write the manifest of the newest complete pending step; older ones are obsolete."""
+        for step in sorted(self._pending, reverse=True):
+            files = [rank_file_path(self.directory, step, rank) for rank in range(self._size)]
+            if not files[self._pending[step]].exists():
+                continue  # one look a poll while a rank is late, however many ranks there are
+            late = next((rank for rank, file in enumerate(files) if not file.exists()), None)
+            if late is not None:
+                self._pending[step] = late
+                continue
+            try:
+                digests = [read_digest(file) for file in files]
+                write_manifest(self.directory, step, files, digests)
+            except FileNotFoundError:  # removed since by a rank that is several checkpoints ahead
+                continue
+            self._pending = {later: rank for later, rank in self._pending.items() if later > step}
+            self._remove_old()
+            break
+        return False
+
+    def _remove_old(self) -> None:
+        """Keep the newest complete checkpoints; a manifest goes before its files."""
+        steps = steps_with_manifest(self.directory)
+        for step in steps[: -self._keep]:
+            manifest_path(self.directory, step).unlink(missing_ok=True)
+        oldest = steps[-self._keep :][0]
+        self._remove_files(step for step, _ in rank_files(self.directory) if step < oldest)
+
+    def _remove_own_incomplete(self) -> None:
+        """Bound the disk used when a lost rank lets no checkpoint become complete any more."""
+        complete = set(steps_with_manifest(self.directory))
+        own = [step for step, rank in rank_files(self.directory) if rank == self._rank]
+        incomplete = sorted(step for step in own if step not in complete)
+        for step in incomplete[: -self._keep - 2]:
+            rank_file_path(self.directory, step, self._rank).unlink(missing_ok=True)
+
+    def _remove_leftovers(self, resumed: int | None) -> None:
+        """Leave only complete checkpoints up to the one resumed from."""
+        steps = steps_with_manifest(self.directory)
+        if steps and resumed is None:
+            raise UserError(
+                f"{self.directory}: expected no checkpoints, found those of an earlier run; "
+                "resume it or give another directory"
+            )
+        complete = {step for step in steps if resumed is not None and step <= resumed}
+        for step in steps:
+            if step not in complete:
+                manifest_path(self.directory, step).unlink()
+        self._remove_files(step for step, _ in rank_files(self.directory) if step not in complete)
+        for temporary in self.directory.glob("*.tmp"):
+            temporary.unlink()
+
+    def _remove_files(self, steps: Iterator[int]) -> None:
+        doomed = set(steps)
+        for step, rank in rank_files(self.directory):
+            if step in doomed:
+                rank_file_path(self.directory, step, rank).unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""The one background thread of a process that writes to disk."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Writer", "writer"]
+
+T = TypeVar("T")
+
+
+class Writer:
+    """A thread that runs jobs in the order given, and repeated jobs when they are due.
+
+    One thread suffices because HDF5 runs one call at a time anyway. It is a daemon: whoever gives
+    it work waits for the future of that work before the program ends.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._repeated: list[_Repeated] = []  # touched by the thread only
+        threading.Thread(target=self._run, name="mpi_dasgd-writer", daemon=True).start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` once; the future holds its result or its exception."""
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def repeat(self, job: Callable[[], bool], seconds: float) -> Future[None]:
+        """Run `job` every `seconds` until it returns True, raises, or the future is cancelled."""
+        repeated = _Repeated(job, seconds)
+        self.submit(lambda: self._repeated.append(repeated))
+        return repeated.future
+
+    def _run(self) -> None:
+        while True:
+            due = min((repeated.due for repeated in self._repeated), default=None)
+            timeout = None if due is None else max(0.0, due - time.monotonic())
+            try:
+                job, future = self._jobs.get(timeout=timeout)
+            except queue.Empty:
+                pass
+            else:
+                _fulfil(job, future)
+                del job, future  # a finished job must not keep its buffers alive
+            self._repeated = [each for each in self._repeated if not each.finished()]
+
+
+class _Repeated:
+    """A job run once every so many seconds."""
+
+    def __init__(self, job: Callable[[], bool], seconds: float) -> None:
+        self.future: Future[None] = Future()
+        self.due = time.monotonic() + seconds
+        self._job = job
+        self._seconds = seconds
+
+    def finished(self) -> bool:
+        """Run the job if it is due; say whether it was the last time."""
+        if self.future.cancelled():
+            return True
+        if time.monotonic() < self.due:
+            return False
+        try:
+            last = self._job()
+        except Exception as error:
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
+            return True
+        if last and self.future.set_running_or_notify_cancel():
+            self.future.set_result(None)
+        self.due = time.monotonic() + self._seconds
+        return last
+
+
+def _fulfil(job: Callable[[], Any], future: Future[Any]) -> None:
+    """Run `job` and hand its outcome to `future`."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(job())
+    except Exception as error:
+        future.set_exception(error)
+
+
+@functools.cache
+def writer() -> Writer:
+    """Return the writer of this process, started at the first call."""
+    return Writer()

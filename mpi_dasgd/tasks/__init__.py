@@ -1,0 +1,1 @@
+"""Tasks: data sets, networks, and convex problems with a known optimum."""

@@ -1,0 +1,154 @@
+"""Convex problems for the virtual clock: quadratics, and logistic regression with a known optimum."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from mpi_dasgd.config import Config
+from mpi_dasgd.errors import UserError
+
+__all__ = ["BreastCancer", "Problem", "Quadratic", "build"]
+
+
+class Problem(Protocol):
+    """Minimize f(x) = mean_i f_i(x), f_i being the function of rank i.
+
+    Attributes:
+        start: initial model, shape (d,), float64.
+        optimum: minimizer of f, shape (d,).
+    """
+
+    start: np.ndarray
+    optimum: np.ndarray
+
+    def gradient(self, rank: int, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a stochastic gradient of f_rank at `x`."""
+
+    def value(self, x: np.ndarray) -> float:
+        """Return f(x)."""
+
+
+class Quadratic:
+    """f_i(x) = 1/2 sum_k c_k (x_k - b_ik)^2 with curvatures c between 1/condition and 1.
+
+    Args:
+        ranks: number of functions.
+        dimension: d.
+        condition: largest over smallest curvature; the curvatures are spaced geometrically.
+        heterogeneity: standard deviation of the minima b_i around their mean, which is 0.
+        noise: standard deviation of the noise of each gradient coordinate.
+        seed: of start and minima.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        dimension: int,
+        condition: float = 1.0,
+        heterogeneity: float = 0.0,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng([seed, 1])
+        self.curvature = np.geomspace(1.0, 1.0 / condition, dimension)
+        self.start = 10 * rng.normal(size=dimension)
+        self.optimum = np.zeros(dimension)
+        self.noise = noise
+        self._minima: np.ndarray | None = None
+        if heterogeneity:
+            minima = heterogeneity * rng.normal(size=(ranks, dimension))
+            self._minima = minima - minima.mean(0)
+
+    def gradient(self, rank: int, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        gradient = self.curvature * (x if self._minima is None else x - self._minima[rank])
+        if self.noise:
+            gradient += self.noise * rng.normal(size=x.size)
+        return gradient
+
+    def value(self, x: np.ndarray) -> float:
+        """Return f(x) - f(optimum)."""
+        return float(0.5 * self.curvature @ np.square(x))
+
+
+class BreastCancer:
+    """L2-regularized logistic regression on scikit-learn's breast_cancer, standardized.
+
+    f(x) = mean_m log(1 + exp(-y_m <a_m, x>)) + regularization/2 |x|^2; the optimum is found by Newton's
+    method when the problem is made. Rank i sees the samples i, i + n, ... if `sharded`.
+
+    Args:
+        ranks: n.
+        batch_size: samples of a stochastic gradient; 0 takes all of a rank's.
+        regularization: weight of the L2 term; also makes the problem strongly convex.
+        sharded: whether each rank has its own samples.
+    """
+
+    def __init__(
+        self, ranks: int, batch_size: int = 1, regularization: float = 0.01, sharded: bool = False
+    ) -> None:
+        from sklearn.datasets import load_breast_cancer
+
+        features, labels = load_breast_cancer(return_X_y=True)
+        features = (features - features.mean(0)) / features.std(0)
+        signed = np.hstack([features, np.ones((len(features), 1))]) * (2 * labels - 1)[:, None]
+        self._all = signed
+        self._shards = [signed[i::ranks] if sharded else signed for i in range(ranks)]
+        self._batch_size = batch_size
+        self._regularization = regularization
+        self.start = np.zeros(signed.shape[1])
+        self.optimum = self._newton()
+
+    def _newton(self) -> np.ndarray:
+        x = self.start
+        for _ in range(50):
+            p = 1 / (1 + np.exp(self._all @ x))
+            gradient = self._slope(self._all, x)
+            weights = p * (1 - p) / len(self._all)
+            hessian = (self._all.T * weights) @ self._all + self._regularization * np.eye(x.size)
+            x = x - np.linalg.solve(hessian, gradient)
+            if np.linalg.norm(gradient) < 1e-13:
+                return x
+        raise ArithmeticError("Newton's method on breast_cancer did not converge")
+
+    def _slope(self, signed: np.ndarray, x: np.ndarray) -> np.ndarray:
+        p = 1 / (1 + np.exp(signed @ x))
+        return -(p @ signed) / len(signed) + self._regularization * x
+
+    def gradient(self, rank: int, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        shard = self._shards[rank]
+        if self._batch_size:
+            shard = shard[rng.integers(len(shard), size=self._batch_size)]
+        return self._slope(shard, x)
+
+    def value(self, x: np.ndarray) -> float:
+        """Return f(x)."""
+        loss = np.logaddexp(0, -(self._all @ x)).mean()
+        return float(loss + 0.5 * self._regularization * x @ x)
+
+
+def build(config: Config) -> Problem:
+    """Make the problem that a configuration names.
+
+    Raises:
+        UserError: if it is a task for real runs only.
+    """
+    simulation = config.simulation
+    if config.task.name == "quadratic":
+        return Quadratic(
+            simulation.ranks,
+            simulation.dimension,
+            simulation.condition,
+            simulation.heterogeneity,
+            simulation.noise,
+            config.run.seed,
+        )
+    if config.task.name == "breast_cancer":
+        return BreastCancer(
+            simulation.ranks, config.task.batch_size, sharded=config.task.data == "sharded"
+        )
+    raise UserError(
+        f"task.name: `simulate` knows quadratic and breast_cancer, got {config.task.name!r}; "
+        "use `train` for the others"
+    )

@@ -1,0 +1,106 @@
+"""Data sets of the built-in tasks, and a rank's order of batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpi_dasgd.errors import UserError
+
+__all__ = ["Batches", "Data", "load"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification task.
+
+    Attributes:
+        train_x, test_x: inputs, shape (samples, features), float32.
+        train_y, test_y: classes, shape (samples,), int64.
+        classes: number of classes.
+    """
+
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    classes: int
+
+    @property
+    def features(self) -> int:
+        return self.train_x.shape[1]
+
+
+def load(name: str, model: str, seed: int) -> Data:
+    """Load a data set; one sample in five is for testing, the same whatever the seed.
+
+    Args:
+        name: digits (scikit-learn, 1,797 images of 8x8); breast_cancer (scikit-learn, 569 x 30);
+            random (noise of the shape that `model` takes, for benchmarks).
+        model: name of the network.
+        seed: of `random`.
+
+    Raises:
+        UserError: the data set does not exist, or not for training.
+    """
+    if name == "random":
+        features, classes = {"mlp_25m": (1024, 1000), "cnn_1m": (784, 10)}.get(model, (64, 10))
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2048, features, generator=generator)
+        y = torch.randint(classes, (2048,), generator=generator)
+        return Data(x[256:], y[256:], x[:256], y[:256], classes)
+    from sklearn import datasets
+
+    if name == "digits":
+        x, y = datasets.load_digits(return_X_y=True)
+        x = x / 16
+    elif name == "breast_cancer":
+        x, y = datasets.load_breast_cancer(return_X_y=True)
+        x = (x - x.mean(0)) / x.std(0)
+    else:
+        raise UserError(f"task.name: {name!r} has no training data; it is for `mpi-dasgd simulate`")
+    order = np.random.default_rng(0).permutation(len(x))
+    features = torch.from_numpy(np.ascontiguousarray(x[order], np.float32))
+    labels = torch.from_numpy(np.ascontiguousarray(y[order], np.int64))
+    cut = len(x) // 5
+    return Data(features[cut:], labels[cut:], features[:cut], labels[:cut], int(y.max()) + 1)
+
+
+class Batches:
+    """A rank's mini-batches, without end: every epoch in a new order, known by seed, rank and epoch.
+
+    Args:
+        data: the task.
+        size: samples of a batch.
+        seed, rank, ranks: whose order it is.
+        sharded: draw from the samples rank, rank + ranks, ... only.
+
+    Raises:
+        UserError: a batch is larger than what the rank draws from.
+    """
+
+    def __init__(
+        self, data: Data, size: int, *, seed: int, rank: int, ranks: int, sharded: bool
+    ) -> None:
+        count = len(data.train_x)
+        self._mine = np.arange(rank, count, ranks) if sharded else np.arange(count)
+        if size > len(self._mine):
+            raise UserError(
+                f"task.batch_size: {size} is more than the {len(self._mine)} samples a rank draws from"
+            )
+        self._data = data
+        self._size = size
+        self._seed = (seed, rank)
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and classes of batch `number`, from 0; incomplete batches are left out."""
+        epoch, position = divmod(number, len(self._mine) // self._size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._mine)
+        chosen = torch.from_numpy(self._order[position * self._size : (position + 1) * self._size])
+        return self._data.train_x[chosen], self._data.train_y[chosen]

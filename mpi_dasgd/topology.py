@@ -1,0 +1,451 @@
+"""Who may talk to whom: graphs over the ranks, their mixing weights and their spectra.
+
+Regular graphs are kept as a rule (each rank computes its own neighbours in O(degree)), so that a
+ring of 65,536 ranks or a complete graph of 4096 costs a rank nothing; whole matrices are built only
+when asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+from mpi_dasgd.errors import UserError, nearest
+
+__all__ = ["NAMES", "Topology", "build"]
+
+NAMES = (
+    "ring",
+    "complete",
+    "exponential",
+    "hypercube",
+    "torus",
+    "random_regular",
+    "bipartite_exponential",
+    "edges",
+)
+
+DENSE_RANKS = 1500  # up to here a dense eigensolver takes about a second
+LANCZOS_RESTARTS = 200  # a random 3-regular graph of 65,536 ranks needs about 30
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cayley:
+    """A vertex-transitive graph by rule: a rank, written in the mixed base `shape`, plus a hop.
+
+    Attributes:
+        shape: base of each digit of a rank; their product is the number of ranks.
+        hops: (degree, digits), distinct, none zero, each with its negative.
+    """
+
+    shape: tuple[int, ...]
+    hops: Ints
+
+    @classmethod
+    def undirected(cls, shape: tuple[int, ...], hops: Iterable[tuple[int, ...]]) -> _Cayley:
+        """Make the graph from hops that are walked both ways."""
+        one_way = np.array(list(hops), dtype=np.int64).reshape(-1, len(shape))
+        both = np.unique(np.concatenate([one_way, -one_way]) % np.array(shape), axis=0)
+        return cls(shape, both[both.any(axis=1)])
+
+    def neighbours(self, ranks: Ints) -> Ints:
+        """Return the (len(ranks), degree) neighbours, unsorted."""
+        digits = np.stack(np.unravel_index(ranks, self.shape), axis=-1)
+        moved = (digits[:, None, :] + self.hops) % np.array(self.shape)
+        ranks_there: Ints = np.ravel_multi_index(tuple(np.moveaxis(moved, -1, 0)), self.shape)
+        return ranks_there
+
+    def adjacency(self) -> Any:
+        """Return the (size, size) 0/1 matrix as a csr_array."""
+        near = self.neighbours(np.arange(math.prod(self.shape)))
+        size, degree = near.shape
+        starts = np.arange(size + 1) * degree
+        return sp.csr_array((np.ones(near.size), near.ravel(), starts), shape=(size, size))
+
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Return the (size - 1,) eigenvalues of the adjacency matrix other than the degree.
+
+        The characters of the group are the eigenvectors, so a Fourier transform gives them exactly.
+        """
+        row = np.zeros(self.shape)
+        row[tuple(self.hops.T)] = 1.0
+        return np.fft.fftn(row).real.ravel()[1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """An undirected graph over the ranks 0..size-1 and what is derived from it.
+
+    Attributes:
+        name: one of `NAMES`.
+        size: number of ranks, absent ones included: ranks keep their numbers.
+        absent: ranks that were dropped; they have no neighbours.
+    """
+
+    name: str
+    size: int
+    _graph: Any  # a _Cayley, or a csr_array with sorted indices and the weights, if any, as data
+    _weighted: bool = False
+    absent: frozenset[int] = frozenset()
+    _tuples: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def neighbours(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that `rank` may talk to, ascending."""
+        if rank not in self._tuples:
+            self._tuples[rank] = tuple(self._near(rank).tolist())
+        return self._tuples[rank]
+
+    def degree(self, rank: int) -> int:
+        """Return the number of neighbours of `rank`."""
+        return int(self._degrees[rank])
+
+    def weights(self, rank: int) -> tuple[float, ...]:
+        """Return the mixing weights W_ij of `neighbours(rank)`; 1 minus their sum is its own."""
+        if self._weighted:
+            start, end = self._graph.indptr[rank : rank + 2]
+            kept = self._alive[self._graph.indices[start:end]] & self._alive[rank]
+            return tuple(self._graph.data[start:end][kept].tolist())
+        larger = np.maximum(self._degrees[rank], self._degrees[self._near(rank)])
+        return tuple((1.0 / (1.0 + larger)).tolist())
+
+    @property
+    def edges(self) -> Ints:
+        """The (m, 2) edges i < j, sorted; built anew at each call."""
+        pairs = np.stack(self._adjacency().nonzero(), axis=1).astype(np.int64)
+        pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+        return pairs[np.lexsort(pairs.T[::-1])]
+
+    def mixing_matrix(self) -> Any:
+        """Return the mixing matrix W as a (size, size) float64 csr_array.
+
+        Symmetric and doubly stochastic: the weights of the edge file where it gives them, else
+        Metropolis-Hastings, W_ij = 1 / (1 + max(degree_i, degree_j)) (Xiao, Boyd and Lashkari,
+        2004). Absent ranks have a 1 on the diagonal.
+        """
+        graph = self._adjacency().tocoo()
+        rows, columns = graph.coords
+        larger = np.maximum(self._degrees[rows], self._degrees[columns])
+        weights = graph.data if self._weighted else 1.0 / (1.0 + larger)
+        others = sp.csr_array((weights, (rows, columns)), shape=graph.shape)
+        # Weights that sum to 1 may leave a diagonal of -1e-17.
+        own = np.maximum(1.0 - others.sum(axis=1), 0.0)
+        return (others + sp.diags_array(own)).tocsr()
+
+    def spectral_gap(self) -> float:
+        """Return 1 - max(|lambda_2|, |lambda_n|) of W over the ranks that are not absent.
+
+        0 if they are not connected, 1 if there is only one.
+        """
+        if self.size - len(self.absent) == 1:
+            return 1.0
+        if self._by_rule:
+            walk = (1.0 + self._graph.eigenvalues()) / (1.0 + len(self._graph.hops))
+            return float(1.0 - np.abs(walk).max())
+        return _gap(self._present(self.mixing_matrix())) if self.is_connected else 0.0
+
+    def laplacian_lambda2(self) -> float:
+        """Return the second smallest eigenvalue of the unweighted Laplacian D - A.
+
+        Over the ranks that are not absent; 0 if they are not connected or there is only one.
+        """
+        if self.size - len(self.absent) == 1:
+            return 0.0
+        if self._by_rule:
+            return float(len(self._graph.hops) - self._graph.eigenvalues().max())
+        if not self.is_connected:
+            return 0.0
+        graph = self._present(self._adjacency())
+        graph.data[:] = 1.0
+        degrees = graph.sum(axis=1)
+        # I - L / (2 max degree) is a lazy walk with eigenvalues in [0, 1]: its gap is lambda_2's.
+        scale = 2.0 * degrees.max()
+        return float(scale * _gap((sp.diags_array(1.0 - degrees / scale) + graph / scale).tocsr()))
+
+    @cached_property
+    def is_connected(self) -> bool:
+        """Whether every rank that is not absent can reach every other."""
+        if self._by_rule:
+            return True
+        parts = connected_components(self._present(self._adjacency()), return_labels=False)
+        return bool(parts == 1)
+
+    @cached_property
+    def is_bipartite(self) -> bool:
+        """Whether the ranks split into two sets with all edges between them."""
+        colour = np.full(self.size, -1, dtype=np.int8)
+        for start in range(self.size):
+            if colour[start] >= 0:
+                continue
+            colour[start] = 0
+            frontier = [start]
+            while frontier:
+                rank = frontier.pop()
+                near = self._near(rank)
+                seen = colour[near]
+                if (seen == colour[rank]).any():
+                    return False
+                fresh = near[seen < 0]
+                colour[fresh] = 1 - colour[rank]
+                frontier.extend(fresh.tolist())
+        return True
+
+    def without(self, ranks: Iterable[int]) -> Topology:
+        """Return the graph without `ranks`: neighbours and weights renewed, connected or not.
+
+        The numbering and `size` stay; weight that went to a dropped rank returns to the sender.
+        """
+        return replace(self, absent=self.absent | frozenset(ranks), _tuples={})
+
+    @property
+    def _by_rule(self) -> bool:
+        return isinstance(self._graph, _Cayley) and not self.absent
+
+    @cached_property
+    def _alive(self) -> NDArray[np.bool_]:
+        alive = np.ones(self.size, dtype=bool)
+        alive[list(self.absent)] = False
+        return alive
+
+    @cached_property
+    def _degrees(self) -> Ints:
+        if isinstance(self._graph, _Cayley):
+            degrees = np.full(self.size, len(self._graph.hops), dtype=np.int64)
+        else:
+            degrees = np.diff(self._graph.indptr).astype(np.int64)
+        for rank in self.absent:
+            degrees[self._all_near(rank)] -= 1
+        degrees[list(self.absent)] = 0
+        return degrees
+
+    def _all_near(self, rank: int) -> Ints:
+        if isinstance(self._graph, _Cayley):
+            return np.sort(self._graph.neighbours(np.array([rank]))[0])
+        start, end = self._graph.indptr[rank : rank + 2]
+        return np.asarray(self._graph.indices[start:end], dtype=np.int64)
+
+    def _near(self, rank: int) -> Ints:
+        if rank in self.absent:
+            return np.empty(0, dtype=np.int64)
+        near = self._all_near(rank)
+        return near[self._alive[near]] if self.absent else near
+
+    def _adjacency(self) -> Any:
+        graph = self._graph.adjacency() if isinstance(self._graph, _Cayley) else self._graph
+        if self.absent:
+            keep = sp.diags_array(self._alive.astype(float))
+            graph = (keep @ graph @ keep).tocsr()
+            graph.eliminate_zeros()
+        return graph
+
+    def _present(self, matrix: Any) -> Any:
+        return matrix[self._alive][:, self._alive]
+
+
+def build(
+    name: str,
+    size: int,
+    *,
+    degree: int | None = None,
+    file: str | Path | None = None,
+    seed: int = 0,
+) -> Topology:
+    """Build the graph `name` over `size` ranks; every rank that calls it gets the same one.
+
+    Args:
+        name: one of `NAMES`. `exponential` has hops 2^m both ways, `bipartite_exponential` hops 1
+            and 1 + 2^m both ways (Assran et al., 2019), `torus` is 2-D and as square as can be.
+        size: number of ranks; 1 gives a graph without edges.
+        degree: neighbours per rank, for `random_regular`.
+        file: edge file, for `edges`: one "i j" or "i j weight" a line, # starts a comment.
+        seed: seed of `random_regular`.
+
+    Raises:
+        UserError: no such graph exists, or it would not be connected.
+    """
+    if name not in NAMES:
+        hint = nearest(name, NAMES)
+        raise UserError(f"topology {name!r} is unknown; it is one of {', '.join(NAMES)}{hint}")
+    if size < 1:
+        raise UserError(f"topology {name}: size must be at least 1, got {size}")
+    if degree is not None and name != "random_regular":
+        raise UserError(f"topology {name} takes no degree (got {degree}); random_regular does")
+    if file is not None and name != "edges":
+        raise UserError(f"topology {name} takes no edge file (got {file}); the topology edges does")
+    if name == "edges":
+        if file is None:
+            raise UserError("topology edges needs an edge file: give its path as file")
+        graph, weighted = _read_edges(Path(file), size)
+        return Topology(name, size, graph, weighted)
+    if size == 1:
+        return Topology(name, size, _Cayley.undirected((1,), []))
+    if name == "random_regular":
+        return Topology(name, size, _random_regular(size, degree, seed))
+    return Topology(name, size, _by_name(name, size))
+
+
+def _by_name(name: str, size: int) -> _Cayley:
+    if name == "hypercube":
+        if size & (size - 1):
+            lower = 1 << (size.bit_length() - 1)
+            raise UserError(
+                f"topology hypercube needs a power of two of ranks, got {size}: use {lower} or "
+                f"{2 * lower} ranks, or the topology exponential, which takes any number"
+            )
+        digits = size.bit_length() - 1
+        return _Cayley.undirected((2,) * digits, (tuple(row) for row in np.eye(digits, dtype=int)))
+    if name == "torus":
+        rows = max(a for a in range(1, math.isqrt(size) + 1) if size % a == 0)
+        if rows == 1:
+            raise UserError(
+                f"topology torus needs a size a*b with a, b >= 2, and {size} is prime: use another "
+                "number of ranks, or the topology ring or exponential"
+            )
+        return _Cayley.undirected((rows, size // rows), [(0, 1), (1, 0)])
+    if name == "bipartite_exponential" and size % 2:
+        raise UserError(
+            f"topology bipartite_exponential needs an even number of ranks, got {size}: use "
+            f"{size + 1} ranks, or the topology exponential"
+        )
+    powers = [1 << m for m in range((size - 1).bit_length())]
+    hops = {
+        "ring": [1],
+        "complete": list(range(1, size // 2 + 1)),
+        "exponential": powers,
+        # 1 + 2^0 is even and would join ranks of the same side.
+        "bipartite_exponential": [1, *(1 + p for p in powers[1:] if 1 + p < size)],
+    }[name]
+    return _Cayley.undirected((size,), ((hop,) for hop in hops))
+
+
+def _random_regular(size: int, degree: int | None, seed: int) -> Any:
+    what = f"topology random_regular of {size} ranks"
+    if degree is None:
+        raise UserError(f"{what} needs a degree, 1 to {size - 1}")
+    if not 1 <= degree < size:
+        raise UserError(f"{what}: degree must be 1 to {size - 1}, got {degree}")
+    if size * degree % 2:
+        raise UserError(
+            f"{what}: degree {degree} is impossible, as the degrees would sum to the odd number "
+            f"{size * degree}: use an even degree or an even number of ranks"
+        )
+    if degree == 1 and size > 2:
+        raise UserError(f"{what}: degree 1 only pairs ranks up; use 2 or more to connect them")
+    rng = random.Random(seed)
+    if degree == 2:
+        # Pairing at random would nearly always give several rings; a shuffled ring is connected.
+        ranks = rng.sample(range(size), size)
+        return _adjacency_of(nx.cycle_graph(ranks), size)
+    if degree >= size / 2:
+        # Pairing at random does not end for dense graphs; the complement is sparse, and a graph
+        # of such a degree is always connected.
+        missing = nx.random_regular_graph(size - 1 - degree, size, seed=rng)
+        return _adjacency_of(nx.complement(missing), size)
+    while True:
+        graph = nx.random_regular_graph(degree, size, seed=rng)
+        if nx.is_connected(graph):
+            return _adjacency_of(graph, size)
+
+
+def _adjacency_of(graph: Any, size: int) -> Any:
+    matrix = nx.to_scipy_sparse_array(graph, nodelist=range(size), dtype=float, format="csr")
+    matrix.sort_indices()
+    return matrix
+
+
+def _read_edges(path: Path, size: int) -> tuple[Any, bool]:
+    """Return the connected graph of an edge file as a csr_array, and whether it has weights."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"edge file {path} cannot be read ({error}); expected a text file with one "
+            "'i j [weight]' a line"
+        ) from error
+    edges: dict[tuple[int, int], float] = {}
+    columns = 0
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        where = f"edge file {path}, line {number}"
+        edge, weight = _parse_edge(words, size, where)
+        columns = columns or len(words)
+        if len(words) != columns:
+            raise UserError(f"{where}: give a weight to every edge or to none")
+        if edges.setdefault(edge, weight) != weight:
+            raise UserError(
+                f"{where}: edge {edge[0]} {edge[1]} has weight {weight:g} here and "
+                f"{edges[edge]:g} before; give it once"
+            )
+    pairs = np.array(list(edges), dtype=np.int64).reshape(-1, 2)
+    weights = np.array(list(edges.values()), dtype=float)
+    ends = (np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]]))
+    graph = sp.csr_array((np.concatenate([weights, weights]), ends), shape=(size, size))
+    graph.sort_indices()
+
+    parts, label = connected_components(graph)
+    if parts > 1:
+        outside = int(np.argmax(label != label[0]))
+        raise UserError(
+            f"edge file {path}: the graph of {size} ranks falls into {parts} unconnected parts; "
+            f"add an edge that leads from rank 0 to rank {outside}"
+        )
+    sums = graph.sum(axis=1)
+    heaviest = int(np.argmax(sums))
+    if columns == 3 and sums[heaviest] > 1.0 + 1e-12:
+        raise UserError(
+            f"edge file {path}: the weights at rank {heaviest} sum to {sums[heaviest]:g} and leave "
+            "less than nothing for its own model; make them sum to at most 1"
+        )
+    return graph, columns == 3
+
+
+def _parse_edge(words: list[str], size: int, where: str) -> tuple[tuple[int, int], float]:
+    try:
+        i, j = map(int, words[:2])
+        (weight,) = map(float, words[2:] or ["1"])
+    except ValueError:
+        got = " ".join(words)
+        raise UserError(f"{where}: expected 'i j' or 'i j weight', got {got!r}") from None
+    for rank in (i, j):
+        if not 0 <= rank < size:
+            raise UserError(f"{where}: rank {rank} is not in 0..{size - 1} of this run's {size}")
+    if i == j:
+        raise UserError(f"{where}: rank {i} is joined to itself; remove the line")
+    if not 0.0 < weight <= 1.0:
+        raise UserError(f"{where}: the weight must be above 0 and at most 1, got {weight:g}")
+    return (min(i, j), max(i, j)), weight
+
+
+def _gap(matrix: Any) -> float:
+    """Return 1 - max(|lambda_2|, |lambda_n|) of a connected doubly stochastic matrix."""
+    size = matrix.shape[0]
+    if size <= DENSE_RANKS:
+        values = np.linalg.eigvalsh(matrix.toarray())
+        return float(1.0 - max(-values[0], values[-2]))
+    rest = LinearOperator((size, size), matvec=lambda x: matrix @ x - x.mean(), dtype=float)
+    start = np.random.default_rng(0).standard_normal(size)
+    kind = {"return_eigenvectors": False, "v0": start}
+    try:
+        values = eigsh(rest, k=1, which="LM", ncv=50, maxiter=LANCZOS_RESTARTS, tol=1e-8, **kind)
+        return float(1.0 - abs(values[0]))
+    except ArpackNoConvergence:
+        # Lanczos fails on graphs that mix slowly; most have small separators, so that a sparse
+        # factorization at each end of the spectrum is cheap.
+        top = eigsh(matrix.tocsc(), k=2, sigma=1.0 + 1e-6, **kind).min()
+        bottom = eigsh(matrix.tocsc(), k=1, sigma=-1.0 - 1e-6, tol=1e-4, **kind).min()
+        return float(1.0 - max(top, -bottom))

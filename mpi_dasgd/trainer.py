@@ -1,0 +1,383 @@
+"""The training of one rank: batch, gradient, step, record, snapshot, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from mpi_dasgd import straggler, world
+from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.config import Config
+from mpi_dasgd.decentralized import Decentralized
+from mpi_dasgd.errors import Diverged, PeerLost, UserError
+from mpi_dasgd.evaluation import (
+    Evaluator,
+    Snapshots,
+    consensus_table,
+    own_accuracies,
+    wait_until_closed,
+)
+from mpi_dasgd.progress import Progress
+from mpi_dasgd.state import load_state, save_state
+from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
+from mpi_dasgd.storage.model import save_model
+from mpi_dasgd.storage.provenance import provenance
+from mpi_dasgd.storage.results import consolidate
+from mpi_dasgd.storage.runfile import RunFile, rank_path
+from mpi_dasgd.storage.schema import INITIATED, UNKNOWN_AGE
+from mpi_dasgd.tasks import data as tasks
+from mpi_dasgd.tasks import models
+
+__all__ = ["Trainer", "train"]
+
+
+def train(config: Config, environment: world.World) -> int:
+    """Train as `config` says. Collective.
+
+    Returns:
+        The exit code: 0, or 3 if a rank diverged.
+
+    Raises:
+        UserError: on all ranks, for bad input.
+    """
+    return Trainer(config, environment).run()
+
+
+class Trainer:
+    """One rank's run of the main job."""
+
+    def __init__(self, config: Config, environment: world.World) -> None:
+        self.world = environment
+        self.rank, self.size = environment.rank, environment.size
+        self.directory = config.run_directory
+        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        torch.manual_seed(config.run.seed * 1000003 + self.rank)
+        with environment.together():
+            self.data = tasks.load(config.task.name, config.task.model, config.run.seed)
+            self.config = config = _with_samples(config, len(self.data.train_x))
+            self.model = models.build(config.task.model, self.data.features, self.data.classes)
+            self.device = world.choose_device(environment.node_rank, torch.cuda.device_count())
+            self.model.to(self.device)
+            self.optimizer = _optimizer(config, self.model)
+            self.batches = tasks.Batches(
+                self.data,
+                config.task.batch_size,
+                seed=config.run.seed,
+                rank=self.rank,
+                ranks=self.size,
+                sharded=config.task.data == "sharded",
+            )
+            self.straggler = straggler.Straggler(
+                straggler.StragglerSettings(**config.straggler.model_dump()),
+                self.rank,
+                self.size,
+                config.run.seed,
+            )
+        # Before the directory is touched: what cannot run must not cost an older result.
+        self.training = Decentralized(
+            self.model,
+            self.optimizer,
+            config=config,
+            environment=environment,
+            record=self._record_exchange,
+        )
+        self.start_milestone = 0
+        self.ages: list[int] = []
+        self.accuracy: float | None = None
+        self.loss = math.nan
+        with environment.together():
+            self._prepare_directory()
+        self.checkpoints, resumed = self._open_checkpoints()
+        self.snapshots = Snapshots(self.directory / "snapshots")
+        self.evaluator = Evaluator(self.model, self.training.parameters, self.data)
+        self.file = RunFile(
+            rank_path(self.directory, self.rank),
+            rank=self.rank,
+            size=self.size,
+            attributes=self._attributes(resumed),
+        )
+        self.progress = Progress(self.rank == 0)
+        environment.comm.Barrier()
+        self.training.restart_clock()
+
+    def _prepare_directory(self) -> None:
+        """Make the result directory; never write over another result silently."""
+        if self.rank != 0:
+            return
+        run, ranks = self.config.run, self.directory / "ranks"
+        try:
+            if run.resume:
+                if not (self.directory / "checkpoints").is_dir():
+                    raise UserError(
+                        f"run.resume: expected checkpoints in {self.directory}/checkpoints, found "
+                        "none; start the run without run.resume=true"
+                    )
+                if (
+                    ranks.exists()
+                ):  # the record of the earlier part stays, beside that of the new one
+                    number = sum(1 for _ in self.directory.glob("ranks-before-*")) + 1
+                    ranks.rename(self.directory / f"ranks-before-{number}")
+            elif self.directory.exists():
+                if not run.overwrite:
+                    raise UserError(
+                        f"run directory {self.directory} exists; choose another run.name, or say "
+                        "run.overwrite=true to replace it or run.resume=true to go on"
+                    )
+                shutil.rmtree(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run directory {self.directory}: {error.strerror}") from error
+
+    def _open_checkpoints(self) -> tuple[Checkpoints | None, int]:
+        """Open the checkpoints, and take the newest one that all ranks find whole."""
+        directory, resumed = self.directory / "checkpoints", 0
+        if self.config.run.resume:
+            with self.world.together():
+                arrays, meta = load(directory, self.rank, size=self.size)
+                common = set(good_steps(directory, self.rank))
+            for steps in self.world.comm.allgather(common):
+                common &= steps
+            with self.world.together():
+                if not common:
+                    raise UserError(f"{directory}: no checkpoint is whole for all ranks")
+                if meta["step"] != max(common):
+                    arrays, meta = load(directory, self.rank, step=max(common), size=self.size)
+                load_state(self.training, arrays, meta)
+            resumed = self.start_milestone = int(meta["step"])
+        if not self.config.checkpoint.points:
+            return None, resumed
+        return (
+            Checkpoints(
+                directory,
+                self.rank,
+                self.size,
+                self.config.checkpoint.keep,
+                resumed=resumed or None,
+            ),
+            resumed,
+        )
+
+    def _attributes(self, resumed: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "config_json": config.model_dump_json(),
+            "name": config.run.name,
+            "algorithm": config.algorithm.name,
+            "codec": config.codec.name,
+            "topology": config.topology.graph,
+            "task": config.task.name,
+            "seed": config.run.seed,
+            "device": self.device,
+            "local_rank": self.world.node_rank,
+            "nodes": self.world.nodes,
+            "mpi_library": self.world.library,
+            "transport": self.training.endpoint.path,
+            "parameters": self.training.parameters.size,
+            "resumed_from_checkpoint": resumed,
+            **provenance(),
+        }
+
+    def run(self) -> int:
+        """Train, evaluate, and write the results."""
+        try:
+            self._train()
+            self.training.finish()
+            self._milestone(self.config.evaluation.points)
+        except (Diverged, PeerLost) as error:
+            return self._end_failed(error)
+        self._close_file("finished")
+        return self._end_finished()
+
+    def _train(self) -> None:
+        training, config = self.training, self.config
+        points, saves = config.evaluation.points, config.checkpoint.points
+        milestone = int(training.progress * points) + 1
+        checkpoint = int(training.progress * saves) + 1
+        device = torch.device(self.device)
+        waited, exchanged = 0.0, 0.0
+        while not training.finished:
+            begun = time.perf_counter()
+            x, y = self.batches.batch(training.local.step)
+            x, y = x.to(device), y.to(device)
+            self.loss = self._gradient(x, y)
+            if not math.isfinite(self.loss):
+                raise Diverged(
+                    f"loss of rank {self.rank} became {self.loss} at its step {training.local.step + 1}; "
+                    f"try a smaller optimizer.lr than {config.optimizer.lr:g}"
+                )
+            computed = time.perf_counter() - begun
+            self.straggler.slow_down(training.local.step, computed, lambda: self._gradient(x, y))  # noqa: B023
+            spent = time.perf_counter()
+            training.step(len(x))
+            computed += time.perf_counter() - spent
+            wait, training_wait = training.wait_seconds - waited, training.wait_seconds
+            exchange, training_exchange = (
+                training.exchange_seconds - exchanged,
+                training.exchange_seconds,
+            )
+            waited, exchanged = training_wait, training_exchange
+            self.file.append(
+                "train", training.local.step, training.elapsed, training.samples,
+                training.total_samples, self.loss, training.local.rate, computed - exchange,
+                exchange - wait, wait,
+            )  # fmt: skip
+            progress = training.progress
+            while milestone < points and progress * points >= milestone:
+                self._milestone(milestone)
+                milestone += 1
+            if self.checkpoints and progress * saves >= checkpoint:
+                checkpoint = int(progress * saves)
+                self.checkpoints.save(checkpoint, *save_state(training))
+                checkpoint += 1
+            if self.progress.due:
+                self.progress.show(self._line())
+
+    def _gradient(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model(x), y)
+        loss.backward()
+        return loss.item()
+
+    def _record_exchange(self, exchange: Exchange) -> None:
+        age = exchange.step - exchange.partner_step if exchange.partner >= 0 else UNKNOWN_AGE
+        self.file.append(
+            "exchange", exchange.step, self.training.elapsed, exchange.partner, exchange.kind,
+            exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
+        )  # fmt: skip
+        if exchange.kind == INITIATED:
+            self.ages.append(age)
+
+    def _milestone(self, milestone: int) -> None:
+        """Keep this rank's model for the evaluation of the mean; evaluate it alone if that is wanted."""
+        training = self.training
+        when = (training.elapsed, training.samples, training.total_samples)
+        self.snapshots.save(milestone, self.rank, training.parameters, *when)
+        if self.config.evaluation.live:
+            loss, accuracy = self.evaluator.current()
+            self.accuracy = accuracy
+            self.file.append(
+                "evaluation",
+                milestone,
+                training.local.step,
+                when[0],
+                when[1],
+                when[2],
+                loss,
+                accuracy,
+            )
+
+    def _line(self) -> str:
+        training = self.training
+        rate = training.total_samples / max(training.elapsed, 1e-9)
+        parts = [
+            f"{self.config.algorithm.name} {100 * training.progress:3.0f} %",
+            f"{rate:,.0f} samples/s",
+            f"loss {self.loss:.4f}",
+        ]
+        if self.accuracy is not None:
+            parts.append(f"accuracy {100 * self.accuracy:.1f} % (rank {self.rank})")
+        if self.ages:
+            recent = np.abs(self.ages[-1000:])
+            parts.append(f"staleness {recent.mean():.1f} steps, at most {max(map(abs, self.ages))}")
+        return "  ".join(parts)
+
+    def _close_file(self, status: str) -> None:
+        training = self.training
+        self.file.close(
+            status,
+            {
+                **training.counters,
+                "steps": training.local.step,
+                "samples": training.samples,
+                "wall_s": training.elapsed,
+                "cpu_s": time.process_time(),
+            },
+        )
+
+    def _end_finished(self) -> int:
+        """Have one rank evaluate the mean models and write the results, then free the windows."""
+        self.progress.end(self._line())
+        if self.checkpoints:
+            self.checkpoints.wait()
+            self.checkpoints.close()
+        board = self.training.endpoint.board
+        dead = sorted(board.dead)
+        alive = [rank for rank in range(self.size) if rank not in dead]
+        if self.rank == alive[0]:
+            self._write_results(alive)
+            if dead:
+                world.say(f"warning: ranks {dead} were lost; the others finished the run")
+        try:
+            self.training.close()
+        except PeerLost:
+            sys.stdout.flush()
+            os._exit(0)  # MPI cannot be finalized without the dead
+        return 0
+
+    def _write_results(self, ranks: list[int]) -> None:
+        """Write results.h5 and model.h5, from what all ranks have left in files."""
+        wait_until_closed(self.directory, ranks, timeout=30.0)
+        table = consensus_table(
+            range(1, self.config.evaluation.points + 1),
+            ranks,
+            self.snapshots,
+            self.evaluator,
+            own_accuracies(self.directory),
+        )
+        consensus = {name: np.asarray(column) for name, column in table.items()}
+        consolidate(self.directory, consensus)
+        last = [self.snapshots.load(self.config.evaluation.points, rank) for rank in ranks]
+        found = [snapshot for snapshot in last if snapshot is not None]
+        parameters = self.training.parameters
+        parameters.set(
+            np.mean([s["model"] for s in found], axis=0, dtype=np.float64).astype(np.float32)
+        )
+        parameters.set_buffers(np.mean([s["buffers"] for s in found], axis=0))
+        save_model(self.directory / "model.h5", self.model.state_dict())
+        self.snapshots.remove()
+        print(
+            f"results: {self.directory}/results.h5, mean model: {self.directory}/model.h5",
+            flush=True,
+        )
+
+    def _end_failed(self, error: Diverged | PeerLost) -> int:
+        """Save what there is; the first rank that failed says why, and writes the results."""
+        first = self.training.fail()
+        self._close_file("failed" if isinstance(error, Diverged) else "stopped")
+        if first:
+            consolidate(self.directory, timeout=10.0)
+            world.say(f"error: {error}; the record so far is in {self.directory}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # others may be gone already: nothing collective any more
+
+
+def _with_samples(config: Config, samples_per_epoch: int) -> Config:
+    """Turn a budget of epochs into one of samples; without any budget it is ten epochs."""
+    budget = config.budget
+    if budget.samples is not None or budget.seconds is not None:
+        return config
+    epochs = 10.0 if budget.epochs is None else budget.epochs
+    samples = max(1, round(epochs * samples_per_epoch))
+    return config.model_copy(update={"budget": budget.model_copy(update={"samples": samples})})
+
+
+def _optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    kind = getattr(torch.optim, settings.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise UserError(
+            f"optimizer.name: torch.optim has no optimizer {settings.name!r}; for example SGD, AdamW"
+        )
+    try:
+        return kind(model.parameters(), lr=settings.lr, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer.options: torch.optim.{settings.name} says: {error}") from error

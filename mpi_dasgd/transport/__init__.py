@@ -1,0 +1,1 @@
+"""Transport: Publication and Inbox, on MPI windows (rma) or on a virtual clock (virtual)."""

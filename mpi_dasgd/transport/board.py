@@ -1,0 +1,90 @@
+"""Board: what every rank tells all others about itself: heartbeats, samples processed, status."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from mpi_dasgd.transport.words import BEAT, LAST, SAMPLES, SPOKESMAN, STATUS, Words
+
+__all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
+
+RUNNING, FINISHED, FAILED, LEFT = range(4)
+"""Status: training, through with training but still absorbing, failed, gone for good."""
+
+
+class Board:
+    """This rank's notices, and the newest that it has seen of the others.
+
+    Args:
+        words: control words of all ranks. `beat` and `watch` may use another view than `words`,
+            as they run in the courier's thread.
+        rank, size: this rank, and how many there are.
+        silence: seconds without a heartbeat after which a rank counts as dead.
+    """
+
+    def __init__(self, words: Words, rank: int, size: int, silence: float) -> None:
+        self._words = words
+        self._rank = rank
+        self._silence = silence
+        self._mine = {BEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST: 0}
+        self.samples = [0] * size
+        self.status = [RUNNING] * size
+        self.dead: set[int] = set()
+        self._beats = [(-1, time.monotonic())] * size
+
+    def _set(self, index: int, value: int, words: Words | None = None) -> None:
+        if value != self._mine[index]:
+            (words or self._words).swap(self._rank, index, self._mine[index], value)
+            self._mine[index] = value
+
+    def report(self, samples: int) -> None:
+        """Publish how many samples this rank has processed."""
+        self._set(SAMPLES, samples)
+        self.samples[self._rank] = samples
+
+    def announce(self, status: int) -> None:
+        """Publish this rank's status."""
+        self._set(STATUS, status)
+        self.status[self._rank] = status
+
+    def speak(self) -> bool:
+        """Return True for the first rank that asks: it alone says why the run failed."""
+        return self._words.swap(0, SPOKESMAN, 0, 1)
+
+    def stop_after(self, step: int) -> None:
+        """Publish which step is the last one."""
+        self._set(LAST, step)
+
+    def last_step(self, rank: int) -> int:
+        """Read which step `rank` declared the last one; 0 if none yet."""
+        return self._words.read(rank, LAST)
+
+    def refresh(self, ranks: Iterable[int], words: Words | None = None) -> None:
+        """Read samples and status of `ranks`."""
+        source = words or self._words
+        for rank in ranks:
+            if rank != self._rank:
+                self.samples[rank] = source.read(rank, SAMPLES)
+                self.status[rank] = source.read(rank, STATUS)
+
+    def beat(self, words: Words) -> None:
+        """Show that this rank lives."""
+        self._set(BEAT, self._mine[BEAT] + 1, words)
+
+    def watch(self, ranks: Iterable[int], words: Words) -> None:
+        """Read heartbeats; a rank that is silent for too long is put in `dead`."""
+        now = time.monotonic()
+        for rank in ranks:
+            if rank == self._rank or rank in self.dead:
+                continue
+            beat, since = words.read(rank, BEAT), self._beats[rank]
+            if beat != since[0]:
+                self._beats[rank] = (beat, now)
+            elif now - since[1] > self._silence and words.read(rank, STATUS) in (RUNNING, FINISHED):
+                self.dead.add(rank)
+
+    @property
+    def total(self) -> int:
+        """Samples that all ranks have processed, as far as this rank has seen."""
+        return sum(self.samples)

@@ -1,0 +1,36 @@
+"""What a rank's transport did, counted where it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Counters"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since the start of a run.
+
+    Attributes:
+        messages: messages delivered to other ranks' inboxes.
+        bytes_sent: bytes of these messages, put or written in place.
+        bytes_received: bytes of publications that were got or read in place.
+        absorbed: messages taken out of the own inbox.
+        publications: versions published.
+        publications_skipped: versions not published since no slot was free.
+        taken: claims that failed because another rank had the version.
+        refusals: reservations that failed because an inbox was full.
+        retries: copies of a publication that was replaced meanwhile.
+        skipped: exchanges for which no partner was found.
+    """
+
+    messages: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    absorbed: int = 0
+    publications: int = 0
+    publications_skipped: int = 0
+    taken: int = 0
+    refusals: int = 0
+    retries: int = 0
+    skipped: int = 0

@@ -1,0 +1,94 @@
+"""Courier: the thread that talks to other nodes, so that the compute thread never waits for a network.
+
+Between nodes over TCP nothing completes while the target is outside MPI, whatever the MPI: the courier
+therefore also calls into MPI at short intervals. Within a node puts complete by themselves; then it
+only beats the heart, a few times a second.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Courier"]
+
+
+class Courier:
+    """Runs tasks in order, and chores at intervals, in one thread.
+
+    Args:
+        chore: called every `chore_interval` seconds: heartbeats, notices of other ranks.
+        chore_interval: seconds.
+        progress: called every `progress_interval` seconds and after every task, or None.
+        progress_interval: seconds.
+    """
+
+    def __init__(
+        self,
+        chore: Callable[[], None],
+        chore_interval: float,
+        progress: Callable[[], object] | None = None,
+        progress_interval: float = 0.0003,
+    ) -> None:
+        self._chore = chore
+        self._chore_interval = chore_interval
+        self._progress = progress
+        self._wait = progress_interval if progress else chore_interval
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._since: float | None = None
+        self._submitted = self._finished = 0  # each written by one thread only
+        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have `task` run after those submitted before."""
+        self._submitted += 1
+        self._tasks.put(task)
+
+    def check(self) -> None:
+        """Raise here what failed in the thread."""
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def idle(self) -> bool:
+        """Whether all submitted tasks are finished."""
+        return self._finished == self._submitted
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the task in hand has taken so far; 0 if there is none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Finish the tasks and end the thread; return False if it is stuck and was left behind."""
+        self._tasks.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        chore_due = 0.0
+        try:
+            while True:
+                try:
+                    task = self._tasks.get(timeout=self._wait)
+                except queue.Empty:
+                    pass
+                else:
+                    if task is None:
+                        return
+                    self._since = time.monotonic()
+                    task()
+                    self._since = None
+                    self._finished += 1
+                if self._progress is not None:
+                    self._progress()
+                if time.monotonic() >= chore_due:
+                    self._chore()
+                    chore_due = time.monotonic() + self._chore_interval
+        except BaseException as error:  # handed to the compute thread by `check`
+            self._error = error

@@ -1,0 +1,129 @@
+"""Inbox: messages that must arrive exactly once, in the order of their sender, without waiting.
+
+A few slots are shared by all senders, whatever their number. A sender claims a free one by a swap,
+writes the message, and sets it ready; if none is free it is told so and does something else.
+
+Words of a slot: FREE -> CLAIMED(sender) -> READY(sender) -> FREE.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.slots import Slots
+from mpi_dasgd.transport.words import CLAIMED, FREE, READY, WordMap, Words, holder_of, word
+
+__all__ = ["Arrival", "Inbox", "Reservation"]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A slot in another rank's inbox, to be filled or cancelled."""
+
+    rank: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A message in the own inbox, readable until `Inbox.free`."""
+
+    sender: int
+    slot: int
+    message: Message
+
+
+class Inbox:
+    """This rank's inbox, and its way into those of others.
+
+    Args:
+        words, slots: shared memory of all ranks.
+        where: indices of the words.
+        rank: this rank.
+        counters: counts messages, bytes and refusals.
+    """
+
+    def __init__(
+        self, words: Words, slots: Slots, where: WordMap, rank: int, counters: Counters
+    ) -> None:
+        self._words = words
+        self._slots = slots
+        self._where = where.inbox
+        self._first = len(
+            where.publication
+        )  # payload slots of the inbox follow those of the publication
+        self._rank = rank
+        self._counters = counters
+        self._sent: defaultdict[int, int] = defaultdict(int)
+        self._received: defaultdict[int, int] = defaultdict(int)
+
+    def reserve(self, rank: int) -> Reservation | None:
+        """Claim a slot in the inbox of `rank`, or return None (counted) if all are taken."""
+        count = len(self._where)
+        mine = word(CLAIMED, self._rank)
+        for i in range(count):
+            slot = (self._rank + self._sent[rank] + i) % count
+            if self._words.swap(rank, self._where[slot], word(FREE), mine):
+                return Reservation(rank, slot)
+        self._counters.refusals += 1
+        return None
+
+    def place(self, reservation: Reservation) -> Message | None:
+        """Return where the message goes, or None if it must be put from a staging area."""
+        return self._slots.at(reservation.rank, self._first + reservation.slot)
+
+    def send(self, reservation: Reservation, message: Message) -> None:
+        """Deliver `message`, which is in place already or a staging area, and set the slot ready."""
+        rank, slot = reservation.rank, reservation.slot
+        message.sequence = self._sent[rank]
+        self._sent[rank] += 1
+        if self._slots.at(rank, self._first + slot) is not message:
+            self._slots.put(rank, self._first + slot, message)
+        self._slots.sync()  # the payload must be there before a word says so
+        done = self._words.swap(
+            rank, self._where[slot], word(CLAIMED, self._rank), word(READY, self._rank)
+        )
+        if done:  # else the receiver has given this rank up for dead and taken the slot back
+            self._counters.messages += 1
+            self._counters.bytes_sent += message.layout.nbytes
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give a reserved slot back unused."""
+        mine = word(CLAIMED, self._rank)
+        self._words.swap(reservation.rank, self._where[reservation.slot], mine, word(FREE))
+
+    def receive(self) -> list[Arrival]:
+        """Return the messages that have arrived, each sender's in its order; `free` them after use."""
+        ready: dict[tuple[int, int], Arrival] = {}
+        for slot, index in enumerate(self._where):
+            value = self._words.read(self._rank, index)
+            if value & 3 == READY:
+                message = self._slots.at(self._rank, self._first + slot)
+                assert message is not None, "own slots are in place"
+                arrival = Arrival(holder_of(value), slot, message)
+                ready[arrival.sender, message.sequence] = arrival
+        if not ready:
+            return []
+        self._slots.sync()
+        arrivals = []
+        for sender, sequence in sorted(ready):
+            # A later message may be seen while the scan missed an earlier one: it waits for the next call.
+            if sequence == self._received[sender]:
+                self._received[sender] += 1
+                arrivals.append(ready[sender, sequence])
+        self._counters.absorbed += len(arrivals)
+        return arrivals
+
+    def free(self, arrival: Arrival) -> None:
+        """Give the slot of a message back to the senders."""
+        ready = word(READY, arrival.sender)
+        freed = self._words.swap(self._rank, self._where[arrival.slot], ready, word(FREE))
+        assert freed, "only the owner frees a message"
+
+    def forget(self, rank: int) -> None:
+        """Take back the slots that a dead rank reserved."""
+        for index in self._where:
+            self._words.swap(self._rank, index, word(CLAIMED, rank), word(FREE))

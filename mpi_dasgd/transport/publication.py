@@ -1,0 +1,163 @@
+"""Publication: the newest model of a rank, for anyone to read, without locks and without torn reads.
+
+The owner encodes into a free slot and publishes it with one swap. A reader either *claims* the newest
+version, which pins its slot like a hazard pointer and makes one version serve one exchange, or copies
+it and looks at the slot's word again (*unclaimed*).
+
+Words of a slot: FREE -> READY(version) -> FREE, or READY -> CLAIMED(reader) -> FREE.
+The head word, ``version << 8 | slot``, names the newest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.slots import Slots
+from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, READY, WordMap, Words, holder_of, word
+
+__all__ = ["Claim", "Publication"]
+
+_READS = 8  # copies tried of a publication that is replaced meanwhile
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A pinned version of a rank's publication."""
+
+    rank: int
+    slot: int
+    version: int
+
+
+class Publication:
+    """This rank's publication, and its view of those of others.
+
+    Args:
+        words, slots: shared memory of all ranks.
+        where: indices of the words.
+        rank: this rank.
+        counters: counts publications, skips, retries.
+        held: versions that others may hold at the same time; while they do, nothing is published.
+    """
+
+    def __init__(
+        self, words: Words, slots: Slots, where: WordMap, rank: int, counters: Counters, held: int
+    ) -> None:
+        self._words = words
+        self._slots = slots
+        self._where = where.publication
+        self._rank = rank
+        self._counters = counters
+        self._held = held
+        self._free = list(range(len(self._where)))
+        self._was = dict.fromkeys(self._free, word(FREE))  # words of the slots in _free
+        self._claimed: list[int] = []
+        self._newest: int | None = None
+        self._version = 0
+        self._reserved: int | None = None
+
+    def reserve(self) -> Message | None:
+        """Return a free slot to encode the next version into, or None (counted): never waits."""
+        if self.claims >= self._held or not self._free:
+            self._counters.publications_skipped += 1
+            return None
+        self._reserved = self._free[-1]
+        return self._slots.at(self._rank, self._reserved)
+
+    def publish(self) -> None:
+        """Make the reserved slot the newest version."""
+        slot = self._reserved
+        assert slot is not None, "publish without reserve"
+        self._reserved = None
+        self._free.remove(slot)
+        self._slots.sync()  # the payload must be there before a word says so
+        self._version += 1
+        swap = self._words.swap
+        published = swap(
+            self._rank, self._where[slot], self._was[slot], word(READY, self._rank, self._version)
+        )
+        old = 0 if self._newest is None else (self._version - 1) << 8 | self._newest
+        headed = swap(self._rank, HEAD, old, self._version << 8 | slot)
+        assert published and headed, "only the owner publishes"
+        if self._newest is not None:
+            self._retire(self._newest, self._version - 1)
+        self._newest = slot
+        self._counters.publications += 1
+
+    def claim(self, rank: int) -> Claim | None:
+        """Pin the newest version of `rank`, or return None if it is taken or none exists."""
+        head = self._words.read(rank, HEAD)
+        version, slot = head >> 8, head & 0xFF
+        if version == 0:
+            return None
+        ready, mine = word(READY, rank, version), word(CLAIMED, self._rank, version)
+        if not self._words.swap(rank, self._where[slot], ready, mine):
+            self._counters.taken += 1
+            return None
+        return Claim(rank, slot, version)
+
+    def release(self, claim: Claim) -> None:
+        """Give a pinned slot back to its owner."""
+        mine = word(CLAIMED, self._rank, claim.version)
+        self._words.swap(
+            claim.rank, self._where[claim.slot], mine, word(FREE, version=claim.version)
+        )
+
+    def read(self, rank: int, out: Message) -> bool:
+        """Copy the newest version of `rank`, claimed or not, to `out`; return whether one was got whole."""
+        for _ in range(_READS):
+            head = self._words.read(rank, HEAD)
+            version, slot = head >> 8, head & 0xFF
+            if version == 0:
+                return False
+            there = self._slots.at(rank, slot)
+            if there is None:
+                self._slots.get(rank, slot, out)
+            else:
+                out.buffer[:] = there.buffer
+            self._slots.sync()
+            # The owner writes to a slot only after a newer version is out and this one is free.
+            if self._words.read(rank, HEAD) == head:
+                return True
+            after = self._words.read(rank, self._where[slot])
+            if after >> 22 == version and after & 3 != FREE:
+                return True
+            self._counters.retries += 1
+        return False
+
+    def forget(self, rank: int) -> None:
+        """Take back the slots that a dead rank claimed."""
+        slots = self._claimed if self._newest is None else [*self._claimed, self._newest]
+        for slot in slots:
+            value = self._words.read(self._rank, self._where[slot])
+            if value & 3 == CLAIMED and holder_of(value) == rank:
+                self._words.swap(
+                    self._rank, self._where[slot], value, word(FREE, version=value >> 22)
+                )
+
+    @property
+    def claims(self) -> int:
+        """Number of versions of this rank that others hold now."""
+        self._collect()
+        if self._newest is None:
+            return len(self._claimed)
+        newest = self._words.read(self._rank, self._where[self._newest])
+        return len(self._claimed) + (newest & 3 == CLAIMED)
+
+    def _retire(self, slot: int, version: int) -> None:
+        ready, free = word(READY, self._rank, version), word(FREE, version=version)
+        if self._words.swap(self._rank, self._where[slot], ready, free):
+            self._free.append(slot)
+            self._was[slot] = free
+        else:
+            self._claimed.append(slot)
+
+    def _collect(self) -> None:
+        for slot in tuple(self._claimed):
+            value = self._words.read(self._rank, self._where[slot])
+            if value & 3 == FREE:
+                self._claimed.remove(slot)
+                self._free.append(slot)
+                self._was[slot] = value

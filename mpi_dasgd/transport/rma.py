@@ -1,0 +1,259 @@
+"""The endpoint on real MPI windows: in place within a node, Get and Put by a courier between nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.board import LEFT, Board
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.courier import Courier
+from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, meet
+from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+from mpi_dasgd.transport.words import WordMap
+
+__all__ = ["RmaEndpoint"]
+
+_CHORES = 0.05  # seconds between heartbeats, and between looks at other nodes
+
+
+class RmaEndpoint(Endpoint):
+    """One rank's transport on MPI windows. Creation and `close` are collective.
+
+    Args:
+        comm: communicator of all ranks; not used for anything else.
+        layout: of every message.
+        topology: who may talk to whom.
+        path: see `WindowSlots`.
+        publication_slots, inbox_slots: number of slots.
+        held: see `Publication`.
+        progress_interval: seconds between calls into MPI when there are several nodes.
+        silence: seconds without a heartbeat after which a rank counts as dead.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        layout: Layout,
+        topology: Topology,
+        *,
+        path: str = "auto",
+        publication_slots: int = 4,
+        inbox_slots: int = 4,
+        held: int = 2,
+        progress_interval: float = 0.0003,
+        silence: float = 10.0,
+    ) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self._comm = comm
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        where = WordMap(publication_slots, inbox_slots)
+        self._words = WindowWords(comm, where.count)
+        self._slots = WindowSlots(comm, node, layout, publication_slots + inbox_slots, path)
+        node.Free()
+        self._near = self._slots.near
+        self._far = frozenset(range(self.size)).difference(self._near)
+        self._topology = topology
+        self._neighbours: Sequence[int] = topology.neighbours(self.rank)
+        self._dead: set[int] = set()
+
+        self.counters = Counters()
+        self.publication = Publication(
+            self._words, self._slots, where, self.rank, self.counters, held
+        )
+        self.inbox = Inbox(self._words, self._slots, where, self.rank, self.counters)
+        # The courier has its own view and counters: two threads never share an object that changes.
+        self._far_counters = Counters()
+        self._far_publication = Publication(
+            self._words, self._slots, where, self.rank, self._far_counters, held
+        )
+        self._far_inbox = Inbox(self._words, self._slots, where, self.rank, self._far_counters)
+        self._staging: tuple[Message, Message] | None = None
+        if any(rank in self._far for rank in self._neighbours):
+            first, second = (Message(np.empty(layout.nbytes, np.uint8), layout) for _ in range(2))
+            self._staging = first, second
+
+        self.board = Board(self._words, self.rank, self.size, silence)
+        self._silence = silence
+        self._progress_interval = progress_interval
+        self._talking_to = -1
+        if self._far:
+            sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
+        self._courier = self._new_courier()
+
+    def _new_courier(self) -> Courier:
+        # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
+        progress = self._comm.Iprobe if self._far else None
+        return Courier(self._chore, _CHORES, progress, self._progress_interval)
+
+    def _chore(self) -> None:
+        board = self.board
+        board.beat(self._words)
+        board.watch(range(self.size), self._words)
+        board.refresh((rank for rank in self._far if rank not in board.dead), self._words)
+
+    @property
+    def path(self) -> str:
+        """How payload travels, in words."""
+        return self._slots.describe
+
+    def look(self) -> None:
+        """Read the notices of this node's ranks, and deal with ranks that died."""
+        self._courier.check()
+        self.board.refresh(self._near)
+        if self._courier.busy_seconds > self._silence:
+            self.board.dead.add(self._talking_to)
+            self._courier = self._new_courier()
+        for rank in self.board.dead - self._dead:
+            self.publication.forget(rank)
+            self.inbox.forget(rank)
+            self._dead.add(rank)
+            self._neighbours = self._topology.without(self._dead).neighbours(self.rank)
+
+    def neighbours(self) -> Sequence[int]:
+        """Return the neighbours that live."""
+        return self._neighbours
+
+    def pair(self, candidates: Sequence[int]) -> Pairing:
+        """Try to pair with one of `candidates`; those of other nodes are tried by the courier."""
+        pairing = Pairing()
+        for position, rank in enumerate(candidates):
+            if rank in self._far:
+                # The compute thread alone talks to ranks of its node, so these are not tried again.
+                far = [other for other in candidates[position:] if other in self._far]
+                self._courier.submit(lambda: self._pair_far(pairing, far))
+                return pairing
+            if self._pair_near(pairing, rank):
+                return pairing
+            pairing.failed += 1
+        pairing.settled = True
+        return pairing
+
+    def _pair_near(self, pairing: Pairing, rank: int) -> bool:
+        met = meet(self.publication, self.inbox, rank)
+        if met is None:
+            return False
+        claim, reservation = met
+        theirs = self._slots.at(rank, claim.slot)
+        assert theirs is not None
+        self._slots.sync()
+        self.counters.bytes_received += theirs.layout.nbytes
+        pairing.settle(claim, reservation, theirs, self.inbox.place(reservation))
+        return True
+
+    def _pair_far(self, pairing: Pairing, candidates: Sequence[int]) -> None:
+        assert self._staging is not None
+        for rank in candidates:
+            self._talking_to = rank
+            met = meet(self._far_publication, self._far_inbox, rank)
+            if met is not None:
+                claim, reservation = met
+                theirs, reply = self._staging
+                self._slots.get(rank, claim.slot, theirs)
+                self._far_counters.bytes_received += theirs.layout.nbytes
+                pairing.settle(claim, reservation, theirs, reply)
+                return
+            pairing.failed += 1
+        pairing.settled = True
+
+    def immediate(self, rank: int) -> bool:
+        """Ranks of this node answer at once."""
+        return rank not in self._far
+
+    def complete(self, pairing: Pairing) -> None:
+        """Deliver the reply, then release the partner's publication."""
+        assert pairing.claim is not None and pairing.reservation is not None
+        assert pairing.reply is not None
+        claim, reservation, reply = pairing.claim, pairing.reservation, pairing.reply
+        if claim.rank in self._far:
+
+            def deliver() -> None:
+                self._talking_to = claim.rank
+                self._far_inbox.send(reservation, reply)
+                self._far_publication.release(claim)
+
+            self._courier.submit(deliver)
+        else:
+            self.inbox.send(reservation, reply)
+            self.publication.release(claim)
+
+    def abandon(self, pairing: Pairing) -> None:
+        """Give back what a settled pairing holds."""
+        if pairing.claim is None or pairing.reservation is None:
+            return
+        claim, reservation = pairing.claim, pairing.reservation
+        if claim.rank in self._far:
+
+            def give_back() -> None:
+                self._far_inbox.cancel(reservation)
+                self._far_publication.release(claim)
+
+            self._courier.submit(give_back)
+        else:
+            self.inbox.cancel(reservation)
+            self.publication.release(claim)
+
+    def delivered(self) -> bool:
+        return self._courier.idle
+
+    def time_ns(self) -> int:
+        return time.time_ns()
+
+    def allreduce(self, array: np.ndarray) -> Pending:
+        """Sum `array` over all ranks in place."""
+        return _Allreduce(self._comm, array)
+
+    def totals(self) -> Counters:
+        """Return the counts of both threads together."""
+        return Counters(
+            *(
+                getattr(self.counters, field.name) + getattr(self._far_counters, field.name)
+                for field in dataclasses.fields(Counters)
+            )
+        )
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Wait for the others, end the courier, and free the windows.
+
+        Raises:
+            PeerLost: ranks have died, so that windows cannot be freed; leave by `os._exit` then.
+        """
+        arrived = self._comm.Ibarrier()
+        while not (arrived.Test() or self.board.dead):
+            time.sleep(0.001)
+        self.board.announce(LEFT)
+        stuck = not self._courier.close(timeout)
+        if stuck or self.board.dead:
+            raise PeerLost(f"ranks {sorted(self.board.dead)} are gone: windows cannot be freed")
+        self._slots.close()
+        self._words.close()
+
+
+class _Allreduce:
+    """A sum that starts when all ranks have come.
+
+    Waiting for them is a polled barrier, so that a rank that waits neither burns a core nor misses
+    the news that another has failed; the sum itself then runs at the library's full speed.
+    """
+
+    def __init__(self, comm: MPI.Comm, array: np.ndarray) -> None:
+        self._comm = comm
+        self._array = array
+        self._request = comm.Ibarrier()
+        self._complete = False
+
+    def done(self) -> bool:
+        if not self._complete and self._request.Test():
+            self._comm.Allreduce(MPI.IN_PLACE, self._array)
+            self._complete = True
+        return self._complete

@@ -1,0 +1,66 @@
+"""Control words: 64-bit integers that any rank may read, and change by compare-and-swap only.
+
+A word of a slot is ``version << 22 | holder << 2 | state``: 40 bits of version, 20 of rank, 2 of state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = [
+    "BEAT",
+    "CLAIMED",
+    "FREE",
+    "HEAD",
+    "LAST",
+    "READY",
+    "SAMPLES",
+    "SPOKESMAN",
+    "STATUS",
+    "WordMap",
+    "Words",
+    "word",
+]
+
+FREE, READY, CLAIMED = range(3)
+"""States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
+
+BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, HEAD, _SLOTS = range(7)
+"""Indices of a rank's words: heartbeats, samples processed, status, last step, who says why the run
+failed (rank 0's word counts), newest publication."""
+
+MAX_RANKS = 1 << 20
+
+
+def word(state: int, holder: int = 0, version: int = 0) -> int:
+    """Compose the word of a slot."""
+    return version << 22 | holder << 2 | state
+
+
+def holder_of(value: int) -> int:
+    """Rank in the word of a slot."""
+    return value >> 2 & (MAX_RANKS - 1)
+
+
+class WordMap:
+    """Where the words of one rank are.
+
+    Args:
+        publication_slots: number of slots of a publication.
+        inbox_slots: number of slots of an inbox.
+    """
+
+    def __init__(self, publication_slots: int, inbox_slots: int) -> None:
+        self.publication = range(_SLOTS, _SLOTS + publication_slots)
+        self.inbox = range(self.publication.stop, self.publication.stop + inbox_slots)
+        self.count = self.inbox.stop
+
+
+class Words(Protocol):
+    """The control words of all ranks."""
+
+    def read(self, rank: int, index: int) -> int:
+        """Return word `index` of `rank`, atomically."""
+
+    def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
+        """Set a word to `new` if it is `expected`; return whether it was. Atomic."""

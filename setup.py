@@ -1,0 +1,121 @@
+"""Builds the native kernels; everything else about the package is in pyproject.toml.
+
+CMake builds them, or the C++ compiler alone where there is no CMake. Where they cannot be built,
+the package is installed without them, uses NumPy, and says so (`mpi_dasgd.kernels.native.status`);
+with MPI_DASGD_REQUIRE_NATIVE=1 that is an error instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+KERNELS = Path("mpi_dasgd", "kernels")
+FLAGS = Path("cmake", "cxx_flags.txt")
+
+
+class NativeError(Exception):
+    """The library cannot be built, for the reason given."""
+
+
+class BuildNative(build_ext):
+    """Builds ``mpi_dasgd/kernels/_native.so``, or leaves ``_native_failure.txt`` in its place."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the file name without a Python tag: the library has plain C functions."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the library in the build folder."""
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        failure = library.with_name("_native_failure.txt")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
+        failure.unlink(missing_ok=True)
+        try:
+            build_library(library)
+        except NativeError as error:
+            if os.environ.get("MPI_DASGD_REQUIRE_NATIVE") == "1":
+                raise
+            failure.write_text(f"{error}\n", encoding="utf-8")
+            print(
+                f"\n*** WARNING: mpi_dasgd is installed WITHOUT its native kernels: {error}\n"
+                "*** Training works, with NumPy in their place, and takes longer.\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: put beside the sources what was built, and nothing older."""
+        built = Path(self.build_lib).resolve() / KERNELS
+        for name in ("_native.so", "_native_failure.txt"):
+            if (built / name).exists():
+                shutil.copy2(built / name, HERE / KERNELS / name)
+            else:
+                (HERE / KERNELS / name).unlink(missing_ok=True)
+
+
+def build_library(library: Path) -> None:
+    """Compile ``kernels/cpu/*.cpp`` to `library`.
+
+    Raises:
+        NativeError: there is no compiler, or it failed.
+    """
+    compiler = shlex.split(os.environ.get("CXX", ""))
+    if not compiler:
+        compiler = [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        wanted = compiler[0] if compiler else "c++, g++ or clang++"
+        raise NativeError(f"there is no C++ compiler ({wanted})")
+    with tempfile.TemporaryDirectory() as build:
+        if shutil.which("cmake"):
+            run(["cmake", "-S", str(HERE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"])
+            run(["cmake", "--build", build])
+            shutil.copy2(Path(build, "_native.so"), library)
+        else:
+            sources = sorted(map(str, (HERE / KERNELS / "cpu").glob("*.cpp")))
+            flags = (HERE / FLAGS).read_text(encoding="utf-8").split()
+            include = f"-I{HERE / KERNELS}"
+            shared = ["-fPIC", "-shared", "-o", str(library)]
+            run([*compiler, "-std=c++17", *flags, include, *sources, *shared])
+
+
+def run(command: list[str]) -> None:
+    """Run a build command, showing its output; raise NativeError if it fails."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(done.stdout, flush=True)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+        raise NativeError(f"`{command[0]}` failed: {' '.join(lines[first : first + 4])}")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "mpi_dasgd.kernels._native",
+            sources=[],
+            # Part of the source distribution, too.
+            depends=[
+                "CMakeLists.txt",
+                "cmake/NativeKernels.cmake",
+                str(FLAGS),
+                *(str(path.relative_to(HERE)) for path in sorted(HERE.glob("jobs/*"))),
+                "constraints.txt",
+                "Makefile",
+            ],
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

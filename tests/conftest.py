@@ -1,0 +1,66 @@
+"""What all tests share: the MPI libraries, fake hosts, and strictness in CI."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+
+import pytest
+from hosts import Hosts, isolated_hosts
+from ranks import CI, MPIS, mpi_library, rank_counts
+
+from mpi_dasgd import launchers
+
+
+@functools.cache
+def _version(mpi: str) -> str:
+    """Version text of an MPI library as mpi4py sees it; "" if it is not installed."""
+    library = mpi_library(mpi)
+    if library is None:
+        return ""
+    return launchers.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(library)}).version
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In CI every MPI must be there."""
+    absent = [mpi for mpi in MPIS if mpi_library(mpi) is None]
+    if CI and absent:
+        raise pytest.UsageError(f"MPI libraries are missing: {absent}; `make test` installs them")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which MPI libraries the ranks will use."""
+    lines = [f"{mpi}: {_version(mpi) or 'not installed, its tests are skipped'}" for mpi in MPIS]
+    ranks = os.environ.get("MPI_DASGD_TEST_RANKS", "as each test says")
+    return [*lines, f"ranks: {ranks}", f"CI: {CI} (missing pieces {'fail' if CI else 'skip'})"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start ranks, for ``make test-N``."""
+    for item in items:
+        if {"mpi", "n_ranks", "two_hosts"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.mpi)
+
+
+@pytest.fixture(params=MPIS)
+def mpi(request: pytest.FixtureRequest) -> str:
+    """Name of an MPI implementation; the test runs once with each."""
+    name: str = request.param
+    if mpi_library(name) is None:
+        pytest.skip(f"{name} is not installed: `make test` installs it")
+    return name
+
+
+@pytest.fixture(params=rank_counts(2, 4))
+def n_ranks(request: pytest.FixtureRequest) -> int:
+    """Number of ranks: 2 and 4, or MPI_DASGD_TEST_RANKS."""
+    number: int = request.param
+    return number
+
+
+@pytest.fixture(scope="session")
+def two_hosts() -> Iterator[Hosts]:
+    """Two fake hosts without shared memory between them."""
+    with isolated_hosts(2) as hosts:
+        yield hosts

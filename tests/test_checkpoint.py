@@ -1,0 +1,257 @@
+"""Checkpoints: whole or not there, whoever is killed and whatever is damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
+from mpi_dasgd.storage.writer import writer
+
+SAVER = """
+import sys
+import numpy as np
+from mpi_dasgd.storage.checkpoint import Checkpoints
+saves = Checkpoints(sys.argv[1], 0, 1)
+step = 0
+while True:
+    saves.save(step, {"model": np.full(500_000, step, "f4")}, {"next": step + 1})
+    saves.wait()
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def state(step: int, rank: int = 0) -> dict[str, np.ndarray]:
+    random_numbers = np.random.default_rng([step, rank])
+    return {
+        "model": random_numbers.standard_normal(3_000_000, dtype=np.float32),
+        "optimizer/momentum": random_numbers.standard_normal((7, 5)),
+        "rng": random_numbers.integers(0, 255, 64, dtype=np.uint8),
+        "mask": np.array([True, False]),
+        "steps": np.array(step),
+        "empty": np.zeros((0, 3)),
+    }
+
+
+def save_all(directory: Path, steps: range, size: int = 2, **options: Any) -> list[Checkpoints]:
+    """Save `steps` of all ranks in one process and close."""
+    ranks = [Checkpoints(directory, rank, size, **options) for rank in range(size)]
+    for step in steps:
+        for rank in reversed(range(size)):
+            ranks[rank].save(step, state(step, rank), {"note": f"{step}.{rank}"})
+            ranks[rank].wait(0 if rank else 30)
+    for each in ranks:
+        each.close()
+    return ranks
+
+
+def assert_state(directory: Path, step: int, size: int = 2) -> None:
+    for rank in range(size):
+        arrays, meta = load(directory, rank)
+        assert meta == {"note": f"{step}.{rank}", "step": step, "rank": rank, "size": size}
+        expected = state(step, rank)
+        assert arrays.keys() == expected.keys()
+        for name, array in expected.items():
+            assert arrays[name].dtype == array.dtype
+            np.testing.assert_array_equal(arrays[name], array, strict=True)
+
+
+def flip_a_bit(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 4
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    save_all(tmp_path, range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_state(tmp_path, 2)
+    assert good_steps(tmp_path, 0) == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        name
+        for step in ("step00000001", "step00000002")
+        for name in (f"{step}.json", f"{step}.rank00000.h5", f"{step}.rank00001.h5")
+    )
+
+
+def test_files_are_contiguous_with_digests(tmp_path: Path) -> None:
+    save_all(tmp_path, range(1))
+    with h5py.File(tmp_path / "step00000000.rank00000.h5") as file:
+        model = file["arrays/model"]
+        assert model.chunks is None
+        assert len(model.attrs["xxh3_128"]) == 32
+        digest = file.attrs["digest"]
+    manifest = json.loads((tmp_path / "step00000000.json").read_text())
+    assert manifest["files"][0]["digest"] == digest
+
+
+def test_save_takes_a_copy(tmp_path: Path) -> None:
+    release = threading.Event()
+    writer().submit(lambda: release.wait(30))
+    saves = Checkpoints(tmp_path, 0, 1)
+    model = np.ones(1000)
+    saves.save(0, {"model": model}, {})
+    model[:] = 2
+    assert not list(tmp_path.iterdir())
+    release.set()
+    assert saves.close()
+    assert (load(tmp_path, 0)[0]["model"] == 1).all()
+
+
+def test_no_manifest_without_the_files_of_all_ranks(tmp_path: Path) -> None:
+    first, second = (Checkpoints(tmp_path, rank, 2) for rank in range(2))
+    for saves, rank in ((first, 0), (second, 1)):
+        saves.save(0, state(0, rank), {"note": f"0.{rank}"})
+    assert first.wait()
+    first.save(1, state(1, 0), {"note": "1.0"})
+    assert not first.wait(timeout=0.3)
+    assert (tmp_path / "step00000001.rank00000.h5").exists()
+    assert_state(tmp_path, 0)
+    # The late file makes it complete without any call by rank 0.
+    second.save(1, state(1, 1), {"note": "1.1"})
+    second.close()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "step00000001.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert_state(tmp_path, 1)
+    assert first.close()
+
+
+def test_a_lost_rank_does_not_fill_the_disk(tmp_path: Path) -> None:
+    first, second = (Checkpoints(tmp_path, rank, 2) for rank in range(2))
+    for step in range(2):
+        for saves, rank in ((first, 0), (second, 1)):
+            saves.save(step, state(step, rank), {"note": f"{step}.{rank}"})
+            saves.wait(0 if rank == 0 else 30)
+    for step in range(2, 12):
+        first.save(step, {"model": np.zeros(10)}, {})
+    first.close(timeout=0)
+    assert_state(tmp_path, 1)
+    assert len(list(tmp_path.glob("*.rank00000.h5"))) == 2 + 4
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_damage_falls_back_to_the_older_checkpoint(tmp_path: Path, which: int) -> None:
+    save_all(tmp_path, range(2))
+    damaged = tmp_path / f"step00000001.rank0000{which}.h5"
+    flip_a_bit(damaged, 6_000_000)
+    with pytest.warns(UserWarning, match=rf"{damaged.name} is damaged.*back to checkpoint 0"):
+        assert_state(tmp_path, 0)
+    # The rank whose own file is good would take step 1; agreement needs the intersection.
+    assert good_steps(tmp_path, 1 - which) == [0, 1]
+    with pytest.warns(UserWarning, match="checkpoint 1 left out"):
+        assert good_steps(tmp_path, which) == [0]
+    assert load(tmp_path, 1 - which, step=1)[1]["step"] == 1
+    with pytest.raises(UserError, match=damaged.name):
+        load(tmp_path, which, step=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"has \d+ bytes, not the \d+"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "is damaged"),
+    ],
+)
+def test_every_file_damaged_names_them(tmp_path: Path, damage: Any, message: str) -> None:
+    save_all(tmp_path, range(2))
+    for step in range(2):
+        damage(tmp_path / f"step0000000{step}.rank00001.h5")
+    with pytest.raises(UserError, match=rf"step00000001.rank00001.h5 {message}.*; .*step00000000"):
+        load(tmp_path, 0)
+
+
+def test_a_changed_meta_is_found(tmp_path: Path) -> None:
+    save_all(tmp_path, range(1))
+    with h5py.File(tmp_path / "step00000000.rank00000.h5", "r+") as file:
+        meta = file.attrs["meta_json"]
+        file.attrs["meta_json"] = meta.replace("0.0", "0.1")
+    with pytest.raises(UserError, match=r"step00000000\.rank00000\.h5"):
+        load(tmp_path, 0)
+
+
+def test_a_torn_manifest_falls_back(tmp_path: Path) -> None:
+    save_all(tmp_path, range(2))
+    manifest = tmp_path / "step00000001.json"
+    manifest.write_text(manifest.read_text()[:50])
+    with pytest.warns(UserWarning, match="no complete manifest"):
+        assert_state(tmp_path, 0)
+
+
+def test_large_meta(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path, 0, 1)
+    meta = {"log": "x" * 200_000}
+    saves.save(0, {}, meta)
+    saves.close()
+    assert load(tmp_path, 0)[1]["log"] == meta["log"]
+
+
+def test_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a checkpoint"):
+        load(tmp_path, 0)
+    with pytest.raises(UserError, match="keep: expected at least 2"):
+        Checkpoints(tmp_path, 0, 1, keep=1)
+    save_all(tmp_path, range(1))
+    with pytest.raises(UserError, match="expected a checkpoint of 3 ranks, found one of 2"):
+        load(tmp_path, 0, size=3)
+    with pytest.raises(UserError, match="expected the state of rank 2"):
+        load(tmp_path, 2)
+    with pytest.raises(UserError, match="earlier run"):
+        Checkpoints(tmp_path, 0, 2)
+
+
+def test_resuming_removes_the_abandoned_branch(tmp_path: Path) -> None:
+    save_all(tmp_path, range(3))
+    stale = tmp_path / "step00000003.rank00001.h5"
+    stale.write_bytes(b"of the attempt that broke")
+    (tmp_path / "step00000003.rank00000.h5.tmp").write_bytes(b"torn")
+    resumed = Checkpoints(tmp_path, 0, 2, resumed=1)
+    assert {path.name[:12] for path in tmp_path.iterdir()} == {"step00000001"}
+    resumed.save(2, state(2, 0), {"note": "again"})
+    assert not resumed.close(timeout=0)
+    assert_state(tmp_path, 1)
+
+
+def test_a_failed_write_is_reported(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path / "gone", 0, 1)
+    (tmp_path / "gone").rmdir()
+    saves.save(0, {"model": np.zeros(3)}, {})
+    with pytest.raises(OSError, match="gone"):
+        saves.wait()
+
+
+def test_sigkill_keeps_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
+    delays = random.Random(1)
+    for trial in range(5):
+        directory = tmp_path / str(trial)
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(directory)], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            acknowledged = int(child.stdout.readline())
+            time.sleep(delays.uniform(0, 0.3))
+            child.send_signal(signal.SIGKILL)
+            for line in child.stdout:
+                if line.endswith("\n"):
+                    acknowledged = int(line)
+        arrays, meta = load(directory, 0)
+        assert meta["step"] >= acknowledged
+        assert meta["next"] == meta["step"] + 1
+        assert (arrays["model"] == meta["step"]).all()

@@ -1,0 +1,76 @@
+"""The fused pass: the native library and NumPy give the same bits, and both sides move by the same amounts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.kernels import native
+from mpi_dasgd.kernels.average import pair_average, pair_average_numpy
+
+needs_native = pytest.mark.skipif(native.load() is None, reason=native.status())
+
+
+def _models(count: int, size: int, dtype: type, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    scales = 10.0 ** rng.integers(-6, 6, size)
+    return [(rng.normal(size=size) * scales).astype(dtype) for _ in range(count)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 3, 1023, 1024, 1025, 40_000, 1_100_000])
+@pytest.mark.parametrize("arrivals", [0, 1, 3])
+@pytest.mark.parametrize("partner", [False, True])
+def test_native_library_and_numpy_agree_bit_for_bit(
+    dtype: type, size: int, arrivals: int, partner: bool
+) -> None:
+    x, theirs, *arrived = _models(2 + arrivals, size, dtype)
+    if size > 3:
+        x[0], theirs[1], x[2] = np.inf, np.nan, 1e-40  # what a diverging run holds
+    results = []
+    for run in (pair_average, pair_average_numpy):
+        mine, reply, published = x.copy(), np.zeros_like(x), np.zeros_like(x)
+        with np.errstate(all="ignore"):
+            run(
+                mine,
+                arrived,
+                theirs if partner else None,
+                0.5,
+                reply if partner else None,
+                published,
+            )
+        results.append((mine.tobytes(), reply.tobytes(), published.tobytes()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
+def test_meaning(run: object) -> None:
+    x, theirs, one, two = _models(4, 5000, np.float64)
+    mine, reply, published = x.copy(), np.empty_like(x), np.empty_like(x)
+    run(mine, [one, two], theirs, 0.25, reply, published)  # type: ignore[operator]
+    absorbed = x + one + two
+    np.testing.assert_array_equal(reply, -(0.25 * (theirs - absorbed)))
+    np.testing.assert_array_equal(mine, absorbed - reply)
+    np.testing.assert_array_equal(published, mine)
+
+
+@pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
+def test_outputs_may_be_left_out(run: object) -> None:
+    x, theirs = _models(2, 2000, np.float32)
+    mine = x.copy()
+    run(mine)  # type: ignore[operator]
+    np.testing.assert_array_equal(mine, x)
+    run(mine, (), theirs)  # type: ignore[operator]
+    np.testing.assert_array_equal(mine, x + np.float32(0.5) * (theirs - x))
+
+
+def test_an_exchange_conserves_the_sum_exactly_where_addition_is_exact() -> None:
+    rng = np.random.default_rng(1)
+    mine, partner = (rng.integers(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
+    total = mine + partner
+    reply = np.empty_like(mine)
+    pair_average(mine, (), partner, 0.5, reply)
+    pair_average(partner, [reply])
+    np.testing.assert_array_equal(mine + partner, total)
+    np.testing.assert_array_equal(mine, partner)

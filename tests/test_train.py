@@ -1,0 +1,287 @@
+"""The main job as a user starts it: it trains, compares with all-reduce, resumes, and refuses clearly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import xarray
+from ranks import MPIS, ROOT, missing, mpi_library, rank_counts
+from torch.nn.functional import cross_entropy
+
+from mpi_dasgd import load_model
+from mpi_dasgd.storage.runfile import read_run_file
+from mpi_dasgd.tasks import data, models
+
+pytestmark = pytest.mark.mpi
+
+JOB = ROOT / "jobs" / "train.toml"
+
+
+def _command(ranks: int, directory: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "mpi_dasgd", "launch", "-n", str(ranks), "--timeout", "120",
+        "train", str(JOB), f"run.directory={directory}", "run.name=run", *overrides,
+    ]  # fmt: skip
+
+
+def _environment(mpi: str) -> dict[str, str]:
+    library = mpi_library(mpi)
+    if library is None:
+        missing(f"no library of {mpi}: `make test` installs it")
+    return {
+        **os.environ,
+        "MPI4PY_LIBMPI": str(library),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def _train(
+    ranks: int, directory: Path, *overrides: str, mpi: str = "mpich", code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        _command(ranks, directory, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=_environment(mpi),
+        check=False,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def _consensus(directory: Path) -> Any:
+    return xarray.open_dataset(
+        directory / "run" / "results.h5", engine="h5netcdf", group="consensus"
+    )
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("algorithm", ["adpsgd", "allreduce"])
+def test_four_ranks_learn_the_digits(tmp_path: Path, mpi: str, algorithm: str) -> None:
+    done = _train(4, tmp_path, f"algorithm.name={algorithm}", mpi=mpi)
+    assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= 0.97
+    assert "samples/s" in done.stdout
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file.attrs["status"] == "finished"
+        assert file.attrs["ranks"] == 4
+        config = json.loads(file.attrs["config_json"])
+        samples = file["ranks/samples"][:].sum()
+    # the budget of all ranks together is kept to a few batches
+    assert samples == pytest.approx(config["budget"]["samples"], rel=0.02)
+    task = data.load("digits", "cnn", 0)
+    model = models.build("cnn", task.features, task.classes)
+    model.load_state_dict(load_model(tmp_path / "run" / "model.h5"))
+    accuracy = (model(task.test_x).argmax(1) == task.test_y).float().mean().item()
+    assert accuracy == pytest.approx(
+        float(_consensus(tmp_path)["mean_test_accuracy"][-1]), abs=0.003
+    )
+
+
+@pytest.mark.parametrize("ranks", rank_counts(2, 3))
+@pytest.mark.parametrize("path", ["node", "remote"])
+def test_exchanges_are_recorded_and_counted(tmp_path: Path, ranks: int, path: str) -> None:
+    _train(ranks, tmp_path, f"transport.path={path}", "budget.epochs=6", "evaluation.live=false")
+    exchange = xarray.open_dataset(
+        tmp_path / "run" / "results.h5", engine="h5netcdf", group="exchange"
+    ).to_dataframe()
+    rows = xarray.open_dataset(tmp_path / "run" / "results.h5", engine="h5netcdf", group="ranks")
+    initiated = exchange[exchange["kind"] == 0]
+    absorbed = exchange[exchange["kind"] == 1]
+    assert len(initiated) > 50
+    # every message that was sent was absorbed, and moved as many bytes as were counted
+    assert len(initiated) == int(rows["messages"].sum()) == int(rows["absorbed"].sum())
+    assert len(absorbed) == len(initiated)
+    moved = int(rows["bytes_sent"].sum() + rows["bytes_received"].sum())
+    given_back = (
+        int(rows["bytes_received"].sum()) - len(initiated) * int(initiated["bytes"].iloc[0]) // 2
+    )
+    assert initiated["bytes"].sum() == moved - given_back
+    assert (initiated["partner"] >= 0).all()
+    assert (exchange["age_s"].dropna() >= 0).all()
+
+
+def _models_after(directory: Path, ranks: int) -> dict[str, torch.Tensor]:
+    return load_model(directory / "run" / "model.h5")
+
+
+def test_allreduce_equals_one_process_with_the_large_batch(tmp_path: Path) -> None:
+    ranks, steps, size = 4, 40, 8
+    _train(
+        ranks, tmp_path, "algorithm.name=allreduce", f"task.batch_size={size}",
+        f"budget.samples={ranks * steps * size}", "schedule.name=constant", "schedule.warmup=0",
+    )  # fmt: skip
+    torch.manual_seed(1000003)  # rank 0's, whose weights all ranks start from
+    task = data.load("digits", "cnn", 1)
+    model = models.build("cnn", task.features, task.classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    order = [
+        data.Batches(task, size, seed=1, rank=rank, ranks=ranks, sharded=False)
+        for rank in range(ranks)
+    ]
+    for step in range(steps):
+        batches = [batches.batch(step) for batches in order]
+        optimizer.zero_grad()
+        cross_entropy(
+            model(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches])
+        ).backward()
+        optimizer.step()
+    for name, expected in model.state_dict().items():
+        found = _models_after(tmp_path, ranks)[name]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    settings = [
+        "algorithm.name=allreduce", "budget.epochs=4", "checkpoint.points=4", "evaluation.points=2",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _train(2, whole, *settings)
+    _train(2, parts, *settings)
+    newest = sorted((parts / "run" / "checkpoints").glob("step*.json"))[-1]
+    newest.unlink()  # as if the run had been cut off before its last checkpoint
+    done = _train(2, parts, *settings, "run.resume=true")
+    assert "error" not in done.stderr
+    for name, value in _models_after(whole, 2).items():
+        assert torch.equal(value, _models_after(parts, 2)[name])
+    resumed = read_run_file(parts / "run" / "ranks" / "rank00000.h5").tables["train"]
+    assert 0 < resumed["step"][0] - 1 < resumed["step"][-1]
+
+
+def test_an_asynchronous_run_resumes(tmp_path: Path) -> None:
+    settings = ["checkpoint.points=3", "evaluation.points=2"]
+    _train(2, tmp_path, *settings, "budget.epochs=10")
+    before = float(_consensus(tmp_path)["mean_test_accuracy"][-1])
+    _train(2, tmp_path, *settings, "budget.epochs=20", "run.resume=true")
+    assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= before - 0.02
+
+
+@pytest.mark.parametrize("algorithm", ["adpsgd", "allreduce"])
+def test_a_diverging_run_stops_saves_and_says_who_and_when(tmp_path: Path, algorithm: str) -> None:
+    done = _train(3, tmp_path, f"algorithm.name={algorithm}", "optimizer.lr=1e30", code=3)
+    assert done.stderr.count("error: loss of rank") == 1
+    assert "step" in done.stderr and "Traceback" not in done.stderr
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file.attrs["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "words"),
+    [
+        (2, ["algorithm.triez=2"], ["algorithm.triez", "tries"]),
+        (2, ["optimizer.lr=high"], ["optimizer.lr", "'high'"]),
+        (1, [], ["adpsgd", "at least 2 ranks", "launch -n"]),
+        (3, ["topology.graph=hypercube"], ["hypercube", "power of two"]),
+        (3, ["topology.graph=random_regular", "topology.degree=1"], ["degree", "3"]),
+        (2, ["topology.graph=edges", "topology.file=/nowhere"], ["/nowhere"]),
+        (2, ["task.name=quadratic"], ["task.name", "simulate"]),
+        (2, ["task.batch_size=100000"], ["task.batch_size", "1438"]),
+        (2, ["task.model=cnn", "task.name=breast_cancer"], ["task.model", "square"]),
+        (2, ["optimizer.name=Sdg"], ["optimizer.name", "'Sdg'"]),
+        (2, ["optimizer.options={mom=1}"], ["optimizer.options", "mom"]),
+        (2, ["algorithm.name=allreduce", "algorithm.local_steps=4"], ["local_steps", "allreduce"]),
+        (2, ["run.resume=true"], ["run.resume", "checkpoints"]),
+        (2, ["straggler.kind=constant", "straggler.ranks=[9]"], ["straggler", "9"]),
+        (2, ["run.directory=/proc/nowhere"], ["/proc/nowhere"]),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) and value else None,
+)
+def test_bad_input_is_refused_once_with_exit_code_two(
+    tmp_path: Path, ranks: int, overrides: list[str], words: list[str]
+) -> None:
+    done = _train(ranks, tmp_path, *overrides, code=2)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert [word for word in words if word not in errors[0]] == []
+    assert "Traceback" not in done.stderr
+
+
+def test_a_result_is_never_overwritten_silently(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    done = _train(2, tmp_path, code=2)
+    assert "exists" in done.stderr and "run.overwrite=true" in done.stderr
+    assert (tmp_path / "run" / "precious").exists()
+
+
+def test_resuming_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    settings = ["checkpoint.points=2", "budget.epochs=4"]
+    _train(2, tmp_path, *settings)
+    for file in (tmp_path / "run" / "checkpoints").glob("*.h5"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    done = _train(2, tmp_path, *settings, "run.resume=true", code=2)
+    assert done.stderr.count("error:") == 1 and "checkpoint" in done.stderr
+
+
+def _rank_processes(launcher: int) -> dict[int, int]:
+    """Processes of the ranks under a launcher, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"mpi_dasgd" in words and b"train" in words and b"launch" not in words:
+            for variable in environment.split(b"\0"):
+                name, _, value = variable.partition(b"=")
+                if name == b"PMI_RANK" and f"TEST_OF={launcher}".encode() in environment:
+                    found[int(value)] = int(entry.name)
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_others_finish_when_a_rank_is_killed(tmp_path: Path, victim: int) -> None:
+    mark = f"{os.getpid()}{victim}"
+    process = subprocess.Popen(
+        _command(3, tmp_path, "budget.seconds=8", "transport.silence=2", "schedule.warmup=0"),
+        env={**_environment("mpich"), "TEST_OF": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = tmp_path / "run" / "ranks" / f"rank{victim:05d}.h5"
+    deadline = time.monotonic() + 60
+    while not run.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    os.kill(_rank_processes(int(mark))[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"ranks [{victim}] were lost" in output
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file.attrs["status"] == "degraded"
+        status = file["ranks/status"].asstr()[:].tolist()
+        samples = file["ranks/samples"][:]
+    assert status.count("finished") == 2
+    assert status[victim] == "killed"
+    assert np.delete(samples, victim).min() > 0
+
+
+def test_own_loop_example() -> None:
+    command = [
+        sys.executable, "-c",
+        "import sys; from mpi_dasgd import launch; "
+        "sys.exit(launch.run([sys.executable, sys.argv[1]], 2, timeout=100).code)",
+        str(ROOT / "examples" / "own_loop.py"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env=_environment("mpich"), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.split("accuracy")[1].split("%")[0])
+    assert accuracy > 93

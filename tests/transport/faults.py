@@ -1,0 +1,176 @@
+"""Protocols with a mistake each: what the stress and the interleavings must find."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.inbox import Arrival, Inbox, Reservation
+from mpi_dasgd.transport.publication import Claim, Publication
+from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, READY, holder_of, word
+
+__all__ = ["FAULTS", "Fault"]
+
+
+class WritesPublished(Publication):
+    """The owner writes to the slot that is published."""
+
+    def reserve(self) -> Message | None:
+        message = super().reserve()
+        if message is None or self._newest is None:
+            return message
+        return self._slots.at(self._rank, self._newest)
+
+
+class ReadsWithoutClaim(Publication):
+    """A reader takes the newest version without a swap."""
+
+    def claim(self, rank: int) -> Claim | None:
+        head = self._words.read(rank, HEAD)
+        return Claim(rank, head & 0xFF, head >> 8) if head else None
+
+
+class IgnoresClaims(Publication):
+    """The owner takes the slot of an old version back although a reader holds it."""
+
+    def _retire(self, slot: int, version: int) -> None:
+        free = word(FREE, version=version)
+        while not self._words.swap(
+            self._rank, self._where[slot], self._words.read(self._rank, self._where[slot]), free
+        ):
+            pass
+        self._free.append(slot)
+        self._was[slot] = free
+
+
+class LooksOnce(Publication):
+    """A reader copies, slowly, and does not look at the version again."""
+
+    def read(self, rank: int, out: Message) -> bool:
+        head = self._words.read(rank, HEAD)
+        if head == 0:
+            return False
+        there = self._slots.at(rank, head & 0xFF)
+        if there is None:
+            self._slots.get(rank, head & 0xFF, out)
+            return True
+        half = out.buffer.size // 2
+        out.buffer[:half] = there.buffer[:half]
+        time.sleep(1e-4)
+        out.buffer[half:] = there.buffer[half:]
+        return True
+
+
+class PublishesEarly(Publication):
+    """The owner names a version the newest before it has written it."""
+
+    def reserve(self) -> Message | None:
+        message = super().reserve()
+        if message is not None:
+            super().publish()
+        return message
+
+    def publish(self) -> None:
+        pass
+
+
+class ReadyFirst(Inbox):
+    """A sender sets the slot ready, then writes, slowly."""
+
+    def place(self, reservation: Reservation) -> Message | None:
+        return None
+
+    def send(self, reservation: Reservation, message: Message) -> None:
+        rank, slot = reservation.rank, reservation.slot
+        message.sequence = self._sent[rank]
+        self._sent[rank] += 1
+        there = self._slots.at(rank, self._first + slot)
+        if there is not None:
+            there.buffer[:64] = message.buffer[:64]
+        self._words.swap(
+            rank, self._where[slot], word(CLAIMED, self._rank), word(READY, self._rank)
+        )
+        if there is None:
+            self._slots.put(rank, self._first + slot, message)
+        else:
+            time.sleep(1e-4)
+            there.buffer[64:] = message.buffer[64:]
+
+
+class SendsUnasked(Inbox):
+    """A sender takes a slot of the inbox whether it is free or not."""
+
+    def reserve(self, rank: int) -> Reservation | None:
+        slot = self._sent[rank] % len(self._where)
+        mine = word(CLAIMED, self._rank)
+        while not self._words.swap(
+            rank, self._where[slot], self._words.read(rank, self._where[slot]), mine
+        ):
+            pass
+        return Reservation(rank, slot)
+
+    def free(self, arrival: Arrival) -> None:
+        ready = word(READY, arrival.sender)
+        self._words.swap(self._rank, self._where[arrival.slot], ready, word(FREE))
+
+
+class Disordered(Inbox):
+    """The receiver takes messages as they lie in the slots."""
+
+    def receive(self) -> list[Arrival]:
+        arrivals = []
+        for slot, index in enumerate(self._where):
+            value = self._words.read(self._rank, index)
+            message = self._slots.at(self._rank, self._first + slot)
+            if value & 3 == READY and message is not None:
+                arrivals.append(Arrival(holder_of(value), slot, message))
+        return arrivals
+
+
+class Twice(Disordered):
+    """The receiver forgets now and then to free a message that it has used."""
+
+    _calls = 0
+
+    def free(self, arrival: Arrival) -> None:
+        self._calls += 1
+        if self._calls % 20:
+            super().free(arrival)
+
+
+class Drops(Inbox):
+    """A sender cancels a message now and then instead of setting it ready."""
+
+    _calls = 0
+
+    def send(self, reservation: Reservation, message: Message) -> None:
+        self._calls += 1
+        super().send(reservation, message) if self._calls % 20 else self.cancel(reservation)
+
+
+class Fault(NamedTuple):
+    """A protocol with a mistake.
+
+    Attributes:
+        publication, inbox: the classes to use.
+        signs: findings of which at least one must be there.
+    """
+
+    publication: type[Publication]
+    inbox: type[Inbox]
+    signs: tuple[str, ...]
+
+
+FAULTS = {
+    "writes published": Fault(WritesPublished, Inbox, ("torn", "changed while held")),
+    "reads without claim": Fault(ReadsWithoutClaim, Inbox, ("served twice",)),
+    "ignores claims": Fault(IgnoresClaims, Inbox, ("torn", "changed while held")),
+    "looks once": Fault(LooksOnce, Inbox, ("torn",)),
+    "publishes early": Fault(PublishesEarly, Inbox, ("torn", "wrong version")),
+    "ready first": Fault(Publication, ReadyFirst, ("torn",)),
+    "sends unasked": Fault(Publication, SendsUnasked, ("lost",)),
+    "disordered": Fault(Publication, Disordered, ("order",)),
+    "twice": Fault(Publication, Twice, ("twice",)),
+    "drops": Fault(Publication, Drops, ("lost",)),
+}
