@@ -1,4 +1,4 @@
-"""The command ``mpi-dasgd``. What needs no MPI does not initialize it; what needs no torch does not load it."""
+"""The command ``mpi-dasgd``. MPI and torch are loaded by what needs them, and not before."""
 
 from __future__ import annotations
 

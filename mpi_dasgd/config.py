@@ -54,7 +54,7 @@ class Task(Section):
 class Optimizer(Section):
     name: str = Field("SGD", description="any class of torch.optim")
     lr: float = Field(0.1, description="base learning rate", gt=0)
-    options: dict[str, float | bool | int | list[float]] = Field(
+    options: dict[str, Any] = Field(
         default_factory=lambda: {"momentum": 0.9},
         description="further keyword arguments of the class",
     )

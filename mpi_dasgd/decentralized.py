@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpi_dasgd import algorithms, codecs, topology, world
+from mpi_dasgd import algorithms, codecs, launch, topology, world
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.config import Config
 from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.stepsize import Schedule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
@@ -75,7 +76,9 @@ class Decentralized:
         environment: world.World | None = None,
         record: Callable[[Exchange], None] | None = None,
     ) -> None:
+        own_world = environment is None  # else its owner says when set-up is over
         if environment is None:
+            launch.setting_up()
             environment = world.start()
             environment.abort_on_exception()
         if config is None:
@@ -108,7 +111,7 @@ class Decentralized:
                     "learning rates would differ; give budget.samples or budget.epochs instead"
                 )
         self._broadcast()
-        self.local = _Local(optimizer, self.parameters)
+        self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport
         self.endpoint = RmaEndpoint(
             environment.comm,
@@ -120,13 +123,12 @@ class Decentralized:
             progress_interval=transport.progress_interval,
             silence=transport.silence,
         )
-        self._rng = np.random.default_rng([config.run.seed, self.rank, 3])
         self.algorithm = kind(
             self.endpoint,
             self._codec,
             self.parameters.host,
             config.algorithm,
-            self._rng,
+            algorithms.partners(config.run.seed, self.rank),
             record or (lambda exchange: None),
         )
         self._begun = self._looked = time.monotonic()
@@ -134,6 +136,8 @@ class Decentralized:
         self.algorithm.start()
         environment.comm.Barrier()  # every rank has published before any looks for a partner
         self.restart_clock()
+        if own_world:
+            launch.ready()
 
     def _broadcast(self) -> None:
         """Give all ranks the model of rank 0, and see that they have it."""
@@ -312,43 +316,6 @@ class Decentralized:
             self.close()
         else:
             self.fail()
-
-
-class _Local:
-    """This rank's training, as its algorithm sees it."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: FlatParameters) -> None:
-        self.step = 0
-        self.factor = 1.0
-        self.update_seconds = 0.0
-        self._optimizer = optimizer
-        self._parameters = parameters
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._staged: np.ndarray | None = None
-        self._flat: torch.Tensor | None = None
-
-    @property
-    def rate(self) -> float:
-        """Learning rate of the first parameter group."""
-        return float(self._optimizer.param_groups[0]["lr"])
-
-    @property
-    def gradient(self) -> np.ndarray:
-        """The gradient, flat; `update` applies what it then holds."""
-        self._flat = self._parameters.gather_gradient()
-        self._staged = self._flat.cpu().numpy()
-        return self._staged
-
-    def update(self) -> None:
-        """One step of the optimizer, at the learning rate that global progress demands."""
-        begun = time.perf_counter()
-        if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
-            self._flat.copy_(torch.from_numpy(self._staged))
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self.factor
-        self._optimizer.step()
-        self._parameters.pull()
-        self.update_seconds += time.perf_counter() - begun
 
 
 def _in_place() -> Any:

@@ -8,19 +8,17 @@ collective call while it runs, and survives ranks that died.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.storage.results import gather
 from mpi_dasgd.storage.writer import writer
 from mpi_dasgd.tasks.data import Data
 
-__all__ = ["Evaluator", "Snapshots", "consensus_table", "own_accuracies", "wait_until_closed"]
+__all__ = ["Evaluator", "Snapshots"]
 
 BATCH = 1024
 
@@ -96,7 +94,7 @@ class Snapshots:
 
         def write() -> None:
             temporary = path.with_suffix(".tmp.npz")
-            np.savez(temporary, **values)
+            np.savez(temporary, allow_pickle=False, **values)
             os.replace(temporary, path)  # noqa: PTH105
 
         writer().submit(write)
@@ -114,87 +112,3 @@ class Snapshots:
         for path in self._directory.glob("*.npz"):
             path.unlink()
         self._directory.rmdir()
-
-
-def wait_until_closed(directory: Path, ranks: Sequence[int], timeout: float) -> None:
-    """Wait until the run files of `ranks` are closed, or `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        results = gather(directory)
-        status = dict(zip(results.rank.tolist(), results.ranks["status"].tolist(), strict=True))
-        if all(status.get(rank, "running") != "running" for rank in ranks):
-            return
-        time.sleep(0.05)
-
-
-def own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
-    """Return what the ranks measured of their own models, by milestone and rank."""
-    results = gather(directory)
-    table = results.tables["evaluation"]
-    return {
-        (int(table["milestone"][row, record]), int(rank)): float(
-            table["test_accuracy"][row, record]
-        )
-        for row, rank in enumerate(results.rank)
-        for record in range(results.records["evaluation"][row])
-    }
-
-
-def consensus_table(
-    milestones: Sequence[int],
-    ranks: Sequence[int],
-    snapshots: Snapshots,
-    evaluator: Evaluator,
-    known: Mapping[tuple[int, int], float],
-) -> dict[str, list[float]]:
-    """Evaluate the mean model, and each rank's, at `milestones`.
-
-    Args:
-        milestones: those to evaluate; one that lacks a rank's snapshot is left out.
-        ranks: whose models make the mean.
-        snapshots: where they are.
-        evaluator: evaluates; its model is changed.
-        known: accuracies measured before, by milestone and rank.
-
-    Returns:
-        Columns of `mpi_dasgd.storage.schema.CONSENSUS`, one entry a milestone.
-    """
-    table: dict[str, list[float]] = {
-        name: []
-        for name in (
-            "milestone", "progress", "samples", "time", "mean_test_loss", "mean_test_accuracy",
-            "worst_test_accuracy", "best_test_accuracy", "consensus_distance", "consensus_relative",
-        )
-    }  # fmt: skip
-    for milestone in milestones:
-        found = [snapshots.load(milestone, rank) for rank in ranks]
-        loaded = [snapshot for snapshot in found if snapshot is not None]
-        if len(loaded) < len(found) or not loaded:
-            continue
-        models = [snapshot["model"] for snapshot in loaded]
-        mean = np.mean(models, axis=0, dtype=np.float64)
-        buffers = np.mean([snapshot["buffers"] for snapshot in loaded], axis=0)
-        distance = float(np.mean([np.square(model - mean).sum() for model in models]))
-        accuracies = [
-            known[milestone, rank]
-            if (milestone, rank) in known
-            else evaluator.of(snapshot["model"], snapshot["buffers"])[1]
-            for rank, snapshot in zip(ranks, loaded, strict=True)
-        ]
-        loss, accuracy = evaluator.of(mean.astype(np.float32), buffers)
-        when = np.array([snapshot["when"] for snapshot in loaded])
-        row = {
-            "milestone": milestone,
-            "progress": when[:, 2].max(),
-            "samples": when[:, 1].sum(),
-            "time": when[:, 0].max(),
-            "mean_test_loss": loss,
-            "mean_test_accuracy": accuracy,
-            "worst_test_accuracy": min(accuracies),
-            "best_test_accuracy": max(accuracies),
-            "consensus_distance": distance,
-            "consensus_relative": distance / max(float(np.square(mean).sum()), 1e-300),
-        }
-        for name, value in row.items():
-            table[name].append(float(value))
-    return table

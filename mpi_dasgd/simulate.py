@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange, partners
 from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.stepsize import Schedule
@@ -121,7 +121,7 @@ class Simulation:
         self.locals = [_VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
         self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
         self.algorithms = [
-            kind(self.endpoints[i], codec, x, config.algorithm, _rng(seed, i, 3), self._record)
+            kind(self.endpoints[i], codec, x, config.algorithm, partners(seed, i), self._record)
             for i, x in enumerate(self.models)
         ]
         slow = resolve_ranks(settings.slow_ranks, self.size)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpi_dasgd.decentralized import Decentralized
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.checkpoint import good_steps, load
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["restore", "save_state"]
 
 
 def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -39,15 +42,38 @@ def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         "samples": training.samples,
         "elapsed": training.elapsed,
         "scalars": scalars,
-        "rng": training.algorithm.rng.bit_generator.state,
+        "rng": training.algorithm.rng.getstate(),
     }
     return arrays, meta
 
 
-def load_state(
+def restore(training: Decentralized, directory: Path) -> int:
+    """Take back the newest checkpoint that all ranks find whole, before the first step. Collective.
+
+    Returns:
+        Its number.
+
+    Raises:
+        UserError: there is none.
+    """
+    world = training.world
+    with world.together():
+        arrays, meta = load(directory, training.rank, size=training.size)
+        common = set(good_steps(directory, training.rank))
+    for steps in world.comm.allgather(common):
+        common &= steps
+    with world.together():
+        if not common:
+            raise UserError(f"{directory}: no checkpoint is whole for all ranks")
+        if meta["step"] != max(common):
+            arrays, meta = load(directory, training.rank, step=max(common), size=training.size)
+        _load_state(training, arrays, meta)
+    return max(common)
+
+
+def _load_state(
     training: Decentralized, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
 ) -> None:
-    """Take a state back; to be called before the first step."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*arrays.items(), *meta["scalars"].items()]:
         if name.startswith("optimizer/"):
@@ -59,5 +85,6 @@ def load_state(
     torch.set_rng_state(torch.from_numpy(arrays["torch_rng"].copy()))
     training.parameters.set(arrays["model"])
     training.parameters.set_buffers(arrays["buffers"])
-    training.algorithm.rng.bit_generator.state = meta["rng"]
+    version, numbers, gauss = meta["rng"]  # tuples that JSON has made lists
+    training.algorithm.rng.setstate((version, tuple(numbers), gauss))
     training.resume(meta["local_step"], meta["samples"], meta["elapsed"])

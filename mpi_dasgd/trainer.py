@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 import time
 from typing import Any
@@ -13,22 +12,17 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from mpi_dasgd import straggler, world
+from mpi_dasgd import launch, straggler, world
 from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.conclusion import conclude
 from mpi_dasgd.config import Config
 from mpi_dasgd.decentralized import Decentralized
 from mpi_dasgd.errors import Diverged, PeerLost, UserError
-from mpi_dasgd.evaluation import (
-    Evaluator,
-    Snapshots,
-    consensus_table,
-    own_accuracies,
-    wait_until_closed,
-)
+from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.progress import Progress
-from mpi_dasgd.state import load_state, save_state
-from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
-from mpi_dasgd.storage.model import save_model
+from mpi_dasgd.state import restore, save_state
+from mpi_dasgd.storage.checkpoint import Checkpoints
+from mpi_dasgd.storage.directory import prepare
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.results import consolidate
 from mpi_dasgd.storage.runfile import RunFile, rank_path
@@ -89,13 +83,19 @@ class Trainer:
             environment=environment,
             record=self._record_exchange,
         )
-        self.start_milestone = 0
         self.ages: list[int] = []
         self.accuracy: float | None = None
         self.loss = math.nan
         with environment.together():
-            self._prepare_directory()
-        self.checkpoints, resumed = self._open_checkpoints()
+            if self.rank == 0:
+                prepare(self.directory, config.run.overwrite, config.run.resume)
+        checkpoints = self.directory / "checkpoints"
+        resumed = restore(self.training, checkpoints) if config.run.resume else None
+        self.checkpoints: Checkpoints | None = None
+        if config.checkpoint.points:
+            self.checkpoints = Checkpoints(
+                checkpoints, self.rank, self.size, config.checkpoint.keep, resumed=resumed
+            )
         self.snapshots = Snapshots(self.directory / "snapshots")
         self.evaluator = Evaluator(self.model, self.training.parameters, self.data)
         self.file = RunFile(
@@ -108,64 +108,7 @@ class Trainer:
         environment.comm.Barrier()
         self.training.restart_clock()
 
-    def _prepare_directory(self) -> None:
-        """Make the result directory; never write over another result silently."""
-        if self.rank != 0:
-            return
-        run, ranks = self.config.run, self.directory / "ranks"
-        try:
-            if run.resume:
-                if not (self.directory / "checkpoints").is_dir():
-                    raise UserError(
-                        f"run.resume: expected checkpoints in {self.directory}/checkpoints, found "
-                        "none; start the run without run.resume=true"
-                    )
-                if (
-                    ranks.exists()
-                ):  # the record of the earlier part stays, beside that of the new one
-                    number = sum(1 for _ in self.directory.glob("ranks-before-*")) + 1
-                    ranks.rename(self.directory / f"ranks-before-{number}")
-            elif self.directory.exists():
-                if not run.overwrite:
-                    raise UserError(
-                        f"run directory {self.directory} exists; choose another run.name, or say "
-                        "run.overwrite=true to replace it or run.resume=true to go on"
-                    )
-                shutil.rmtree(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run directory {self.directory}: {error.strerror}") from error
-
-    def _open_checkpoints(self) -> tuple[Checkpoints | None, int]:
-        """Open the checkpoints, and take the newest one that all ranks find whole."""
-        directory, resumed = self.directory / "checkpoints", 0
-        if self.config.run.resume:
-            with self.world.together():
-                arrays, meta = load(directory, self.rank, size=self.size)
-                common = set(good_steps(directory, self.rank))
-            for steps in self.world.comm.allgather(common):
-                common &= steps
-            with self.world.together():
-                if not common:
-                    raise UserError(f"{directory}: no checkpoint is whole for all ranks")
-                if meta["step"] != max(common):
-                    arrays, meta = load(directory, self.rank, step=max(common), size=self.size)
-                load_state(self.training, arrays, meta)
-            resumed = self.start_milestone = int(meta["step"])
-        if not self.config.checkpoint.points:
-            return None, resumed
-        return (
-            Checkpoints(
-                directory,
-                self.rank,
-                self.size,
-                self.config.checkpoint.keep,
-                resumed=resumed or None,
-            ),
-            resumed,
-        )
-
-    def _attributes(self, resumed: int) -> dict[str, Any]:
+    def _attributes(self, resumed: int | None) -> dict[str, Any]:
         config = self.config
         return {
             "config_json": config.model_dump_json(),
@@ -181,12 +124,13 @@ class Trainer:
             "mpi_library": self.world.library,
             "transport": self.training.endpoint.path,
             "parameters": self.training.parameters.size,
-            "resumed_from_checkpoint": resumed,
+            "resumed_from_checkpoint": resumed or 0,
             **provenance(),
         }
 
     def run(self) -> int:
         """Train, evaluate, and write the results."""
+        launch.ready()
         try:
             self._train()
             self.training.finish()
@@ -312,7 +256,17 @@ class Trainer:
         dead = sorted(board.dead)
         alive = [rank for rank in range(self.size) if rank not in dead]
         if self.rank == alive[0]:
-            self._write_results(alive)
+            conclude(
+                self.directory,
+                alive,
+                self.config.evaluation.points,
+                self.model,
+                self.training.parameters,
+                self.evaluator,
+            )
+            print(
+                f"results: {self.directory}/results.h5, mean model: model.h5 beside it", flush=True
+            )
             if dead:
                 world.say(f"warning: ranks {dead} were lost; the others finished the run")
         try:
@@ -321,32 +275,6 @@ class Trainer:
             sys.stdout.flush()
             os._exit(0)  # MPI cannot be finalized without the dead
         return 0
-
-    def _write_results(self, ranks: list[int]) -> None:
-        """Write results.h5 and model.h5, from what all ranks have left in files."""
-        wait_until_closed(self.directory, ranks, timeout=30.0)
-        table = consensus_table(
-            range(1, self.config.evaluation.points + 1),
-            ranks,
-            self.snapshots,
-            self.evaluator,
-            own_accuracies(self.directory),
-        )
-        consensus = {name: np.asarray(column) for name, column in table.items()}
-        consolidate(self.directory, consensus)
-        last = [self.snapshots.load(self.config.evaluation.points, rank) for rank in ranks]
-        found = [snapshot for snapshot in last if snapshot is not None]
-        parameters = self.training.parameters
-        parameters.set(
-            np.mean([s["model"] for s in found], axis=0, dtype=np.float64).astype(np.float32)
-        )
-        parameters.set_buffers(np.mean([s["buffers"] for s in found], axis=0))
-        save_model(self.directory / "model.h5", self.model.state_dict())
-        self.snapshots.remove()
-        print(
-            f"results: {self.directory}/results.h5, mean model: {self.directory}/model.h5",
-            flush=True,
-        )
 
     def _end_failed(self, error: Diverged | PeerLost) -> int:
         """Save what there is; the first rank that failed says why, and writes the results."""
@@ -372,8 +300,9 @@ def _with_samples(config: Config, samples_per_epoch: int) -> Config:
 
 def _optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     settings = config.optimizer
-    kind = getattr(torch.optim, settings.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+    kind: Any = getattr(torch.optim, settings.name, None)
+    known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not known:
         raise UserError(
             f"optimizer.name: torch.optim has no optimizer {settings.name!r}; for example SGD, AdamW"
         )

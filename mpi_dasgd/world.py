@@ -39,7 +39,7 @@ class World:
         library: the MPI library, one line.
     """
 
-    comm: MPI.Comm
+    comm: MPI.Intracomm
     rank: int
     size: int
     node_rank: int

@@ -1,4 +1,4 @@
-"""The fused pass: the native library and NumPy give the same bits, and both sides move by the same amounts."""
+"""The fused pass: native library and NumPy give the same bits; both sides move by the same amounts."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def mpich() -> launchers.Library:
         ((0, 0), None, 0, "timeout", 124),
         ((143, 0), 0, 0, signal.SIGTERM, 143),
         ((0, 0), None, 0, signal.SIGINT, 0),  # the program handled it
+        ((143, 139, 143), 1, 0, "loss", 139),  # the lost one, not those that were ended after it
+        ((1, 137, 0), 1, 0, "loss", 137),
     ],
 )
 def test_verdict(codes, first, launcher, ended_by, verdict):
@@ -64,6 +67,10 @@ def test_verdict(codes, first, launcher, ended_by, verdict):
 def test_description_names_the_lost_rank():
     assert Outcome((0, 137, 0), 1, 0, None).describe() == (
         "warning: rank 1 killed by SIGKILL; ranks 0, 2 ended with exit code 0"
+    )
+    assert Outcome((143, 137, 143), 1, 0, "loss").describe() == (
+        "rank 1 killed by SIGKILL before the others could do without it, so they were ended: "
+        "ranks 0, 2 killed by SIGTERM"
     )
 
 
@@ -195,13 +202,112 @@ def test_threads_share_the_cores(monkeypatch, mpich):
     assert threads(4) == "7"
 
 
-def test_launch_runs_the_program(capfd, mpich, monkeypatch):
+def test_launch_runs_a_command(capfd, mpich, monkeypatch):
     monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert launch.launch(2, ["--version"]) == 0
-    assert capfd.readouterr().out == f"mpi-dasgd {__version__}\n" * 2
-    assert launch.launch(2, ["nonsense"]) == 2  # the program says why, and nothing is added
-    assert "mpi-dasgd launch" not in capfd.readouterr().err
+    assert launch.launch(2, ["train", "jobs/train.toml", "nonsense=1"]) == 2
+    err = capfd.readouterr().err
+    assert "nonsense" in err
+    assert "mpi-dasgd launch" not in err  # the program says why, and nothing is added
+
+
+def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    example = (ROOT / "examples" / "own_loop.py").read_text()
+    assert "samples=60_000" in example
+    script = tmp_path / "own_loop.py"
+    script.write_text(example.replace("samples=60_000", "samples=30_000"))
+    assert launch.launch(2, [str(script)]) == 0
+    found = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", capfd.readouterr().out)
+    assert found is not None
+    assert 30_000 <= int(found[1]) < 31_000
+    assert float(found[2]) > 85
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"expected one of train, doctor, bench, or a Python script \(\*\.py\)"),
+        (["trian", "jobs/train.toml"], r"got 'trian'; did you mean 'train'\?"),
+        (["python", "examples/own_loop.py"], r"got 'python'"),
+        (["nowhere.py"], r"there is no script nowhere\.py"),
+    ],
+)
+def test_launch_refuses_other_words(arguments, message):
+    with pytest.raises(UserError, match=message):
+        launch.launch(2, arguments)
+
+
+# --- ranks that are killed while the others cannot do without them ---
+
+# Kills a rank at the import of a module; Python imports this by itself at its start.
+SITECUSTOMIZE = """
+import os, signal, sys
+class Killer:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["KILL_AT"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
+    sys.meta_path.insert(0, Killer())
+"""
+
+
+@pytest.fixture
+def kill_rank_1(mpi, tmp_path, monkeypatch):
+    """Function that runs `launch.launch` and kills rank 1 at the import of a module."""
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library(mpi)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch, "_FAILURE_GRACE", 1.0)
+
+    def run(module: str, *arguments: str) -> int:
+        monkeypatch.setenv("KILL_AT", module)
+        return launch.launch(3, arguments, timeout=50)
+
+    return run
+
+
+# Before MPI starts, and after it.
+@pytest.mark.parametrize("module", ["mpi4py", "mpi_dasgd.trainer"])
+def test_rank_killed_before_training_ends_the_others(kill_rank_1, module, tmp_path, capfd):
+    code = kill_rank_1(module, "train", "jobs/train.toml", f"run.directory={tmp_path}")
+    err = capfd.readouterr().err
+    assert code == 137, err
+    assert "rank 1 killed by SIGKILL before the others could do without it" in err
+
+
+OWN_SCRIPT = """
+import sys, time, torch, mpi_dasgd
+if sys.argv[1] == "before": import colorsys
+model = torch.nn.Linear(2, 2)
+training = mpi_dasgd.Decentralized(model, torch.optim.SGD(model.parameters(), lr=0.1))
+if sys.argv[1] == "after": import colorsys
+time.sleep(2.5)
+sys.stdout.write(f"{training.rank} goes on\\n"); sys.stdout.flush()
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("moment", "verdict"), [("before", 137), ("after", 0)])
+def test_own_script_needs_all_ranks_until_decentralized_is_made(
+    kill_rank_1, moment, verdict, tmp_path, capfd
+):
+    script = tmp_path / "own.py"
+    script.write_text(OWN_SCRIPT)
+    code = kill_rank_1("colorsys", str(script), moment)
+    captured = capfd.readouterr()
+    assert code == verdict, captured.err
+    goes_on = ["0 goes on", "2 goes on"] if moment == "after" else []
+    assert sorted(captured.out.splitlines()) == goes_on
+
+
+def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path, capfd):
+    script = tmp_path / "own.py"
+    script.write_text("import colorsys, time; time.sleep(2.5); print('goes on')")
+    assert kill_rank_1("colorsys", str(script)) == 0
+    assert capfd.readouterr().out == "goes on\n" * 2
 
 
 # --- the launcher ---

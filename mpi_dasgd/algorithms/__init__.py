@@ -5,10 +5,10 @@ from __future__ import annotations
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.allreduce import AllReduce
 from mpi_dasgd.algorithms.alone import Alone
-from mpi_dasgd.algorithms.base import Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import Algorithm, Exchange, Local, partners
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Exchange", "Local", "find"]
+__all__ = ["ALGORITHMS", "Algorithm", "Exchange", "Local", "find", "partners"]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (ADPSGD, AllReduce, Alone)}
 

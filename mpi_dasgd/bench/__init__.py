@@ -1,4 +1,4 @@
-"""Benchmarks: each measures against its limit or its rival in the same run, and keeps raw samples."""
+"""Benchmarks: each measures beside its limit or its rival in one run, and keeps raw samples."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd import straggler
+from mpi_dasgd.conclusion import conclude
 from mpi_dasgd.config import Config
-from mpi_dasgd.evaluation import Evaluator, Snapshots, consensus_table
+from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.storage.results import consolidate
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
@@ -62,10 +62,10 @@ class DdpTrainer:
         )
         torch.manual_seed(config.run.seed * 1000003 + self.rank)
         self.data = tasks.load(config.task.name, config.task.model, config.run.seed)
-        model = models.build(config.task.model, self.data.features, self.data.classes)
-        self.parameters = FlatParameters(model)
+        self.model = models.build(config.task.model, self.data.features, self.data.classes)
+        self.parameters = FlatParameters(self.model)
         self.optimizer = getattr(torch.optim, config.optimizer.name)(
-            model.parameters(), lr=config.optimizer.lr, **config.optimizer.options
+            self.model.parameters(), lr=config.optimizer.lr, **config.optimizer.options
         )
         self.batches = tasks.Batches(
             self.data,
@@ -81,14 +81,14 @@ class DdpTrainer:
             self.size,
             config.run.seed,
         )
-        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self._sleeps = self.straggler.active and config.straggler.mode == "sleep"
         if self._sleeps:
             self.ddp.register_comm_hook(None, self._sleep_then_reduce)
         self.step = self.samples = 0
         self._mark = 0.0
         self.snapshots = Snapshots(config.run_directory / "snapshots")
-        self.evaluator = Evaluator(model, self.parameters, self.data)
+        self.evaluator = Evaluator(self.model, self.parameters, self.data)
         self.file = RunFile(
             rank_path(config.run_directory, self.rank),
             rank=self.rank,
@@ -118,15 +118,16 @@ class DdpTrainer:
         self._milestone(points)
         self.file.close("finished", counters)
         dist.barrier()
-        mine = range(1 + self.rank, points + 1, self.size)
-        table = consensus_table(mine, range(self.size), self.snapshots, self.evaluator, {})
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, table)
-        if self.rank == 0:
-            merged = {name: np.concatenate([part[name] for part in parts]) for name in table}
-            order = np.argsort(merged["milestone"])
-            consolidate(self.config.run_directory, {k: v[order] for k, v in merged.items()})
         dist.destroy_process_group()
+        if self.rank == 0:
+            conclude(
+                self.config.run_directory,
+                range(self.size),
+                points,
+                self.model,
+                self.parameters,
+                self.evaluator,
+            )
 
     def _train(self) -> None:
         seconds, points = self.config.budget.seconds, self.config.evaluation.points

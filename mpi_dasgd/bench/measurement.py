@@ -27,9 +27,10 @@ __all__ = [
     "JobFailed",
     "Measurement",
     "Result",
-    "Task",
+    "common_windows",
     "cores",
     "measure",
+    "within",
 ]
 
 WARM_UP = 0.1  # share of a measurement that does not count
@@ -37,8 +38,7 @@ WINDOWS = 20  # equal parts of what counts
 GRACE = 180.0  # seconds that a job may take beyond what is expected
 MILESTONE_SECONDS = 0.02  # between two snapshots, where time to accuracy is measured
 
-# Measured on 2 cores: what a rank does outside of the training takes so long of one core, and there
-# is something that ranks do not share.
+# What a job needs outside of the training, measured: in all, and of one core for each rank.
 _START_SECONDS, _RANK_SECONDS = 1.0, 3.5
 
 
@@ -93,6 +93,12 @@ class Measurement:
     algorithm: str
     repeat: int
     seconds: float
+
+    @property
+    def expected_seconds(self) -> float:
+        """About how long it takes, with start, evaluation and end."""
+        each = _RANK_SECONDS + TASKS[self.cell.task].extra
+        return self.seconds + _START_SECONDS + each * max(1.0, self.cell.ranks / cores())
 
     def config(self, directory: Path) -> Config:
         """Return the configuration of the job, its results to go into `directory`/run.
@@ -168,7 +174,7 @@ class Result:
 
     @property
     def cpu_others(self) -> float:
-        """CPU time of everything else on these cores, the same; what was measured is wrong by it."""
+        """The same of everything else; what was measured is wrong by it."""
         return max(0.0, float(self.busy_s.sum()) / self._seconds / cores() - self.cpu_busy)
 
     @property
@@ -194,14 +200,15 @@ def measure(measurement: Measurement) -> Result:
             outcome = launch.run(
                 [sys.executable, "-m", "mpi_dasgd.bench.rank", measurement.algorithm, str(file)],
                 measurement.cell.ranks,
-                timeout=expected_seconds(measurement) + GRACE,
+                needs_all=True,
+                timeout=measurement.expected_seconds + GRACE,
                 env={"OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=output,
             )
         if outcome.code > 128 and outcome.ended_by not in (None, "timeout"):
             raise KeyboardInterrupt(outcome.code)
-        if outcome.code:
+        if set(outcome.codes) != {0}:
             text = log.read_text(errors="replace")[-3000:]
             kind = UserError if outcome.code == UserError.exit_code else JobFailed
             raise kind(f"{outcome.describe() or 'the job was refused'}\n{text}")
@@ -217,9 +224,9 @@ def _read(measurement: Measurement, directory: Path) -> Result:
     return Result(
         measurement=measurement,
         edges=edges,
-        samples=np.array([_within(edges, train["time"], train["samples"]) for train in trains]),
-        cpu_s=np.array([_within(edges, each[:, 0], each[:, 1]) for each in readings]),
-        busy_s=_within(edges, readings[0][:, 0], readings[0][:, 2]),
+        samples=np.array([within(edges, train["time"], train["samples"]) for train in trains]),
+        cpu_s=np.array([within(edges, each[:, 0], each[:, 1]) for each in readings]),
+        busy_s=within(edges, readings[0][:, 0], readings[0][:, 2]),
         bytes_per_step=_bytes_per_step(measurement.algorithm, records),
         **_seconds_to_target(measurement, directory),
         first_losses=tuple(float(train["loss"][0]) for train in trains),
@@ -243,7 +250,7 @@ def common_windows(times: Sequence[np.ndarray], warm_up: float) -> np.ndarray:
     return np.linspace(begin, end, WINDOWS + 1)
 
 
-def _within(edges: np.ndarray, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def within(edges: np.ndarray, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return by how much `counts` grew in each window; it grows evenly between two times."""
     return np.diff(np.interp(edges, times, counts))
 

@@ -24,7 +24,7 @@ def cpu_path(directory: Path, rank: int) -> Path:
 
 
 def busy_seconds(cores: set[int]) -> float:
-    """Return the seconds since boot that `cores` were busy with anything, or taken by a hypervisor."""
+    """Return the seconds since boot that `cores` were busy, or taken by a hypervisor."""
     total = 0
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
         name, *fields = line.split()
@@ -59,7 +59,7 @@ class Meter:
             self._read()
 
     def save(self, path: Path) -> None:
-        """Stop, and write what was read: (readings, 3), seconds of training, of CPU, of all cores."""
+        """Stop, and write the readings, (readings, 3): seconds of training, CPU, all cores."""
         self._stop.set()
         self._thread.join()
         self._read()

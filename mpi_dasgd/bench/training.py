@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ OTHERS = 0.1  # share of the cores that others may use
 _LEGEND = """\
 share: of the samples/s of `alone` in the same repeat, median; spread: largest minus smallest share
 cpu, others: share of all cores that the job, and everything else, kept busy
-MB/step: counted payload that leaves a rank, per step; s to 95 %: of the mean model, and the worst"""
+MB/step: counted payload that leaves a rank; s to 95 %: of the mean model, and of the worst rank"""
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,10 @@ def main(arguments: Sequence[str]) -> int:
     check_comparable(results)
     write_samples(path, "training", columns(results), {"cores": cores(), "warm_up": WARM_UP})
     rows = summarize(results)
-    disturbed = [result for result in results if result.cpu_others > OTHERS]
-    if disturbed:
+    if disturbed := sum(result.cpu_others > OTHERS for result in results):
         say(
-            f"warning: in {len(disturbed)} of {len(results)} measurements something else used more "
-            f"than {OTHERS:.0%} of the cores; measure again when the machine is quiet"
+            f"warning: in {disturbed} of {len(results)} measurements something else used more than "
+            f"{OTHERS:.0%} of the cores; measure again when the machine is quiet"
         )
     if options.json:
         print(json.dumps({"rows": rows, "samples": str(path)}))
@@ -180,12 +180,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure_all(plan: Sequence[Measurement]) -> tuple[list[Result], int]:
     """Measure; return the results and the exit code: 0, 1 if a job failed, 128 + signal."""
-    expected = [expected_seconds(measurement) for measurement in plan]
+    expected = [measurement.expected_seconds for measurement in plan]
     say(f"{len(plan)} measurements, about {_minutes(sum(expected))}")
     results: list[Result] = []
     code = 0
+    begun = time.monotonic()
     for number, measurement in enumerate(plan):
-        left = f"about {_minutes(sum(expected[number:]))} left"
+        pace = (time.monotonic() - begun) / sum(expected[:number]) if number else 1.0
+        left = f"about {_minutes(pace * sum(expected[number:]))} left"
         what = f"{measurement.cell} {measurement.algorithm}"
         say(f"{number + 1}/{len(plan)} {what}, repeat {measurement.repeat + 1}: {left}")
         try:
@@ -302,8 +304,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         megabytes = None if row["bytes_per_step"] is None else row["bytes_per_step"] / 1e6
         values = (
             (row["samples_per_s"], ",.0f"), (row["share_of_alone"], ".3f"),
-            (row["share_spread"], ".3f"), (row["cpu_busy"], ".2f"), (row["cpu_others"], ".2f"), (megabytes, ".4g"),
-            (row["seconds_to_95_mean"], ".2f"), (row["seconds_to_95_worst"], ".2f"),
+            (row["share_spread"], ".3f"), (row["cpu_busy"], ".2f"), (row["cpu_others"], ".2f"),
+            (megabytes, ".4g"), (row["seconds_to_95_mean"], ".2f"),
+            (row["seconds_to_95_worst"], ".2f"),
         )  # fmt: skip
         texts = ["-" if value is None else format(value, form) for value, form in values]
         name = cell if cell != before else ""

@@ -11,7 +11,7 @@ from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["CODECS", "Codec", "Header", "Layout", "Message", "make"]
+__all__ = ["CODECS", "Codec", "Header", "Layout", "Message", "NoCodec", "make"]
 
 
 class Codec(Protocol):

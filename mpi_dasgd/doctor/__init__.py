@@ -44,7 +44,7 @@ def run(ranks: int, *, as_json: bool = False) -> int:
 
 def _in_these_ranks(rank: int, as_json: bool) -> int:
     """Probe in the ranks that a launcher has started; rank 0 prints."""
-    from mpi_dasgd.bench.rma import serve_until_all_come
+    from mpi_dasgd.bench.meeting import serve_until_all_come
     from mpi_dasgd.doctor import probe
 
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
@@ -76,7 +76,8 @@ def _library(needs_launcher: bool) -> list[Check]:
         library = launchers.mpi_library()
     except UserError as error:
         return [Check("mpi", FAILS, _plain(error))]
-    version = " ".join(library.version.replace("Version:", "").split())
+    version = library.version.replace("Version:", "").partition(",")[0].strip("\0")
+    version = " ".join(version.split())
     values = {"version": version, "path": library.path}
     checks = [
         Check("mpi", OK, f"{version}, loaded from {library.path or 'a place unknown'}", values)

@@ -7,17 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mpi_dasgd.bench.rma import peers, serve_until_all_come
+from mpi_dasgd.bench.meeting import peers, serve_until_all_come
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpi_dasgd.transport.atomics import NodeWords
     from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+    from mpi_dasgd.transport.words import Words
     from mpi_dasgd.world import World
 
 __all__ = ["checks"]
@@ -35,7 +38,9 @@ def checks(environment: World) -> list[Check]:
     """Return the findings between rank 0 and a rank of its node and one of another. Collective."""
     from mpi4py import MPI
 
-    from mpi_dasgd.codecs import NoCodec
+    from mpi_dasgd.codecs.none import NoCodec
+    from mpi_dasgd.kernels import native
+    from mpi_dasgd.transport.atomics import NodeWords
     from mpi_dasgd.transport.windows import WindowSlots, WindowWords
 
     comm = environment.comm
@@ -43,14 +48,17 @@ def checks(environment: World) -> list[Check]:
     others = {where: rank for where, rank in (("same node", near), ("other node", far)) if rank}
     words = WindowWords(comm, 2)
     layout = NoCodec(_BYTES // 4, np.dtype(np.float32)).layout
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED))
+    library = native.load()
+    one = environment.nodes == 1 and comm.allreduce(library is not None, MPI.LAND)
+    fast = NodeWords(comm, 2, library) if one and library is not None else None
     shared = WindowSlots(comm, node, layout, 1) if near is not None else None
     remote = WindowSlots(comm, node, layout, 1, "remote")
     small = WindowSlots(comm, node, NoCodec(_PUT // 4, np.dtype(np.float32)).layout, 1, "remote")
     node.Free()
     found = [
         *(_progress(comm, words, small, where, rank) for where, rank in others.items()),
-        *(_latency(comm, words, where, rank) for where, rank in others.items()),
+        *(_latency(comm, words, fast, where, rank) for where, rank in others.items()),
         *(
             _bandwidth(comm, remote, shared if rank == near else None, where, rank)
             for where, rank in others.items()
@@ -60,6 +68,8 @@ def checks(environment: World) -> list[Check]:
         if slots is not None:
             slots.close()
     words.close()
+    if fast is not None:
+        fast.close()
     return found
 
 
@@ -74,7 +84,7 @@ def _sample(operation: Callable[[], object], seconds: float, most: int = 3000) -
     return samples
 
 
-def _while_busy(comm: MPI.Comm, target: int, operation: Callable[[], object]) -> list[float]:
+def _while_busy(comm: MPI.Intracomm, target: int, operation: Callable[[], object]) -> list[float]:
     """Return the seconds of `operation`, done by rank 0 while `target` computes. Collective.
 
     The target makes no MPI call meanwhile, except in the thread of a transport if there is one.
@@ -94,9 +104,9 @@ def _while_busy(comm: MPI.Comm, target: int, operation: Callable[[], object]) ->
 
 
 def _progress(
-    comm: MPI.Comm, words: WindowWords, slots: WindowSlots, where: str, target: int
+    comm: MPI.Intracomm, words: WindowWords, slots: WindowSlots, where: str, target: int
 ) -> Check:
-    """Whether operations complete while the target is busy: by themselves, and with the transport."""
+    """Whether operations complete while the target is busy, alone and with the transport."""
     message = slots.at(comm.rank, 0)
     assert message is not None, "own slots are in place"
     operations: dict[str, Callable[[], object]] = {
@@ -137,8 +147,8 @@ def _progress(
         return Check(name, OK, text, values)
     if where == "other node":
         text += (
-            ", which is slow: set transport.progress_interval lower, leave a core for the thread, or "
-            "with Open MPI's UCX set OMPI_MCA_opal_common_ucx_progress_iterations=1"
+            ", which is slow: set transport.progress_interval lower, leave a core for the thread, "
+            "or with Open MPI's UCX set OMPI_MCA_opal_common_ucx_progress_iterations=1"
         )
     else:
         text += (
@@ -149,10 +159,10 @@ def _progress(
 
 
 @contextmanager
-def _transport(comm: MPI.Comm) -> Iterator[None]:
+def _transport(comm: MPI.Intracomm) -> Iterator[None]:
     """Have the real transport, with its thread, in the background. Collective."""
     from mpi_dasgd import topology
-    from mpi_dasgd.codecs import NoCodec
+    from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma import RmaEndpoint
 
     own = comm.Dup()
@@ -165,32 +175,46 @@ def _transport(comm: MPI.Comm) -> Iterator[None]:
     own.Free()
 
 
-def _latency(comm: MPI.Comm, words: WindowWords, where: str, other: int) -> Check:
-    """Latency of the two operations on control words, the target looking into MPI now and then."""
-    serve_until_all_come(comm)
+def _latency(
+    comm: MPI.Intracomm, words: WindowWords, fast: NodeWords | None, where: str, other: int
+) -> Check:
+    """Latency of operations on control words, the target looking into MPI now and then."""
+    kinds: dict[tuple[str, str], Words] = {("fetch_and_op", "compare_and_swap"): words}
+    if fast is not None:
+        kinds["atomic_read", "atomic_swap"] = fast
     values: dict[str, Any] = {}
-    swapped = True
-    if comm.rank == 0:
-        words.read(other, 1), words.swap(other, 1, 0, 0)  # warm
-        values |= _figures("fetch_and_op", _sample(lambda: words.read(other, 1), _WORDS))
-        swaps: list[bool] = []
-        values |= _figures(
-            "compare_and_swap",
-            _sample(lambda: swaps.append(words.swap(other, 1, len(swaps), len(swaps) + 1)), _WORDS),
-        )
-        swapped = all(swaps) and words.read(other, 1) == len(swaps)
-    serve_until_all_come(comm)
+    lost: list[str] = []
+    for (read, swap), kind in kinds.items():
+        serve_until_all_come(comm)
+        if comm.rank == 0:
+            start = kind.read(other, 1)
+            values |= _figures(read, _sample(partial(kind.read, other, 1), _WORDS))
+            swaps = _sample(_counter(kind, other), _WORDS)
+            values |= _figures(swap, swaps)
+            if kind.read(other, 1) != start + len(swaps):
+                lost.append(swap)
+        serve_until_all_come(comm)
     name = f"words, {where}"
-    if not swapped:
-        text = (
-            "Compare_and_swap lost an update: do not train with this MPI library; install another"
-        )
+    if lost:
+        text = f"{' and '.join(lost)} lost an update: install another MPI"
         return Check(name, FAILS, text, values)
-    return Check(name, OK, _words(values) if values else "", values)
+    return Check(name, OK, _words(values), values)
+
+
+def _counter(words: Words, rank: int) -> Callable[[], None]:
+    """Return a function that adds one to the second word of `rank`, which nobody else changes."""
+    value = words.read(rank, 1)
+
+    def count() -> None:
+        nonlocal value
+        words.swap(rank, 1, value, value + 1)
+        value += 1
+
+    return count
 
 
 def _bandwidth(
-    comm: MPI.Comm, remote: WindowSlots, shared: WindowSlots | None, where: str, other: int
+    comm: MPI.Intracomm, remote: WindowSlots, shared: WindowSlots | None, where: str, other: int
 ) -> Check:
     """Bandwidth of Put, Get and a copy in place, against memcpy in the same rounds."""
     mine = remote.at(comm.rank, 0)
@@ -207,7 +231,7 @@ def _bandwidth(
     wrong: list[str] = []
     if comm.rank == 0:
         source, copy = np.full(_BYTES // 4, -1, np.float32), np.zeros(_BYTES // 4, np.float32)
-        from mpi_dasgd.codecs import Message
+        from mpi_dasgd.codecs.message import Message
 
         layout = mine.layout
         out = Message(np.zeros(layout.nbytes, np.uint8), layout)
@@ -236,7 +260,7 @@ def _bandwidth(
     }
     name = f"payload, {where}"
     if wrong:
-        text = f"{' and '.join(sorted(set(wrong)))} brought wrong bytes: do not train with this MPI library"
+        text = f"{' and '.join(sorted(set(wrong)))} brought wrong bytes: install another MPI"
         return Check(name, FAILS, text, values)
     figures = ", ".join(f"{key.removesuffix('_mb_per_s')} {v:.0f}" for key, v in values.items())
     return Check(name, OK, f"MB/s at {_BYTES / 1e6:.0f} MB: {figures.replace('_', ' ')}", values)
@@ -252,7 +276,13 @@ def _figures(name: str, seconds: list[float]) -> dict[str, float]:
 def _words(figures: dict[str, float]) -> str:
     """Median and 99th percentile of each operation, in words."""
     names = [key.removesuffix("_us") for key in figures if not key.endswith("_p99_us")]
+    pairs = [(name, figures[f"{name}_us"], figures[f"{name}_p99_us"]) for name in names]
     return ", ".join(
-        f"{name.capitalize()} {figures[f'{name}_us']:.3g} us (p99 {figures[f'{name}_p99_us']:.3g})"
-        for name in names
+        f"{name.capitalize()} {_time(median)} (p99 {_time(p99)})" for name, median, p99 in pairs
     )
+
+
+def _time(microseconds: float) -> str:
+    if microseconds < 1000:
+        return f"{microseconds:.3g} us"
+    return f"{microseconds / 1000:.3g} ms"

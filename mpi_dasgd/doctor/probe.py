@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -102,9 +102,9 @@ def _windows(environment: World) -> Check:
     from mpi4py import MPI
 
     comm = environment.comm
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED))
     memory = np.zeros(1, np.int64)
-    kinds: dict[str, tuple[MPI.Comm, Callable[[], MPI.Win]]] = {
+    kinds: dict[str, tuple[MPI.Intracomm, Callable[[], MPI.Win]]] = {
         "Allocate": (comm, lambda: MPI.Win.Allocate(8, 8, comm=comm)),
         "Allocate_shared": (node, lambda: MPI.Win.Allocate_shared(8, 8, comm=node)),
         "Create": (comm, lambda: MPI.Win.Create(memory, 8, comm=comm)),
@@ -131,8 +131,8 @@ def _windows(environment: World) -> Check:
     return Check("windows", FAILS, f"{text}; {remedy}", values)
 
 
-def _carries(comm: MPI.Comm, window: MPI.Win, in_place: bool) -> bool:
-    """Write a number into the next rank's window and look for the one of the rank before. Collective."""
+def _carries(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
+    """Write a number to the next rank, look for the one of the rank before. Collective."""
     from mpi4py import MPI
 
     after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
@@ -155,10 +155,10 @@ def _carries(comm: MPI.Comm, window: MPI.Win, in_place: bool) -> bool:
 
 
 def _exchange(environment: World) -> Check:
-    """One pair exchange of every rank on the real transport: the sum of all models must not change."""
+    """One pair exchange of every rank on the real transport: the sum of models must not change."""
     from mpi_dasgd import topology
-    from mpi_dasgd.bench.rma import serve_until_all_come
-    from mpi_dasgd.codecs import NoCodec
+    from mpi_dasgd.bench.meeting import serve_until_all_come
+    from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma import RmaEndpoint
 
     comm = environment.comm.Dup()
@@ -196,8 +196,8 @@ def _exchange(environment: World) -> Check:
             "exchange", OK, f"pair exchange conserves the sum of the models, {path}", {"path": path}
         )
     text = (
-        f"pair exchange ({path}) changed the sum of the models or found no partner: this MPI library "
-        "does not keep its promises; try transport.path=remote, or another MPI"
+        f"pair exchange ({path}) changed the sum of the models or found no partner: this MPI "
+        "library does not keep its promises; try transport.path=remote, or another MPI"
     )
     return Check("exchange", FAILS, text, {"path": path})
 

@@ -46,9 +46,9 @@ def load(name: str, model: str, seed: int) -> Data:
         UserError: the data set does not exist, or not for training.
     """
     if name == "random":
-        features, classes = {"mlp_25m": (1024, 1000), "cnn_1m": (784, 10)}.get(model, (64, 10))
+        width, classes = {"mlp_25m": (1024, 1000), "cnn_1m": (784, 10)}.get(model, (64, 10))
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(2048, features, generator=generator)
+        x = torch.randn(2048, width, generator=generator)
         y = torch.randint(classes, (2048,), generator=generator)
         return Data(x[256:], y[256:], x[:256], y[:256], classes)
     from sklearn import datasets

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.atomics import NodeWords
 from mpi_dasgd.transport.board import LEFT, Board
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.courier import Courier
@@ -43,7 +47,7 @@ class RmaEndpoint(Endpoint):
 
     def __init__(
         self,
-        comm: MPI.Comm,
+        comm: MPI.Intracomm,
         layout: Layout,
         topology: Topology,
         *,
@@ -56,9 +60,9 @@ class RmaEndpoint(Endpoint):
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self._comm = comm
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         where = WordMap(publication_slots, inbox_slots)
-        self._words = WindowWords(comm, where.count)
+        self._words = _words(comm, node, where.count, path)
         self._slots = WindowSlots(comm, node, layout, publication_slots + inbox_slots, path)
         node.Free()
         self._near = self._slots.near
@@ -131,7 +135,7 @@ class RmaEndpoint(Endpoint):
             if rank in self._far:
                 # The compute thread alone talks to ranks of its node, so these are not tried again.
                 far = [other for other in candidates[position:] if other in self._far]
-                self._courier.submit(lambda: self._pair_far(pairing, far))
+                self._courier.submit(functools.partial(self._pair_far, pairing, far))
                 return pairing
             if self._pair_near(pairing, rank):
                 return pairing
@@ -239,6 +243,18 @@ class RmaEndpoint(Endpoint):
         self._words.close()
 
 
+def _words(
+    comm: MPI.Intracomm, node: MPI.Intracomm, count: int, path: str
+) -> NodeWords | WindowWords:
+    """Make the control words: by the processor's atomics if all ranks share memory, else by MPI's."""
+    library = native.load()
+    shared = path != "remote" and node.size == comm.size and library is not None
+    if comm.allreduce(shared, MPI.LAND):
+        assert library is not None
+        return NodeWords(comm, count, library)
+    return WindowWords(comm, count)
+
+
 class _Allreduce:
     """A sum that starts when all ranks have come.
 
@@ -246,7 +262,7 @@ class _Allreduce:
     the news that another has failed; the sum itself then runs at the library's full speed.
     """
 
-    def __init__(self, comm: MPI.Comm, array: np.ndarray) -> None:
+    def __init__(self, comm: MPI.Intracomm, array: np.ndarray) -> None:
         self._comm = comm
         self._array = array
         self._request = comm.Ibarrier()

@@ -40,7 +40,7 @@ class WindowWords:
         count: words a rank has.
     """
 
-    def __init__(self, comm: MPI.Comm, count: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, count: int) -> None:
         self._window: MPI.Win | None = MPI.Win.Allocate(8 * count, 8, comm=comm)
         np.frombuffer(self._window.tomemory(), np.int64)[:] = 0
         comm.Barrier()
@@ -60,7 +60,8 @@ class WindowWords:
         window, scratch = self._open(), self._scratch
         scratch.new[0] = new
         scratch.expected[0] = expected
-        window.Compare_and_swap(*scratch.specs, rank, index)
+        new_spec, expected_spec, old_spec = scratch.specs
+        window.Compare_and_swap(new_spec, expected_spec, old_spec, rank, index)
         window.Flush(rank)
         return bool(scratch.old[0] == expected)
 
@@ -99,7 +100,12 @@ class WindowSlots:
     kind = "host"
 
     def __init__(
-        self, comm: MPI.Comm, node: MPI.Comm, layout: Layout, count: int, path: str = "auto"
+        self,
+        comm: MPI.Intracomm,
+        node: MPI.Intracomm,
+        layout: Layout,
+        count: int,
+        path: str = "auto",
     ) -> None:
         one_node = comm.allreduce(node.size == comm.size, MPI.LAND)
         if path == "node" and not one_node:

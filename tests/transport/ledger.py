@@ -71,7 +71,8 @@ class Ledger:
         self.done: Counter[str] = Counter()
         self.published = 0
         self.sent = np.zeros(size, np.int64)
-        self._seen = [0] * size  # newest version seen of each rank
+        self._read = [0] * size  # newest version of each rank that was read
+        self._claimed = [0] * size  # the same, claimed
         self._served = np.zeros((size, most + 1), np.uint8)  # exchanges that each version served
         self._received = np.zeros((size, most + 1), np.uint8)  # times that each message came
         self._next = [0] * size  # number of the message that each rank must send next
@@ -103,8 +104,8 @@ class Ledger:
         number = self._check(message, _PUBLICATION, owner, 0)
         self.done["read"] += 1
         if number is not None:
-            self.found["backwards"] += number < self._seen[owner]
-            self._seen[owner] = max(number, self._seen[owner])
+            self.found["backwards"] += number < self._read[owner]
+            self._read[owner] = max(number, self._read[owner])
 
     def claim(self, claim: Claim, message: Message) -> None:
         """Check a version that was claimed, and count that it serves an exchange."""
@@ -112,8 +113,8 @@ class Ledger:
         self.done["claimed"] += 1
         served = self._served[claim.rank]
         served[claim.version] = min(9, served[claim.version] + 1)  # the sum over ranks has 8 bits
-        self.found["backwards"] += claim.version < self._seen[claim.rank]
-        self._seen[claim.rank] = max(claim.version, self._seen[claim.rank])
+        self.found["backwards"] += claim.version <= self._claimed[claim.rank]
+        self._claimed[claim.rank] = max(claim.version, self._claimed[claim.rank])
         self.found["wrong version"] += number is not None and number != claim.version
 
     def held(self, claim: Claim, message: Message) -> None:
@@ -133,8 +134,8 @@ class Ledger:
         self._received[sender, number] = 1
 
     def newest(self, owner: int, version: int) -> None:
-        """Check that the last version of `owner` is the one seen last."""
-        self.found["newest lost"] += self._seen[owner] != version
+        """Check that the last version of `owner` is the one read last."""
+        self.found["newest lost"] += self._read[owner] != version
 
     def _check(self, message: Message, kind: int, sender: int, receiver: int) -> int | None:
         """Return the number of a message, or None if it is not whole or not the right one."""

@@ -79,7 +79,7 @@ class Rank:
         courier = None
         if len(self.slots.near) < self.size:
             sys.setswitchinterval(0.0005)
-            courier = Courier(lambda: None, 1.0, MPI.COMM_SELF.Iprobe)
+            courier = Courier(lambda: None, 1.0, self.comm.Iprobe)
         self.comm.Barrier()
         begun = time.monotonic()
         deadline = begun + self.options.limit

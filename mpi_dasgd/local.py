@@ -1,0 +1,59 @@
+"""This rank's training, as its algorithm sees it: gradient, optimizer and learning rate."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from mpi_dasgd.parameters import FlatParameters
+
+__all__ = ["TorchLocal"]
+
+
+class TorchLocal:
+    """The `mpi_dasgd.algorithms.Local` of a torch module.
+
+    Args:
+        optimizer: its learning rates at construction are the base rates.
+        parameters: of the module.
+
+    Attributes:
+        step: gradients computed so far.
+        factor: what the schedule multiplies the base rates by.
+        update_seconds: time spent in the optimizer so far.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: FlatParameters) -> None:
+        self.step = 0
+        self.factor = 1.0
+        self.update_seconds = 0.0
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._staged: np.ndarray | None = None
+        self._flat: torch.Tensor | None = None
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """The gradient, flat; `update` applies what it then holds."""
+        self._flat = self._parameters.gather_gradient()
+        self._staged = self._flat.cpu().numpy()
+        return self._staged
+
+    def update(self) -> None:
+        """One step of the optimizer, at the learning rate that global progress demands."""
+        begun = time.perf_counter()
+        if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
+            self._flat.copy_(torch.from_numpy(self._staged))
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.factor
+        self._optimizer.step()
+        self._parameters.pull()
+        self.update_seconds += time.perf_counter() - begun

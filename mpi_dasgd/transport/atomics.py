@@ -1,0 +1,56 @@
+"""Control words in memory that all ranks share, changed by the processor's own atomic instructions.
+
+For jobs on one node. `Fetch_and_op` and `Compare_and_swap` would do the same, at four times the cost;
+and where other work shares the cores, MPICH gives the core away in every flush of a thread-multiple
+job: a step that needs 25 words then loses milliseconds (docs/architecture.md has the figures).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from mpi4py import MPI
+
+__all__ = ["NodeWords"]
+
+
+class NodeWords:
+    """Control words of ranks that share memory. Creation and `close` are collective.
+
+    Args:
+        comm: communicator of all ranks, which are on one node.
+        count: words a rank has.
+        library: the native library, `mpi_dasgd.kernels.native.load`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, count: int, library: ctypes.CDLL) -> None:
+        self._window: MPI.Win | None = MPI.Win.Allocate_shared(8 * count, 8, comm=comm)
+        segments = [self._window.Shared_query(rank)[0] for rank in range(comm.size)]
+        self._addresses = [np.frombuffer(part, np.int64).ctypes.data for part in segments]
+        np.frombuffer(segments[comm.rank], np.int64)[:] = 0
+        comm.Barrier()
+        self._read = library.mpd_word_read
+        self._read.argtypes, self._read.restype = [ctypes.c_void_p], ctypes.c_int64
+        self._swap = library.mpd_word_swap
+        self._swap.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self._swap.restype = ctypes.c_int
+
+    def read(self, rank: int, index: int) -> int:
+        """Return a word, atomically."""
+        return int(self._read(self._address(rank, index)))
+
+    def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
+        """Set a word to `new` if it is `expected`; return whether it was."""
+        return bool(self._swap(self._address(rank, index), expected, new))
+
+    def _address(self, rank: int, index: int) -> int:
+        if self._window is None:
+            raise RuntimeError("transport is closed")
+        return self._addresses[rank] + 8 * index
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._window is not None:
+            window, self._window = self._window, None
+            window.Free()
