@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.ranks < 2:
             raise UserError(f"bench rma: --ranks must be at least 2, got {options.ranks}")
         command = [sys.executable, "-m", "mpi_dasgd", "bench", "rma", *arguments]
-        outcome = launch.run(command, options.ranks, timeout=_JOB_SECONDS)
+        outcome = launch.run(command, options.ranks, needs_all=True, timeout=_JOB_SECONDS)
         if message := outcome.describe():
             world.say(f"bench rma: {message}")
         return outcome.code

@@ -98,7 +98,9 @@ def _job(ranks: int, seconds: float = _SECONDS) -> list[Check]:
     path = str(checks[0].values["path"])
     command = [sys.executable, "-m", "mpi_dasgd.doctor.probe", _MARK, path]
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+") as err:
-        outcome = launch.run(command, ranks, timeout=seconds, stdout=out, stderr=err)
+        outcome = launch.run(
+            command, ranks, needs_all=True, timeout=seconds, stdout=out, stderr=err
+        )
         out.seek(0)
         err.seek(0)
         lines, said = out.read().splitlines(), err.read()

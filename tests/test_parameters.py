@@ -1,0 +1,89 @@
+"""A module as one flat vector: views, gradients, buffers, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.parameters import PADDING, FlatParameters
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def test_parameters_are_views_of_the_vector() -> None:
+    model = _model()
+    before = [p.detach().clone() for p in model.parameters()]
+    flat = FlatParameters(model)
+    assert flat.size == sum(p.numel() for p in before)
+    assert flat.host.size % PADDING == 0 and not flat.host[flat.size :].any()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    flat.host[:] = 1
+    assert all((p == 1).all() for p in model.parameters())
+
+
+def test_the_optimizer_moves_the_vector() -> None:
+    model = _model()
+    flat = FlatParameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = flat.host.copy()
+    model(torch.randn(4, 3)).sum().backward()
+    gradient = flat.gather_gradient().clone()
+    optimizer.step()
+    np.testing.assert_allclose(flat.host, before - 0.1 * gradient.numpy(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gathered_gradients_are_those_of_every_step(set_to_none: bool) -> None:
+    model = _model()
+    flat = FlatParameters(model)
+    for _ in range(3):
+        model.zero_grad(set_to_none=set_to_none)
+        model(torch.randn(4, 3)).square().sum().backward()
+        expected = torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])  # type: ignore[union-attr]
+        assert torch.equal(flat.gather_gradient()[: flat.size], expected)
+
+
+def test_a_parameter_without_gradient_counts_as_zero() -> None:
+    model = _model()
+    flat = FlatParameters(model)
+    flat.gather_gradient().fill_(7)
+    model.zero_grad()
+    assert not flat.gather_gradient()[: flat.size].any()
+
+
+def test_buffers_and_frozen_parameters_travel_beside_the_vector() -> None:
+    model = _model()
+    for p in model[3].parameters():
+        p.requires_grad_(False)
+    flat = FlatParameters(model)
+    assert flat.size == 3 * 5 + 5 + 5 + 5
+    values = flat.buffers()
+    assert values.size == 5 + 5 + 1 + 10 + 2
+    flat.set_buffers(values + 0.6)
+    assert torch.allclose(model[1].running_mean, torch.full((5,), 0.6))  # type: ignore[arg-type]
+    assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+def test_the_digest_sees_parameters_and_buffers() -> None:
+    model = _model()
+    flat = FlatParameters(model)
+    digests = {flat.digest()}
+    flat.host[0] += 1
+    digests.add(flat.digest())
+    model[1].running_mean += 1  # type: ignore[operator]
+    digests.add(flat.digest())
+    assert len(digests) == 3
+
+
+def test_what_cannot_be_flattened_is_refused() -> None:
+    with pytest.raises(UserError, match="no trainable parameters"):
+        FlatParameters(nn.ReLU())
+    with pytest.raises(UserError, match=r"weight is torch\.float64.*float32"):
+        FlatParameters(nn.Linear(2, 2).double())
