@@ -1,6 +1,6 @@
 """A PyTorch loop of your own, made decentralized by the four lines marked so.
 
-mpi-dasgd launch -n 4 python examples/own_loop.py      # or mpirun, or srun
+mpi-dasgd launch -n 4 examples/own_loop.py
 """
 
 import torch

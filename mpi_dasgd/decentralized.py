@@ -20,7 +20,6 @@ from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.stepsize import Schedule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.rma import RmaEndpoint
 
 __all__ = ["Decentralized"]
 
@@ -81,6 +80,8 @@ class Decentralized:
             launch.setting_up()
             environment = world.start()
             environment.abort_on_exception()
+        from mpi_dasgd.transport.rma import RmaEndpoint  # not before: it would start MPI itself
+
         if config is None:
             config = _configure(algorithm, graph, codec, samples, seconds)
         self.world = environment

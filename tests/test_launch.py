@@ -15,7 +15,7 @@ import pytest
 from hosts import Hosts
 from ranks import ROOT, mpi_library, run_ranks
 
-from mpi_dasgd import __version__, launch, launchers
+from mpi_dasgd import launch, launchers
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.launch import Outcome
 
@@ -217,11 +217,11 @@ def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch, tmp_path):
     example = (ROOT / "examples" / "own_loop.py").read_text()
     assert "samples=60_000" in example
     script = tmp_path / "own_loop.py"
-    script.write_text(example.replace("samples=60_000", "samples=30_000"))
+    script.write_text(example.replace("samples=60_000", "samples=12_000"))
     assert launch.launch(2, [str(script)]) == 0
     found = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", capfd.readouterr().out)
     assert found is not None
-    assert 30_000 <= int(found[1]) < 31_000
+    assert 12_000 <= int(found[1]) < 13_000
     assert float(found[2]) > 85
 
 
@@ -264,7 +264,7 @@ def kill_rank_1(mpi, tmp_path, monkeypatch):
 
     def run(module: str, *arguments: str) -> int:
         monkeypatch.setenv("KILL_AT", module)
-        return launch.launch(3, arguments, timeout=50)
+        return launch.launch(2, arguments, timeout=50)
 
     return run
 
@@ -280,34 +280,36 @@ def test_rank_killed_before_training_ends_the_others(kill_rank_1, module, tmp_pa
 
 OWN_SCRIPT = """
 import sys, time, torch, mpi_dasgd
-if sys.argv[1] == "before": import colorsys
+from importlib.util import find_spec
+if sys.argv[1] == "before": find_spec("nothing")
 model = torch.nn.Linear(2, 2)
 training = mpi_dasgd.Decentralized(model, torch.optim.SGD(model.parameters(), lr=0.1))
-if sys.argv[1] == "after": import colorsys
+if sys.argv[1] == "after": find_spec("nothing")
 time.sleep(2.5)
-sys.stdout.write(f"{training.rank} goes on\\n"); sys.stdout.flush()
+print("goes on", flush=True)
 import os; os._exit(0)
 """
 
 
+@pytest.mark.parametrize("mpi", ["mpich"], indirect=True)
 @pytest.mark.parametrize(("moment", "verdict"), [("before", 137), ("after", 0)])
 def test_own_script_needs_all_ranks_until_decentralized_is_made(
     kill_rank_1, moment, verdict, tmp_path, capfd
 ):
     script = tmp_path / "own.py"
     script.write_text(OWN_SCRIPT)
-    code = kill_rank_1("colorsys", str(script), moment)
+    code = kill_rank_1("nothing", str(script), moment)
     captured = capfd.readouterr()
     assert code == verdict, captured.err
-    goes_on = ["0 goes on", "2 goes on"] if moment == "after" else []
-    assert sorted(captured.out.splitlines()) == goes_on
+    assert captured.out == ("goes on\n" if moment == "after" else "")
 
 
+@pytest.mark.parametrize("mpi", ["mpich"], indirect=True)
 def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path, capfd):
     script = tmp_path / "own.py"
-    script.write_text("import colorsys, time; time.sleep(2.5); print('goes on')")
+    script.write_text("import colorsys; import time; time.sleep(2.5); print('goes on')")
     assert kill_rank_1("colorsys", str(script)) == 0
-    assert capfd.readouterr().out == "goes on\n" * 2
+    assert capfd.readouterr().out == "goes on\n"
 
 
 # --- the launcher ---

@@ -1,7 +1,8 @@
 """The rival: torch's DistributedDataParallel over gloo, with the task and straggler of a run."""
 
-# Without `from __future__ import annotations`: DDP checks the types of a hook, not their names.
+from __future__ import annotations
 
+import functools
 import os
 import socket
 import struct
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,14 +30,15 @@ from mpi_dasgd.world import expected_ranks
 __all__ = ["DdpTrainer", "tcp_bytes_sent"]
 
 _TIMEOUT = timedelta(seconds=120)
+_CALIBRATION = 0.5  # seconds to measure a gradient for
 
 
 class DdpTrainer:
     """One rank of a DDP job on this machine; it needs no MPI, only the launcher's numbers.
 
-    Weights, batches, recording and snapshots are those of `mpi_dasgd.trainer.Trainer`. The slowed
-    rank computes more before it takes part in the all-reduce, or sleeps whenever a bucket is ready,
-    as long as the slower machine would have computed.
+    Weights, batches, recording and snapshots are those of `mpi_dasgd.trainer.Trainer`. A slowed rank
+    works or sleeps before the gradient that it shares. How long it sleeps is measured before the
+    training, since DDP's gradient contains the wait for the others.
 
     Args:
         config: the run; its algorithm is ignored, its budget must be in seconds.
@@ -81,12 +82,9 @@ class DdpTrainer:
             self.size,
             config.run.seed,
         )
+        self._gradient_seconds = self._measure_gradient() if self.straggler.active else 0.0
         self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self._sleeps = self.straggler.active and config.straggler.mode == "sleep"
-        if self._sleeps:
-            self.ddp.register_comm_hook(None, self._sleep_then_reduce)
         self.step = self.samples = 0
-        self._mark = 0.0
         self.snapshots = Snapshots(config.run_directory / "snapshots")
         self.evaluator = Evaluator(self.model, self.parameters, self.data)
         self.file = RunFile(
@@ -129,20 +127,33 @@ class DdpTrainer:
                 self.evaluator,
             )
 
+    def _measure_gradient(self) -> float:
+        """Return how long a gradient of this rank takes, without the others, as slow as it will be."""
+        seconds: list[float] = []
+        end = time.monotonic() + _CALIBRATION
+        while len(seconds) < 4 or time.monotonic() < end:
+            begun = time.perf_counter()
+            x, y = self.batches.batch(len(seconds))
+            self._gradient(self.model, x, y)
+            seconds.append(time.perf_counter() - begun)
+            if len(seconds) > 1:  # the first one warms up
+                time.sleep(self.straggler.extra_seconds(0, seconds[-1]))
+        return float(np.median(seconds[1:]))
+
     def _train(self) -> None:
         seconds, points = self.config.budget.seconds, self.config.evaluation.points
         assert seconds is not None, "measured for a time"
-        works = self.straggler.active and not self._sleeps
         milestone = 1
         while True:
-            self._mark = begun = time.perf_counter()
+            begun = time.perf_counter()
             x, y = self.batches.batch(self.step)
-            if works:
-                with self.ddp.no_sync():  # the factor is whole: the time of one does not count
-                    self.straggler.slow_down(self.step, 1.0, lambda: self._gradient(x, y))  # noqa: B023
+            if self.straggler.active:
+                with self.ddp.no_sync():
+                    again = functools.partial(self._gradient, self.model, x, y)
+                    self.straggler.slow_down(self.step, self._gradient_seconds, again)
             if self.rank == 0 and self.elapsed >= seconds:
                 self._last_step[0] = self.step + 1  # before the all-reduce that all ranks share
-            loss = self._gradient(x, y)
+            loss = self._gradient(self.ddp, x, y)
             self.optimizer.step()
             self.step += 1
             self.samples += len(x)
@@ -157,23 +168,11 @@ class DdpTrainer:
             if 0 < self._last_step[0] <= self.step:
                 return
 
-    def _gradient(self, x: torch.Tensor, y: torch.Tensor) -> float:
+    def _gradient(self, network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.ddp(x), y)
+        loss = cross_entropy(network(x), y)
         loss.backward()
         return loss.item()
-
-    def _sleep_then_reduce(
-        self,
-        _: object,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> torch.futures.Future[torch.Tensor]:
-        """All-reduce a bucket, later by as much as its computation would have taken longer."""
-        self.straggler.slow_down(self.step, time.perf_counter() - self._mark)
-        self._mark = time.perf_counter()
-        group = dist.group.WORLD
-        assert group is not None, "the process group is initialized"
-        return allreduce_hook(group, bucket)
 
     def _milestone(self, milestone: int) -> None:
         when = (self.elapsed, self.samples, self.samples * self.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -79,12 +80,12 @@ class Layout:
         """Offset of the checks in bytes."""
         return self.scales_at + _aligned(4 * self.scales)
 
-    @property
+    @cached_property
     def payload_at(self) -> int:
         """Offset of the payload in bytes."""
         return self.checks_at + _aligned(4 * self.checks)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Length of a message in bytes, a multiple of 64."""
         return self.payload_at + _aligned(self.payload_dtype.itemsize * self.payload_items)

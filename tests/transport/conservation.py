@@ -143,10 +143,8 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         initiated = kinds.count(INITIATED) if local.step % 16 == 0 else initiated
         board.report(initiated)
         endpoint.look()
-        if comm.rank % 2:  # stragglers, of both kinds
-            time.sleep(dice.expovariate(5000))
-        elif dice.random() < 0.002:
-            time.sleep(0.02)
+        # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
+        time.sleep(0.02 if dice.random() < 0.001 else dice.expovariate(1e4 / (1 + comm.rank)))
     enough = board.total >= options.exchanges
 
     for pending in algorithm.leave():

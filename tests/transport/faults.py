@@ -135,7 +135,7 @@ class Twice(Disordered):
 
     def free(self, arrival: Arrival) -> None:
         self._calls += 1
-        if self._calls % 20:
+        if self._calls % 20 != 3:
             super().free(arrival)
 
 
@@ -146,7 +146,10 @@ class Drops(Inbox):
 
     def send(self, reservation: Reservation, message: Message) -> None:
         self._calls += 1
-        super().send(reservation, message) if self._calls % 20 else self.cancel(reservation)
+        if self._calls % 20 == 3:
+            self.cancel(reservation)
+        else:
+            super().send(reservation, message)
 
 
 class Fault(NamedTuple):

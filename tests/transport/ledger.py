@@ -6,15 +6,18 @@ payload whose smallest and largest element differ.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.transport.publication import Claim
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 __all__ = ["Ledger", "fill", "layout", "staging"]
 
@@ -34,12 +37,11 @@ def staging(elements: int) -> Message:
     return Message(np.zeros(parts.nbytes, np.uint8), parts)
 
 
-def fill(message: Message, rank: int, stamp: int, pause: float = 0.0) -> None:
-    """Write a stamp to a message, resting in the middle of it for `pause` seconds."""
+def fill(message: Message, rank: int, stamp: int, rest: Callable[[], None]) -> None:
+    """Write a stamp to a message, resting in the middle of it."""
     middle = message.payload.size // 2
     message.payload[:middle] = stamp
-    if pause:
-        time.sleep(pause)
+    rest()
     message.payload[middle:] = stamp
     message.stamp(rank=rank, step=_number(stamp), time_ns=0)
 
@@ -62,6 +64,7 @@ class Ledger:
     Attributes:
         found: how often something happened that must not.
         done: how often each kind of operation was done.
+        served: (size, most + 1) exchanges that each version served, as far as this rank knows.
     """
 
     def __init__(self, rank: int, size: int, most: int) -> None:
@@ -73,8 +76,8 @@ class Ledger:
         self.sent = np.zeros(size, np.int64)
         self._read = [0] * size  # newest version of each rank that was read
         self._claimed = [0] * size  # the same, claimed
-        self._served = np.zeros((size, most + 1), np.uint8)  # exchanges that each version served
-        self._received = np.zeros((size, most + 1), np.uint8)  # times that each message came
+        self.served = np.zeros((size, most + 1), np.uint8)
+        self._received = np.zeros((size, most + 1), bool)  # whether each message came
         self._next = [0] * size  # number of the message that each rank must send next
 
     def version(self) -> int:
@@ -111,7 +114,7 @@ class Ledger:
         """Check a version that was claimed, and count that it serves an exchange."""
         number = self._check(message, _PUBLICATION, claim.rank, 0)
         self.done["claimed"] += 1
-        served = self._served[claim.rank]
+        served = self.served[claim.rank]
         served[claim.version] = min(9, served[claim.version] + 1)  # the sum over ranks has 8 bits
         self.found["backwards"] += claim.version <= self._claimed[claim.rank]
         self._claimed[claim.rank] = max(claim.version, self._claimed[claim.rank])
@@ -131,7 +134,7 @@ class Ledger:
         self.found["twice"] += bool(self._received[sender, number])
         self.found["order"] += number != self._next[sender]
         self._next[sender] = max(number + 1, self._next[sender])
-        self._received[sender, number] = 1
+        self._received[sender, number] = True
 
     def newest(self, owner: int, version: int) -> None:
         """Check that the last version of `owner` is the one read last."""
@@ -152,13 +155,20 @@ class Ledger:
             return None
         return _number(low)
 
+    def lost(self, books: np.ndarray) -> None:
+        """Find what was sent to this rank and did not come.
+
+        Args:
+            books: (size, size) messages that each rank has sent to each.
+        """
+        received = self._received.sum(axis=1)
+        self.found["lost"] += int((books[:, self.rank] - received).clip(0).sum())
+
     def balance(self, comm: MPI.Intracomm) -> tuple[Counter[str], Counter[str]]:
         """Compare the books of all ranks: what was found, and what was done. Collective."""
-        received = self._received.astype(bool).sum(axis=1)
-        all_sent = np.array(comm.allgather(self.sent))
-        self.found["lost"] += int((all_sent[:, self.rank] - received).clip(0).sum())
-        served = np.zeros_like(self._served)
-        comm.Allreduce(self._served, served, MPI.SUM)
+        self.lost(np.array(comm.allgather(self.sent)))
+        served = np.zeros_like(self.served)
+        comm.Allreduce(self.served, served)
         if self.rank == 0:
             self.found["served twice"] += int((served > 1).sum())
         found: Counter[str] = Counter()

@@ -116,15 +116,16 @@ class Rank:
             time.sleep(self.options.sleep)
             self.asleep = begun, time.monotonic()
 
-    def rest(self) -> float:
-        """How long to rest in the middle of a slot: mostly not at all."""
-        return 0.0005 if self.random.random() < self.options.pause else 0.0
+    def rest(self) -> None:
+        """Rest in the middle of a slot, mostly not at all."""
+        if self.random.random() < self.options.pause:
+            time.sleep(0.0005)
 
     def publish(self) -> None:
         """Publish the next version, if there is a slot."""
         message = self.endpoint.publication.reserve()
         if message is not None and self.ledger.published < self.most:
-            fill(message, self.rank, self.ledger.version(), self.rest())
+            fill(message, self.rank, self.ledger.version(), self.rest)
             self.endpoint.publication.publish()
             self.ledger.publish()
 
@@ -137,12 +138,12 @@ class Rank:
             return
         self.ledger.claim(claim, theirs)
         if self.random.random() < 0.1:
-            fill(reply, self.rank, self.ledger.cancelled(), self.rest())
+            fill(reply, self.rank, self.ledger.cancelled(), self.rest)
             self.ledger.held(claim, theirs)
             self.endpoint.abandon(pairing)
             self.ledger.done["abandoned"] += 1
         else:
-            fill(reply, self.rank, self.ledger.message(claim.rank), self.rest())
+            fill(reply, self.rank, self.ledger.message(claim.rank), self.rest)
             self.ledger.held(claim, theirs)
             self.endpoint.complete(pairing)
             self.ledger.send(claim.rank)

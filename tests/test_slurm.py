@@ -1,0 +1,109 @@
+"""The job script on a real Slurm of two nodes, which share files and a network but no memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from hosts import Hosts
+from ranks import ROOT, missing, mpi_library
+from slurm import Cluster, Job, slurm_cluster
+
+SCRIPT = str(ROOT / "jobs" / "train.sbatch")
+CONFIG = str(ROOT / "jobs" / "train.toml")
+SIZE = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+RUN = (*SIZE, SCRIPT, CONFIG, "run.directory=runs", "run.name=run")
+
+
+@pytest.fixture(scope="module")
+def cluster(two_hosts: Hosts) -> Iterator[Cluster]:
+    """Two nodes with two cores each."""
+    with slurm_cluster(two_hosts, cpus=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def user(cluster: Cluster) -> Cluster:
+    """The cluster, as one submits to it who has set what the job script asks for."""
+    library = mpi_library("mpich")
+    if library is None:
+        missing("no library of mpich: `make test` installs it")
+    return cluster.with_variables(
+        MPI_DASGD_PYTHON=sys.executable,
+        MPI_DASGD_SRUN_MPI="pmi2",
+        MPI4PY_LIBMPI=str(library),
+        PYTHONPATH=str(ROOT),
+        OMP_NUM_THREADS="1",
+    )
+
+
+def _results(directory: Path) -> dict[str, Any]:
+    """Attributes of the results, and what is known of each rank."""
+    with h5py.File(directory / "runs" / "run" / "results.h5") as file:
+        ranks = {name: file["ranks"][name][:].tolist() for name in ("local_rank", "host", "status")}
+        return {**file.attrs, **ranks, "exchanges": file["exchange"]["records"][:].tolist()}
+
+
+def _kill_rank(cluster: Cluster, rank: int, files: Path) -> None:
+    """Kill a rank of the job that runs once it trains."""
+    file = files / f"rank{rank:05d}.h5"
+    end = time.monotonic() + 30
+    while not (file.exists() and file.stat().st_size > 100_000):
+        assert time.monotonic() < end, "training did not begin"
+        time.sleep(0.1)
+    wanted = {f"SLURM_PROCID={rank}".encode(), f"SLURM_CONF={cluster.environment['SLURM_CONF']}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
+    job = user.wait(user.submit(tmp_path, *RUN, "budget.epochs=6"))
+    assert (job.state, job.code) == ("COMPLETED", 0), job.output
+    results = _results(tmp_path)
+    assert results["status"] == "finished"
+    assert results["ranks"] == 4
+    assert results["nodes"] == 2
+    assert results["transport"] == "in place within a node, Get and Put between nodes"
+    assert results["local_rank"] == [0, 1, 0, 1]
+    assert results["host"] == [name.encode() for name in user.hosts.names for _ in range(2)]
+    assert min(results["exchanges"]) > 0
+    assert results["slurm_job_id"] == str(job.number)
+    assert results["slurm_job_num_nodes"] == "2"
+    assert results["slurm_ntasks"] == "4"
+    assert results["slurm_submit_dir"] == str(tmp_path)
+
+
+def test_bad_key_fails_the_job_and_says_why(user: Cluster, tmp_path: Path) -> None:
+    job = user.wait(user.submit(tmp_path, *RUN, "budget.epoch=6"))
+    assert (job.state, job.code) == ("FAILED", 2), job.output
+    assert job.output.count("budget.epoch") == 1  # rank 0 alone says it
+    assert "did you mean 'epochs'" in job.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_srun_of_another_mpi_is_found_out(user: Cluster, tmp_path: Path) -> None:
+    """Started without PMI, each rank would train alone."""
+    alone = user.with_variables(MPI_DASGD_SRUN_MPI="none")
+    job = alone.wait(alone.submit(tmp_path, *RUN, "budget.epochs=6"))
+    assert (job.state, job.code) == ("FAILED", 2), job.output
+    assert job.output.count("the launcher started 4 ranks, but this process sees 1") == 1
+    assert "srun --mpi=pmi2" in job.output
+
+
+def test_job_that_loses_a_rank_finishes_and_counts_as_failed(user: Cluster, tmp_path: Path) -> None:
+    number = user.submit(tmp_path, *RUN, "budget.seconds=8", "transport.silence=2")
+    _kill_rank(user, 3, tmp_path / "runs" / "run" / "ranks")
+    job = user.wait(number)
+    assert (job.state, job.code) == ("FAILED", 137), job.output
+    results = _results(tmp_path)
+    print(results, job.output)
