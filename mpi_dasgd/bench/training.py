@@ -31,11 +31,20 @@ from mpi_dasgd.bench.samples import samples_path, write_samples
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.world import say
 
-__all__ = ["ALGORITHMS", "REFERENCE", "STRAGGLERS", "Plan", "main", "summarize", "table"]
+__all__ = ["ALGORITHMS", "REFERENCE", "Plan", "main", "summarize", "table"]
 
 REFERENCE = "alone"
 ALGORITHMS = (REFERENCE, "adpsgd", "allreduce", "ddp")
-STRAGGLERS = ("none", "s4", "s10", "c4", "c10")
+FULL: dict[str, Any] = {
+    "tasks": tuple(TASKS),
+    "ranks": (2, 4),
+    "stragglers": ("none", "s4", "s10", "c4", "c10"),
+    "algorithms": ALGORITHMS,
+    "repeats": 3,
+    "seconds": None,
+}
+QUICK = {**FULL, "tasks": ("T1",), "ranks": (2,), "stragglers": ("none", "s10")}
+QUICK |= {"repeats": 1, "seconds": 3.0}
 OTHERS = 0.1  # share of the cores that others may use
 
 _LEGEND = """\
@@ -111,23 +120,14 @@ class Plan:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark with the arguments after ``bench training``; return the exit code."""
     options = _parser().parse_args(arguments)
-    if options.quick:
-        options.tasks, options.ranks, options.stragglers = ["T1"], [2], ["none", "s10"]
-        options.repeats, options.seconds = options.repeats or 1, options.seconds or 3.0
-    plan = Plan(
-        options.tasks,
-        options.ranks,
-        options.stragglers,
-        options.algorithms,
-        options.repeats or 3,
-        options.seconds,
-    )
+    given = {name: getattr(options, name) for name in FULL if getattr(options, name) is not None}
+    plan = Plan(**{**(QUICK if options.quick else FULL), **given})
     path = samples_path("training", options.out)
     results, code = _measure_all(list(plan.measurements()))
     if not results:
         return code
-    check_comparable(results)
     write_samples(path, "training", columns(results), {"cores": cores(), "warm_up": WARM_UP})
+    check_comparable(results)
     rows = summarize(results)
     if disturbed := sum(result.cpu_others > OTHERS for result in results):
         say(
@@ -159,21 +159,22 @@ def _parser() -> argparse.ArgumentParser:
         "none, sK: the last rank sleeps to be K times slower, cK: it computes K times as much"
     )
     algorithms = f"{REFERENCE} is always measured; ddp is torch's DistributedDataParallel over gloo"
-    add("--tasks", type=names, default=list(TASKS), help=f"{tasks} [all]")
-    add("--ranks", type=numbers, default=[2, 4], help="numbers of ranks [2,4]")
+    add("--tasks", type=names, help=f"{tasks} [all]")
+    add("--ranks", type=numbers, help="numbers of ranks [2,4]")
     add(
         "--stragglers",
         type=names,
-        default=list(STRAGGLERS),
         help=f"{stragglers} [none,s4,s10,c4,c10]",
     )
-    add("--algorithms", type=names, default=list(ALGORITHMS), help=f"{algorithms} [all]")
+    add("--algorithms", type=names, help=f"{algorithms} [all]")
     add("--seconds", type=float, help="length of a measurement [as the task needs]")
     add("--repeats", type=int, help="measurements of each [3]")
     add("--out", help="directory for the raw samples [bench-results]")
     add("--json", action="store_true", help="print one JSON object")
     add(
-        "--quick", action="store_true", help="first look: T1, 2 ranks, none and s10, once, 3 s each"
+        "--quick",
+        action="store_true",
+        help="defaults of a first look: T1, 2 ranks, none and s10, once, 3 s",
     )
     return parser
 

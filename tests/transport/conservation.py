@@ -184,7 +184,9 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
 
 def main() -> None:
     """Check conservation in each mode that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=10_224, help="of a model, float32")
     parser.add_argument("--path", default="auto", help="auto, node or remote")

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from transport.ledger import Ledger, layout
+from transport.player import Player
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Message
@@ -19,8 +21,6 @@ from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.virtual import Clock, Network
-from transport.ledger import Ledger, layout
-from transport.player import Player
 
 __all__ = ["MOVES", "play"]
 
@@ -190,7 +190,9 @@ def play(
     found: Counter[str] = Counter()
     done: Counter[str] = Counter()
     most = max(ledger.served.shape[1] for ledger in ledgers)
-    served = sum(np.pad(book.served, ((0, 0), (0, most - book.served.shape[1]))) for book in ledgers)
+    served = sum(
+        np.pad(book.served, ((0, 0), (0, most - book.served.shape[1]))) for book in ledgers
+    )
     found["served twice"] = int((served > 1).sum())
     for ledger in ledgers:
         ledger.lost(sent)

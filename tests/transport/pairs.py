@@ -165,7 +165,9 @@ class Rank:
 
 def main() -> None:
     """Stress the endpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
     parser.add_argument("--path", default="auto", help="auto, node or remote")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from transport.ledger import Ledger, fill, staging
+
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.inbox import Inbox, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
 from mpi_dasgd.transport.slots import Slots
-from transport.ledger import Ledger, fill, staging
 
 __all__ = ["Player"]
 

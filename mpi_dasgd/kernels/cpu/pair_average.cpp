@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t kBlock = 1024;             // elements that live in the L1 cache between two stages
-constexpr int64_t kStreamBytes = 1 << 22;    // larger outputs bypass the caches: no read for ownership
+constexpr int64_t kStreamBytes = 1 << 18;    // larger outputs bypass the caches: no read for ownership
 
 // Copies a block to memory that this core does not read soon.
 template <typename T>

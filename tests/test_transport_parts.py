@@ -1,0 +1,273 @@
+"""The parts under Publication and Inbox: words, Board, Message and Courier, in one process."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mpi_dasgd import topology
+from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.errors import MpiDasgdError
+from mpi_dasgd.transport import board
+from mpi_dasgd.transport.board import FAILED, FINISHED, LEFT, RUNNING, Board
+from mpi_dasgd.transport.courier import Courier
+from mpi_dasgd.transport.virtual import Clock, Network
+from mpi_dasgd.transport.words import (
+    BEAT,
+    CLAIMED,
+    FREE,
+    HEAD,
+    LAST,
+    READY,
+    SAMPLES,
+    SPOKESMAN,
+    STATUS,
+    WordMap,
+    holder_of,
+    word,
+)
+
+LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
+
+
+def make_network(ranks: int) -> Network:
+    return Network(Clock(), LAYOUT, topology.build("complete", ranks))
+
+
+def staging() -> Message:
+    return Message(np.zeros(LAYOUT.nbytes, np.uint8), LAYOUT)
+
+
+# Words
+
+
+def test_word_keeps_state_holder_and_version_apart() -> None:
+    for state in (FREE, READY, CLAIMED):
+        for holder in (0, 1, 65_535, (1 << 20) - 1):
+            for version in (0, 1, (1 << 40) - 1):
+                value = word(state, holder, version)
+                assert (value & 3, holder_of(value), value >> 22) == (state, holder, version)
+                assert 0 <= value < 1 << 63
+
+
+def test_word_map_gives_each_word_its_own_place() -> None:
+    where = WordMap(5, 7)
+    fixed = [BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, HEAD]
+    indices = [*fixed, *where.publication, *where.inbox]
+    assert sorted(indices) == list(range(where.count))
+    assert (len(where.publication), len(where.inbox)) == (5, 7)
+    assert WordMap(0, 0).count == len(fixed)
+
+
+# Board
+
+
+def test_board_shows_what_others_report() -> None:
+    network = make_network(3)
+    boards = [Board(network, rank, 3, silence=1.0) for rank in range(3)]
+    boards[1].report(40)
+    boards[2].report(2)
+    boards[2].announce(FINISHED)
+    boards[0].report(100)
+    assert boards[0].total == 100
+    boards[0].refresh(range(3))
+    assert boards[0].samples == [100, 40, 2] and boards[0].total == 142
+    assert boards[0].status == [RUNNING, RUNNING, FINISHED]
+    boards[1].stop_after(17)
+    assert [boards[0].last_step(rank) for rank in range(3)] == [0, 17, 0]
+    assert [one.speak() for one in reversed(boards)] == [True, False, False]
+
+
+def test_a_silent_rank_is_dead(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    boards = [Board(network, rank, 6, silence=10.0) for rank in range(3)]
+    network = make_network(6)
+    boards = [Board(network, rank, 6, silence=10.0) for rank in range(6)]
+    boards[2].announce(FINISHED)
+    boards[3].announce(FAILED)
+    boards[4].announce(LEFT)
+    for moment in range(0, 31):
+        now[0] = float(moment)
+        boards[1].beat(network)
+        if moment < 5:
+            boards[5].beat(network)
+        boards[0].watch(range(6), network)
+        expected = {2} if moment > 10 else set()
+        expected |= {5} if moment > 14 else set()
+        assert boards[0].dead == expected, moment
+
+
+# Message
+
+
+LAYOUTS = [
+    Layout(codec=0, elements=n, payload_dtype=np.dtype(dtype), payload_items=n, scales=s, checks=c)
+    for n in (1, 16, 1000)
+    for dtype in ("f4", "f8", "u1")
+    for s, c in ((0, 0), (1, 1), (17, 33))
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parts_of_a_message_are_aligned_and_apart(layout: Layout) -> None:
+    offsets = [0, layout.scales_at, layout.checks_at, layout.payload_at, layout.nbytes]
+    assert offsets == sorted(offsets) and all(offset % 64 == 0 for offset in offsets)
+    message = Message(np.zeros(layout.nbytes, np.uint8), layout)
+    message.stamp(rank=3, step=5, time_ns=7)
+    message.sequence = 11
+    message.scales[:] = 1.5
+    message.checks[:] = 99
+    message.payload[:] = 42
+    assert message.header.rank == 3 and message.sequence == 11
+    assert (message.scales == 1.5).all() and (message.checks == 99).all()
+    sizes = message.scales.size, message.checks.size, message.payload.size
+    assert sizes == (layout.scales, layout.checks, layout.payload_items)
+    assert (message.payload == 42).all() and message.payload.dtype == layout.payload_dtype
+
+
+def test_sizes_beyond_2_gib() -> None:
+    n = 3_000_000_001
+    layout = Layout(
+        codec=0, elements=n, payload_dtype=np.dtype("f4"), payload_items=n, scales=n // 64, checks=7
+    )
+    assert layout.nbytes >= 4 * n + 4 * (n // 64) + 4 * 7 + 64
+    assert layout.nbytes - (4 * n + 4 * (n // 64) + 4 * 7 + 64) < 3 * 64
+    assert layout.nbytes % 64 == 0 and layout.payload_at > 2**27
+
+
+def test_a_buffer_of_the_wrong_size_or_type_is_refused() -> None:
+    for buffer in (
+        np.zeros(LAYOUT.nbytes - 1, np.uint8),
+        np.zeros(LAYOUT.nbytes + 64, np.uint8),
+        np.zeros(LAYOUT.nbytes, np.int8),
+        np.zeros((1, LAYOUT.nbytes), np.uint8),
+    ):
+        with pytest.raises(MpiDasgdError, match=f"expected {LAYOUT.nbytes} bytes"):
+            Message(buffer, LAYOUT)
+
+
+def test_header_is_64_bytes_little_endian_with_the_sequence_last() -> None:
+    message = staging()
+    message.stamp(rank=1_000_000, step=2**40, time_ns=-5, seed=2**64 - 1)
+    message.sequence = 2**50
+    message.stamp(rank=7, step=2**41, time_ns=2**62, seed=2**64 - 2)
+    assert message.sequence == 2**50, "a stamp leaves the sequence alone"
+    assert not message.payload.any()
+    header = message.header
+    assert (header.rank, header.step, header.time_ns) == (7, 2**41, 2**62)
+    assert (header.elements, header.nbytes, header.seed) == (8, LAYOUT.nbytes, 2**64 - 2)
+    fields = struct.unpack("<IHHi4xqqqqQ", message.buffer[:56].tobytes())
+    assert fields == tuple(header)
+    assert struct.unpack("<q", message.buffer[56:64].tobytes()) == (2**50,)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 4, 6, 32, 40], ids=str)
+def test_a_foreign_header_is_refused(offset: int) -> None:
+    """At these bytes: magic (2), version, codec, elements, length."""
+    message = staging()
+    with pytest.raises(MpiDasgdError, match="message header: expected"):
+        _ = message.header  # a slot that was never written
+    message.stamp(rank=0, step=0, time_ns=0)
+    assert message.header.rank == 0
+    message.buffer[offset] ^= 1
+    with pytest.raises(MpiDasgdError, match="message header: expected"):
+        _ = message.header
+
+
+def test_a_message_of_another_model_is_refused() -> None:
+    other = Layout(codec=0, elements=9, payload_dtype=np.dtype("f4"), payload_items=9)
+    assert other.nbytes == LAYOUT.nbytes
+    message = staging()
+    Message(message.buffer, other).stamp(rank=0, step=0, time_ns=0)
+    with pytest.raises(MpiDasgdError, match="got .*9"):
+        _ = message.header
+
+
+# Courier
+
+
+@pytest.fixture
+def couriers() -> Iterator[Callable[..., Courier]]:
+    """Makes couriers that are closed at the end of the test."""
+    made: list[Courier] = []
+
+    def make(*args: object, **options: object) -> Courier:
+        made.append(Courier(*args, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    assert all(courier.close() for courier in made)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., Courier]) -> None:
+    courier = couriers(lambda: None, 60.0)
+    ran: list[tuple[int, int]] = []
+    for i in range(100):
+        courier.submit(lambda i=i: ran.append((i, threading.get_ident())))
+    wait_for(lambda: courier.idle)
+    assert [i for i, _ in ran] == list(range(100))
+    assert {thread for _, thread in ran} != {threading.get_ident()}
+    assert len({thread for _, thread in ran}) == 1
+    assert courier.busy_seconds == 0.0
+
+
+def test_courier_finishes_its_tasks_before_it_ends() -> None:
+    courier = Courier(lambda: None, 60.0)
+    ran: list[int] = []
+    for i in range(3):
+        courier.submit(lambda i=i: (time.sleep(0.02), ran.append(i)))
+    assert courier.close()
+    assert ran == [0, 1, 2] and courier.idle
+    assert courier.close(), "again does nothing"
+
+
+def test_courier_calls_for_progress_and_chores_at_intervals(
+    couriers: Callable[..., Courier],
+) -> None:
+    chores: list[float] = []
+    calls: list[float] = []
+    couriers(
+        lambda: chores.append(time.monotonic()),
+        0.05,
+        lambda: calls.append(time.monotonic()),
+        progress_interval=0.001,
+    )
+    wait_for(lambda: len(chores) >= 4)
+    assert len(calls) > 2 * len(chores)
+    assert min(np.diff(chores)) >= 0.05
+    assert chores[0] - calls[0] < 0.05, "the first chore is due at once"
+
+
+def test_what_fails_in_the_courier_is_raised_by_check(couriers: Callable[..., Courier]) -> None:
+    courier = couriers(lambda: None, 60.0)
+    courier.check()
+    courier.submit(lambda: [][0])
+    wait_for(lambda: courier._error is not None)
+    with pytest.raises(IndexError):
+        courier.check()
+    assert not courier.idle
+
+
+def test_a_stuck_courier_is_left_behind() -> None:
+    courier = Courier(lambda: None, 60.0)
+    release = threading.Event()
+    courier.submit(release.wait)
+    wait_for(lambda: courier.busy_seconds > 0.05)
+    assert not courier.idle
+    assert not courier.close(timeout=0.05)
+    release.set()
+    assert courier.close()
