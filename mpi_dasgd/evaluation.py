@@ -8,6 +8,7 @@ collective call while it runs, and survives ranks that died.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,6 +110,4 @@ class Snapshots:
 
     def remove(self) -> None:
         """Delete all."""
-        for path in self._directory.glob("*.npz"):
-            path.unlink()
-        self._directory.rmdir()
+        shutil.rmtree(self._directory, ignore_errors=True)

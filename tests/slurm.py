@@ -107,7 +107,7 @@ class Cluster:
         """Submit a batch job from a directory; `arguments` are those of sbatch."""
         return int(self.run("sbatch", "--parsable", *arguments, directory=directory))
 
-    def wait(self, number: int, timeout: float = 60) -> Job:
+    def wait(self, number: int, timeout: float = 120) -> Job:
         """Wait for the end of a job."""
         end = time.monotonic() + timeout
         while True:

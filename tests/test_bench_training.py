@@ -25,7 +25,15 @@ from mpi_dasgd.bench.measurement import (
     within,
 )
 from mpi_dasgd.bench.samples import read_samples
-from mpi_dasgd.bench.training import Plan, check_comparable, columns, summarize, table
+from mpi_dasgd.bench.training import (
+    FULL,
+    QUICK,
+    Plan,
+    check_comparable,
+    columns,
+    summarize,
+    table,
+)
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
 
@@ -80,6 +88,14 @@ def test_plan_measures_every_combination_beside_its_reference() -> None:
     assert set(positions.values()) == {8}, (
         "every algorithm is first, second and third equally often"
     )
+
+
+def test_full_and_quick_plan() -> None:
+    assert [str(cell) for cell in Plan(**QUICK).cells] == ["T1 n=2 none", "T1 n=2 s10"]
+    measurements = list(Plan(**FULL).measurements())
+    assert len(measurements) == 3 * 2 * 5 * 4 * 3
+    for measurement in measurements:
+        assert measurement.expected_seconds > measurement.seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ import h5py
 import pytest
 from hosts import Hosts
 from ranks import ROOT, missing, mpi_library
-from slurm import Cluster, Job, slurm_cluster
+from slurm import Cluster, slurm_cluster
 
 SCRIPT = str(ROOT / "jobs" / "train.sbatch")
 CONFIG = str(ROOT / "jobs" / "train.toml")
-SIZE = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-RUN = (*SIZE, SCRIPT, CONFIG, "run.directory=runs", "run.name=run")
+RANKS = ("--ntasks-per-node=2", "--cpus-per-task=1")
+TRAIN = (SCRIPT, CONFIG, "run.directory=runs", "run.name=run")
+TWO_NODES = ("--nodes=2", *RANKS, *TRAIN)
+ONE_NODE = ("--nodes=1", *RANKS, *TRAIN)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def _kill_rank(cluster: Cluster, rank: int) -> None:
 
 
 def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
-    job = user.wait(user.submit(tmp_path, *RUN, "budget.epochs=6"))
+    job = user.wait(user.submit(tmp_path, *TWO_NODES, "budget.epochs=6"))
     assert (job.state, job.code) == ("COMPLETED", 0), job.output
     results = _results(tmp_path)
     assert results["status"] == [b"finished"] * 4
@@ -83,7 +85,7 @@ def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
 
 
 def test_bad_key_fails_the_job_and_says_why(user: Cluster, tmp_path: Path) -> None:
-    job = user.wait(user.submit(tmp_path, *RUN, "budget.epoch=6"))
+    job = user.wait(user.submit(tmp_path, *TWO_NODES, "budget.epoch=6"))
     assert (job.state, job.code) == ("FAILED", 2), job.output
     assert job.output.count("budget.epoch") == 1  # rank 0 alone says it
     assert "did you mean 'epochs'" in job.output
@@ -93,21 +95,22 @@ def test_bad_key_fails_the_job_and_says_why(user: Cluster, tmp_path: Path) -> No
 def test_srun_of_another_mpi_is_found_out(user: Cluster, tmp_path: Path) -> None:
     """Started without PMI, each rank would train alone."""
     alone = user.with_variables(MPI_DASGD_SRUN_MPI="none")
-    job = alone.wait(alone.submit(tmp_path, *RUN, "budget.epochs=6"))
+    job = alone.wait(alone.submit(tmp_path, *TWO_NODES, "budget.epochs=6"))
     assert (job.state, job.code) == ("FAILED", 2), job.output
     assert job.output.count("the launcher started 4 ranks, but this process sees 1") == 1
     assert "srun --mpi=pmi2" in job.output
 
 
 def test_job_that_loses_a_rank_finishes_and_counts_as_failed(user: Cluster, tmp_path: Path) -> None:
-    number = user.submit(tmp_path, *RUN, "budget.seconds=6", "transport.silence=2")
+    number = user.submit(tmp_path, *ONE_NODE, "budget.seconds=5", "transport.silence=2")
     output = tmp_path / f"mpi-dasgd-{number}.out"
     end = time.monotonic() + 60
     while not (output.exists() and "samples/s" in output.read_text()):
         assert time.monotonic() < end, "training did not begin"
         time.sleep(0.1)
-    _kill_rank(user, 3)
+    _kill_rank(user, 1)
     job = user.wait(number)
     assert (job.state, job.code) == ("FAILED", 137), job.output
     results = _results(tmp_path)
-    print(results, job.output)
+    assert results["status"] == [b"finished", b"killed"]
+    assert "ranks [1] were lost; the others finished the run" in job.output

@@ -84,16 +84,15 @@ def test_board_shows_what_others_report() -> None:
     assert [one.speak() for one in reversed(boards)] == [True, False, False]
 
 
-def test_a_silent_rank_is_dead(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    boards = [Board(network, rank, 6, silence=10.0) for rank in range(3)]
     network = make_network(6)
     boards = [Board(network, rank, 6, silence=10.0) for rank in range(6)]
     boards[2].announce(FINISHED)
     boards[3].announce(FAILED)
     boards[4].announce(LEFT)
-    for moment in range(0, 31):
+    for moment in range(31):
         now[0] = float(moment)
         boards[1].beat(network)
         if moment < 5:

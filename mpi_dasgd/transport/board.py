@@ -12,6 +12,8 @@ __all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
 RUNNING, FINISHED, FAILED, LEFT = range(4)
 """Status: training, through with training but still absorbing, failed, gone for good."""
 
+_LONGEST = 0.2  # seconds of silence that count between two looks
+
 
 class Board:
     """This rank's notices, and the newest that it has seen of the others.
@@ -31,7 +33,9 @@ class Board:
         self.samples = [0] * size
         self.status = [RUNNING] * size
         self.dead: set[int] = set()
-        self._beats = [(-1, time.monotonic())] * size
+        self._beats = [-1] * size
+        self._quiet = [0.0] * size
+        self._watched = time.monotonic()
 
     def _set(self, index: int, value: int, words: Words | None = None) -> None:
         if value != self._mine[index]:
@@ -75,13 +79,17 @@ class Board:
     def watch(self, ranks: Iterable[int], words: Words) -> None:
         """Read heartbeats; a rank that is silent for too long is put in `dead`."""
         now = time.monotonic()
+        # A time in which this rank itself did not run says nothing about the others.
+        waited = min(now - self._watched, _LONGEST)
+        self._watched = now
         for rank in ranks:
             if rank == self._rank or rank in self.dead:
                 continue
-            beat, since = words.read(rank, BEAT), self._beats[rank]
-            if beat != since[0]:
-                self._beats[rank] = (beat, now)
-            elif now - since[1] > self._silence and words.read(rank, STATUS) in (RUNNING, FINISHED):
+            beat = words.read(rank, BEAT)
+            self._quiet[rank] = 0.0 if beat != self._beats[rank] else self._quiet[rank] + waited
+            self._beats[rank] = beat
+            silent = self._quiet[rank] > self._silence
+            if silent and words.read(rank, STATUS) in (RUNNING, FINISHED):
                 self.dead.add(rank)
 
     @property

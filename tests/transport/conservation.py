@@ -171,12 +171,11 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "absorbed": comm.allreduce(kinds.count(ABSORBED)),
         "enough": comm.allreduce(enough, MPI.LAND),
         "waits": comm.allreduce(waits),
-        "steps": comm.allgather(local.step),
         "largest": largest,
         "error": float(np.abs(total).max()),
         # Each exchange rounds two additions, each by half an eps of a result below `largest`.
         "tolerance": float(exchanges * np.finfo(np.float32).eps * largest),
-        "spread": float(comm.allreduce(float(np.abs(x).mean())) / comm.size),
+        "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
         "seconds": time.monotonic() - begun,
         "path": path,
     }

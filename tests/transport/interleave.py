@@ -10,6 +10,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from transport.ledger import Ledger, layout
@@ -160,7 +161,7 @@ def play(
                 publication(*shared, held=slots - 2),
                 inbox(*shared),
                 memory,
-                Ledger(rank, RANKS, 2 * len(scripts[rank]) + 2),
+                Ledger(rank, RANKS, 2 * max(map(len, scripts))),
                 _ELEMENTS,
                 random.Random(seed + rank),
                 stage.wait,
@@ -175,10 +176,7 @@ def play(
                 getattr(player, move)(player.other())
 
     stage.play(
-        [
-            lambda player=player, script=script: act(player, script)
-            for player, script in zip(players, scripts, strict=True)
-        ]
+        [partial(act, player, script) for player, script in zip(players, scripts, strict=True)]
     )
     ledgers = [player.ledger for player in players]
     for player in players:
@@ -189,10 +187,7 @@ def play(
     sent = np.array([ledger.sent for ledger in ledgers])
     found: Counter[str] = Counter()
     done: Counter[str] = Counter()
-    most = max(ledger.served.shape[1] for ledger in ledgers)
-    served = sum(
-        np.pad(book.served, ((0, 0), (0, most - book.served.shape[1]))) for book in ledgers
-    )
+    served = np.sum([ledger.served for ledger in ledgers], axis=0)
     found["served twice"] = int((served > 1).sum())
     for ledger in ledgers:
         ledger.lost(sent)

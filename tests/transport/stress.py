@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from mpi4py import MPI
 
@@ -57,7 +58,7 @@ class Rank:
         self.ledger = Ledger(self.rank, self.size, max(self.publications, self.messages) + 1)
         self.counters = Counters()
         where = WordMap(options.slots, options.slots)
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         library = native.load()
         self.words: NodeWords | WindowWords
         if options.words == "node" and library is not None:

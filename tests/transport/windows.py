@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import numpy as np
 from mpi4py import MPI
@@ -38,16 +40,16 @@ def _content(rank: int, slot: int, nbytes: int) -> np.ndarray:
 
 
 def _slots(comm: MPI.Intracomm, layout: Layout, path: str) -> WindowSlots:
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
     slots = WindowSlots(comm, node, layout, SLOTS, path)
     node.Free()
     return slots
 
 
-def raises(kind: type[BaseException], call: Callable[[], object]) -> bool:
+def raises(kind: type[BaseException], call: Callable[..., object], *args: object) -> bool:
     """Return whether `call` raises an error of this kind."""
     try:
-        call()
+        call(*args)
     except kind:
         return True
     return False
@@ -123,8 +125,8 @@ def closed(comm: MPI.Intracomm) -> None:
         comm.Barrier()
         words.close()
         words.close()
-        good &= raises(RuntimeError, lambda words=words: words.read(comm.rank, 2))
-        good &= raises(RuntimeError, lambda words=words: words.swap(other, 2, 0, 1))
+        good &= raises(RuntimeError, words.read, comm.rank, 2)
+        good &= raises(RuntimeError, words.swap, other, 2, 0, 1)
         parallel_assert(comm, good, type(words).__name__)
     layout = _layout(100)
     message = Message(np.zeros(layout.nbytes, np.uint8), layout)
@@ -132,8 +134,8 @@ def closed(comm: MPI.Intracomm) -> None:
         slots = _slots(comm, layout, path)
         slots.close()
         slots.close()
-        good = raises(RuntimeError, lambda slots=slots: slots.get(other, 0, message))
-        good &= raises(RuntimeError, lambda slots=slots: slots.put(other, 0, message))
+        good = raises(RuntimeError, slots.get, other, 0, message)
+        good &= raises(RuntimeError, slots.put, other, 0, message)
         good &= slots.at(comm.rank, 0) is None
         slots.sync()
         parallel_assert(comm, good, path)
@@ -166,8 +168,8 @@ def endpoint(comm: MPI.Intracomm) -> None:
         for name, call in {
             "reserve": endpoint.publication.reserve,
             "receive": endpoint.inbox.receive,
-            "claim": lambda e=endpoint: e.publication.claim(1 - min(1, comm.rank)),
-            "pair": lambda e=endpoint: e.pair([1 - min(1, comm.rank)]),
+            "claim": partial(endpoint.publication.claim, 1 - min(1, comm.rank)),
+            "pair": partial(endpoint.pair, [1 - min(1, comm.rank)]),
         }.items():
             raised = raises(RuntimeError, call)
             if not raised:
@@ -190,7 +192,7 @@ def silent(comm: MPI.Intracomm) -> None:
 
 def node(comm: MPI.Intracomm) -> None:
     """The path `node` is refused by all ranks if they are on several hosts."""
-    found = raises(UserError, lambda: _slots(comm, _layout(100), "node"))
+    found = raises(UserError, _slots, comm, _layout(100), "node")
     parallel_assert(comm, found, "no UserError")
 
 
