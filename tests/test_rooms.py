@@ -49,7 +49,9 @@ def _imported(path: Path) -> set[str]:
     return rooms
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_imports_run_downwards(path: Path) -> None:
     room = _room(path)
     assert room in FLOOR, f"say in FLOORS where {room} belongs"
@@ -64,7 +66,12 @@ def test_imports_run_downwards(path: Path) -> None:
 def _loaded_by(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint(' '.join(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=ROOT,
     )
     return set(done.stdout.split())
 

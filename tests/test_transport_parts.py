@@ -88,12 +88,12 @@ def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
     network = make_network(6)
-    boards = [Board(network, rank, 6, silence=10.0) for rank in range(6)]
+    boards = [Board(network, rank, 6, silence=1.0) for rank in range(6)]
     boards[2].announce(FINISHED)
     boards[3].announce(FAILED)
     boards[4].announce(LEFT)
     for moment in range(31):
-        now[0] = float(moment)
+        now[0] = 0.1 * moment
         boards[1].beat(network)
         if moment < 5:
             boards[5].beat(network)
@@ -101,6 +101,17 @@ def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = {2} if moment > 10 else set()
         expected |= {5} if moment > 14 else set()
         assert boards[0].dead == expected, moment
+
+
+def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    network = make_network(2)
+    watcher = Board(network, 0, 2, silence=1.0)
+    for _ in range(4):
+        watcher.watch(range(2), network)
+        now[0] += 100
+    assert watcher.dead == set()
 
 
 # Message

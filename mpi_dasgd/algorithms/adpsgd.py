@@ -78,24 +78,25 @@ class ADPSGD(Algorithm):
         arrivals = endpoint.inbox.receive()
         pairing = self._pairing or endpoint.pair(self._draw())
         publication = endpoint.publication.reserve()
+        settled = pairing.settled  # once: the courier may settle it at any moment
         # All that moves the model happens in this one pass over memory.
         self.codec.exchange(
             self.x,
             [arrival.message for arrival in arrivals],
-            pairing.theirs if pairing.settled else None,
+            pairing.theirs if settled else None,
             self.settings.weight,
-            pairing.reply if pairing.settled else None,
+            pairing.reply if settled else None,
             publication,
         )
         self._free(arrivals, step)
-        if pairing.settled:
+        if settled:
             self._conclude(pairing, step)
-        late, self._pairing = pairing is self._pairing, None if pairing.settled else pairing
+        late, self._pairing = pairing is self._pairing, None if settled else pairing
         self._publish(publication, step)
-        if late and pairing.settled:
+        if late and settled:
             # The answer took longer than a moment: ask ahead, so that there is one at the next step.
             self._drawn = self._draw()
-            if not endpoint.immediate(self._drawn[0]):
+            if self._drawn and not endpoint.immediate(self._drawn[0]):
                 self._pairing = endpoint.pair(self._draw())
 
     def _draw(self) -> list[int]:

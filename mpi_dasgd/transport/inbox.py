@@ -79,7 +79,6 @@ class Inbox:
         """Deliver `message`, which is in place already or a staging area, and set the slot ready."""
         rank, slot = reservation.rank, reservation.slot
         message.sequence = self._sent[rank]
-        self._sent[rank] += 1
         if self._slots.at(rank, self._first + slot) is not message:
             self._slots.put(rank, self._first + slot, message)
         self._slots.sync()  # the payload must be there before a word says so
@@ -87,6 +86,7 @@ class Inbox:
             rank, self._where[slot], word(CLAIMED, self._rank), word(READY, self._rank)
         )
         if done:  # else the receiver has given this rank up for dead and taken the slot back
+            self._sent[rank] += 1
             self._counters.messages += 1
             self._counters.bytes_sent += message.layout.nbytes
 
@@ -101,13 +101,11 @@ class Inbox:
         for slot, index in enumerate(self._where):
             value = self._words.read(self._rank, index)
             if value & 3 == READY:
+                self._slots.sync()
                 message = self._slots.at(self._rank, self._first + slot)
                 assert message is not None, "own slots are in place"
                 arrival = Arrival(holder_of(value), slot, message)
                 ready[arrival.sender, message.sequence] = arrival
-        if not ready:
-            return []
-        self._slots.sync()
         arrivals = []
         for sender, sequence in sorted(ready):
             # A later message may be seen while the scan missed an earlier one: it waits for the next call.

@@ -91,6 +91,7 @@ class RmaEndpoint(Endpoint):
         self._silence = silence
         self._progress_interval = progress_interval
         self._talking_to = -1
+        self._closed = False
         if self._far:
             sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
         self._courier = self._new_courier()
@@ -130,6 +131,8 @@ class RmaEndpoint(Endpoint):
 
     def pair(self, candidates: Sequence[int]) -> Pairing:
         """Try to pair with one of `candidates`; those of other nodes are tried by the courier."""
+        if self._closed:
+            raise RuntimeError("transport is closed")
         pairing = Pairing()
         for position, rank in enumerate(candidates):
             if rank in self._far:
@@ -227,11 +230,14 @@ class RmaEndpoint(Endpoint):
         )
 
     def close(self, timeout: float = 10.0) -> None:
-        """Wait for the others, end the courier, and free the windows.
+        """Wait for the others, end the courier, and free the windows; later calls do nothing.
 
         Raises:
             PeerLost: ranks have died, so that windows cannot be freed; leave by `os._exit` then.
         """
+        if self._closed:
+            return
+        self._closed = True
         arrived = self._comm.Ibarrier()
         while not (arrived.Test() or self.board.dead):
             time.sleep(0.001)

@@ -135,7 +135,10 @@ class WindowSlots:
             if window is not None:
                 window.Lock_all(MPI.MODE_NOCHECK)
         self._messages = {
-            rank: [Message(part, layout) for part in np.frombuffer(m, np.uint8, size).reshape(count, -1)]
+            rank: [
+                Message(part, layout)
+                for part in np.frombuffer(m, np.uint8, size).reshape(count, -1)
+            ]
             for rank, m in memory.items()
         }
         self.describe = {"remote": "Get and Put", "node": "in place"}.get(
