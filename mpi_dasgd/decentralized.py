@@ -143,11 +143,15 @@ class Decentralized:
     def _broadcast(self) -> None:
         """Give all ranks the model of rank 0, and see that they have it."""
         comm = self.world.comm
+        buffers = self.parameters.buffers()
+        sizes = comm.allgather((self.parameters.size, buffers.size))
+        if len(set(sizes)) > 1:
+            raise UserError(
+                "model: the ranks must have the same model, but the numbers of parameters and buffer "
+                f"elements are {sizes}"
+            )
         comm.Bcast(self.parameters.host, root=0)
         self.parameters.push()
-        buffers = self.parameters.buffers()
-        if comm.allgather(buffers.size) != [buffers.size] * self.size:
-            raise UserError("model: the ranks have models of different shapes")
         comm.Bcast(buffers, root=0)
         self.parameters.set_buffers(buffers)
         digests = comm.allgather(self.parameters.digest())

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ class Trainer:
             environment=environment,
             record=self._record_exchange,
         )
-        self.ages: list[int] = []
+        self.ages: deque[int] = deque(maxlen=1000)  # of the newest exchanges
+        self.oldest = 0
         self.accuracy: float | None = None
         self.loss = math.nan
         with environment.together():
@@ -146,7 +148,6 @@ class Trainer:
         milestone = int(training.progress * points) + 1
         checkpoint = int(training.progress * saves) + 1
         device = torch.device(self.device)
-        waited, exchanged = 0.0, 0.0
         while not training.finished:
             begun = time.perf_counter()
             x, y = self.batches.batch(training.local.step)
@@ -159,15 +160,11 @@ class Trainer:
                 )
             computed = time.perf_counter() - begun
             self.straggler.slow_down(training.local.step, computed, lambda: self._gradient(x, y))  # noqa: B023
+            exchanged, waited = training.exchange_seconds, training.wait_seconds
             spent = time.perf_counter()
             training.step(len(x))
             computed += time.perf_counter() - spent
-            wait, training_wait = training.wait_seconds - waited, training.wait_seconds
-            exchange, training_exchange = (
-                training.exchange_seconds - exchanged,
-                training.exchange_seconds,
-            )
-            waited, exchanged = training_wait, training_exchange
+            exchange, wait = training.exchange_seconds - exchanged, training.wait_seconds - waited
             self.file.append(
                 "train", training.local.step, training.elapsed, training.samples,
                 training.total_samples, self.loss, training.local.rate, computed - exchange,
@@ -197,7 +194,8 @@ class Trainer:
             exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
         )  # fmt: skip
         if exchange.kind == INITIATED:
-            self.ages.append(age)
+            self.ages.append(max(0, age))
+            self.oldest = max(self.oldest, age)
 
     def _milestone(self, milestone: int) -> None:
         """Keep this rank's model for the evaluation of the mean; evaluate it alone if that is wanted."""
@@ -207,16 +205,7 @@ class Trainer:
         if self.config.evaluation.live:
             loss, accuracy = self.evaluator.current()
             self.accuracy = accuracy
-            self.file.append(
-                "evaluation",
-                milestone,
-                training.local.step,
-                when[0],
-                when[1],
-                when[2],
-                loss,
-                accuracy,
-            )
+            self.file.append("evaluation", milestone, training.local.step, *when, loss, accuracy)
 
     def _line(self) -> str:
         training = self.training
@@ -229,8 +218,7 @@ class Trainer:
         if self.accuracy is not None:
             parts.append(f"accuracy {100 * self.accuracy:.1f} % (rank {self.rank})")
         if self.ages:
-            recent = np.abs(self.ages[-1000:])
-            parts.append(f"staleness {recent.mean():.1f} steps, at most {max(map(abs, self.ages))}")
+            parts.append(f"staleness {np.mean(self.ages):.1f} steps, at most {self.oldest}")
         return "  ".join(parts)
 
     def _close_file(self, status: str) -> None:

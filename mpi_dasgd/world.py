@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,12 @@ class World:
         """Have an uncaught exception of any thread end all ranks: else the others would wait for ever."""
 
         def in_main(kind: type[BaseException], error: BaseException, trace: object) -> None:
+            if isinstance(error, UserError):  # raised on all ranks
+                if self.rank == 0:
+                    say(f"error: {error}")
+                else:
+                    time.sleep(1)  # rank 0 speaks before anyone aborts
+                self.abort(error.exit_code)
             if isinstance(error, MpiDasgdError):
                 say(f"rank {self.rank}: error: {error}")
                 self.abort(error.exit_code)

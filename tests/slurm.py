@@ -133,7 +133,7 @@ def slurm_cluster(hosts: Hosts, cpus: int) -> Iterator[Cluster]:
     for tool in _TOOLS:
         if shutil.which(tool) is None:
             missing(f"Slurm's `{tool}` is not installed: `make test` installs it on Debian")
-    with tempfile.TemporaryDirectory(prefix="mpi-dasgd-slurm-") as name:
+    with tempfile.TemporaryDirectory(prefix="mpi-dasgd-slurm-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         for part in ("state", *(f"{k}.{h}" for k in ("spool", "tmp") for h in hosts.names)):
             (directory / part).mkdir()
@@ -169,10 +169,9 @@ def slurm_cluster(hosts: Hosts, cpus: int) -> Iterator[Cluster]:
             _wait_until_up(cluster, processes, directory)
             yield cluster
         finally:
-            for process in reversed(processes):
-                process.terminate()
             for process in processes:
-                process.wait(timeout=20)
+                process.kill()  # SIGTERM would have slurmd wait for its jobs
+                process.wait()
 
 
 def _environment() -> dict[str, str]:

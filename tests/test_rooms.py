@@ -15,7 +15,8 @@ PACKAGE = ROOT / "mpi_dasgd"
 # From the bottom up; a room may import from those before it, and from itself.
 FLOORS = [
     {"errors", "__init__"},
-    {"config", "topology", "graphs", "stepsize", "straggler", "parameters", "launchers", "launch"},
+    {"config", "topology", "graphs", "stepsize", "straggler", "parameters"},
+    {"launchers", "outcome", "rank_status", "launch"},
     {"storage", "kernels", "tasks", "world", "progress"},
     {"codecs", "analysis"},
     {"transport"},

@@ -127,3 +127,26 @@ def test_bad_input_of_one_rank_ends_all_with_one_message() -> None:
     assert done.code == 2
     assert done.codes == [2, 2, 2]
     assert done.stderr.count("error: file x: expected y (rank 2)") == 1
+
+
+@pytest.mark.mpi
+def test_own_scripts_refuse_different_models_with_one_message() -> None:
+    done = run_ranks(
+        2,
+        """
+        import torch, mpi_dasgd
+        from mpi_dasgd import world
+        w = world.start()
+        w.abort_on_exception()
+        model = torch.nn.Linear(2, 2 + w.rank)
+        import sys
+        try:
+            mpi_dasgd.Decentralized(model, torch.optim.SGD(model.parameters(), lr=1), environment=w)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        """,
+        check=False,
+    )
+    assert done.code == 2
+    assert done.stderr.count("the ranks must have the same model") == 1
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ job: a step that needs 25 words then loses milliseconds (docs/architecture.md ha
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -27,7 +28,9 @@ class NodeWords:
     def __init__(self, comm: MPI.Intracomm, count: int, library: ctypes.CDLL) -> None:
         self._window: MPI.Win | None = MPI.Win.Allocate_shared(8 * count, 8, comm=comm)
         segments = [self._window.Shared_query(rank)[0] for rank in range(comm.size)]
-        self._addresses = [np.frombuffer(part, np.int64).ctypes.data for part in segments]
+        self._addresses: list[int] = [
+            np.frombuffer(part, np.int64).ctypes.data for part in segments
+        ]
         np.frombuffer(segments[comm.rank], np.int64)[:] = 0
         comm.Barrier()
         self._read = library.mpd_word_read
@@ -38,19 +41,22 @@ class NodeWords:
 
     def read(self, rank: int, index: int) -> int:
         """Return a word, atomically."""
-        return int(self._read(self._address(rank, index)))
+        return self._read(self._addresses[rank] + 8 * index)
 
     def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
         """Set a word to `new` if it is `expected`; return whether it was."""
-        return bool(self._swap(self._address(rank, index), expected, new))
-
-    def _address(self, rank: int, index: int) -> int:
-        if self._window is None:
-            raise RuntimeError("transport is closed")
-        return self._addresses[rank] + 8 * index
+        return self._swap(self._addresses[rank] + 8 * index, expected, new) != 0
 
     def close(self) -> None:
         """Free the memory."""
         if self._window is not None:
             window, self._window = self._window, None
+            self._addresses = _Closed()
             window.Free()
+
+
+class _Closed(list[int]):
+    """Addresses of freed words: costs nothing while they are in use, and refuses afterwards."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise RuntimeError("transport is closed")
