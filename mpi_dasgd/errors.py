@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["Diverged", "MpiDasgdError", "PeerLost", "UserError", "nearest"]
+__all__ = ["Diverged", "MpiDasgdError", "PeerLost", "Unreachable", "UserError", "nearest"]
 
 
 class MpiDasgdError(Exception):
@@ -34,6 +34,18 @@ class PeerLost(MpiDasgdError):
     """A rank that the others cannot do without went silent."""
 
     exit_code = 4
+
+
+class Unreachable(MpiDasgdError):
+    """A window operation on a rank failed: it is gone.
+
+    Attributes:
+        rank: which one.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} cannot be reached")
+        self.rank = rank
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -71,6 +71,7 @@ FAMILIES = (
         environment={
             "UCX_LOG_LEVEL": "error",
             "OMPI_MCA_osc": "^ucx",  # noisy without InfiniBand
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits leaves the core to others
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         },

@@ -161,18 +161,13 @@ def start() -> World:
             started (each process would train alone).
     """
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        from mpi4py import MPI
+        from mpi4py import MPI  # starts MPI, and sees to its end
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"no MPI library can be loaded ({str(error).splitlines()[0]}); install one with "
             "`pip install 'mpi_dasgd[mpich]'`, or load your cluster's MPI module, or set "
             "MPI4PY_LIBMPI to the path of its libmpi.so"
         ) from error
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
     library = MPI.Get_library_version().splitlines()[0].strip("\0 \t")
     size, rank = expected_ranks()
     if MPI.COMM_WORLD.size != size and size > 1:

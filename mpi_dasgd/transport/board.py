@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.words import BEAT, LAST, SAMPLES, SPOKESMAN, STATUS, Words
 
 __all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
@@ -33,6 +34,7 @@ class Board:
         self.samples = [0] * size
         self.status = [RUNNING] * size
         self.dead: set[int] = set()
+        self.attending = rank  # whom the courier is talking to
         self._beats = [-1] * size
         self._quiet = [0.0] * size
         self._watched = time.monotonic()
@@ -54,7 +56,10 @@ class Board:
 
     def speak(self) -> bool:
         """Return True for the first rank that asks: it alone says why the run failed."""
-        return self._words.swap(0, SPOKESMAN, 0, 1)
+        try:
+            return self._words.swap(0, SPOKESMAN, 0, 1)
+        except Unreachable:
+            return True  # rank 0 is gone: better said twice than not at all
 
     def stop_after(self, step: int) -> None:
         """Publish which step is the last one."""
@@ -69,15 +74,18 @@ class Board:
         source = words or self._words
         for rank in ranks:
             if rank != self._rank:
-                self.samples[rank] = source.read(rank, SAMPLES)
-                self.status[rank] = source.read(rank, STATUS)
+                try:
+                    self.samples[rank] = source.read(rank, SAMPLES)
+                    self.status[rank] = source.read(rank, STATUS)
+                except Unreachable:
+                    self.dead.add(rank)
 
     def beat(self, words: Words) -> None:
         """Show that this rank lives."""
         self._set(BEAT, self._mine[BEAT] + 1, words)
 
     def watch(self, ranks: Iterable[int], words: Words) -> None:
-        """Read heartbeats; a rank that is silent for too long is put in `dead`."""
+        """Read notices and heartbeats; a rank that is silent for too long is put in `dead`."""
         now = time.monotonic()
         # A time in which this rank itself did not run says nothing about the others.
         waited = min(now - self._watched, _LONGEST)
@@ -85,11 +93,16 @@ class Board:
         for rank in ranks:
             if rank == self._rank or rank in self.dead:
                 continue
-            beat = words.read(rank, BEAT)
+            self.attending = rank
+            try:
+                beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
+                self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
+            except Unreachable:
+                self.dead.add(rank)
+                continue
             self._quiet[rank] = 0.0 if beat != self._beats[rank] else self._quiet[rank] + waited
             self._beats[rank] = beat
-            silent = self._quiet[rank] > self._silence
-            if silent and words.read(rank, STATUS) in (RUNNING, FINISHED):
+            if self._quiet[rank] > self._silence and status in (RUNNING, FINISHED):
                 self.dead.add(rank)
 
     @property

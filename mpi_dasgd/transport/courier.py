@@ -35,8 +35,10 @@ class Courier:
         self._chore = chore
         self._chore_interval = chore_interval
         self._progress = progress
+        self._progress_interval = progress_interval
         self._wait = progress_interval if progress else chore_interval
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._abandoned = False
         self._error: BaseException | None = None
         self._since: float | None = None
         self._submitted = self._finished = 0  # each written by one thread only
@@ -47,6 +49,20 @@ class Courier:
         """Have `task` run after those submitted before."""
         self._submitted += 1
         self._tasks.put(task)
+
+    def replace(self) -> Courier:
+        """Leave a thread that is stuck in a task behind; return a new courier with the other tasks."""
+        self._abandoned = True
+        successor = Courier(
+            self._chore, self._chore_interval, self._progress, self._progress_interval
+        )
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return successor
+            if task is not None:
+                successor.submit(task)
 
     def check(self) -> None:
         """Raise here what failed in the thread."""
@@ -60,7 +76,7 @@ class Courier:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that the task in hand has taken so far; 0 if there is none."""
+        """Seconds that the task or chore in hand has taken so far; 0 if there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -85,10 +101,16 @@ class Courier:
                     task()
                     self._since = None
                     self._finished += 1
+                    if self._abandoned:
+                        return
                 if self._progress is not None:
                     self._progress()
                 if time.monotonic() >= chore_due:
+                    self._since = time.monotonic()
                     self._chore()
+                    self._since = None
+                    if self._abandoned:
+                        return
                     chore_due = time.monotonic() + self._chore_interval
         except BaseException as error:  # handed to the compute thread by `check`
             self._error = error

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.errors import PeerLost, Unreachable
 from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.atomics import NodeWords
@@ -82,30 +82,31 @@ class RmaEndpoint(Endpoint):
             self._words, self._slots, where, self.rank, self._far_counters, held
         )
         self._far_inbox = Inbox(self._words, self._slots, where, self.rank, self._far_counters)
-        self._staging: tuple[Message, Message] | None = None
-        if any(rank in self._far for rank in self._neighbours):
-            first, second = (Message(np.empty(layout.nbytes, np.uint8), layout) for _ in range(2))
-            self._staging = first, second
+        self._layout = layout
+        self._staging = self._new_staging()
 
         self.board = Board(self._words, self.rank, self.size, silence)
         self._silence = silence
-        self._progress_interval = progress_interval
-        self._talking_to = -1
         self._closed = False
         if self._far:
             sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
-        self._courier = self._new_courier()
-
-    def _new_courier(self) -> Courier:
+        self._asked: Pairing | None = None  # what the courier has in hand
         # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
-        progress = self._comm.Iprobe if self._far else None
-        return Courier(self._chore, _CHORES, progress, self._progress_interval)
+        progress = comm.Iprobe if self._far else None
+        self._courier = Courier(self._chore, _CHORES, progress, progress_interval)
+
+    def _new_staging(self) -> tuple[Message, Message] | None:
+        """Where publications of far ranks are got to, and replies to them put from."""
+        if self._far.isdisjoint(self._neighbours):
+            return None
+        nbytes = self._layout.nbytes
+        first, second = (Message(np.empty(nbytes, np.uint8), self._layout) for _ in range(2))
+        return first, second
 
     def _chore(self) -> None:
         board = self.board
         board.beat(self._words)
         board.watch(range(self.size), self._words)
-        board.refresh((rank for rank in self._far if rank not in board.dead), self._words)
 
     @property
     def path(self) -> str:
@@ -116,9 +117,13 @@ class RmaEndpoint(Endpoint):
         """Read the notices of this node's ranks, and deal with ranks that died."""
         self._courier.check()
         self.board.refresh(self._near)
-        if self._courier.busy_seconds > self._silence:
-            self.board.dead.add(self._talking_to)
-            self._courier = self._new_courier()
+        if self._courier.busy_seconds > self._silence / 3:  # before its own beat is missed
+            # Stuck in a call to a rank that is gone: its answer will never come.
+            self.board.dead.add(self.board.attending)
+            self._courier = self._courier.replace()
+            self._staging = self._new_staging()  # the old one may still be written to
+            if self._asked is not None:
+                self._asked.settled = True
         for rank in self.board.dead - self._dead:
             self.publication.forget(rank)
             self.inbox.forget(rank)
@@ -160,18 +165,23 @@ class RmaEndpoint(Endpoint):
 
     def _pair_far(self, pairing: Pairing, candidates: Sequence[int]) -> None:
         assert self._staging is not None
+        theirs, reply = self._staging
+        self._asked = pairing
         for rank in candidates:
-            self._talking_to = rank
-            met = meet(self._far_publication, self._far_inbox, rank)
-            if met is not None:
-                claim, reservation = met
-                theirs, reply = self._staging
-                self._slots.get(rank, claim.slot, theirs)
-                self._far_counters.bytes_received += theirs.layout.nbytes
-                pairing.settle(claim, reservation, theirs, reply)
-                return
+            self.board.attending = rank
+            try:
+                met = meet(self._far_publication, self._far_inbox, rank)
+                if met is not None:
+                    claim, reservation = met
+                    self._slots.get(rank, claim.slot, theirs)
+                    self._far_counters.bytes_received += theirs.layout.nbytes
+                    pairing.settle(claim, reservation, theirs, reply)
+                    break
+            except Unreachable:
+                self.board.dead.add(rank)
             pairing.failed += 1
         pairing.settled = True
+        self._asked = None
 
     def immediate(self, rank: int) -> bool:
         """Ranks of this node answer at once."""
@@ -185,11 +195,10 @@ class RmaEndpoint(Endpoint):
         if claim.rank in self._far:
 
             def deliver() -> None:
-                self._talking_to = claim.rank
                 self._far_inbox.send(reservation, reply)
                 self._far_publication.release(claim)
 
-            self._courier.submit(deliver)
+            self._submit(claim.rank, deliver)
         else:
             self.inbox.send(reservation, reply)
             self.publication.release(claim)
@@ -205,7 +214,7 @@ class RmaEndpoint(Endpoint):
                 self._far_inbox.cancel(reservation)
                 self._far_publication.release(claim)
 
-            self._courier.submit(give_back)
+            self._submit(claim.rank, give_back)
         else:
             self.inbox.cancel(reservation)
             self.publication.release(claim)
@@ -215,6 +224,18 @@ class RmaEndpoint(Endpoint):
 
     def time_ns(self) -> int:
         return time.time_ns()
+
+    def _submit(self, rank: int, task: Callable[[], None]) -> None:
+        """Have the courier do something with a far rank, which may be gone."""
+
+        def attempt() -> None:
+            self.board.attending = rank
+            try:
+                task()
+            except Unreachable:
+                self.board.dead.add(rank)
+
+        self._courier.submit(attempt)
 
     def allreduce(self, array: np.ndarray) -> Pending:
         """Sum `array` over all ranks in place."""
@@ -238,9 +259,12 @@ class RmaEndpoint(Endpoint):
         if self._closed:
             return
         self._closed = True
-        arrived = self._comm.Ibarrier()
-        while not (arrived.Test() or self.board.dead):
-            time.sleep(0.001)
+        try:
+            arrived = self._comm.Ibarrier()
+            while not (arrived.Test() or self.board.dead):
+                time.sleep(0.001)
+        except MPI.Exception as error:
+            raise PeerLost(f"the other ranks cannot be reached: {error}") from error
         self.board.announce(LEFT)
         stuck = not self._courier.close(timeout)
         if stuck or self.board.dead:

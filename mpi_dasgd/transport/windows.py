@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.errors import Unreachable, UserError
 
 __all__ = ["WindowSlots", "WindowWords"]
 
@@ -51,8 +51,11 @@ class WindowWords:
         """Return a word, atomically."""
         window, scratch = self._open(), self._scratch
         new, _, old = scratch.specs
-        window.Fetch_and_op(new, old, rank, index, MPI.NO_OP)
-        window.Flush(rank)
+        try:
+            window.Fetch_and_op(new, old, rank, index, MPI.NO_OP)
+            window.Flush(rank)
+        except MPI.Exception as error:
+            raise Unreachable(rank) from error
         return int(scratch.old[0])
 
     def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
@@ -61,8 +64,11 @@ class WindowWords:
         scratch.new[0] = new
         scratch.expected[0] = expected
         new_spec, expected_spec, old_spec = scratch.specs
-        window.Compare_and_swap(new_spec, expected_spec, old_spec, rank, index)
-        window.Flush(rank)
+        try:
+            window.Compare_and_swap(new_spec, expected_spec, old_spec, rank, index)
+            window.Flush(rank)
+        except MPI.Exception as error:
+            raise Unreachable(rank) from error
         return bool(scratch.old[0] == expected)
 
     def _open(self) -> MPI.Win:
@@ -162,11 +168,14 @@ class WindowSlots:
         window = self._remote
         if window is None:
             raise RuntimeError("transport is closed, or the rank is on this node")
-        for start in range(0, self._nbytes, PIECE):
-            part = message.buffer[start : start + PIECE]
-            where = (index * self._nbytes + start, part.size, MPI.BYTE)
-            operation(window, [part, MPI.BYTE], rank, where)
-        window.Flush(rank)
+        try:
+            for start in range(0, self._nbytes, PIECE):
+                part = message.buffer[start : start + PIECE]
+                where = (index * self._nbytes + start, part.size, MPI.BYTE)
+                operation(window, [part, MPI.BYTE], rank, where)
+            window.Flush(rank)
+        except MPI.Exception as error:
+            raise Unreachable(rank) from error
 
     def sync(self) -> None:
         """Order loads and stores in place before and after this call."""
