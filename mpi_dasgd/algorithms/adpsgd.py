@@ -21,15 +21,11 @@ third of the disagreement under noise.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-
-import numpy as np
+from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, Exchange, Local
-from mpi_dasgd.codecs import Codec, Message
-from mpi_dasgd.config import Algorithm as Settings
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.endpoint import Pairing, Pending
 from mpi_dasgd.transport.inbox import Arrival
 
 __all__ = ["ADPSGD"]
@@ -42,21 +38,10 @@ class ADPSGD(Algorithm):
     paper = "Lian et al. 2018"
     minimum_ranks = 2
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        codec: Codec,
-        x: np.ndarray,
-        settings: Settings,
-        rng: random.Random,
-        record: Callable[[Exchange], None],
-    ) -> None:
-        super().__init__(endpoint, codec, x, settings, rng, record)
-        self._pairing: Pairing | None = None  # asked for, and not settled when last seen
-        self._drawn: list[int] = []  # candidates of the next exchange, if drawn already
-
     def start(self) -> None:
         """Publish the initial model."""
+        self._pairing: Pairing | None = None  # asked for, and not settled when last seen
+        self._drawn: list[int] = []  # candidates of the next exchange, if drawn already
         self.restart(0)
 
     def restart(self, step: int) -> None:

@@ -8,6 +8,7 @@ drives it against MPI windows, the simulator drives the same code on a virtual c
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -66,7 +67,7 @@ class Exchange(NamedTuple):
     retries: int
 
 
-class Algorithm:
+class Algorithm(ABC):
     """Base of all algorithms.
 
     Args:
@@ -121,9 +122,9 @@ class Algorithm:
     def restart(self, step: int) -> None:
         """Called when the model was replaced by that of a checkpoint, taken after `step`."""
 
+    @abstractmethod
     def step(self, local: Local) -> Iterator[Pending]:
         """One step: called when a gradient is ready."""
-        raise NotImplementedError
 
     def absorb(self, step: int) -> None:
         """Take in what has arrived, outside of a step; `step` is the last one made."""
