@@ -24,7 +24,7 @@ __all__ = ["ABSORBED", "INITIATED", "SKIPPED", "Algorithm", "Exchange", "Local",
 
 
 def partners(seed: int, rank: int) -> random.Random:
-    """Return the source of a rank's random choices; `random` draws a sample 20 times faster than NumPy."""
+    """Return the source of a rank's random choices; NumPy's is slower for so few."""
     return random.Random(f"mpi_dasgd partners {seed} {rank}")
 
 

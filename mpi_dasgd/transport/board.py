@@ -69,14 +69,13 @@ class Board:
         """Read which step `rank` declared the last one; 0 if none yet."""
         return self._words.read(rank, LAST)
 
-    def refresh(self, ranks: Iterable[int], words: Words | None = None) -> None:
+    def refresh(self, ranks: Iterable[int]) -> None:
         """Read samples and status of `ranks`."""
-        source = words or self._words
         for rank in ranks:
             if rank != self._rank:
                 try:
-                    self.samples[rank] = source.read(rank, SAMPLES)
-                    self.status[rank] = source.read(rank, STATUS)
+                    self.samples[rank] = self._words.read(rank, SAMPLES)
+                    self.status[rank] = self._words.read(rank, STATUS)
                 except Unreachable:
                     self.dead.add(rank)
 
