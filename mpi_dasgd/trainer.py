@@ -56,7 +56,9 @@ class Trainer:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         torch.manual_seed(config.run.seed * 1000003 + self.rank)
         with environment.together():
-            self.data = tasks.load(config.task.name, config.task.model, config.run.seed)
+            self.data = tasks.load(
+                config.task.name, config.task.model, config.run.seed, config.task.directory
+            )
             self.config = config = _with_samples(config, len(self.data.train_x))
             self.model = models.build(config.task.model, self.data.features, self.data.classes)
             self.device = world.choose_device(environment.node_rank, torch.cuda.device_count())

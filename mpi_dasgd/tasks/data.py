@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.tasks.idx import read_images
 
 __all__ = ["Batches", "Data", "load"]
 
@@ -17,9 +18,11 @@ class Data:
     """A classification task.
 
     Attributes:
-        train_x, test_x: inputs, shape (samples, features), float32.
+        train_x, test_x: samples, shape (samples, features), float32, or uint8 to save memory:
+            `inputs` makes of them what the network takes.
         train_y, test_y: classes, shape (samples,), int64.
         classes: number of classes.
+        mean, std: of all bytes of train_x, if it is uint8.
     """
 
     train_x: torch.Tensor
@@ -27,24 +30,42 @@ class Data:
     test_x: torch.Tensor
     test_y: torch.Tensor
     classes: int
+    mean: float = 0.0
+    std: float = 1.0
 
     @property
     def features(self) -> int:
         return self.train_x.shape[1]
 
+    def inputs(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return rows of train_x or test_x as float32, bytes standardized; on the device they are on."""
+        if samples.dtype == torch.uint8:
+            return samples.float().sub_(self.mean).div_(self.std)
+        return samples
 
-def load(name: str, model: str, seed: int) -> Data:
-    """Load a data set; one sample in five is for testing, the same whatever the seed.
+
+def load(name: str, model: str, seed: int, directory: str | None = None) -> Data:
+    """Load a data set; unless it comes split, one sample in five is for testing, whatever the seed.
 
     Args:
         name: digits (scikit-learn, 1,797 images of 8x8); breast_cancer (scikit-learn, 569 x 30);
-            random (noise of the shape that `model` takes, for benchmarks).
+            random (noise of the shape that `model` takes, for benchmarks); fashion_mnist (60,000
+            and 10,000 images of 28x28, from files).
         model: name of the network.
         seed: of `random`.
+        directory: folder of the files of fashion_mnist; None: where Debian puts them.
 
     Raises:
-        UserError: the data set does not exist, or not for training.
+        UserError: the data set does not exist, or not for training, or its files are not as they
+            should be.
     """
+    if name == "fashion_mnist":
+        return _images(directory)
+    if directory is not None:
+        raise UserError(
+            f"task.directory: only fashion_mnist is read from files, but task.name is {name!r}; "
+            "leave it out"
+        )
     if name == "random":
         width, classes = {"mlp_25m": (1024, 1000), "cnn_1m": (784, 10)}.get(model, (64, 10))
         generator = torch.Generator().manual_seed(seed)
@@ -66,6 +87,25 @@ def load(name: str, model: str, seed: int) -> Data:
     labels = torch.from_numpy(np.ascontiguousarray(y[order], np.int64))
     cut = len(x) // 5
     return Data(features[cut:], labels[cut:], features[:cut], labels[:cut], int(y.max()) + 1)
+
+
+def _images(directory: str | None) -> Data:
+    """Load images and keep them as bytes: as float32 they would take a rank four times the memory."""
+    train_x, train_y, test_x, test_y = read_images(directory)
+    # by counting, a part at a time: NumPy would make 8 bytes of each for std or for one bincount
+    counts = sum(np.bincount(part.ravel(), minlength=256) for part in np.array_split(train_x, 64))
+    levels = np.arange(256)
+    mean = float(np.average(levels, weights=counts))
+    std = float(np.average((levels - mean) ** 2, weights=counts)) ** 0.5
+    return Data(
+        torch.tensor(train_x.reshape(len(train_x), -1)),
+        torch.tensor(train_y, dtype=torch.int64),
+        torch.tensor(test_x.reshape(len(test_x), -1)),
+        torch.tensor(test_y, dtype=torch.int64),
+        1 + int(max(train_y.max(), test_y.max())),
+        mean,
+        std or 1.0,
+    )
 
 
 class Batches:
@@ -103,4 +143,4 @@ class Batches:
             self._epoch = epoch
             self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._mine)
         chosen = torch.from_numpy(self._order[position * self._size : (position + 1) * self._size])
-        return self._data.train_x[chosen], self._data.train_y[chosen]
+        return self._data.inputs(self._data.train_x[chosen]), self._data.train_y[chosen]
