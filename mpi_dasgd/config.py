@@ -113,7 +113,21 @@ class Topology(Section):
 
 
 class Codec(Section):
-    name: Literal["none"] = Field("none", description="what crosses the wire; none = fp32 as it is")
+    name: Literal["none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = Field(
+        "none", description="what crosses the wire; none = fp32 as it is"
+    )
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic", description="lattice: at random without bias, or to the nearest"
+    )
+    gamma: float | None = Field(
+        None,
+        description="lattice: margin of the scale over distances seen; unset: 3, lattice4 1.5",
+        gt=1,
+    )
+    rho: float = Field(
+        0.95, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
+    )
+    threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
 
 
 class Transport(Section):

@@ -57,6 +57,7 @@ class Decentralized:
 
     Attributes:
         rank, size: this rank, and how many there are.
+        codec: what crosses the wire, and what was decoded so far.
         samples: samples that this rank has processed.
         exchange_seconds, wait_seconds: time spent in exchanges, and waiting in them, so far.
     """
@@ -102,10 +103,14 @@ class Decentralized:
             )
             self._schedule = Schedule(**config.schedule.model_dump())
             self.parameters = FlatParameters(model)
-            self._codec = codecs.make(
-                config.codec.name, self.parameters.host.size, self.parameters.host.dtype
-            )
             kind.check(self.size, config.algorithm)
+            self.codec = codecs.make(
+                config.codec if kind.publishes else codecs.Settings(name="none"),
+                self.parameters.host.size,
+                self.parameters.host.dtype,
+                seed=config.run.seed,
+                rank=self.rank,
+            )
             if kind.synchronous and config.budget.seconds and config.schedule.name != "constant":
                 raise UserError(
                     f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
@@ -116,7 +121,7 @@ class Decentralized:
         transport = config.transport
         self.endpoint = RmaEndpoint(
             environment.comm,
-            self._codec.layout,
+            self.codec.layout,
             graph_of_ranks,
             path=transport.path,
             publication_slots=transport.publication_slots if kind.publishes else 0,
@@ -126,7 +131,7 @@ class Decentralized:
         )
         self.algorithm = kind(
             self.endpoint,
-            self._codec,
+            self.codec,
             self.parameters.host,
             config.algorithm,
             algorithms.partners(config.run.seed, self.rank),
@@ -293,8 +298,8 @@ class Decentralized:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What the transport did so far, by name; see `mpi_dasgd.transport.counters.Counters`."""
-        return dataclasses.asdict(self.endpoint.totals())
+        """What transport and codec did so far, by name; see `mpi_dasgd.transport.counters.Counters`."""
+        return {**dataclasses.asdict(self.endpoint.totals()), **self.codec.counters}
 
     def fail(self) -> bool:
         """Tell the other ranks that this one has failed; return whether it is the first to do so."""

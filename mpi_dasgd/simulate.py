@@ -102,11 +102,15 @@ class Simulation:
             file=config.topology.file,
             seed=seed,
         )
-        codec = codecs.make(config.codec.name, dimension, dtype)
+        kind = algorithms.find(config.algorithm.name)
+        codec = config.codec if kind.publishes else codecs.Settings(name="none")
+        self.codecs = [
+            codecs.make(codec, dimension, dtype, seed=seed, rank=rank) for rank in range(self.size)
+        ]
         self.clock = Clock()
         self.network = Network(
             self.clock,
-            codec.layout,
+            self.codecs[0].layout,
             graph,
             publication_slots=config.transport.publication_slots,
             inbox_slots=config.transport.inbox_slots,
@@ -116,13 +120,14 @@ class Simulation:
         self.models = np.tile(self.problem.start.astype(dtype), (self.size, 1))
         if settings.gradients == "off":
             self.models += np.random.default_rng([seed, 2]).normal(size=self.models.shape)
-        kind = algorithms.find(config.algorithm.name)
         self._expected_sum = self.models.sum(0, dtype=np.float64)  # what conservation demands
         self.locals = [_VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
         self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
         self.algorithms = [
-            kind(self.endpoints[i], codec, x, config.algorithm, partners(seed, i), self._record)
-            for i, x in enumerate(self.models)
+            kind(endpoint, codec, x, config.algorithm, partners(seed, rank), self._record)
+            for rank, (endpoint, codec, x) in enumerate(
+                zip(self.endpoints, self.codecs, self.models, strict=True)
+            )
         ]
         slow = resolve_ranks(settings.slow_ranks, self.size)
         self._times = ComputeTimes(
@@ -216,7 +221,8 @@ class Simulation:
         for rank in range(self.size):
             for slot, index in enumerate(where.inbox):
                 if self.network.read(rank, index) & 3 == READY:
-                    total += self.network.at(rank, len(where.publication) + slot).payload
+                    message = self.network.at(rank, len(where.publication) + slot)
+                    total += self.codecs[rank].delta(message)
         return total
 
     def _sample(self) -> None:
@@ -237,7 +243,7 @@ class Simulation:
         return {
             "name": self.config.run.name,
             "algorithm": self.config.algorithm.name,
-            "codec": self.config.codec.name,
+            "codec": self.codecs[0].name,
             "topology": self.config.topology.graph,
             "ranks": self.size,
             "gradients": self.gradients,
@@ -252,6 +258,8 @@ class Simulation:
             "waits": self.waits,
             "exchanges": self.kinds[INITIATED],
             "skipped": self.kinds[SKIPPED],
+            "bytes_per_message": self.codecs[0].layout.nbytes,
+            "rejected": self._rejected(),
             "staleness_mean": float(np.mean(self.ages)) if self.ages else None,
             "staleness_max": max(self.ages) if self.ages else None,
             "virtual_time": self.clock.now,
@@ -260,6 +268,14 @@ class Simulation:
             "events_per_second": self.clock.events / seconds,
             "diverged": self.diverged,
         }
+
+    def _rejected(self) -> float | None:
+        """Share of the buckets that could not be decoded; None for a codec that decodes all."""
+        counters = [codec.counters for codec in self.codecs]
+        if not counters[0]:
+            return None
+        rejected = sum(c["buckets_rejected"] for c in counters)
+        return rejected / max(1, rejected + sum(c["buckets_decoded"] for c in counters))
 
     def _effective_step(self, mean: np.ndarray) -> float | None:
         """Decay of the mean over that of plain SGD with T/n steps; None where that is not defined.

@@ -17,7 +17,7 @@ __all__ = ["restore", "save_state"]
 
 
 def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the state of a rank: model, buffers, optimizer, random numbers, counts.
+    """Return the state of a rank: model, buffers, optimizer, codec, random numbers, counts.
 
     Deltas that have arrived are absorbed first. Those still on their way are not part of it: a
     restart of an asynchronous run changes the sum of the models by at most these.
@@ -29,6 +29,7 @@ def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         "buffers": training.parameters.buffers(),
         "torch_rng": torch.get_rng_state().numpy(),
     }
+    arrays |= {f"codec/{name}": array for name, array in training.codec.state().items()}
     scalars: dict[str, Any] = {}
     for index, values in training.optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -83,6 +84,12 @@ def _load_state(
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(torch.from_numpy(arrays["torch_rng"].copy()))
+    codec = {
+        name.removeprefix("codec/"): array
+        for name, array in arrays.items()
+        if name.startswith("codec/")
+    }
+    training.codec.load_state(codec)
     training.parameters.set(arrays["model"])
     training.parameters.set_buffers(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # tuples that JSON has made lists

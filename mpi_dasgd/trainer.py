@@ -118,7 +118,7 @@ class Trainer:
             "config_json": config.model_dump_json(),
             "name": config.run.name,
             "algorithm": config.algorithm.name,
-            "codec": config.codec.name,
+            "codec": self.training.codec.name,
             "topology": config.topology.graph,
             "task": config.task.name,
             "seed": config.run.seed,
@@ -194,6 +194,7 @@ class Trainer:
         self.file.append(
             "exchange", exchange.step, self.training.elapsed, exchange.partner, exchange.kind,
             exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
+            exchange.distance, exchange.rejected,
         )  # fmt: skip
         if exchange.kind == INITIATED:
             self.ages.append(max(0, age))
@@ -221,6 +222,10 @@ class Trainer:
             parts.append(f"accuracy {100 * self.accuracy:.1f} % (rank {self.rank})")
         if self.ages:
             parts.append(f"staleness {np.mean(self.ages):.1f} steps, at most {self.oldest}")
+        counters = training.codec.counters
+        if rejected := counters.get("buckets_rejected"):
+            share = rejected / (rejected + counters["buckets_decoded"])
+            parts.append(f"{100 * share:.2g} % of buckets not decoded")
         return "  ".join(parts)
 
     def _close_file(self, status: str) -> None:

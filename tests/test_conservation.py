@@ -15,7 +15,7 @@ from ranks import rank_counts, run_ranks
 
 from mpi_dasgd import topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
-from mpi_dasgd.codecs import Message, NoCodec
+from mpi_dasgd.codecs import Message, NoCodec, Outcome
 from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
 
@@ -76,10 +76,11 @@ class Meanwhile(NoCodec):
         weight: float,
         reply: Message | None,
         published: Message | None,
-    ) -> None:
-        super().exchange(x, arrived, theirs, weight, reply, published)
+    ) -> Outcome:
+        outcome = super().exchange(x, arrived, theirs, weight, reply, published)
         while self.clock.advance():
             pass
+        return outcome
 
 
 class Local:

@@ -54,11 +54,11 @@ def write_tiny_run(directory: Path, consensus: bool = True) -> None:
             row = (milestone, 1, time, 50, 100 * (milestone + 1), 0.3, accuracy)
             record.append("evaluation", *row)
         if rank == 0:
-            record.append("exchange", 1, 1.0, 1, 0, 3, -2, 0.1, 1000, 0)
-            record.append("exchange", 2, 2.0, 1, 0, 1, 5, 0.2, 3000, 1)
-            record.append("exchange", 2, 2.1, -1, 2, -1, UNKNOWN_AGE, np.nan, 0, 4)
+            record.append("exchange", 1, 1.0, 1, 0, 3, -2, 0.1, 1000, 0, 0.5, 0)
+            record.append("exchange", 2, 2.0, 1, 0, 1, 5, 0.2, 3000, 1, 0.5, 0)
+            record.append("exchange", 2, 2.1, -1, 2, -1, UNKNOWN_AGE, np.nan, 0, 4, 0.5, 0)
         else:
-            record.append("exchange", 1, 1.1, 0, 1, 0, 3, 0.2, 500, 0)
+            record.append("exchange", 1, 1.1, 0, 1, 0, 3, 0.2, 500, 0, 0.5, 0)
         record.close("finished", {"bytes_sent": 2000 * (1 - rank) + 4000})
     table = {
         "progress": [100, 200],

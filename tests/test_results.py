@@ -102,6 +102,8 @@ def write_run(
                 float("nan") if kind == SKIPPED else age * step_s[rank],
                 payload if kind == INITIATED else 0,
                 int(random.poisson(0.1)),
+                float("nan"),
+                0,
             )
         for milestone in range(MILESTONES):
             at = min(steps - 1, int(steps * (milestone + 1) / MILESTONES))

@@ -30,7 +30,7 @@ while True:
     for _ in range(37):
         record.append("train", step, step / 2, step, 4 * step, 1 / (step + 1), 0.1, 1, 2, 3)
         step += 1
-    record.append("exchange", step, step * 0.5, 1, 0, step, 0, 0.1, 1000, 0)
+    record.append("exchange", step, step * 0.5, 1, 0, step, 0, 0.1, 1000, 0, 0.5, 0)
     record.flush({"messages": step})
     print(step, flush=True)
 """
@@ -47,7 +47,7 @@ def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
     with RunFile(path, rank=1, size=4, attributes=attributes) as record:
         for step in range(rows):
             record.append("train", *train_row(step))
-        record.append("exchange", 4, 0.2, 2, 1, 9, -5, 0.01, 4096, 1)
+        record.append("exchange", 4, 0.2, 2, 1, 9, -5, 0.01, 4096, 1, 0.5, 0)
         record.close("finished", {"messages": np.int64(12), "bytes_sent": 1 << 40, "idle_s": 0.25})
     read = read_run_file(path)
     assert read.status == "finished"

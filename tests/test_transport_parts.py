@@ -165,10 +165,12 @@ def test_a_buffer_of_the_wrong_size_or_type_is_refused() -> None:
 
 def test_header_is_64_bytes_little_endian_with_the_sequence_last() -> None:
     message = staging()
-    message.stamp(rank=1_000_000, step=2**40, time_ns=-5, seed=2**64 - 1)
+    message.stamp(rank=1_000_000, step=2**40, time_ns=-5)
     message.sequence = 2**50
-    message.stamp(rank=7, step=2**41, time_ns=2**62, seed=2**64 - 2)
+    message.seed = 2**64 - 2
+    message.stamp(rank=7, step=2**41, time_ns=2**62)
     assert message.sequence == 2**50, "a stamp leaves the sequence alone"
+    assert message.seed == 2**64 - 2, "and the seed"
     assert not message.payload.any()
     header = message.header
     assert (header.rank, header.step, header.time_ns) == (7, 2**41, 2**62)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, Exchange, Local
-from mpi_dasgd.codecs import Message
+from mpi_dasgd.codecs import Message, Outcome
 from mpi_dasgd.transport.endpoint import Pairing, Pending
 from mpi_dasgd.transport.inbox import Arrival
 
@@ -65,7 +65,7 @@ class ADPSGD(Algorithm):
         publication = endpoint.publication.reserve()
         settled = pairing.settled  # once: the courier may settle it at any moment
         # All that moves the model happens in this one pass over memory.
-        self.codec.exchange(
+        outcome = self.codec.exchange(
             self.x,
             [arrival.message for arrival in arrivals],
             pairing.theirs if settled else None,
@@ -75,7 +75,7 @@ class ADPSGD(Algorithm):
         )
         self._free(arrivals, step)
         if settled:
-            self._conclude(pairing, step)
+            self._conclude(pairing, step, outcome)
         late, self._pairing = pairing is self._pairing, None if settled else pairing
         self._publish(publication, step)
         if late and settled:
@@ -92,7 +92,7 @@ class ADPSGD(Algorithm):
         neighbours = self.endpoint.neighbours()
         return self.rng.sample(neighbours, min(self.settings.tries, len(neighbours)))
 
-    def _conclude(self, pairing: Pairing, step: int) -> None:
+    def _conclude(self, pairing: Pairing, step: int, outcome: Outcome) -> None:
         """Send the partner's delta, or record that none was found."""
         endpoint = self.endpoint
         if pairing.theirs is None or pairing.reply is None:
@@ -106,7 +106,9 @@ class ADPSGD(Algorithm):
         nbytes = header.nbytes + pairing.reply.layout.nbytes
         age = (now - header.time_ns) * 1e-9
         self.record(
-            Exchange(step, header.rank, INITIATED, header.step, age, nbytes, pairing.failed)
+            Exchange(
+                step, header.rank, INITIATED, header.step, age, nbytes, pairing.failed, *outcome
+            )
         )
 
     def _free(self, arrivals: list[Arrival], step: int) -> None:

@@ -56,6 +56,8 @@ class Exchange(NamedTuple):
         age_s: seconds since then.
         nbytes: bytes moved by this rank.
         retries: candidates that were taken or full before one was found.
+        distance: ||x_i - x_j||_2 before the average; NaN if it was not measured.
+        rejected: buckets of the partner's publication that could not be decoded.
     """
 
     step: int
@@ -65,6 +67,8 @@ class Exchange(NamedTuple):
     age_s: float
     nbytes: int
     retries: int
+    distance: float = float("nan")
+    rejected: int = 0
 
 
 class Algorithm(ABC):

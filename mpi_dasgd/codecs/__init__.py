@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 
+from mpi_dasgd.codecs.base import Codec, Outcome, Seeds
+from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
+from mpi_dasgd.codecs.plain import BFloat16Codec, Float16Codec, QsgdCodec
+from mpi_dasgd.config import Codec as Settings
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["CODECS", "Codec", "Header", "Layout", "Message", "NoCodec", "make"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Header",
+    "Layout",
+    "Message",
+    "NoCodec",
+    "Outcome",
+    "Settings",
+    "make",
+]
 
 
-class Codec(Protocol):
-    """What algorithms need of a codec."""
-
-    name: str
-    layout: Layout
-
-    def encode(self, x: np.ndarray, out: Message) -> None:
-        """Write model `x`, 1-D, to `out`."""
-
-    def exchange(
-        self,
-        x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
-        weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> None:
-        """Absorb, average and publish; see `mpi_dasgd.kernels.average.pair_average`."""
+CODECS: dict[str, Callable[[int, np.dtype, Settings, Seeds], Codec]] = {
+    "none": lambda n, dtype, settings, seeds: NoCodec(n, dtype),
+    "bf16": lambda n, dtype, settings, seeds: BFloat16Codec(n, dtype),
+    "fp16": lambda n, dtype, settings, seeds: Float16Codec(n, dtype),
+    "lattice4": lambda n, dtype, settings, seeds: LatticeCodec(n, dtype, 4, settings, seeds),
+    "lattice8": lambda n, dtype, settings, seeds: LatticeCodec(n, dtype, 8, settings, seeds),
+    "lattice16": lambda n, dtype, settings, seeds: LatticeCodec(n, dtype, 16, settings, seeds),
+    "qsgd8": lambda n, dtype, settings, seeds: QsgdCodec(n, dtype, seeds),
+}
 
 
-CODECS: dict[str, type[NoCodec]] = {"none": NoCodec}
+def make(settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank: int) -> Codec:
+    """Make a rank's codec for models of `elements` elements of `dtype`.
 
-
-def make(name: str, elements: int, dtype: np.dtype) -> Codec:
-    """Make a codec for models of `elements` elements of `dtype`.
+    Args:
+        settings: section ``codec`` of the configuration.
+        elements, dtype: of the model.
+        seed: of the run.
+        rank: whose codec.
 
     Raises:
-        UserError: for an unknown name.
+        UserError: for an unknown name, or models that the codec does not take.
     """
+    name = settings.name
     if name not in CODECS:
         raise UserError(
             f"codec {name!r} is not known{nearest(name, CODECS)} (valid: {', '.join(CODECS)})"
         )
-    return CODECS[name](elements, dtype)
+    return CODECS[name](elements, dtype, settings, Seeds(seed, rank))

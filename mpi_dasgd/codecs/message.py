@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ MAGIC = 0x4D504453  # "MPDS"
 VERSION = 1
 ALIGNMENT = 64
 _HEADER = struct.Struct("<IHHi4xqqqqQ")
+_STAMP = struct.Struct("<IHHi4xqqqq")  # the header but for its seed
+_SEED = struct.Struct("<Q")
+_SEED_AT = _STAMP.size
 _SEQUENCE = struct.Struct("<q")
 _SEQUENCE_AT = 56
 
@@ -30,13 +33,13 @@ class Header(NamedTuple):
 
     Attributes:
         magic, version: what this is; a reader refuses others.
-        codec: number of the codec, as in `mpi_dasgd.codecs.NUMBERS`.
+        codec: number of the codec; codecs that cannot read each other have different ones.
         rank: sender.
         step: local step of the sender.
         time_ns: wall-clock (or virtual) time of the sender in nanoseconds.
         elements: number of model elements, padding included.
         nbytes: length of the whole message.
-        seed: seed of stochastic rounding.
+        seed: of this message: what the codec drew at random, and its checks, depend on it.
     """
 
     magic: int
@@ -105,9 +108,10 @@ class Message:
     Attributes:
         buffer: the whole message.
         scales, checks, payload: float32, uint32 and codec-typed views of its parts.
+        view: what a codec wants to keep with this memory from call to call.
     """
 
-    __slots__ = ("_raw", "buffer", "checks", "layout", "payload", "scales")
+    __slots__ = ("_raw", "buffer", "checks", "layout", "payload", "scales", "view")
 
     def __init__(self, buffer: np.ndarray, layout: Layout) -> None:
         if buffer.dtype != np.uint8 or buffer.shape != (layout.nbytes,):
@@ -116,19 +120,29 @@ class Message:
             )
         self.buffer = buffer
         self.layout = layout
+        self.view: Any = None
         self._raw = memoryview(buffer)
         self.scales = buffer[layout.scales_at :][: 4 * layout.scales].view(np.float32)
         self.checks = buffer[layout.checks_at :][: 4 * layout.checks].view(np.uint32)
         size = layout.payload_dtype.itemsize * layout.payload_items
         self.payload = buffer[layout.payload_at :][:size].view(layout.payload_dtype)
 
-    def stamp(self, *, rank: int, step: int, time_ns: int, seed: int = 0) -> None:
-        """Write the header."""
+    def stamp(self, *, rank: int, step: int, time_ns: int) -> None:
+        """Write the header, but for the seed, which is the codec's."""
         layout = self.layout
-        _HEADER.pack_into(
+        _STAMP.pack_into(
             self._raw, 0, MAGIC, VERSION, layout.codec, rank, step, time_ns,
-            layout.elements, layout.nbytes, seed,
+            layout.elements, layout.nbytes,
         )  # fmt: skip
+
+    @property
+    def seed(self) -> int:
+        """The seed of this message, unsigned 64 bits."""
+        return int(_SEED.unpack_from(self._raw, _SEED_AT)[0])
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        _SEED.pack_into(self._raw, _SEED_AT, value)
 
     @property
     def header(self) -> Header:

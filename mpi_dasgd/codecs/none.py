@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mpi_dasgd.codecs.base import Outcome
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.kernels.average import pair_average
 
@@ -26,6 +27,7 @@ class NoCodec:
         self.layout = Layout(
             codec=0, elements=elements, payload_dtype=dtype, payload_items=elements
         )
+        self.counters: dict[str, int] = {}
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x` to `out`."""
@@ -39,11 +41,8 @@ class NoCodec:
         weight: float,
         reply: Message | None,
         published: Message | None,
-    ) -> None:
-        """Absorb deltas, average with `theirs`, and write `reply` and the publication in one pass.
-
-        The arguments are those of `mpi_dasgd.kernels.average.pair_average`, as messages.
-        """
+    ) -> Outcome:
+        """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`."""
         pair_average(
             x,
             [message.payload for message in arrived],
@@ -52,3 +51,15 @@ class NoCodec:
             None if reply is None else reply.payload,
             None if published is None else published.payload,
         )
+        return Outcome()
+
+    def delta(self, message: Message) -> np.ndarray:
+        """Return the payload."""
+        return message.payload
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return nothing: there is none."""
+        return {}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back nothing."""

@@ -92,6 +92,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("age_s", "f8", "s", "time since the partner sent its state"),
         Column("bytes", "i8", "bytes", "payload this rank moved in window calls"),
         Column("retries", "i4", "1", "attempts that failed before this outcome"),
+        Column("distance", "f8", "1", "||x_i - x_j||_2 of the two models before their average"),
+        Column("rejected", "i4", "buckets", "buckets of the partner's model not decoded"),
     ),
     "evaluation": (
         _MILESTONE,
@@ -120,6 +122,9 @@ RANKS: tuple[Column, ...] = (
     Column("retries", "i8", "1", "attempts that failed before an exchange"),
     Column("refusals", "i8", "1", "sends refused because the inbox was full"),
     Column("skipped", "i8", "1", "exchanges skipped because no partner was found"),
+    Column("buckets_decoded", "i8", "buckets", "buckets of partners' models decoded"),
+    Column("buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left alone"),
+    Column("buckets_corrupt", "i8", "buckets", "buckets of deltas that failed their check"),
 )
 
 # One row per milestone, measured over all ranks at the same index.

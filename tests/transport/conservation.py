@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mpi_dasgd import topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
-from mpi_dasgd.codecs import Message, NoCodec
+from mpi_dasgd.codecs import Message, NoCodec, Outcome
 from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.transport.board import FINISHED, RUNNING
 from mpi_dasgd.transport.rma import RmaEndpoint
@@ -46,7 +46,7 @@ class GridCodec(NoCodec):
         weight: float,
         reply: Message | None,
         published: Message | None,
-    ) -> None:
+    ) -> Outcome:
         for message in arrived:
             x += message.payload
         if theirs is not None and reply is not None:
@@ -55,6 +55,7 @@ class GridCodec(NoCodec):
             reply.payload[:] = -delta
         if published is not None:
             published.payload[:] = x
+        return Outcome()
 
 
 class Drops(NoCodec):
@@ -62,11 +63,12 @@ class Drops(NoCodec):
 
     _calls = 0
 
-    def exchange(self, x, arrived, theirs, weight, reply, published) -> None:  # type: ignore[no-untyped-def]
-        super().exchange(x, arrived, theirs, weight, reply, published)
+    def exchange(self, x, arrived, theirs, weight, reply, published) -> Outcome:  # type: ignore[no-untyped-def]
+        outcome = super().exchange(x, arrived, theirs, weight, reply, published)
         self._calls += reply is not None
         if reply is not None and self._calls % 100 == 99:
             reply.payload[:] = 0
+        return outcome
 
 
 CODECS = {"exact": GridCodec, "float": NoCodec, "drops": Drops}

@@ -7,34 +7,17 @@
 // kernels/average.py has the NumPy twin, which gives the same bits.
 #include <cstdint>
 #include <cstring>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+
+#include "stream.h"
 
 namespace {
 
-constexpr int64_t kBlock = 1024;             // elements that live in the L1 cache between two stages
-constexpr int64_t kStreamBytes = 1 << 18;    // larger outputs bypass the caches: no read for ownership
-
-// Copies a block to memory that this core does not read soon.
-template <typename T>
-void stream(T* out, const T* in, int64_t count) {
-#if defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && count * sizeof(T) % 16 == 0) {
-    auto* to = reinterpret_cast<__m128i*>(out);
-    const auto* from = reinterpret_cast<const __m128i*>(in);
-    for (int64_t i = 0; i < static_cast<int64_t>(count * sizeof(T) / 16); ++i)
-      _mm_stream_si128(to + i, _mm_load_si128(from + i));
-    return;
-  }
-#endif
-  std::memcpy(out, in, count * sizeof(T));
-}
+constexpr int64_t kBlock = 1024;  // elements that live in the L1 cache between two stages
 
 template <typename T>
 void put(T* out, const T* in, int64_t count, bool streaming) {
   if (streaming)
-    stream(out, in, count);
+    stream(out, in, count * sizeof(T));
   else
     std::memcpy(out, in, count * sizeof(T));
 }
@@ -64,9 +47,7 @@ void pair_average(T* x, int64_t n, const T* const* arrived, int n_arrived, const
     if (n_arrived > 0 || theirs != nullptr) std::memcpy(x + start, v, count * sizeof(T));
     if (published != nullptr) put(published + start, v, count, streaming);
   }
-#if defined(__SSE2__)
-  if (streaming) _mm_sfence();  // streamed stores must be visible before a word says that they are there
-#endif
+  if (streaming) stream_fence();
 }
 
 }  // namespace
@@ -81,17 +62,5 @@ void mpd_pair_average_f32(float* x, int64_t n, const float* const* arrived, int 
 void mpd_pair_average_f64(double* x, int64_t n, const double* const* arrived, int n_arrived,
                           const double* theirs, double weight, double* reply, double* published) {
   pair_average<double>(x, n, arrived, n_arrived, theirs, weight, reply, published);
-}
-
-const char* mpd_instruction_set() {
-#if defined(__AVX512F__)
-  return "AVX-512";
-#elif defined(__AVX2__)
-  return "AVX2";
-#elif defined(__SSE2__)
-  return "SSE2";
-#else
-  return "portable";
-#endif
 }
 }

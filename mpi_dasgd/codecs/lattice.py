@@ -1,0 +1,161 @@
+"""The codecs `lattice4`, `lattice8`, `lattice16`: codes whose error follows the distance between the models.
+
+A publication holds lattice codes of the model; a delta holds the integers by which both sides move, so
+that the sum of the models is conserved to the rounding of one addition an element, whatever the codes,
+the scales, or the buckets that could not be decoded. See `mpi_dasgd.kernels.lattice` for the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mpi_dasgd.codecs.base import Outcome, Seeds
+from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.codecs.scale import AdaptiveScale
+from mpi_dasgd.config import Codec as Settings
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels import lattice
+from mpi_dasgd.kernels.coded import BUCKET, FOUND, Coded, Step, buckets_of, code_dtype, codes_of
+
+__all__ = ["LatticeCodec"]
+
+_NUMBER, _NEAREST = 16, 64
+
+
+class LatticeCodec:
+    """Lattice codes of 4, 8 or 16 bits with a scale and a check for each bucket of 1,024 elements.
+
+    Args:
+        elements: number of model elements.
+        dtype: float32.
+        bits: of a code.
+        settings: section ``codec`` of the configuration.
+        seeds: of the messages.
+
+    Raises:
+        UserError: the models are not float32.
+    """
+
+    def __init__(
+        self, elements: int, dtype: np.dtype, bits: int, settings: Settings, seeds: Seeds
+    ) -> None:
+        self.name = f"lattice{bits}"
+        if dtype != np.float32:
+            raise UserError(
+                f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
+                "simulation.precision=float32"
+            )
+        buckets = buckets_of(elements)
+        self._bits = bits
+        self._nearest = settings.rounding == "nearest"
+        self.layout = Layout(
+            codec=_NUMBER + bits + _NEAREST * self._nearest,
+            elements=elements,
+            payload_dtype=code_dtype(bits),
+            payload_items=codes_of(elements, bits),
+            scales=buckets,
+            checks=buckets,
+        )
+        self.scale = AdaptiveScale(elements, bits, BUCKET, settings.gamma, settings.rho)
+        self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
+        self._threads = settings.threads
+        self._seeds = seeds
+        self._found = np.zeros(buckets, FOUND)
+        self._arrived_found: list[np.ndarray] = []
+
+    def encode(self, x: np.ndarray, out: Message) -> None:
+        """Write model `x` to `out`."""
+        self.exchange(x, (), None, 0.5, None, out)
+
+    def exchange(
+        self,
+        x: np.ndarray,
+        arrived: Sequence[Message],
+        theirs: Message | None,
+        weight: float,
+        reply: Message | None,
+        published: Message | None,
+    ) -> Outcome:
+        """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`.
+
+        Raises:
+            MpiDasgdError: a message is none of this codec, model size and version.
+        """
+        step = Step(x, self._threads)
+        step.arrived = tuple(map(self._received, arrived))
+        step.arrived_found = self._founds(len(arrived))
+        step.weight = weight
+        if theirs is not None:
+            step.theirs, step.found = self._received(theirs), self._found
+            if reply is not None:
+                step.reply = self._new(reply)
+        if published is not None:
+            step.published = self._new(published)
+            self.scale.scales(x, published.scales)
+        lattice.backend_of(x).run(step)
+        for message, found in zip(arrived, step.arrived_found, strict=True):
+            self._observe_delta(message, found, weight)
+        return Outcome() if theirs is None else self._observe(theirs)
+
+    def _view(self, message: Message) -> Coded:
+        view: Coded | None = message.view
+        if view is None:
+            view = message.view = Coded(
+                self.layout.elements, self._bits, message.payload, message.scales, message.checks,
+                nearest=self._nearest,
+            )  # fmt: skip
+        return view
+
+    def _received(self, message: Message) -> Coded:
+        view = self._view(message)
+        view.seed = message.header.seed
+        return view
+
+    def _new(self, message: Message) -> Coded:
+        view = self._view(message)
+        view.seed = message.seed = self._seeds.draw()
+        return view
+
+    def _founds(self, count: int) -> tuple[np.ndarray, ...]:
+        while len(self._arrived_found) < count:
+            self._arrived_found.append(np.zeros_like(self._found))
+        return tuple(self._arrived_found[:count])
+
+    def _observe(self, theirs: Message) -> Outcome:
+        """Learn from an exchange that this rank has begun."""
+        found, scales = self._found, theirs.scales
+        rejected = found["rejected"] != 0
+        count = int(np.count_nonzero(rejected))
+        self.counters["buckets_decoded"] += rejected.size - count
+        self.counters["buckets_rejected"] += count
+        # A rejected bucket may have any scale, but its distances are 0.
+        known = np.where(rejected, np.float32(0), scales)
+        self.scale.observe(known * np.sqrt(found["max_d2"], dtype=np.float32), rejected)
+        square = np.dot(np.square(known, dtype=np.float64), found["sum_d2"].astype(np.float64))
+        return Outcome(math.sqrt(square), count)
+
+    def _observe_delta(self, message: Message, found: np.ndarray, weight: float) -> None:
+        """Learn from a delta: its unit is weight * scale, or 0 where the partner rejected the bucket."""
+        corrupt = found["rejected"] != 0
+        self.counters["buckets_corrupt"] += int(np.count_nonzero(corrupt))
+        units = np.abs(np.where(corrupt, np.float32(0), message.scales))
+        distance = units / np.float32(weight) * np.sqrt(found["max_d2"], dtype=np.float32)
+        self.scale.observe(distance, units == 0)
+
+    def delta(self, message: Message) -> np.ndarray:
+        """Return a delta as numbers."""
+        numbers = np.zeros(self.layout.elements, np.float32)
+        lattice.apply(numbers, self._received(message))
+        return numbers
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the estimates of the distances, and how many messages were made."""
+        return {"estimate": self.scale.estimate, "messages": np.array([self._seeds.drawn])}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back what `state` returned."""
+        self.scale.estimate[:] = arrays["estimate"]
+        self._seeds.drawn = int(arrays["messages"][0])

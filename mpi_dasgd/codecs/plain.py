@@ -1,0 +1,176 @@
+"""Baselines that quantize without regard to the distance: `bf16`, `fp16` and `qsgd8`.
+
+Their error follows the size of the models, so that it exceeds the distance between models that are near
+each other. The delta is quantized, too, and both sides move by the quantized one: the sum of the models
+is conserved as with the other codecs. They are plain NumPy, in cache-sized blocks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mpi_dasgd.codecs.base import Outcome, Seeds
+from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.errors import UserError
+
+__all__ = ["BFloat16Codec", "Float16Codec", "PlainCodec", "QsgdCodec"]
+
+_BUCKET = 1024
+_BLOCK = 16 * _BUCKET  # elements: some such blocks stay in a 1 MiB cache
+
+
+class PlainCodec(ABC):
+    """Averages in float32 what `_pack` and `_unpack` make of a block.
+
+    Args:
+        elements: number of model elements.
+        dtype: float32.
+
+    Raises:
+        UserError: the models are not float32.
+    """
+
+    name: str
+
+    def __init__(self, elements: int, dtype: np.dtype, layout: Layout) -> None:
+        if dtype != np.float32:
+            raise UserError(
+                f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
+                "simulation.precision=float32"
+            )
+        self.layout = layout
+        self.counters: dict[str, int] = {}
+
+    @abstractmethod
+    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+        """Write a block of a vector, from element `start` on, to `out`."""
+
+    @abstractmethod
+    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+        """Return `count` elements of a message as a new float32 array."""
+
+    def encode(self, x: np.ndarray, out: Message) -> None:
+        """Write model `x` to `out`."""
+        self.exchange(x, (), None, 0.5, None, out)
+
+    def exchange(
+        self,
+        x: np.ndarray,
+        arrived: Sequence[Message],
+        theirs: Message | None,
+        weight: float,
+        reply: Message | None,
+        published: Message | None,
+    ) -> Outcome:
+        """Do all of an exchange, a block at a time; see `mpi_dasgd.codecs.base.Codec`."""
+        for message in (*arrived, theirs):
+            if message is not None:
+                _ = message.header  # refuses what is none of this codec
+        square = 0.0
+        for start in range(0, x.size, _BLOCK):
+            v = x[start : start + _BLOCK]
+            for delta in arrived:
+                v += self._unpack(delta, start, v.size)
+            if theirs is not None and reply is not None:
+                d = self._unpack(theirs, start, v.size)
+                d -= v
+                square += float(np.dot(d, d))
+                d *= np.float32(-weight)
+                self._pack(d, reply, start)
+                v -= self._unpack(reply, start, v.size)
+            if published is not None:
+                self._pack(v, published, start)
+        return Outcome() if theirs is None else Outcome(square**0.5)
+
+    def delta(self, message: Message) -> np.ndarray:
+        """Return a delta as numbers."""
+        return self._unpack(message, 0, self.layout.elements)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return nothing: there is none."""
+        return {}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back nothing."""
+
+
+class BFloat16Codec(PlainCodec):
+    """The upper 16 bits of float32, rounded to the nearest, ties to even."""
+
+    name = "bf16"
+
+    def __init__(self, elements: int, dtype: np.dtype) -> None:
+        items = np.dtype(np.uint16)
+        super().__init__(elements, dtype, Layout(1, elements, items, elements))
+
+    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+        bits = x.view(np.uint32)
+        rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        rounded = np.where(np.isnan(x), bits | np.uint32(0x400000), rounded)  # NaN stays NaN
+        out.payload[start : start + x.size] = rounded >> np.uint32(16)
+
+    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+        bits = message.payload[start : start + count].astype(np.uint32)
+        return (bits << np.uint32(16)).view(np.float32)
+
+
+class Float16Codec(PlainCodec):
+    """IEEE half precision, rounded to the nearest; beyond 65,504 it saturates."""
+
+    name = "fp16"
+
+    def __init__(self, elements: int, dtype: np.dtype) -> None:
+        items = np.dtype(np.float16)
+        super().__init__(elements, dtype, Layout(2, elements, items, elements))
+
+    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+        np.clip(x, -65504, 65504, out=out.payload[start : start + x.size], casting="same_kind")
+
+    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+        return message.payload[start : start + count].astype(np.float32)
+
+
+class QsgdCodec(PlainCodec):
+    """255 even steps between the extremes of a bucket of 1,024, rounded at random without bias.
+
+    As QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132) in the form with the minimum and the
+    maximum of a bucket that frameworks use. ``scales`` holds the minima, then the steps.
+    """
+
+    name = "qsgd8"
+
+    def __init__(self, elements: int, dtype: np.dtype, seeds: Seeds) -> None:
+        buckets = -(-elements // _BUCKET)
+        items = np.dtype(np.uint8)
+        layout = Layout(3, elements, items, buckets * _BUCKET, scales=2 * buckets)
+        super().__init__(elements, dtype, layout)
+        self._buckets = buckets
+        self._rng = np.random.Generator(np.random.SFC64(seeds.draw()))
+
+    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+        rows = -(-x.size // _BUCKET)
+        values = np.empty((rows, _BUCKET), np.float32)
+        values.reshape(-1)[: x.size] = x
+        values.reshape(-1)[x.size :] = x[-1:]  # the extremes stay what they are
+        least = values.min(1)
+        step = (values.max(1) - least) / np.float32(255)
+        first = start // _BUCKET
+        out.scales[first : first + rows] = least
+        out.scales[self._buckets + first :][:rows] = step
+        values -= least[:, None]
+        values /= np.where(step > 0, step, np.float32(1))[:, None]
+        values += self._rng.random(values.shape, np.float32)
+        np.minimum(values, np.float32(255), out=values)
+        out.payload[start : start + values.size] = values.reshape(-1).astype(np.uint8)
+
+    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+        rows = -(-count // _BUCKET)
+        first = start // _BUCKET
+        codes = message.payload[start : start + rows * _BUCKET].reshape(rows, _BUCKET)
+        values = codes.astype(np.float32)
+        values *= message.scales[self._buckets + first :][:rows, None]
+        values += message.scales[first : first + rows, None]
+        return values.reshape(-1)[:count]

@@ -1,0 +1,35 @@
+// Copies to memory that this core does not read soon: past the caches, without reading what is overwritten.
+#ifndef MPD_STREAM_H
+#define MPD_STREAM_H
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kStreamBytes = 1 << 18;  // outputs above this size are streamed
+
+inline void stream(void* out, const void* in, size_t bytes) {
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && bytes % 16 == 0) {
+    auto* to = static_cast<__m128i*>(out);
+    const auto* from = static_cast<const __m128i*>(in);
+    for (size_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
+    return;
+  }
+#endif
+  std::memcpy(out, in, bytes);
+}
+
+// Streamed stores must be visible before a word says that they are there.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,251 @@
+"""Cases for the lattice codec and everything that can be done with them, the same for all backends.
+
+for case in cases(bits=8, nearest=False):
+    assert outcomes(case, cpu.run) == outcomes(case, reference.run)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd.kernels import reference
+from mpi_dasgd.kernels.coded import BUCKET, FOUND, Array, Coded, Step, buckets_of
+
+SIZES = (0, 1, 1023, 1024, 1025, 5000)
+USABLE = (
+    np.float32(1.17549435e-38),
+    np.float32(4.2535296e37),
+)  # the smallest and the largest scale
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two models and the scales between them, float32; `y` is the side that moves."""
+
+    name: str
+    bits: int
+    nearest: bool
+    x: np.ndarray  # what the partner publishes
+    y: np.ndarray
+    scales: np.ndarray  # one a bucket
+    seed: int = 0xFEDCBA9876543210
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.bits} bits, {'nearest' if self.nearest else 'dither'}"
+
+
+def cases(bits: int, nearest: bool, sizes: Sequence[int] = SIZES) -> Iterator[Case]:
+    """Yield models that agree, that are too far apart in some buckets, and that no arithmetic likes."""
+    rng = np.random.default_rng([bits, nearest])
+    for size in sizes:
+        x, y, scales = _near(rng, size, bits)
+        yield Case(f"{size} elements", bits, nearest, x, y, scales, seed=size)
+        yield Case(f"{size} equal elements", bits, nearest, x, x.copy(), scales)
+    x, y, scales = _near(rng, 12 * BUCKET + 17, bits)
+    for bucket in range(1, 12, 2):  # from one element that is just too far to all that are
+        many = rng.choice(BUCKET, 4 ** (bucket // 2), replace=False) + bucket * BUCKET
+        y[many] += scales[bucket] * rng.choice([-1, 1], many.size) * 2.0 ** (bits - 1) * 1.6
+    yield Case("too far", bits, nearest, x, y, scales)
+    yield Case("adversarial", bits, nearest, *_adversarial(rng, bits))
+
+
+def outcomes(
+    case: Case,
+    run: Callable[[Step], None],
+    device: Callable[[np.ndarray], Array] = np.copy,
+    host: Callable[[Array], np.ndarray] = np.asarray,
+) -> dict[str, bytes]:
+    """Do every operation and return all arrays that took part, by operation and name, as bytes.
+
+    Messages that are read come from the reference. In the models of operations that compute with
+    them unseen (apply, SGD), all NaNs are made the same one: which a machine makes is its own affair.
+
+    Args:
+        run: of a backend.
+        device: makes a copy of a NumPy array in the backend's memory; `host`: brings it back.
+    """
+    results: dict[str, bytes] = {}
+    for name, step in _steps(case):
+        step = _map(step, device)
+        step.check()
+        run(step)
+        loose = bool(step.arrived) or step.velocity is not None
+        for part, array in _arrays(step):
+            value = host(array)
+            if loose and part in ("x", "velocity"):
+                value = np.where(np.isnan(value), np.float32(np.nan), value)
+            results[f"{name}: {part}"] = value.tobytes()
+    return results
+
+
+def _near(rng: np.random.Generator, size: int, bits: int) -> tuple[np.ndarray, ...]:
+    """Two models that can be decoded from each other with these scales, of many magnitudes."""
+    buckets = buckets_of(size)
+    scales = (10.0 ** rng.uniform(-9, 3, buckets)).astype(np.float32)
+    each = np.repeat(scales, BUCKET)[:size].astype(np.float64)
+    magnitude = np.repeat(2.0 ** rng.uniform(0, 19, buckets), BUCKET)[:size]
+    reach = 2.0 ** (bits - 1) - 4
+    x = (rng.normal(size=size) * magnitude * each).astype(np.float32)
+    y = (x + rng.uniform(-reach, reach, size) * each).astype(np.float32)
+    return x, y, scales
+
+
+def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
+    values = np.array(
+        [np.nan, np.inf, -np.inf, 1e-40, -1e-45, 3.4e38, -3.4e38, 2.0**22, -(2.0**22)], np.float32
+    )
+    nans = np.array([0x7FA00001, 0xFFC12345, 0xFF800001], np.uint32).view(np.float32)
+    below = np.nextafter(np.float32(2**22), np.float32(0))  # about the largest that can be coded
+    values = np.concatenate([values, nans, [below, -below]])
+    scales = np.concatenate(
+        [
+            [0.0, -1.0, np.nan, np.inf, 1e-40, -np.inf, *USABLE],
+            np.nextafter(USABLE, np.array([0, np.inf], np.float32)),
+            [2.0**-21, 3e-38, 1e37],
+        ]
+    ).astype(np.float32)
+    x, y, s = _near(rng, (3 * values.size + scales.size + 8) * BUCKET - 100, bits)
+    s[: 3 * values.size] = 1.0
+    x, y = x.copy(), y.copy()
+    for i, value in enumerate(values):  # in one model, in the other, in both
+        for j, models in enumerate(((x,), (y,), (x, y))):
+            bucket = 3 * i + j
+            part = slice(bucket * BUCKET, (bucket + 1) * BUCKET)
+            x[part] = rng.normal(size=BUCKET) * 100
+            y[part] = x[part] + np.float32(0.25)
+            for model in models:
+                model[rng.integers(part.start, part.stop)] = value
+    b = 3 * values.size
+    s[b : b + scales.size] = scales
+    x[b * BUCKET : (b + scales.size) * BUCKET] = y[b * BUCKET : (b + scales.size) * BUCKET]
+    b += scales.size
+    ties = np.arange(-BUCKET // 2, BUCKET // 2) + 0.5
+    constants = [0.0, -0.0, 1.5, -1e-42, below, ties, ties * 4096, np.arange(BUCKET) * 1e-42]
+    for offset, constant in enumerate(constants):
+        part = slice((b + offset) * BUCKET, (b + offset + 1) * BUCKET)
+        x[part] = y[part] = np.broadcast_to(constant, BUCKET)[: x[part].size]
+        s[b + offset] = 1.0
+    return x, y, s
+
+
+def _steps(case: Case) -> Iterator[tuple[str, Step]]:
+    """Yield everything that can be done, with its name; memory is NumPy's."""
+    buckets = buckets_of(case.x.size)
+
+    def found() -> np.ndarray:
+        return np.full(buckets, 77, FOUND)
+
+    def step(vector: np.ndarray, **parts: Any) -> Step:
+        made = Step(vector.copy())
+        for part, value in parts.items():
+            assert hasattr(made, part)
+            setattr(made, part, value)
+        return made
+
+    def blank(seed: int) -> Coded:
+        """A message to be written, with the scales of the case and rubbish where codes will be."""
+        coded = Coded.empty(case.x.size, case.bits, seed, case.nearest)
+        coded.codes[:] = 77
+        coded.checks[:] = 77
+        coded.scales[:] = case.scales
+        return coded
+
+    theirs = blank(case.seed)
+    reference.run(step(case.x, published=theirs))
+    deltas = [blank(case.seed + 1 + i & (1 << 64) - 1) for i in range(6)]
+    for i, delta in enumerate(deltas):
+        weight = 0.5 / (i + 1)
+        reference.run(step(case.y, theirs=theirs, weight=weight, reply=delta))
+    with np.errstate(invalid="ignore"):
+        velocity, gradient = (case.x[::-1] * np.float32(c) for c in (0.125, 0.5))
+    sgd = {"gradient": gradient, "rate": 0.1, "momentum": 0.9, "decay": 1e-3}
+    bad, bad_delta = _tampered(theirs), _tampered(deltas[0])
+
+    yield "encode", step(case.x, published=blank(1 << 63))
+    for name, message in (("", theirs), (" tampered", bad)):
+        both = {"theirs": message, "found": found()}
+        yield f"exchange{name}", step(case.y, **both, reply=blank(2))
+        yield f"exchange alone{name}", step(case.y, theirs=message, weight=0.3)
+        yield f"merge{name}", step(case.y, **both, merge=1, weight=0.7)
+        yield f"merge, subtract{name}", step(case.y, **both, merge=2, weight=1.0)
+        yield f"merge, forward{name}", step(case.y, **both, merge=1, published=blank(3))
+        yield f"merge, subtract, forward{name}", step(case.y, **both, merge=2, published=blank(3))
+    yield "apply", step(case.x, arrived=(deltas[0],), arrived_found=(found(),))
+    yield "apply alone", step(case.x, arrived=(deltas[1],))
+    yield "apply tampered", step(case.x, arrived=(bad_delta,), arrived_found=(found(),))
+    yield "sgd, encode", step(case.x, velocity=velocity, **sgd, published=blank(4))
+    yield "sgd", step(case.x, velocity=velocity, **sgd)
+    for count in (1, 2, 4, 6):
+        arrived = (*deltas[1:count], bad_delta)
+        founds = tuple(found() for _ in arrived)
+        yield f"fused, {count} arrived", step(
+            case.y, arrived=arrived, arrived_found=founds, theirs=theirs, reply=blank(5),
+            found=found(), published=blank(6),
+        )  # fmt: skip
+    yield "fused without theirs", step(case.y, arrived=(deltas[2],), published=blank(7))
+    yield "fused without arrived", step(case.y, theirs=theirs, reply=blank(8), published=blank(9))
+    yield "fused, only moved", step(case.y, arrived=tuple(deltas[:2]), theirs=theirs)
+    yield "everything", step(
+        case.y, velocity=velocity, **sgd, arrived=tuple(deltas[:5]), theirs=theirs, merge=2,
+        found=found(), published=blank(10),
+    )  # fmt: skip
+    other = blank(11)
+    other.nearest = not case.nearest
+    yield "published otherwise", step(case.y, theirs=theirs, reply=blank(12), published=other)
+
+
+def _tampered(message: Coded) -> Coded:
+    """A copy with a wrong bit in its codes, one in its last check, and odd scales in buckets 1 to 3."""
+    copy = _map(message, np.copy)
+    if copy.checks.size:
+        copy.codes[(copy.codes.size - 1) * 7 // 10] ^= 1 << 3
+        copy.checks[-1] ^= np.uint32(1 << 31)
+        for bucket, scale in zip(range(1, copy.checks.size), (np.inf, np.nan, -2.0), strict=False):
+            copy.scales[bucket] = scale  # sealed anew: only the scale is wrong
+            copy.codes.reshape(copy.checks.size, -1)[bucket] = 0
+            key = reference._keys(copy.seed, np.array([bucket], np.uint64))
+            check = reference._check(np.uint32(0), copy.scales[bucket : bucket + 1], key)
+            copy.checks[bucket] = check[0]
+    return copy
+
+
+_ARRAYS = ("x", "velocity", "gradient", "found")
+_MESSAGES = ("theirs", "reply", "published")
+
+
+def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
+    """Copy a step, a message or an array to another memory."""
+    if isinstance(value, np.ndarray):
+        return device(value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, device) for item in value)
+    if isinstance(value, Coded):
+        arrays = (device(a) for a in (value.codes, value.scales, value.checks))
+        return Coded(value.elements, value.bits, *arrays, value.seed, value.nearest)
+    if isinstance(value, Step):
+        step = Step(device(value.x), value.threads)
+        for name in Step.__slots__:
+            if name != "x":
+                setattr(step, name, _map(getattr(value, name), device))
+        return step
+    return value
+
+
+def _arrays(step: Step) -> Iterator[tuple[str, Array]]:
+    """All arrays of a step, with their names; what is only read, too, for it must stay as it was."""
+    for name in _ARRAYS:
+        if getattr(step, name) is not None:
+            yield name, getattr(step, name)
+    messages = [(name, getattr(step, name)) for name in _MESSAGES]
+    messages += [(f"arrived[{i}]", delta) for i, delta in enumerate(step.arrived)]
+    for name, message in messages:
+        if message is not None:
+            yield f"{name}.codes", message.codes
+            yield f"{name}.scales", message.scales
+            yield f"{name}.checks", message.checks
+    for i, array in enumerate(step.arrived_found):
+        yield f"arrived_found[{i}]", array
