@@ -121,7 +121,7 @@ class Codec(Section):
     )
     gamma: float | None = Field(
         None,
-        description="lattice: margin of the scale over distances seen; unset: 3, lattice4 1.5",
+        description="lattice: margin of the scale over distances seen; unset: 3, lattice4: 2",
         gt=1,
     )
     rho: float = Field(

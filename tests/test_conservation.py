@@ -13,7 +13,7 @@ import pytest
 from hosts import Hosts
 from ranks import rank_counts, run_ranks
 
-from mpi_dasgd import topology
+from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import Message, NoCodec, Outcome
 from mpi_dasgd.config import Algorithm as Settings
@@ -44,6 +44,21 @@ def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
         assert report["path"] == {"auto": "in place", "remote": "Get and Put"}[path]
     assert reports["exact"]["error"] == 0.0
     assert 0.0 < reports["float"]["error"] < reports["float"]["tolerance"] < 0.1
+
+
+@pytest.mark.parametrize("path", ["auto", "remote"])
+def test_sum_of_models_is_conserved_by_every_codec(path: str) -> None:
+    """Whatever the codes, and with buckets that cannot be decoded; bytes counted are those of the codec."""
+    (n,) = rank_counts(3)
+    names = [name for name in codecs.CODECS if name != "none"]
+    args = ["--path", path, "--exchanges", "1500", "--limit", "25", *names]
+    reports = json.loads(run_ranks(n, PROGRAM, *args, timeout=200).stdout)
+    for name, report in reports.items():
+        assert_exchanged(report, 1500)
+        assert report["error"] < report["tolerance"] < 0.1, name
+        assert report["corrupt"] == 0
+        assert report["nbytes"] == report["exchanges"] * report["message"]
+    assert sum(report["rejected"] for report in reports.values()) > 0, "rejection was not tested"
 
 
 def test_a_lost_delta_is_seen() -> None:

@@ -21,20 +21,21 @@ class AdaptiveScale:
     """Keeps, for each bucket, an estimate of the largest distance to another model.
 
     ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side, and
-    twice the estimate where a bucket was rejected; the scale is ``gamma * estimate / (2^(b-1) - 1)``, so
+    ``growth * estimate`` where a bucket was rejected; the scale is ``gamma * estimate / (2^(b-1) - 1)``, so
     that models `gamma` times as far apart as lately can still be decoded. The floor is 2^-21 of the
     largest element.
 
     Too small a scale costs rejected buckets, too large a one precision: see `docs/codecs.md`. Rounding at
     random leaves the squares of two models' differences at scale * |difference| after an average, so that
     with a scale above half of the largest difference averaging drives models apart: the scale must
-    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits.
+    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits. For the same reason the
+    estimate grows slowly with 4 bits: doubling it on a rejection adds noise that gets others rejected.
 
     Args:
         elements: length of the model.
         bits: b.
         bucket: elements of a bucket.
-        gamma: margin, above 1; None: 3, or 1.5 with 4 bits.
+        gamma: margin, above 1; None: 3, or 2 with 4 bits.
         rho: how fast the estimate falls, in (0, 1).
 
     Raises:
@@ -49,7 +50,7 @@ class AdaptiveScale:
     ) -> None:
         levels = 2 ** (bits - 1) - 1
         if gamma is None:
-            gamma = 3.0 if bits > 4 else 1.5
+            gamma = 3.0 if bits > 4 else 2.0
         if gamma / levels > _COARSEST:
             raise UserError(
                 f"codec.gamma: with {bits} bits expected at most {_COARSEST * levels:g}, got {gamma:g}: "
@@ -59,6 +60,7 @@ class AdaptiveScale:
         self.estimate = np.zeros(buckets, np.float32)
         self._factor = np.float32(gamma / levels)
         self._rho = np.float32(rho)
+        self._growth = np.float32(2.0 if bits > 4 else 1.25)
         self._starts = np.arange(0, elements, bucket)
         self._floor = np.zeros(buckets, np.float32)
         self._encodings = 0
@@ -92,6 +94,6 @@ class AdaptiveScale:
             rejected: whether the bucket could not be decoded.
         """
         estimate = self.estimate
-        doubled = np.minimum(2 * estimate, np.float32(_MOST))
+        grown = np.minimum(self._growth * estimate, np.float32(_MOST))
         np.maximum(distance, self._rho * estimate, out=estimate)
-        np.copyto(estimate, doubled, where=rejected)
+        np.copyto(estimate, grown, where=rejected)

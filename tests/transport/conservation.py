@@ -6,7 +6,8 @@ a lost delta would be too small to be missed.) After the end, which is that of `
 delta is on its way: the models must add up to what they were plus all changes.
 
 Exact: models are multiples of 2^-8 and the codec rounds deltas to such, so that no addition rounds
-and the balance must be zero. Float: the codec `none`; the balance is rounding. Rank 0 prints JSON.
+and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs that
+quantize. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from mpi4py import MPI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mpi_dasgd import topology
+from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
-from mpi_dasgd.codecs import Message, NoCodec, Outcome
+from mpi_dasgd.codecs import Codec, Message, NoCodec, Outcome
 from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.transport.board import FINISHED, RUNNING
 from mpi_dasgd.transport.rma import RmaEndpoint
@@ -71,7 +72,7 @@ class Drops(NoCodec):
         return outcome
 
 
-CODECS = {"exact": GridCodec, "float": NoCodec, "drops": Drops}
+MODES = {"exact": GridCodec, "float": NoCodec, "drops": Drops}
 
 
 class Local:
@@ -120,7 +121,11 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     rng = np.random.default_rng([options.seed, comm.rank])
     dice = random.Random(1000 * options.seed + comm.rank)
     x = _values(rng, options.elements, mode == "exact")
-    codec = CODECS[mode](x.size, x.dtype)
+    codec: Codec = (
+        MODES[mode](x.size, x.dtype)
+        if mode in MODES
+        else codecs.make(codecs.Settings(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
+    )
     endpoint = RmaEndpoint(
         comm, codec.layout, topology.build("complete", comm.size), path=options.path, silence=60.0
     )
@@ -177,6 +182,10 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "error": float(np.abs(total).max()),
         # Each exchange rounds two additions, each by half an eps of a result below `largest`.
         "tolerance": float(exchanges * np.finfo(np.float32).eps * largest),
+        "rejected": comm.allreduce(codec.counters.get("buckets_rejected", 0)),
+        "corrupt": comm.allreduce(codec.counters.get("buckets_corrupt", 0)),
+        "nbytes": comm.allreduce(endpoint.totals().bytes_sent),
+        "message": codec.layout.nbytes,
         "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
         "seconds": time.monotonic() - begun,
         "path": path,
@@ -194,7 +203,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=4, help="neighbours tried for one exchange")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("modes", nargs="+", choices=CODECS)
+    parser.add_argument("modes", nargs="+", choices=[*MODES, *codecs.CODECS])
     options = parser.parse_args()
     comm = MPI.COMM_WORLD
     reports = {mode: run(comm, options, mode) for mode in options.modes}
