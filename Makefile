@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 4
 BENCH ?= rma training
+CUDA ?= 13
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -15,14 +16,14 @@ BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test doctor bench lint clean
+.PHONY: help train test doctor bench gpu-check lint clean
 
 ifeq ($(CI),true)
 export MPI_DASGD_REQUIRE_NATIVE := 1
 endif
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.train  ## quick start: train on 4 ranks, then the all-reduce baseline, and compare them
 	$(BIN)/mpi-dasgd launch -n $(RANKS) train jobs/train.toml run.overwrite=true $(ARGS)
@@ -40,6 +41,11 @@ doctor: $(VENV)/.train  ## look at this machine: MPI, threads, kernels, device
 
 bench: $(VENV)/.train  ## measure against the limit or the rivals; BENCH=rma chooses
 	for name in $(BENCH); do $(BIN)/mpi-dasgd bench $$name $(ARGS); done
+
+gpu-check: $(VENV)/.test  ## on a machine with a GPU: its tests and benchmark; CUDA=12 if it has that one
+	$(INSTALL) -e '.[cuda$(CUDA)]'
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+	$(BIN)/mpi-dasgd bench kernel --backend cuda $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from hosts import Hosts
 from ranks import MPIS, ROOT, missing, mpi_library, rank_counts, run_ranks
 from torch.nn.functional import cross_entropy
 
-from mpi_dasgd import load_model
+from mpi_dasgd import codecs, load_model
 from mpi_dasgd.storage.runfile import read_run_file
 from mpi_dasgd.tasks import data, models
 
@@ -114,6 +114,40 @@ def test_exchanges_are_recorded_and_counted(tmp_path: Path, ranks: int, path: st
     assert (exchange["age_s"].dropna() >= 0).all()
 
 
+@pytest.mark.parametrize("codec", ["lattice8", "lattice4", "bf16"])
+def test_the_digits_are_learned_with_codecs(tmp_path: Path, codec: str) -> None:
+    done = _train(2, tmp_path, f"codec.name={codec}", "budget.epochs=20", "evaluation.live=false")
+    assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= 0.94
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file.attrs["codec"] == codec
+        ranks, exchange = file["ranks"], file["exchange"]
+        layout = codecs.make(
+            codecs.Settings(name=codec), 10 * 1024, np.dtype(np.float32), seed=0, rank=0
+        ).layout
+        messages = ranks["messages"][:]
+        np.testing.assert_array_equal(ranks["bytes_sent"][:], messages * layout.nbytes)
+        initiated = exchange["kind"][:] == 0
+        assert np.isfinite(exchange["distance"][:][initiated]).all()
+        if codec.startswith("lattice"):
+            decoded, rejected = ranks["buckets_decoded"][:], ranks["buckets_rejected"][:]
+            assert (decoded + rejected).sum() == 10 * initiated.sum()
+            assert exchange["rejected"][:][initiated].sum() == rejected.sum()
+            assert not ranks["buckets_corrupt"][:].any()
+            assert rejected.sum() == 0 or "not decoded" in done.stdout
+
+
+def test_a_codec_resumes_with_its_scales(tmp_path: Path) -> None:
+    settings = ["codec.name=lattice8", "checkpoint.points=3", "evaluation.points=2"]
+    _train(2, tmp_path, *settings, "budget.epochs=10")
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("*rank00000*"))[-1]
+    with h5py.File(saved) as file:
+        assert file["arrays/codec/estimate"].shape == (10,)
+        assert file["arrays/codec/messages"][0] > 100
+    before = float(_consensus(tmp_path)["mean_test_accuracy"][-1])
+    _train(2, tmp_path, *settings, "budget.epochs=20", "run.resume=true")
+    assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= before - 0.02
+
+
 def _models_after(directory: Path, ranks: int) -> dict[str, torch.Tensor]:
     return load_model(directory / "run" / "model.h5")
 
@@ -194,6 +228,8 @@ def test_a_diverging_run_stops_saves_and_says_who_and_when(tmp_path: Path, algor
         (2, ["optimizer.options={mom=1}"], ["optimizer.options", "mom"]),
         (2, ["algorithm.name=allreduce", "algorithm.local_steps=4"], ["local_steps", "allreduce"]),
         (2, ["run.resume=true"], ["run.resume", "checkpoints"]),
+        (2, ["codec.name=latice8"], ["codec.name", "did you mean 'lattice8'"]),
+        (2, ["codec.name=lattice4", "codec.gamma=4"], ["codec.gamma", "2.1"]),
         (2, ["straggler.kind=constant", "straggler.ranks=[9]"], ["straggler", "9"]),
         (2, ["run.directory=/proc/nowhere"], ["/proc/nowhere"]),
     ],

@@ -30,9 +30,18 @@ typedef unsigned long long mpd_u64;
 #define MPD_MAGIC 12582912.0f  // 1.5 * 2^23, whose bits are 0x4b400000
 
 #if defined(__CUDA_ARCH__)
-MPD_HD float mpd_mul(float a, float b) { return __fmul_rn(a, b); }
-MPD_HD float mpd_add(float a, float b) { return __fadd_rn(a, b); }
-MPD_HD float mpd_sub(float a, float b) { return __fsub_rn(a, b); }
+// By instruction: CuPy compiles with -ftz=true whatever it is asked for, and then __fmul_rn and its like flush
+// denormal numbers to zero. (The reciprocal of a usable scale is not denormal.)
+#define MPD_EXACT(name, instruction)                                           \
+  MPD_HD float name(float a, float b) {                                        \
+    float c;                                                                   \
+    asm(instruction ".rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));         \
+    return c;                                                                  \
+  }
+MPD_EXACT(mpd_mul, "mul")
+MPD_EXACT(mpd_add, "add")
+MPD_EXACT(mpd_sub, "sub")
+#undef MPD_EXACT
 MPD_HD float mpd_inverse(float a) { return __frcp_rn(a); }
 MPD_HD mpd_u32 mpd_bits(float a) { return __float_as_uint(a); }
 MPD_HD float mpd_float(mpd_u32 a) { return __uint_as_float(a); }

@@ -1,0 +1,121 @@
+// Runs an unmodified .cu on the CPU, as far as lattice.cu needs it. The 32 lanes of a warp are fibers that take
+// turns: each runs up to the next collective or to its end. It aborts if lanes wait at different collectives,
+// or some have ended while others wait. Warps and blocks run one after the other.
+//
+// Not to be seen here: races between lanes (the order of turns alternates, that is all), the device's memory
+// model, and the compiler's instructions. __CUDA_ARCH__ stays undefined: this is host code.
+#pragma once
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+
+struct ShimIndex {
+  unsigned x = 1, y = 1, z = 1;
+};
+static ShimIndex threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 1 << 16;
+
+using Combine = unsigned (*)(unsigned, unsigned);
+
+struct Lane {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool ended = false;
+  unsigned value = 0;            // what it brings to the collective
+  const void* place = nullptr;  // where that is in the program
+};
+
+static Lane lanes[kLanes];
+static ucontext_t scheduler;
+static int current;
+static Combine combine;
+static unsigned result;
+static std::function<void()> kernel;
+
+inline void die(const char* reason) {
+  std::fprintf(stderr, "cuda_shim: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, reason);
+  std::abort();
+}
+
+inline void enter() {
+  kernel();
+  lanes[current].ended = true;
+}
+
+__attribute__((noinline)) unsigned collective(unsigned mask, unsigned value, Combine combine_lanes) {
+  if (mask != 0xffffffffu) die("a collective of a part of the warp");
+  Lane& lane = lanes[current];
+  lane.value = value;
+  lane.place = __builtin_return_address(0);
+  combine = combine_lanes;
+  swapcontext(&lane.context, &scheduler);
+  return result;
+}
+
+inline void run_warp(unsigned first_thread) {
+  for (Lane& lane : lanes) {
+    lane.ended = false;
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.get();
+    lane.context.uc_stack.ss_size = kStack;
+    lane.context.uc_link = &scheduler;
+    makecontext(&lane.context, enter, 0);
+  }
+  for (bool forward = true;; forward = !forward) {
+    int ended = 0;
+    for (int turn = 0; turn < kLanes; ++turn) {
+      current = forward ? turn : kLanes - 1 - turn;
+      threadIdx.x = first_thread + static_cast<unsigned>(current);
+      swapcontext(&scheduler, &lanes[current].context);
+      ended += lanes[current].ended;
+    }
+    if (ended == kLanes) return;
+    if (ended != 0) die("some lanes of the warp ended, others wait for them");
+    result = lanes[0].value;
+    for (int i = 1; i < kLanes; ++i) {
+      if (lanes[i].place != lanes[0].place) die("lanes of the warp wait at different collectives");
+      result = combine(result, lanes[i].value);
+    }
+  }
+}
+
+inline unsigned sum(unsigned a, unsigned b) { return a + b; }
+inline unsigned any(unsigned a, unsigned b) { return a | b; }
+inline unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+
+inline void launch(unsigned grid, unsigned block, std::function<void()> body) {
+  if (block == 0 || block % kLanes != 0) die("a block that is not made of whole warps");
+  gridDim.x = grid;
+  blockDim.x = block;
+  kernel = std::move(body);
+  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
+    for (unsigned thread = 0; thread < block; thread += kLanes) run_warp(thread);
+}
+
+}  // namespace shim
+
+#define __reduce_add_sync(mask, value) shim::collective(mask, value, shim::sum)
+#define __reduce_or_sync(mask, value) shim::collective(mask, value, shim::any)
+#define __reduce_max_sync(mask, value) shim::collective(mask, value, shim::larger)
