@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 4
-BENCH ?= rma training
+BENCH ?= kernel rma training
 CUDA ?= 13
 ARGS ?=
 

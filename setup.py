@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 KERNELS = Path("mpi_dasgd", "kernels")
 FLAGS = Path("cmake", "cxx_flags.txt")
+SETS = Path("cmake", "instruction_sets.txt")
 
 
 class NativeError(Exception):
@@ -58,14 +59,13 @@ class BuildNative(build_ext):
         """For an editable install: put beside the sources what was built, and nothing older."""
         built = Path(self.build_lib).resolve() / KERNELS
         for name in ("_native.so", "_native_failure.txt"):
+            (HERE / KERNELS / name).unlink(missing_ok=True)  # and not written to while it is in use
             if (built / name).exists():
                 shutil.copy2(built / name, HERE / KERNELS / name)
-            else:
-                (HERE / KERNELS / name).unlink(missing_ok=True)
 
 
 def build_library(library: Path) -> None:
-    """Compile ``kernels/cpu/*.cpp`` to `library`.
+    """Compile ``kernels/cpu/*.cpp`` to `library`, with CMake if it is there.
 
     Raises:
         NativeError: there is no compiler, or it failed.
@@ -82,11 +82,39 @@ def build_library(library: Path) -> None:
             run(["cmake", "--build", build])
             shutil.copy2(Path(build, "_native.so"), library)
         else:
-            sources = sorted(map(str, (HERE / KERNELS / "cpu").glob("*.cpp")))
-            flags = (HERE / FLAGS).read_text(encoding="utf-8").split()
-            include = f"-I{HERE / KERNELS}"
-            shared = ["-fPIC", "-shared", "-o", str(library)]
-            run([*compiler, "-std=c++17", *flags, include, *sources, *shared])
+            compile_library(compiler, Path(build), library)
+
+
+def compile_library(compiler: list[str], build: Path, library: Path) -> None:
+    """Do what ``cmake/NativeKernels.cmake`` says, with the compiler alone.
+
+    Raises:
+        NativeError: the compiler failed.
+    """
+    flags = ["-std=c++17", *(HERE / FLAGS).read_text(encoding="utf-8").split(), "-fPIC"]
+    sources = sorted((HERE / KERNELS / "cpu").glob("*.cpp"))
+    of_sets = [source for source in sources if source.stem in ("lattice", "yardstick")]
+    objects, known = [], []
+    for line in ("base", *(HERE / SETS).read_text(encoding="utf-8").splitlines()):
+        name, *more = line.split()
+        if more and not compiles(compiler, more, build):
+            continue
+        known += [f"-DMPD_HAVE_{name.upper()}"] if more else []
+        for source in of_sets:
+            to = ["-o", str(build / f"{source.stem}_{name}.o")]
+            objects.append(to[1])
+            run([*compiler, *flags, *more, f"-DMPD_ISA={name}", "-c", str(source), *to])
+    others = [str(source) for source in sources if source not in of_sets]
+    shared = ["-pthread", "-shared", "-o", str(library)]
+    run([*compiler, *flags, *known, *others, *objects, *shared])
+
+
+def compiles(compiler: list[str], flags: list[str], build: Path) -> bool:
+    """Whether the compiler knows these flags."""
+    source = build / "empty.cpp"
+    source.write_text("int main() {}\n", encoding="utf-8")
+    command = [*compiler, *flags, "-c", str(source), "-o", str(build / "empty.o")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def run(command: list[str]) -> None:
@@ -111,6 +139,7 @@ setup(
                 "CMakeLists.txt",
                 "cmake/NativeKernels.cmake",
                 str(FLAGS),
+                str(SETS),
                 *(str(path.relative_to(HERE)) for path in sorted(HERE.glob("jobs/*"))),
                 "constraints.txt",
                 "Makefile",

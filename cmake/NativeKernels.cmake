@@ -12,9 +12,9 @@ target_compile_options(_native PRIVATE ${MPI_DASGD_CXX_FLAGS})
 target_link_libraries(_native PRIVATE Threads::Threads)
 set_target_properties(_native PROPERTIES PREFIX "" SUFFIX ".so")
 
-# lattice.cpp once for each instruction set that the compiler knows; dispatch.cpp chooses among them.
+# Once for each instruction set that the compiler knows; dispatch.cpp chooses among them.
 function(add_lattice name)
-  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp)
+  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp ${CPU}/yardstick.cpp)
   set_target_properties(lattice_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_compile_features(lattice_${name} PRIVATE cxx_std_17)
   target_compile_definitions(lattice_${name} PRIVATE MPD_ISA=${name})

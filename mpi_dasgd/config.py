@@ -114,7 +114,7 @@ class Topology(Section):
 
 class Codec(Section):
     name: Literal["none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = Field(
-        "none", description="what crosses the wire; none = fp32 as it is"
+        "lattice8", description="what crosses the wire: see docs/codecs.md; none = fp32 as it is"
     )
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic", description="lattice: at random without bias, or to the nearest"

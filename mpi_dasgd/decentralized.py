@@ -69,7 +69,7 @@ class Decentralized:
         algorithm: str = "adpsgd",
         *,
         graph: str = "complete",
-        codec: str = "none",
+        codec: str = "lattice8",
         samples: int | None = None,
         seconds: float | None = None,
         config: Config | None = None,

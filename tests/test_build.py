@@ -38,6 +38,8 @@ def build(tree: Path, **env: str) -> tuple[subprocess.CompletedProcess[str], Pat
     wheels = tree.parent / "wheels"
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(wheels), str(tree)]
     done = subprocess.run(pip, env={**base, **env}, capture_output=True, text=True, check=False)
+    # A library in use is replaced, not written to.
+    shutil.rmtree(tree.parent / "unpacked", ignore_errors=True)
     for wheel in wheels.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(tree.parent / "unpacked")
     return done, tree.parent / "unpacked" / "mpi_dasgd" / "kernels"
@@ -54,12 +56,26 @@ def test_wheel_has_the_library(tree):
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(kernels).startswith("native kernels (")
     assert not (kernels / "_native_failure.txt").exists()
-    assert (kernels / "cpu" / "pair_average.cpp").exists()
+    for source in ("pair_average.cpp", "yardstick.cpp", "yardstick.h"):
+        assert (kernels / "cpu" / source).exists()
     names = [path.name for path in (tree.parent / "wheels").iterdir()]
     assert [name.split("-")[:2] for name in names] == [["mpi_dasgd", mpi_dasgd.__version__]]
 
 
-def test_compiler_alone_is_enough(tree, tmp_path):
+def symbols(kernels: Path) -> set[str]:
+    """The functions of the library: those of each instruction set have its name."""
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", kernels / "_native.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    return {name for name in names if name.startswith("mpd_")}
+
+
+@pytest.fixture
+def compiler_alone(tmp_path: Path) -> str:
+    """A PATH with a compiler, and without CMake."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("c++", "as", "ld"):
@@ -67,9 +83,30 @@ def test_compiler_alone_is_enough(tree, tmp_path):
         if found is None:
             pytest.skip(f"no {name}")
         (tools / name).symlink_to(found)
-    done, kernels = build(tree, PATH=str(tools))
+    return str(tools)
+
+
+def test_compiler_alone_is_enough(tree, compiler_alone):
+    done, kernels = build(tree, PATH=compiler_alone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(kernels).startswith("native kernels (")
+    alone = symbols(kernels)
+    assert {"mpd_buckets_base", "mpd_yardstick_base"} < alone
+    if shutil.which("cmake"):
+        assert alone == symbols(build(tree)[1])
+
+
+@pytest.mark.parametrize("cmake", [False, True], ids=["compiler alone", "CMake"])
+def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(tree, compiler_alone, cmake):
+    if cmake and not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    sets = tree / "cmake" / "instruction_sets.txt"
+    sets.write_text(re.sub("^avx512 ", "avx512 -mno-such-set ", sets.read_text(), flags=re.M))
+    done, kernels = build(tree, **({} if cmake else {"PATH": compiler_alone}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(kernels).startswith("native kernels (")
+    found = symbols(kernels)
+    assert "mpd_buckets_base" in found and "mpd_buckets_avx512" not in found
 
 
 def test_without_a_compiler_it_installs_and_says_so(tree):

@@ -74,7 +74,7 @@ def test_threads_change_nothing(bits: int, threads: int) -> None:
 
 @needs_native
 @bits_of
-def test_large_models_are_streamed_with_the_same_bits(bits: int) -> None:
+def test_large_models_have_the_same_bits(bits: int) -> None:
     rng = np.random.default_rng(bits)
     x = rng.normal(size=1_100_000).astype(np.float32)
     y = x + rng.normal(size=x.size).astype(np.float32) * np.float32(1e-3)

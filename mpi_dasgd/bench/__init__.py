@@ -9,7 +9,7 @@ from mpi_dasgd.errors import UserError, nearest
 
 __all__ = ["NAMES", "run"]
 
-NAMES = ("rma", "training")
+NAMES = ("kernel", "quality", "rma", "training")
 
 
 def run(name: str, rest: Sequence[str]) -> int:

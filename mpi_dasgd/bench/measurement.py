@@ -87,7 +87,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One job: an algorithm in a cell, for so many seconds. Repeats differ in their seed only."""
+    """One job: an algorithm, or algorithm:codec, in a cell, for so many seconds.
+
+    Repeats differ in their seed only.
+    """
 
     cell: Cell
     algorithm: str
@@ -106,7 +109,9 @@ class Measurement:
         That of a rival is the same, with an algorithm that it ignores.
         """
         cell, task = self.cell, TASKS[self.cell.task]
-        algorithm = self.algorithm if self.algorithm != "ddp" else "allreduce"
+        algorithm, _, codec = self.algorithm.partition(":")
+        if algorithm == "ddp":
+            algorithm = "allreduce"
         points = 1 if task.target is None else max(1, round(self.seconds / MILESTONE_SECONDS))
         settings = {
             "run.name": "run",
@@ -120,6 +125,7 @@ class Measurement:
             "optimizer.options": "{momentum = 0.9}",
             "budget.seconds": self.seconds,
             "algorithm.name": algorithm,
+            **({"codec.name": codec} if codec else {}),
             "evaluation.live": "false",
             "evaluation.points": points,
         }

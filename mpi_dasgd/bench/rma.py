@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_dasgd import launch, world
+from mpi_dasgd.bench import machine
 from mpi_dasgd.bench.samples import DIRECTORY, quartiles, samples_path, write_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 
@@ -169,9 +170,8 @@ def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace
 def _check_memory(ranks: int, nbytes: int) -> None:
     """Refuse sizes that would bring the machine to its knees."""
     needed = nbytes * (ranks * 5 + 10)  # slots of each rank, and private arrays of two
-    text = Path("/proc/meminfo").read_text()
-    match = re.search(r"MemAvailable:\s*(\d+) kB", text)
-    there = {"memory": int(match[1]) * 1024 if match else needed}
+    available = machine.available_memory()
+    there = {"memory": needed if available is None else available}
     if Path("/dev/shm").exists():
         there["/dev/shm"] = shutil.disk_usage("/dev/shm").free + nbytes * 10
     for name, free in there.items():

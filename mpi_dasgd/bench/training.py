@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from mpi_dasgd.bench.measurement import (
     measure,
 )
 from mpi_dasgd.bench.samples import samples_path, write_samples
+from mpi_dasgd.config import Codec
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.world import say
 
@@ -35,6 +36,7 @@ __all__ = ["ALGORITHMS", "REFERENCE", "Plan", "main", "summarize", "table"]
 
 REFERENCE = "alone"
 ALGORITHMS = (REFERENCE, "adpsgd", "allreduce", "ddp")
+CODECS = tuple(f"adpsgd:{name}" for name in get_args(Codec.model_fields["name"].annotation))
 FULL: dict[str, Any] = {
     "tasks": tuple(TASKS),
     "ranks": (2, 4),
@@ -77,7 +79,7 @@ class Plan:
         for name in self.tasks:
             _known("--tasks", name, TASKS)
         for name in self.algorithms:
-            _known("--algorithms", name, ALGORITHMS)
+            _known("--algorithms", name, (*ALGORITHMS, *CODECS))
         for name in self.stragglers:
             if name != "none" and not re.fullmatch(r"[sc][1-9]\d*", name):
                 raise UserError(
@@ -158,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     stragglers = (
         "none, sK: the last rank sleeps to be K times slower, cK: it computes K times as much"
     )
-    algorithms = f"{REFERENCE} is always measured; ddp is torch's DistributedDataParallel over gloo"
+    algorithms = (
+        f"{REFERENCE} is always measured; ddp is torch's DistributedDataParallel over gloo; "
+        "adpsgd:lattice4 has that codec"
+    )
     add("--tasks", type=names, help=f"{tasks} [all]")
     add("--ranks", type=numbers, help="numbers of ranks [2,4]")
     add(
@@ -298,7 +303,7 @@ def columns(results: Sequence[Result]) -> dict[str, list[Any]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the rows as lines of text."""
     heads = ("samples/s", "share", "spread", "cpu", "others", "MB/step", "s to 95 %", "worst")
-    lines = [f"{'':<14}{'':<11}" + "".join(f"{head:>11}" for head in heads)]
+    lines = [f"{'':<14}{'':<17}" + "".join(f"{head:>11}" for head in heads)]
     before = None
     for row in rows:
         cell = f"{row['task']} n={row['ranks']} {row['straggler']}"
@@ -311,7 +316,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         )  # fmt: skip
         texts = ["-" if value is None else format(value, form) for value, form in values]
         name = cell if cell != before else ""
-        lines.append(f"{name:<14}{row['algorithm']:<11}" + "".join(f"{t:>11}" for t in texts))
+        lines.append(f"{name:<14}{row['algorithm']:<17}" + "".join(f"{t:>11}" for t in texts))
         before = cell
     return lines
 

@@ -127,23 +127,28 @@ class LatticeCodec:
     def _observe(self, theirs: Message) -> Outcome:
         """Learn from an exchange that this rank has begun."""
         found, scales = self._found, theirs.scales
-        rejected = found["rejected"] != 0
-        count = int(np.count_nonzero(rejected))
+        rejected, count = found["rejected"], 0
+        if rejected.any():
+            count = int(rejected.sum())
+            scales = np.where(rejected, np.float32(0), scales)  # a rejected one may be anything
         self.counters["buckets_decoded"] += rejected.size - count
         self.counters["buckets_rejected"] += count
-        # A rejected bucket may have any scale, but its distances are 0.
-        known = np.where(rejected, np.float32(0), scales)
-        self.scale.observe(known * np.sqrt(found["max_d2"], dtype=np.float32), rejected)
-        square = np.dot(np.square(known, dtype=np.float64), found["sum_d2"].astype(np.float64))
-        return Outcome(math.sqrt(square), count)
+        largest = np.sqrt(found["max_d2"], dtype=np.float32)
+        largest *= scales
+        self.scale.observe(largest, rejected != 0 if count else None)
+        squares = np.square(scales, dtype=np.float64)
+        return Outcome(math.sqrt(squares @ found["sum_d2"]), count)
 
     def _observe_delta(self, message: Message, found: np.ndarray, weight: float) -> None:
-        """Learn from a delta: its unit is weight * scale, or 0 where the partner rejected the bucket."""
-        corrupt = found["rejected"] != 0
-        self.counters["buckets_corrupt"] += int(np.count_nonzero(corrupt))
-        units = np.abs(np.where(corrupt, np.float32(0), message.scales))
-        distance = units / np.float32(weight) * np.sqrt(found["max_d2"], dtype=np.float32)
-        self.scale.observe(distance, units == 0)
+        """Learn from a delta: its unit is -weight * scale, or 0 where the partner rejected the bucket."""
+        units, corrupt = message.scales, found["rejected"]
+        if corrupt.any():
+            self.counters["buckets_corrupt"] += int(corrupt.sum())
+            units = np.where(corrupt, np.float32(0), units)
+        distance = np.sqrt(found["max_d2"], dtype=np.float32)
+        distance *= units
+        distance *= np.float32(-1 / weight)
+        self.scale.observe(distance, None if units.all() else units == 0)
 
     def delta(self, message: Message) -> np.ndarray:
         """Return a delta as numbers."""

@@ -86,14 +86,18 @@ class AdaptiveScale:
             guess = np.where(largest > 0, largest, anywhere) * np.float32(_START)
             self.estimate[:] = np.clip(guess, _LEAST, _MOST)
 
-    def observe(self, distance: np.ndarray, rejected: np.ndarray) -> None:
+    def observe(self, distance: np.ndarray, rejected: np.ndarray | None = None) -> None:
         """Take in what an exchange has shown.
 
         Args:
             distance: largest distance in each bucket, float32; 0 where unknown.
-            rejected: whether the bucket could not be decoded.
+            rejected: whether the bucket could not be decoded; None if all could.
         """
         estimate = self.estimate
+        if rejected is None:
+            estimate *= self._rho
+            np.maximum(distance, estimate, out=estimate)
+            return
         grown = np.minimum(self._growth * estimate, np.float32(_MOST))
         np.maximum(distance, self._rho * estimate, out=estimate)
         np.copyto(estimate, grown, where=rejected)

@@ -106,7 +106,6 @@ class Step:
     )  # fmt: skip
 
     def __init__(self, x: Array, threads: int = 1) -> None:
-        require("x", x, np.dtype(np.float32), writable=True)
         self.x = x
         self.threads = threads
         self.arrived: tuple[Coded, ...] = ()
@@ -133,6 +132,7 @@ class Step:
         Raises:
             UserError: says which, what was expected, and what came.
         """
+        require("x", self.x, np.dtype(np.float32), writable=True)
         size, bits = self.x.size, self.bits
         named = {"theirs": self.theirs, "reply": self.reply, "published": self.published}
         named |= {f"arrived[{i}]": delta for i, delta in enumerate(self.arrived)}

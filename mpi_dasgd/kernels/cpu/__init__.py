@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 
 from mpi_dasgd.kernels import native
 from mpi_dasgd.kernels.coded import Coded, Step
 
-__all__ = ["instruction_sets", "run", "use_instruction_set"]
+__all__ = ["PASSES", "instruction_sets", "prepared", "run", "use_instruction_set", "yardstick"]
+
+PASSES = (
+    "trivial", "streamed", "copy", "triad",
+    "decode", "statistics", "difference", "move", "average",
+)  # fmt: skip
+"""What `yardstick` can do: MpdPass of ``yardstick.h``, where their meaning is."""
 
 
 class _Message(ctypes.Structure):
@@ -52,17 +59,26 @@ class _Step(ctypes.Structure):
 
 def run(step: Step) -> None:
     """Do what `step` says; other Python threads run meanwhile."""
-    count = len(step.arrived)
-    arrived = (ctypes.c_void_p * count)(*map(_message, step.arrived))
-    founds = (ctypes.c_void_p * count)(*map(_address, step.arrived_found or ()))
-    call = _Step(
-        step.bits, _address(step.x), step.x.size, ctypes.addressof(arrived),
-        ctypes.addressof(founds) if step.arrived_found else None, count, _message(step.theirs),
-        step.weight, step.merge, _address(step.found), _message(step.reply),
-        _address(step.velocity), _address(step.gradient), step.rate, step.momentum, step.decay,
-        step.threads, _message(step.published),
-    )  # fmt: skip
-    _library().mpd_lattice_step(ctypes.byref(call))
+    _library().mpd_lattice_step(ctypes.byref(_call(step)))
+
+
+def prepared(step: Step) -> Callable[[], None]:
+    """Return what does `step` each time it is called, as `run` does: for benchmarks of small models."""
+    return partial(_library().mpd_lattice_step, ctypes.byref(_call(step)))
+
+
+def yardstick(step: Step, name: str, room: np.ndarray) -> Callable[[], None]:
+    """Return what does one of `PASSES` over the arrays of a step each time it is called: for benchmarks.
+
+    Args:
+        step: whose arrays are passed over.
+        name: of the pass.
+        room: float32, of the model's size; what passes leave for each other.
+    """
+    call = _call(step)
+    call.alive += (room,)
+    place = ctypes.c_void_p(_address(room))
+    return partial(_library().mpd_yardstick, ctypes.byref(call), PASSES.index(name), place)
 
 
 def instruction_sets() -> list[str]:
@@ -87,8 +103,23 @@ def _library() -> ctypes.CDLL:
     library = native.load()
     assert library is not None, "chosen only where there is one"
     library.mpd_instruction_sets.restype = ctypes.c_char_p
-    library.mpd_lattice_step.restype = None
+    library.mpd_lattice_step.restype = library.mpd_yardstick.restype = None
     return library
+
+
+def _call(step: Step) -> _Step:
+    count = len(step.arrived)
+    arrived = (ctypes.c_void_p * count)(*map(_message, step.arrived))
+    founds = (ctypes.c_void_p * count)(*map(_address, step.arrived_found or ()))
+    call = _Step(
+        step.bits, _address(step.x), step.x.size, ctypes.addressof(arrived),
+        ctypes.addressof(founds) if step.arrived_found else None, count, _message(step.theirs),
+        step.weight, step.merge, _address(step.found), _message(step.reply),
+        _address(step.velocity), _address(step.gradient), step.rate, step.momentum, step.decay,
+        step.threads, _message(step.published),
+    )  # fmt: skip
+    call.alive = (arrived, founds, step)
+    return call
 
 
 def _message(coded: Coded | None) -> int | None:
@@ -106,5 +137,9 @@ def _message(coded: Coded | None) -> int | None:
 
 
 def _address(array: np.ndarray | None) -> int | None:
-    """Where an array lies; ``array.ctypes.data`` would make an object for each call."""
-    return None if array is None else array.__array_interface__["data"][0]
+    """Where an array lies."""
+    if array is None:
+        return None
+    if array.dtype.names:  # whose interface takes 40 us to describe
+        return array.ctypes.data
+    return array.__array_interface__["data"][0]  # without the object that `ctypes` makes

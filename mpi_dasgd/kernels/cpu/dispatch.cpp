@@ -5,22 +5,26 @@
 #include <vector>
 
 #include "lattice.h"
+#include "yardstick.h"
 
-extern "C" {
-void mpd_buckets_base(const MpdStep*, int64_t, int64_t);
+#define MPD_DECLARE(isa)                                                                 \
+  extern "C" void mpd_buckets_##isa(const MpdStep*, int64_t first, int64_t last);        \
+  extern "C" void mpd_yardstick_##isa(const MpdStep*, int32_t pass, float* room, int64_t first, \
+                                      int64_t last);
+MPD_DECLARE(base)
 #ifdef MPD_HAVE_AVX2
-void mpd_buckets_avx2(const MpdStep*, int64_t, int64_t);
+MPD_DECLARE(avx2)
 #endif
 #ifdef MPD_HAVE_AVX512
-void mpd_buckets_avx512(const MpdStep*, int64_t, int64_t);
+MPD_DECLARE(avx512)
 #endif
-}
 
 namespace {
 
 struct Set {
   const char* name;
   MpdBuckets buckets;
+  MpdYardstick yardstick;
   bool runs;
 };
 
@@ -28,18 +32,18 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #ifdef MPD_HAVE_AVX512
-      {"AVX-512", mpd_buckets_avx512,
+      {"AVX-512", mpd_buckets_avx512, mpd_yardstick_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512cd")},
 #endif
 #ifdef MPD_HAVE_AVX2
-      {"AVX2", mpd_buckets_avx2, __builtin_cpu_supports("avx2") != 0},
+      {"AVX2", mpd_buckets_avx2, mpd_yardstick_avx2, __builtin_cpu_supports("avx2") != 0},
 #endif
 #if defined(__SSE2__)
-      {"SSE2", mpd_buckets_base, true},
+      {"SSE2", mpd_buckets_base, mpd_yardstick_base, true},
 #else
-      {"portable", mpd_buckets_base, true},
+      {"portable", mpd_buckets_base, mpd_yardstick_base, true},
 #endif
   };
   return all;
@@ -52,6 +56,18 @@ const Set*& chosen() {
     return static_cast<const Set*>(nullptr);
   }();
   return set;
+}
+
+// Does work(first, last) for all buckets of a step, shared out to its threads.
+template <class Work>
+void share(const MpdStep& step, Work work) {
+  const int64_t buckets = (step.elements + 1023) / 1024;
+  const int64_t threads = step.threads < buckets ? step.threads : buckets;
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t)
+    others.emplace_back(work, buckets * t / threads, buckets * (t + 1) / threads);
+  if (buckets > 0) work(0, threads > 1 ? buckets / threads : buckets);
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace
@@ -80,13 +96,13 @@ int mpd_use_instruction_set(const char* name) {
 }
 
 void mpd_lattice_step(const MpdStep* step) {
-  const int64_t buckets = (step->elements + 1023) / 1024;
   const MpdBuckets run = chosen()->buckets;
-  const int64_t threads = step->threads < buckets ? step->threads : buckets;
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t)
-    others.emplace_back(run, step, buckets * t / threads, buckets * (t + 1) / threads);
-  if (buckets > 0) run(step, 0, threads > 1 ? buckets / threads : buckets);
-  for (std::thread& other : others) other.join();
+  share(*step, [=](int64_t first, int64_t last) { run(step, first, last); });
+}
+
+// For benchmarks: a pass of yardstick.h.
+void mpd_yardstick(const MpdStep* step, int32_t pass, float* room) {
+  const MpdYardstick run = chosen()->yardstick;
+  share(*step, [=](int64_t first, int64_t last) { run(step, pass, room, first, last); });
 }
 }

@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "../lattice.h"
-#include "stream.h"
 
 #define MPD_NAME2(isa) mpd_buckets_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)
@@ -94,20 +93,11 @@ const Code<BITS>* unpack(const Code<BITS>* __restrict stored, Code<BITS>* __rest
   return room;
 }
 template <int BITS>
-void store(const Code<BITS>* __restrict codes, Code<BITS>* __restrict stored, bool streaming) {
-  Code<4> packed[kCodes<4>];
-  const void* from = codes;
-  if (BITS == 4) {
-    for (int g = 0; g < 4; ++g)
-      for (int i = 0; i < 128; ++i)
-        packed[g * 128 + i] = (codes[g * 256 + i] & 15) | codes[g * 256 + 128 + i] << 4;
-    from = packed;
-  }
-  const size_t bytes = kCodes<BITS> * sizeof *stored;
-  if (streaming)
-    stream(stored, from, bytes);
-  else
-    std::memcpy(stored, from, bytes);
+void pack(const Code<BITS>* codes, Code<BITS>* stored) {
+  if (BITS != 4) return;  // written where they are stored
+  for (int g = 0; g < 4; ++g)
+    for (int i = 0; i < 128; ++i)
+      stored[g * 128 + i] = (codes[g * 256 + i] & 15) | codes[g * 256 + 128 + i] << 4;
 }
 
 // mpd_signed of a code, in the narrowest type: four times as many fit in a register.
@@ -273,10 +263,11 @@ const float* apply(const float* y, const MpdMessage& delta, int64_t b, float* ou
 
 // Moves `y` towards a publication -> x, and writes the reply; returns whether it did.
 template <int BITS>
-bool exchange(const MpdStep& step, const float* y, int64_t b, float* x, bool streaming,
-              Ahead ahead) {
+bool exchange(const MpdStep& step, const float* y, int64_t b, float* x, Ahead ahead) {
   const MpdMessage& theirs = *step.theirs;
-  alignas(64) Code<BITS> room[kBucket], moved[kBucket];
+  alignas(64) Code<BITS> room[kBucket], local[kBucket];
+  Code<BITS>* target = step.reply == nullptr ? local : codes_of<BITS>(*step.reply, b);
+  Code<BITS>* moved = BITS == 4 ? local : target;
   const auto* codes = unpack<BITS>(codes_of<BITS>(theirs, b), room);
   const float scale = theirs.scales[b];
   const uint32_t key = key_of(theirs, b), check = theirs.checks[b];
@@ -288,14 +279,12 @@ bool exchange(const MpdStep& step, const float* y, int64_t b, float* x, bool str
   if (sound)
     move<BITS>(y, moved, unit, x, {});
   else
-    std::memset(moved, 0, sizeof moved);
+    std::memset(moved, 0, sizeof local);
   if (step.reply != nullptr) {
     const MpdMessage& reply = *step.reply;
-    alignas(64) Code<BITS> packed[kCodes<BITS>];
-    store<BITS>(moved, packed, false);
-    store<BITS>(moved, codes_of<BITS>(reply, b), streaming);
+    pack<BITS>(moved, target);
     reply.scales[b] = sound ? -unit : 0;
-    reply.checks[b] = mpd_check(sum_of_words<BITS>(packed), reply.scales[b], key_of(reply, b));
+    reply.checks[b] = mpd_check(sum_of_words<BITS>(target), reply.scales[b], key_of(reply, b));
   }
   return sound;
 }
@@ -317,18 +306,20 @@ bool average(const MpdStep& step, const float* y, int64_t b, float* out, Ahead a
 }
 
 template <int BITS>
-void publish(const MpdMessage& out, const float* x, int64_t b, bool streaming, Ahead ahead) {
-  alignas(64) Code<BITS> codes[kBucket];
+void publish(const MpdMessage& out, const float* x, int64_t b, Ahead ahead) {
+  alignas(64) Code<BITS> local[kBucket];
+  Code<BITS>* target = codes_of<BITS>(out, b);
+  Code<BITS>* codes = BITS == 4 ? local : target;
   const float scale = out.scales[b];
   const uint32_t key = key_of(out, b);
   out.checks[b] = out.nearest ? encode<BITS, true>(x, codes, scale, key, ahead)
                               : encode<BITS, false>(x, codes, scale, key, ahead);
-  store<BITS>(codes, codes_of<BITS>(out, b), streaming);
+  pack<BITS>(codes, target);
 }
 
 // Does all stages on one bucket; `more` says whether a whole one follows.
 template <int BITS>
-void bucket(const MpdStep& step, int64_t b, float* x, int count, bool streaming, bool more) {
+void bucket(const MpdStep& step, int64_t b, float* x, int count, bool more) {
   alignas(64) float first[kBucket], second[kBucket];
   // The stage with the most arithmetic asks for the next bucket of the model.
   const char* model = more ? reinterpret_cast<const char*>(x + kBucket) : nullptr;
@@ -350,32 +341,30 @@ void bucket(const MpdStep& step, int64_t b, float* x, int count, bool streaming,
   if (meets) {
     const Ahead ahead{encodes ? nullptr : model, codes(step.theirs)};
     if (step.merge == 0) {
-      if (exchange<BITS>(step, y, b, x, streaming, ahead)) y = x;
+      if (exchange<BITS>(step, y, b, x, ahead)) y = x;
     } else {
       if (average<BITS>(step, y, b, spare, ahead)) y = spare;
     }
   }
   if (y != x) std::memcpy(x, y, sizeof first);
-  if (encodes) publish<BITS>(*step.published, x, b, streaming, Ahead{model, nullptr});
+  if (encodes) publish<BITS>(*step.published, x, b, Ahead{model, nullptr});
 }
 
 template <int BITS>
 void buckets(const MpdStep& step, int64_t first, int64_t last) {
-  const bool streaming = step.elements * BITS / 8 > kStreamBytes;
   for (int64_t b = first; b < last; ++b) {
     float* x = step.x + b * kBucket;
     const int64_t left = step.elements - b * kBucket;
     if (left >= kBucket) {
-      bucket<BITS>(step, b, x, kBucket, streaming, left >= 2 * kBucket);
+      bucket<BITS>(step, b, x, kBucket, left >= 2 * kBucket);
     } else {
       // Zeros behind the end have code 0 and add nothing that a receiver does not add.
       alignas(64) float padded[kBucket] = {};
       std::memcpy(padded, x, left * sizeof(float));
-      bucket<BITS>(step, b, padded, static_cast<int>(left), streaming, false);
+      bucket<BITS>(step, b, padded, static_cast<int>(left), false);
       std::memcpy(x, padded, left * sizeof(float));
     }
   }
-  if (streaming) stream_fence();
 }
 
 }  // namespace
