@@ -121,11 +121,11 @@ class Codec(Section):
     )
     gamma: float | None = Field(
         None,
-        description="lattice: margin of the scale over distances seen; unset: 3, lattice4: 2",
+        description="lattice: margin of the scale over distances seen; unset: 3, lattice4: 1.5",
         gt=1,
     )
     rho: float = Field(
-        0.95, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
+        0.9, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
     )
     threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
 

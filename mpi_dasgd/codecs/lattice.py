@@ -135,7 +135,7 @@ class LatticeCodec:
         self.counters["buckets_rejected"] += count
         largest = np.sqrt(found["max_d2"], dtype=np.float32)
         largest *= scales
-        self.scale.observe(largest, rejected != 0 if count else None)
+        self.scale.observe(largest, rejected != 0 if count else None, theirs.scales)
         squares = np.square(scales, dtype=np.float64)
         return Outcome(math.sqrt(squares @ found["sum_d2"]), count)
 

@@ -20,22 +20,24 @@ _COARSEST = 0.3  # largest scale over distance: see AdaptiveScale
 class AdaptiveScale:
     """Keeps, for each bucket, an estimate of the largest distance to another model.
 
-    ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side, and
-    ``growth * estimate`` where a bucket was rejected; the scale is ``gamma * estimate / (2^(b-1) - 1)``, so
+    ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side; where a bucket
+    was rejected, twice the estimate that the rejected scale stood for, if that is more. The scale is ``gamma * estimate / (2^(b-1) - 1)``, so
     that models `gamma` times as far apart as lately can still be decoded. The floor is 2^-21 of the
     largest element.
 
     Too small a scale costs rejected buckets, too large a one precision: see `docs/codecs.md`. Rounding at
     random leaves the squares of two models' differences at scale * |difference| after an average, so that
     with a scale above half of the largest difference averaging drives models apart: the scale must
-    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits. For the same reason the
-    estimate grows slowly with 4 bits: doubling it on a rejection adds noise that gets others rejected.
+    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits. For the same reason it is the
+    rejected scale that is doubled, not the own estimate, which may be right: its noise would get others
+    rejected. And an estimate is never above twice the largest element, or a rank whose model is NaN would
+    drive those of the others apart.
 
     Args:
         elements: length of the model.
         bits: b.
         bucket: elements of a bucket.
-        gamma: margin, above 1; None: 3, or 2 with 4 bits.
+        gamma: margin, above 1; None: 3, or 1.5 with 4 bits.
         rho: how fast the estimate falls, in (0, 1).
 
     Raises:
@@ -50,7 +52,7 @@ class AdaptiveScale:
     ) -> None:
         levels = 2 ** (bits - 1) - 1
         if gamma is None:
-            gamma = 3.0 if bits > 4 else 2.0
+            gamma = 3.0 if bits > 4 else 1.5
         if gamma / levels > _COARSEST:
             raise UserError(
                 f"codec.gamma: with {bits} bits expected at most {_COARSEST * levels:g}, got {gamma:g}: "
@@ -60,9 +62,10 @@ class AdaptiveScale:
         self.estimate = np.zeros(buckets, np.float32)
         self._factor = np.float32(gamma / levels)
         self._rho = np.float32(rho)
-        self._growth = np.float32(2.0 if bits > 4 else 1.25)
         self._starts = np.arange(0, elements, bucket)
         self._floor = np.zeros(buckets, np.float32)
+        self._most = np.full(buckets, _MOST, np.float32)
+        self._last = np.zeros(buckets, np.float32)
         self._encodings = 0
 
     def scales(self, x: np.ndarray, out: np.ndarray) -> None:
@@ -72,6 +75,7 @@ class AdaptiveScale:
         self._encodings += 1
         np.multiply(self.estimate, self._factor, out=out)
         np.maximum(out, self._floor, out=out)
+        self._last[:] = out
 
     def _look(self, x: np.ndarray) -> None:
         if not x.size:
@@ -81,23 +85,30 @@ class AdaptiveScale:
         )
         largest = np.nan_to_num(largest, nan=0.0, posinf=0.0, neginf=0.0)
         np.maximum(largest * np.float32(_FLOOR), np.float32(_LEAST), out=self._floor)
+        anywhere = largest.max() or np.float32(1.0)  # a model may start at 0
+        np.maximum(2 * largest, anywhere * np.float32(_START), out=self._most)
         if not self.estimate.any():
-            anywhere = largest.max() or np.float32(1.0)  # a model may start at 0
             guess = np.where(largest > 0, largest, anywhere) * np.float32(_START)
             self.estimate[:] = np.clip(guess, _LEAST, _MOST)
 
-    def observe(self, distance: np.ndarray, rejected: np.ndarray | None = None) -> None:
-        """Take in what an exchange has shown.
+    def observe(
+        self,
+        distance: np.ndarray,
+        rejected: np.ndarray | None = None,
+        scales: np.ndarray | None = None,
+    ) -> None:
+        """Take in what an exchange has shown; all arrays have the shape (buckets,).
 
         Args:
             distance: largest distance in each bucket, float32; 0 where unknown.
             rejected: whether the bucket could not be decoded; None if all could.
+            scales: of the publication that was decoded; None: the last that were made here.
         """
         estimate = self.estimate
-        if rejected is None:
-            estimate *= self._rho
-            np.maximum(distance, estimate, out=estimate)
-            return
-        grown = np.minimum(self._growth * estimate, np.float32(_MOST))
-        np.maximum(distance, self._rho * estimate, out=estimate)
-        np.copyto(estimate, grown, where=rejected)
+        estimate *= self._rho
+        np.maximum(distance, estimate, out=estimate)
+        if rejected is not None:
+            estimate[rejected] /= self._rho
+            stood_for = (self._last if scales is None else scales)[rejected] / self._factor
+            estimate[rejected] = np.fmax(estimate[rejected], 2 * stood_for)
+            np.minimum(estimate, self._most, out=estimate)
