@@ -21,9 +21,9 @@ class AdaptiveScale:
     """Keeps, for each bucket, an estimate of the largest distance to another model.
 
     ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side; where a bucket
-    was rejected, twice the estimate that the rejected scale stood for, if that is more. The scale is ``gamma * estimate / (2^(b-1) - 1)``, so
-    that models `gamma` times as far apart as lately can still be decoded. The floor is 2^-21 of the
-    largest element.
+    was rejected, twice the estimate that the rejected scale stood for, if that is more. The scale is
+    ``gamma * estimate / (2^(b-1) - 1)``, so that models `gamma` times as far apart as lately can still be
+    decoded. The floor is 2^-21 of the largest element.
 
     Too small a scale costs rejected buckets, too large a one precision: see `docs/codecs.md`. Rounding at
     random leaves the squares of two models' differences at scale * |difference| after an average, so that
