@@ -2,24 +2,14 @@
 // that all stages together pass once over memory. A bucket's check is verified before anything is written.
 //
 // Compiled once for each instruction set with MPD_ISA naming it; dispatch.cpp chooses when the program runs.
-#include "lattice.h"
-
 #include <cstring>
-#include <type_traits>
 
-#include "../lattice.h"
+#include "codes.h"
 
 #define MPD_NAME2(isa) mpd_buckets_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)
 
 namespace {
-
-constexpr int kBucket = MPD_BUCKET;
-
-template <int BITS>
-using Code = std::conditional_t<BITS == 16, uint16_t, uint8_t>;
-template <int BITS>
-constexpr int kCodes = BITS == 4 ? kBucket / 2 : kBucket;  // items a bucket
 
 // mpd_weight of all positions.
 struct Weights {
@@ -233,15 +223,6 @@ void sgd(float* __restrict x, float* __restrict velocity, const float* __restric
       x[j] = mpd_sub(x[j], mpd_mul(step.rate, velocity[j]));
     }
   }
-}
-
-template <int BITS>
-Code<BITS>* codes_of(const MpdMessage& message, int64_t bucket) {
-  return static_cast<Code<BITS>*>(message.codes) + bucket * kCodes<BITS>;
-}
-
-uint32_t key_of(const MpdMessage& message, int64_t bucket) {
-  return mpd_key(message.seed, static_cast<uint64_t>(bucket));
 }
 
 // Applies one delta to `y`; returns where the result is, `out` or, if the bucket is rejected, `y`.

@@ -5,26 +5,14 @@
 #include "yardstick.h"
 
 #include <cstring>
-#include <type_traits>
 
-#include "../lattice.h"
+#include "codes.h"
 #include "stream.h"
 
 #define MPD_NAME2(isa) mpd_yardstick_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)
 
 namespace {
-
-constexpr int kBucket = MPD_BUCKET;
-
-template <int BITS>
-using Code = std::conditional_t<BITS == 16, uint16_t, uint8_t>;
-template <int BITS>
-constexpr int kCodes = BITS == 4 ? kBucket / 2 : kBucket;  // items a bucket
-template <int BITS>
-Code<BITS>* codes_of(const MpdMessage* message, int64_t bucket) {
-  return static_cast<Code<BITS>*>(message->codes) + bucket * kCodes<BITS>;
-}
 
 const volatile float kZero = 0;  // the compiler must not know it: models stay as they are
 
@@ -76,10 +64,10 @@ void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
   for (int64_t b = first; b < last && (b + 1) * kBucket <= s.elements; ++b) {
     float* v = SGD ? s.velocity + b * kBucket : nullptr;
     const float* g = SGD ? s.gradient + b * kBucket : nullptr;
-    const Code<BITS>* from[] = {IN > 0 ? codes_of<BITS>(in[0], b) : nullptr,
-                                IN > 1 ? codes_of<BITS>(in[1], b) : nullptr};
-    Code<BITS>* to[] = {OUT > 0 ? codes_of<BITS>(out[0], b) : nullptr,
-                        OUT > 1 ? codes_of<BITS>(out[1], b) : nullptr};
+    const Code<BITS>* from[] = {IN > 0 ? codes_of<BITS>(*in[0], b) : nullptr,
+                                IN > 1 ? codes_of<BITS>(*in[1], b) : nullptr};
+    Code<BITS>* to[] = {OUT > 0 ? codes_of<BITS>(*out[0], b) : nullptr,
+                        OUT > 1 ? codes_of<BITS>(*out[1], b) : nullptr};
     float* x = s.x + b * kBucket;
     if (streaming)
       trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], room[0], room[1], zero);
@@ -111,7 +99,7 @@ void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
 
 template <int BITS>
 const Code<BITS>* unpack(const MpdMessage* message, int64_t b, Code<BITS>* __restrict room) {
-  const Code<BITS>* __restrict stored = codes_of<BITS>(message, b);
+  const Code<BITS>* __restrict stored = codes_of<BITS>(*message, b);
   if (BITS != 4) return stored;
   for (int g = 0; g < 4; ++g)
     for (int i = 0; i < 128; ++i) {
@@ -129,10 +117,6 @@ struct Weights {
   }
 };
 
-uint32_t key_of(const MpdMessage* message, int64_t bucket) {
-  return mpd_key(message->seed, static_cast<uint64_t>(bucket));
-}
-
 // A publication, of which nothing is checked, as numbers. The anchor has the dither if the step exchanges.
 template <int BITS>
 void decode(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, float* __restrict out, int count) {
@@ -140,7 +124,7 @@ void decode(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, floa
   const Code<BITS>* __restrict codes = unpack<BITS>(s.theirs, b, room);
   const float* __restrict y = s.x + b * kBucket;
   const float scale = s.theirs->scales[b], inverse = mpd_inverse(scale);
-  const uint32_t key = key_of(s.theirs, b);
+  const uint32_t key = key_of(*s.theirs, b);
   const auto element = [&](int j, uint32_t m) __attribute__((always_inline)) {
     const auto d = static_cast<uint32_t>(mpd_signed<BITS>(codes[j] - m));
     out[j] = mpd_mul(scale, mpd_value(m + d));
@@ -174,13 +158,13 @@ void difference(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, 
   alignas(64) Code<BITS> moved[kBucket] = {};
   const float* __restrict y = s.x + b * kBucket;
   const float scale = s.theirs->scales[b], inverse = mpd_inverse(scale);
-  const uint32_t key = key_of(s.theirs, b);
+  const uint32_t key = key_of(*s.theirs, b);
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const uint32_t m = mpd_round(mpd_add(mpd_mul(y[j], inverse), mpd_dither(weight[j], key)));
     moved[j] = static_cast<Code<BITS>>(mpd_round(mpd_mul(other[j], inverse)) - m);
   }
-  Code<BITS>* __restrict out = codes_of<BITS>(s.reply, b);
+  Code<BITS>* __restrict out = codes_of<BITS>(*s.reply, b);
   if (BITS == 4)
     for (int g = 0; g < 4; ++g)
       for (int i = 0; i < 128; ++i)
@@ -195,7 +179,7 @@ void difference(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, 
     sum += word * weight[k];
   }
   s.reply->scales[b] = -mpd_mul(s.weight, scale);
-  s.reply->checks[b] = mpd_check(sum, s.reply->scales[b], key_of(s.reply, b));
+  s.reply->checks[b] = mpd_check(sum, s.reply->scales[b], key_of(*s.reply, b));
 }
 
 template <int BITS>
