@@ -21,17 +21,17 @@ class AdaptiveScale:
     """Keeps, for each bucket, an estimate of the largest distance to another model.
 
     ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side; where a bucket
-    was rejected, twice the estimate that the rejected scale stood for, if that is more. The scale is
+    was rejected, twice the larger of the estimate and of that which the rejected scale stood for. The scale is
     ``gamma * estimate / (2^(b-1) - 1)``, so that models `gamma` times as far apart as lately can still be
     decoded. The floor is 2^-21 of the largest element.
 
     Too small a scale costs rejected buckets, too large a one precision: see `docs/codecs.md`. Rounding at
     random leaves the squares of two models' differences at scale * |difference| after an average, so that
     with a scale above half of the largest difference averaging drives models apart: the scale must
-    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits. For the same reason it is the
-    rejected scale that is doubled, not the own estimate, which may be right: its noise would get others
-    rejected. And an estimate is never above twice the largest element, or a rank whose model is NaN would
-    drive those of the others apart.
+    not exceed 0.3 of the estimate, which bounds `gamma` by 2.1 for 4 bits. For the same reason with 4 bits
+    only the rejected scale is doubled, not the own estimate, which may be right: its noise would get others
+    rejected. And no rejection raises an estimate above 16 times the largest element of the model, or a rank
+    whose model is NaN would drive those of the others apart without end.
 
     Args:
         elements: length of the model.
@@ -64,7 +64,8 @@ class AdaptiveScale:
         self._rho = np.float32(rho)
         self._starts = np.arange(0, elements, bucket)
         self._floor = np.zeros(buckets, np.float32)
-        self._most = np.full(buckets, _MOST, np.float32)
+        self._doubles = bits > 4
+        self._most = np.float32(_MOST)
         self._last = np.zeros(buckets, np.float32)
         self._encodings = 0
 
@@ -86,7 +87,7 @@ class AdaptiveScale:
         largest = np.nan_to_num(largest, nan=0.0, posinf=0.0, neginf=0.0)
         np.maximum(largest * np.float32(_FLOOR), np.float32(_LEAST), out=self._floor)
         anywhere = largest.max() or np.float32(1.0)  # a model may start at 0
-        np.maximum(2 * largest, anywhere * np.float32(_START), out=self._most)
+        self._most = 16 * anywhere
         if not self.estimate.any():
             guess = np.where(largest > 0, largest, anywhere) * np.float32(_START)
             self.estimate[:] = np.clip(guess, _LEAST, _MOST)
@@ -108,7 +109,7 @@ class AdaptiveScale:
         estimate *= self._rho
         np.maximum(distance, estimate, out=estimate)
         if rejected is not None:
-            estimate[rejected] /= self._rho
             stood_for = (self._last if scales is None else scales)[rejected] / self._factor
-            estimate[rejected] = np.fmax(estimate[rejected], 2 * stood_for)
-            np.minimum(estimate, self._most, out=estimate)
+            own = estimate[rejected] / self._rho
+            base = np.fmax(stood_for, own) if self._doubles else stood_for
+            estimate[rejected] = np.fmax(own, np.fmin(2 * base, self._most))
