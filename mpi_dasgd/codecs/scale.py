@@ -21,7 +21,7 @@ class AdaptiveScale:
     """Keeps, for each bucket, an estimate of the largest distance to another model.
 
     ``estimate <- max(distance, rho * estimate)`` after every exchange, seen from either side; where a bucket
-    was rejected, twice the larger of the estimate and of that which the rejected scale stood for. The scale is
+    was rejected, twice the larger of it and of that which the rejected scale stood for. The scale is
     ``gamma * estimate / (2^(b-1) - 1)``, so that models `gamma` times as far apart as lately can still be
     decoded. The floor is 2^-21 of the largest element.
 
