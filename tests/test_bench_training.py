@@ -166,7 +166,7 @@ def test_what_was_not_reached_or_counted_is_null() -> None:
     assert allreduce["seconds_to_95_worst"] is None
     assert allreduce["bytes_per_step"] is None
     json.dumps([alone, allreduce], allow_nan=False)
-    assert [len(line) for line in table([alone, allreduce])] == [113] * 3
+    assert [len(line) for line in table([alone, allreduce])] == [119] * 3
     assert table([allreduce])[1].split()[-1] == "-"
 
 
