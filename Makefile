@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
-	$(wildcard cmake/* mpi_dasgd/kernels/*.h mpi_dasgd/kernels/cpu/*)
+	$(wildcard cmake/* mpi_dasgd/kernels/*.h mpi_dasgd/kernels/cpu/*.cpp mpi_dasgd/kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
 .ONESHELL:
