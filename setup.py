@@ -79,7 +79,7 @@ def build_library(library: Path) -> None:
     with tempfile.TemporaryDirectory() as build:
         if shutil.which("cmake"):
             run(["cmake", "-S", str(HERE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"])
-            run(["cmake", "--build", build])
+            run(["cmake", "--build", build, "--parallel"])
             shutil.copy2(Path(build, "_native.so"), library)
         else:
             compile_library(compiler, Path(build), library)
