@@ -23,6 +23,7 @@ __all__ = ["conclude"]
 def conclude(
     directory: Path,
     ranks: Sequence[int],
+    model_ranks: Sequence[int],
     points: int,
     model: torch.nn.Module,
     parameters: FlatParameters,
@@ -33,15 +34,16 @@ def conclude(
     Args:
         directory: of the run; the run files of `ranks` are closed or about to be.
         ranks: those that finished.
+        model_ranks: those of them whose mean is the model that was trained.
         points: number of milestones.
         model, parameters, evaluator: of this rank; the model ends as the mean of all.
     """
     _wait_until_closed(directory, ranks, timeout=30.0)
     snapshots = Snapshots(directory / "snapshots")
     known = _own_accuracies(directory)
-    table = _consensus_table(range(1, points + 1), ranks, snapshots, evaluator, known)
+    table = _consensus_table(range(1, points + 1), ranks, model_ranks, snapshots, evaluator, known)
     consolidate(directory, {name: np.asarray(column) for name, column in table.items()})
-    last = [snapshots.load(points, rank) for rank in ranks]
+    last = [snapshots.load(points, rank) for rank in model_ranks]
     found = [snapshot for snapshot in last if snapshot is not None]
     parameters.set(_mean([snapshot["model"] for snapshot in found]))
     parameters.set_buffers(_mean([snapshot["buffers"] for snapshot in found]))
@@ -80,6 +82,7 @@ def _own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
 def _consensus_table(
     milestones: Sequence[int],
     ranks: Sequence[int],
+    model_ranks: Sequence[int],
     snapshots: Snapshots,
     evaluator: Evaluator,
     known: Mapping[tuple[int, int], float],
@@ -88,7 +91,8 @@ def _consensus_table(
 
     Args:
         milestones: those to evaluate; one that lacks a rank's snapshot is left out.
-        ranks: whose models make the mean.
+        ranks: whose models are looked at.
+        model_ranks: those of them whose models make the mean.
         snapshots: where they are.
         evaluator: evaluates; its model is changed.
         known: accuracies measured before, by milestone and rank.
@@ -109,8 +113,9 @@ def _consensus_table(
         if len(loaded) < len(found) or not loaded:
             continue
         models = [snapshot["model"] for snapshot in loaded]
-        mean = _mean(models)
-        buffers = _mean([snapshot["buffers"] for snapshot in loaded])
+        chosen = [s for rank, s in zip(ranks, loaded, strict=True) if rank in model_ranks]
+        mean = _mean([snapshot["model"] for snapshot in chosen])
+        buffers = _mean([snapshot["buffers"] for snapshot in chosen])
         distance = float(np.mean([np.square(model - mean).sum() for model in models]))
         accuracies = [
             known[milestone, rank]

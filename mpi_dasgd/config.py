@@ -93,13 +93,59 @@ class Budget(Section):
 
 
 class Algorithm(Section):
-    name: Literal["adpsgd", "allreduce", "alone"] = Field(
-        "adpsgd", description="how the ranks agree; see `mpi_dasgd/algorithms/`"
+    name: Literal[
+        "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
+        "osgp", "easgd", "alone",
+    ] = Field("adpsgd", description="how the ranks agree: `mpi-dasgd algorithms` lists them")  # fmt: skip
+    variant: str | None = Field(
+        None,
+        description="adpsgd: pair, bipartite, pull; swarm: nonblocking, blocking, pull; "
+        "unset: the first",
+    )
+    order: Literal["gradient", "average"] | None = Field(
+        None,
+        description="adpsgd: what a step applies first; unset: gradient for pair, else average",
     )
     local_steps: Positive = Field(1, description="H: local steps between two exchanges")
-    tries: Positive = Field(4, description="adpsgd: neighbours tried for one exchange")
+    local_steps_law: Literal["fixed", "geometric"] = Field(
+        "fixed", description="swarm: every phase has H steps, or a geometric number of mean H"
+    )
+    tries: Positive = Field(4, description="adpsgd, swarm: neighbours tried for one exchange")
     weight: float = Field(
-        0.5, description="adpsgd: share of the distance that each side moves", gt=0, le=0.5
+        0.5, description="adpsgd, swarm: share of the distance that each side moves", gt=0, le=0.5
+    )
+    step_rule: Literal["constant", "inverse", "capped", "drop"] = Field(
+        "constant",
+        description="rate of a gradient older than delay_threshold: unchanged, eta / delay, "
+        "min(eta, c / delay), 0",
+    )
+    delay_threshold: float | None = Field(
+        None, description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks", ge=0
+    )
+    delay_cap: float | None = Field(
+        None, description="capped: c / eta, in gradients; unset: delay_threshold", gt=0
+    )
+    clients: Literal["free", "uniform"] = Field(
+        "free",
+        description="asgd: the next point goes to whoever is free (Algorithm 1), or to one of all "
+        "clients drawn uniformly, busy or not (Algorithm 2)",
+    )
+    concurrency: Positive | None = Field(
+        None, description="asgd: gradients in flight; unset: one for each rank that works"
+    )
+    server_works: bool = Field(
+        False, description="asgd, minibatch, easgd: rank 0, the server, also computes gradients"
+    )
+    elasticity: float | None = Field(
+        None, description="easgd: alpha, the elastic weight; unset: 0.9 / ranks", gt=0, le=0.5
+    )
+    overlap: Positive | None = Field(
+        None, description="osgp: steps after which a message is waited for; unset: never"
+    )
+    relay: Literal["auto", "direct", "tree"] = Field(
+        "auto",
+        description="dasgd: send gradients to all ranks, or along a spanning tree of the graph; auto: "
+        "direct on the complete graph",
     )
 
 
@@ -113,8 +159,12 @@ class Topology(Section):
 
 
 class Codec(Section):
-    name: Literal["none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = Field(
-        "lattice8", description="what crosses the wire: see docs/codecs.md; none = fp32 as it is"
+    name: Literal["auto", "none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = (
+        Field(
+            "auto",
+            description="what crosses the wire: see docs/codecs.md; none = fp32 as it is; auto: lattice8 "
+            "where models are averaged in pairs, else none",
+        )
     )
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic", description="lattice: at random without bias, or to the nearest"

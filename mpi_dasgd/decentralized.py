@@ -17,7 +17,7 @@ from mpi_dasgd.config import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.stepsize import Schedule
+from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
 
@@ -60,6 +60,8 @@ class Decentralized:
         codec: what crosses the wire, and what was decoded so far.
         samples: samples that this rank has processed.
         exchange_seconds, wait_seconds: time spent in exchanges, and waiting in them, so far.
+        delay: gradients that other ranks computed while this one computed its newest.
+        delay_factor: what the rule for delays made of it.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Decentralized:
         algorithm: str = "adpsgd",
         *,
         graph: str = "complete",
-        codec: str = "lattice8",
+        codec: str = "auto",
         samples: int | None = None,
         seconds: float | None = None,
         config: Config | None = None,
@@ -103,14 +105,17 @@ class Decentralized:
             )
             self._schedule = Schedule(**config.schedule.model_dump())
             self.parameters = FlatParameters(model)
-            kind.check(self.size, config.algorithm)
+            kind.check(self.size, config.algorithm, graph_of_ranks)
             self.codec = codecs.make(
-                config.codec if kind.publishes else codecs.Settings(name="none"),
+                kind.codec_settings(config.codec),
                 self.parameters.host.size,
                 self.parameters.host.dtype,
                 seed=config.run.seed,
                 rank=self.rank,
+                notes=kind.notes(self.size),
             )
+            for warning in kind.warnings(config) if self.rank == 0 else ():
+                world.say(f"warning: {warning}")
             if kind.synchronous and config.budget.seconds and config.schedule.name != "constant":
                 raise UserError(
                     f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
@@ -137,6 +142,9 @@ class Decentralized:
             algorithms.partners(config.run.seed, self.rank),
             record or (lambda exchange: None),
         )
+        self._rule = delay_rule(config.algorithm, self.size)
+        self.delay, self.delay_factor = 0, 1.0
+        self._gradients_seen = 0
         self._begun = self._looked = time.monotonic()
         self._elapsed_before = 0.0
         self.algorithm.start()
@@ -223,7 +231,12 @@ class Decentralized:
         self.samples += samples
         local = self.local
         local.step += 1
+        self.endpoint.count(local.step)
+        self.delay = max(0, self.endpoint.gradients() - self._gradients_seen - 1)
         local.factor = self._schedule.factor(self.progress)
+        if not self.algorithm.rules_delays:
+            self.delay_factor = self._rule(self.delay)
+            local.factor *= self.delay_factor
         if self._timed_in_step and self.rank == 0 and self.progress >= 1.0:
             self.endpoint.board.stop_after(local.step)  # before the exchange that all ranks share
         updated = local.update_seconds
@@ -231,9 +244,33 @@ class Decentralized:
             self._wait(pending)
         self.parameters.push()
         self.endpoint.board.report(self.samples)
+        self._gradients_seen = self.endpoint.gradients()
         if time.monotonic() - self._looked > _LOOK:
             self._look()
         self.exchange_seconds += time.perf_counter() - begun - (local.update_seconds - updated)
+
+    def serve(self) -> None:
+        """Deal with what other ranks have sent: called instead of `step` where `computes` is false.
+
+        Returns after a moment, or when there was something to do.
+
+        Raises:
+            PeerLost: as `step`.
+        """
+        self.local.factor = self._schedule.factor(self.progress)
+        begun = time.perf_counter()
+        pause = 0.0
+        while not self.algorithm.serve(self.local) and time.perf_counter() - begun < _LOOK:
+            time.sleep(pause)
+            pause = min(2e-4, pause + 1e-5)
+        self.parameters.push()
+        if time.monotonic() - self._looked > _LOOK:
+            self._look()
+
+    @property
+    def computes(self) -> bool:
+        """Whether this rank computes gradients, or only serves others."""
+        return self.algorithm.computes
 
     def _look(self) -> None:
         self.endpoint.look()
@@ -241,10 +278,8 @@ class Decentralized:
         board = self.endpoint.board
         if FAILED in board.status:
             raise PeerLost(f"rank {board.status.index(FAILED)} has failed")
-        if self.algorithm.synchronous and board.dead:
-            raise PeerLost(
-                f"rank {min(board.dead)} is gone, and {self.algorithm.name} needs all ranks"
-            )
+        if missed := board.dead & self.algorithm.needs:
+            raise PeerLost(f"rank {min(missed)} is gone, and {self.algorithm.name} needs it")
 
     def _wait(self, pending: Pending | None, done: Callable[[], bool] | None = None) -> None:
         """Wait politely: give the core away, longer and longer, and mind the other ranks."""
@@ -273,7 +308,7 @@ class Decentralized:
             self._wait(pending)
         self._wait(None, self.endpoint.delivered)
         board.announce(FINISHED)
-        while not self._quiet():
+        while not (self._quiet() and self.algorithm.drained):
             self.algorithm.absorb(self.local.step)
             time.sleep(0.001)
             self._look()

@@ -21,7 +21,7 @@ class TorchLocal:
 
     Attributes:
         step: gradients computed so far.
-        factor: what the schedule multiplies the base rates by.
+        factor: what the schedule and the rule for delays multiply the base rates by.
         update_seconds: time spent in the optimizer so far.
     """
 
@@ -47,13 +47,13 @@ class TorchLocal:
         self._staged = self._flat.cpu().numpy()
         return self._staged
 
-    def update(self) -> None:
+    def update(self, factor: float = 1.0) -> None:
         """One step of the optimizer, at the learning rate that global progress demands."""
         begun = time.perf_counter()
         if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
             self._flat.copy_(torch.from_numpy(self._staged))
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self.factor
+            group["lr"] = rate * self.factor * factor
         self._optimizer.step()
         self._parameters.pull()
         self.update_seconds += time.perf_counter() - begun

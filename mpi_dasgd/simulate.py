@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange, partners
+from mpi_dasgd.algorithms.base import ABSORBED, APPLIED, INITIATED, SKIPPED, Exchange, partners
 from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.stepsize import Schedule
+from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.transport.endpoint import Pending
@@ -51,13 +51,14 @@ class _VirtualRank:
         self.step = 0
         self.gradient = np.zeros_like(x)
         self.rate = 0.0
+        self.seen = 0  # gradients of all ranks when its model was taken
         self._x = x
         self._momentum = momentum
         self._decay = decay
         self._expected_sum = expected_sum
         self._velocity = np.zeros_like(x) if momentum else None
 
-    def update(self) -> None:
+    def update(self, factor: float = 1.0) -> None:
         """SGD with momentum and weight decay, as torch.optim.SGD has it."""
         direction = self.gradient
         if self._decay:
@@ -66,7 +67,7 @@ class _VirtualRank:
             self._velocity *= self._momentum
             self._velocity += direction
             direction = self._velocity
-        change = self.rate * direction
+        change = self.rate * factor * direction
         self._x -= change
         self._expected_sum -= change
 
@@ -103,9 +104,11 @@ class Simulation:
             seed=seed,
         )
         kind = algorithms.find(config.algorithm.name)
-        codec = config.codec if kind.publishes else codecs.Settings(name="none")
+        kind.check(self.size, config.algorithm, graph)
+        codec, notes = kind.codec_settings(config.codec), kind.notes(self.size)
         self.codecs = [
-            codecs.make(codec, dimension, dtype, seed=seed, rank=rank) for rank in range(self.size)
+            codecs.make(codec, dimension, dtype, seed=seed, rank=rank, notes=notes)
+            for rank in range(self.size)
         ]
         self.clock = Clock()
         self.network = Network(
@@ -138,8 +141,11 @@ class Simulation:
         self._schedule = Schedule(**config.schedule.model_dump())
         self.gradients = 0
         self.waits = 0
+        self._rule = delay_rule(config.algorithm, self.size)
         self.ages: list[int] = []
-        self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0}
+        self.delays: list[int] = []
+        self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
+        self._stuck: set[int] = set()  # ranks that wait in the middle of a step
         self.trace = Trace()
         self.diverged = False
 
@@ -167,7 +173,7 @@ class Simulation:
 
     def _record(self, exchange: Exchange) -> None:
         self.kinds[exchange.kind] += 1
-        if exchange.kind == INITIATED:
+        if exchange.kind in (INITIATED, APPLIED):
             self.ages.append(exchange.step - exchange.partner_step)
 
     def run(self) -> dict[str, object]:
@@ -183,9 +189,41 @@ class Simulation:
         seconds = time.perf_counter() - begun
         if not self.diverged:
             self._sample()
-        return self._figures(seconds)
+        figures = self._figures(seconds)
+        if not self.diverged:
+            self.drain()
+            figures["drained_disagreement"] = float(np.abs(self.models - self.models[0]).max())
+        return figures
+
+    def drain(self) -> None:
+        """End as a real run does: give back what is held, deliver and absorb what is on its way."""
+        free = [rank for rank in range(self.size) if rank not in self._stuck]
+        for rank in free:
+            self._leave(self.algorithms[rank].leave())
+        moved = -1
+        while moved != (moved := self._moved):
+            while self.clock.advance():
+                pass
+            for rank in free:
+                self.algorithms[rank].absorb(self.locals[rank].step)
+
+    @property
+    def _moved(self) -> int:
+        """Messages sent and received so far, those on their way counted apart."""
+        counters = [endpoint.counters for endpoint in self.endpoints]
+        on_their_way = sum(not endpoint.delivered() for endpoint in self.endpoints)
+        return sum(c.messages + c.absorbed for c in counters) + on_their_way
+
+    def _leave(self, rest: Iterator[Pending]) -> None:
+        for pending in rest:
+            self.network.notify(pending, lambda: self._leave(rest))
+            return
 
     def _begin(self, rank: int) -> None:
+        self.locals[rank].seen = self.network.gradients
+        if not self.algorithms[rank].computes:
+            self._serve(rank)
+            return
         delay = self._times.sample(rank, self._time_rng[rank])
         self.clock.after(delay, lambda: self._ready(rank))
 
@@ -195,20 +233,40 @@ class Simulation:
             return
         local = self.locals[rank]
         local.step += 1
-        local.rate = self.config.optimizer.lr * self._schedule.factor(
-            self.gradients / self.gradients_due
-        )
+        local.rate = self._rate
         self.gradients += 1
+        endpoint = self.endpoints[rank]
+        endpoint.count(local.step)
+        if not self.algorithms[rank].rules_delays:
+            delay = endpoint.gradients() - local.seen - 1
+            local.rate *= self._rule(delay)
+            self.delays.append(delay)
         if self.config.simulation.gradients == "on":
             x = self.models[rank]
             local.gradient[:] = self.problem.gradient(rank, x, self._noise_rng[rank])
         self._drive(rank, self.algorithms[rank].step(local))
 
+    @property
+    def _rate(self) -> float:
+        factor = self._schedule.factor(self.gradients / self.gradients_due)
+        return self.config.optimizer.lr * factor
+
+    def _serve(self, rank: int) -> None:
+        """A rank that computes no gradients: serve now, and whenever something arrives."""
+        local, endpoint = self.locals[rank], self.endpoints[rank]
+        local.rate = self._rate
+        while self.algorithms[rank].serve(local):
+            pass
+        arrival = endpoint.until(lambda: endpoint.inbox.waiting)
+        self.network.notify(arrival, lambda: self._serve(rank))
+
     def _drive(self, rank: int, step: Iterator[Pending]) -> None:
         """Go on with a step; where it must wait, have what it waits for come back here."""
+        self._stuck.discard(rank)
         for pending in step:
             self.waits += 1
-            pending.waiting.append(lambda: self._drive(rank, step))  # type: ignore[attr-defined]
+            self._stuck.add(rank)
+            self.network.notify(pending, lambda: self._drive(rank, step))
             return
         if self.gradients % max(50, self.size) == 0:
             self._sample()
@@ -222,13 +280,14 @@ class Simulation:
             for slot, index in enumerate(where.inbox):
                 if self.network.read(rank, index) & 3 == READY:
                     message = self.network.at(rank, len(where.publication) + slot)
-                    total += self.codecs[rank].delta(message)
+                    total += self.algorithms[rank].mass_of(message)
         return total
 
     def _sample(self) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             mean = self.models.mean(0)
             disagreement = float(np.square(self.models - mean).sum() / self.size)
+            mean = self.models[self.algorithms[0].model_ranks(self.size)].mean(0)
             distance = float(np.square(mean - self.problem.optimum).sum())
         self.trace.gradients.append(self.gradients)
         self.trace.times.append(self.clock.now)
@@ -237,9 +296,15 @@ class Simulation:
         self.diverged = not (disagreement < _DIVERGED and distance < _DIVERGED)
 
     def _figures(self, seconds: float) -> dict[str, object]:
-        total = self.models.sum(0, dtype=np.float64) + self._in_flight()
-        scale = np.abs(self.models).sum(0, dtype=np.float64).max()
-        error = float(np.abs(total - self._expected_sum).max() / scale)
+        kind = self.algorithms[0]
+        error = total = None
+        mean = self.models[kind.model_ranks(self.size)].mean(0, dtype=np.float64)
+        if kind.conserves:
+            total = np.sum([a.mass() for a in self.algorithms], axis=0, dtype=np.float64)
+            total += self._in_flight()
+            scale = np.abs(self.models).sum(0, dtype=np.float64).max()
+            error = _number(float(np.abs(total - self._expected_sum).max() / scale))
+            mean = total / self.size
         return {
             "name": self.config.run.name,
             "algorithm": self.config.algorithm.name,
@@ -247,14 +312,14 @@ class Simulation:
             "topology": self.config.topology.graph,
             "ranks": self.size,
             "gradients": self.gradients,
-            "effective_step": self._effective_step(total / self.size),
+            "effective_step": self._effective_step(mean),
             "max_disagreement": _number(max(self.trace.disagreement)),
             "final_disagreement": _number(self.trace.disagreement[-1]),
             "final_distance": _number(self.trace.distance[-1]),
             "excess_loss": _number(
-                self.problem.value(total / self.size) - self.problem.value(self.problem.optimum)
+                self.problem.value(mean) - self.problem.value(self.problem.optimum)
             ),
-            "conservation_error": _number(error),
+            "conservation_error": error,
             "waits": self.waits,
             "exchanges": self.kinds[INITIATED],
             "skipped": self.kinds[SKIPPED],
@@ -262,6 +327,8 @@ class Simulation:
             "rejected": self._rejected(),
             "staleness_mean": float(np.mean(self.ages)) if self.ages else None,
             "staleness_max": max(self.ages) if self.ages else None,
+            "delay_mean": float(np.mean(self.delays)) if self.delays else None,
+            "delay_max": max(self.delays) if self.delays else None,
             "virtual_time": self.clock.now,
             "events": self.clock.events,
             "seconds": seconds,

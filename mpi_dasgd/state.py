@@ -30,6 +30,7 @@ def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         "torch_rng": torch.get_rng_state().numpy(),
     }
     arrays |= {f"codec/{name}": array for name, array in training.codec.state().items()}
+    arrays |= {f"algorithm/{name}": array for name, array in training.algorithm.state().items()}
     scalars: dict[str, Any] = {}
     for index, values in training.optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -84,14 +85,19 @@ def _load_state(
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(torch.from_numpy(arrays["torch_rng"].copy()))
-    codec = {
-        name.removeprefix("codec/"): array
-        for name, array in arrays.items()
-        if name.startswith("codec/")
-    }
-    training.codec.load_state(codec)
+    training.codec.load_state(_part(arrays, "codec/"))
     training.parameters.set(arrays["model"])
+    training.algorithm.load_state(_part(arrays, "algorithm/"))
     training.parameters.set_buffers(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # tuples that JSON has made lists
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
     training.resume(meta["local_step"], meta["samples"], meta["elapsed"])
+
+
+def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose name begins with `prefix`, by the rest of their name."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }

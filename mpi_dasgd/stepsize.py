@@ -7,13 +7,14 @@ of the share of the budget that all ranks together have used, never of a rank's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["NAMES", "Schedule", "delay_adaptive", "global_progress"]
+__all__ = ["NAMES", "Schedule", "delay_adaptive", "delay_rule", "global_progress"]
 
 NAMES = ("constant", "cosine", "step")
 
@@ -115,3 +116,21 @@ def delay_adaptive(delay: int, threshold: float, cap: float | None = None) -> fl
     if delay <= threshold:
         return 1.0
     return min(1.0, (1.0 if cap is None else cap) / delay)
+
+
+def delay_rule(settings: Settings, ranks: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the delay, as a run is configured.
+
+    Args:
+        settings: section ``algorithm``: step_rule, delay_threshold, delay_cap.
+        ranks: the threshold where none is given.
+    """
+    threshold = ranks if settings.delay_threshold is None else settings.delay_threshold
+    cap = {
+        "inverse": None,
+        "capped": threshold if settings.delay_cap is None else settings.delay_cap,
+        "drop": 0.0,
+    }
+    if settings.step_rule == "constant":
+        return lambda delay: 1.0
+    return lambda delay: delay_adaptive(delay, threshold, cap[settings.step_rule])

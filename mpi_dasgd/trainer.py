@@ -27,7 +27,7 @@ from mpi_dasgd.storage.directory import prepare
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.results import consolidate
 from mpi_dasgd.storage.runfile import RunFile, rank_path
-from mpi_dasgd.storage.schema import INITIATED, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
 
@@ -149,29 +149,11 @@ class Trainer:
         points, saves = config.evaluation.points, config.checkpoint.points
         milestone = int(training.progress * points) + 1
         checkpoint = int(training.progress * saves) + 1
-        device = torch.device(self.device)
         while not training.finished:
-            begun = time.perf_counter()
-            x, y = self.batches.batch(training.local.step)
-            x, y = x.to(device), y.to(device)
-            self.loss = self._gradient(x, y)
-            if not math.isfinite(self.loss):
-                raise Diverged(
-                    f"loss of rank {self.rank} became {self.loss} at its step {training.local.step + 1}; "
-                    f"try a smaller optimizer.lr than {config.optimizer.lr:g}"
-                )
-            computed = time.perf_counter() - begun
-            self.straggler.slow_down(training.local.step, computed, lambda: self._gradient(x, y))  # noqa: B023
-            exchanged, waited = training.exchange_seconds, training.wait_seconds
-            spent = time.perf_counter()
-            training.step(len(x))
-            computed += time.perf_counter() - spent
-            exchange, wait = training.exchange_seconds - exchanged, training.wait_seconds - waited
-            self.file.append(
-                "train", training.local.step, training.elapsed, training.samples,
-                training.total_samples, self.loss, training.local.rate, computed - exchange,
-                exchange - wait, wait,
-            )  # fmt: skip
+            if training.computes:
+                self._step()
+            else:
+                training.serve()
             progress = training.progress
             while milestone < points and progress * points >= milestone:
                 self._milestone(milestone)
@@ -182,6 +164,30 @@ class Trainer:
                 checkpoint += 1
             if self.progress.due:
                 self.progress.show(self._line())
+
+    def _step(self) -> None:
+        training = self.training
+        begun = time.perf_counter()
+        x, y = self.batches.batch(training.local.step)
+        x, y = x.to(self.device), y.to(self.device)
+        self.loss = self._gradient(x, y)
+        if not math.isfinite(self.loss):
+            raise Diverged(
+                f"loss of rank {self.rank} became {self.loss} at its step {training.local.step + 1}; "
+                f"try a smaller optimizer.lr than {self.config.optimizer.lr:g}"
+            )
+        computed = time.perf_counter() - begun
+        self.straggler.slow_down(training.local.step, computed, lambda: self._gradient(x, y))
+        exchanged, waited = training.exchange_seconds, training.wait_seconds
+        spent = time.perf_counter()
+        training.step(len(x))
+        computed += time.perf_counter() - spent
+        exchange, wait = training.exchange_seconds - exchanged, training.wait_seconds - waited
+        self.file.append(
+            "train", training.local.step, training.elapsed, training.samples,
+            training.total_samples, self.loss, training.local.rate, computed - exchange,
+            exchange - wait, wait, training.delay, training.delay_factor,
+        )  # fmt: skip
 
     def _gradient(self, x: torch.Tensor, y: torch.Tensor) -> float:
         self.optimizer.zero_grad()
@@ -194,9 +200,9 @@ class Trainer:
         self.file.append(
             "exchange", exchange.step, self.training.elapsed, exchange.partner, exchange.kind,
             exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
-            exchange.distance, exchange.rejected,
+            exchange.distance, exchange.rejected, exchange.staleness,
         )  # fmt: skip
-        if exchange.kind == INITIATED:
+        if exchange.kind in (INITIATED, APPLIED):
             self.ages.append(max(0, age))
             self.oldest = max(self.oldest, age)
 
@@ -254,6 +260,7 @@ class Trainer:
             conclude(
                 self.directory,
                 alive,
+                [rank for rank in self.training.algorithm.model_ranks(self.size) if rank in alive],
                 self.config.evaluation.points,
                 self.model,
                 self.training.parameters,

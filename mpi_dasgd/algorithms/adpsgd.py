@@ -36,6 +36,11 @@ class ADPSGD(Algorithm):
 
     name = "adpsgd"
     paper = "Lian et al. 2018"
+    exchanges = "models, in pairs that conserve the mean"
+    traffic = "2 M / H"
+    memory = "8 M"
+    waits = "never"
+    codecs = ("lattice8", "none", "bf16", "fp16", "lattice4", "lattice16", "qsgd8")
     minimum_ranks = 2
 
     def start(self) -> None:

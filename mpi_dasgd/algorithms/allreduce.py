@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["AllReduce"]
@@ -17,13 +18,17 @@ class AllReduce(Algorithm):
 
     name = "allreduce"
     paper = "large-batch SGD"
+    exchanges = "gradients"
+    traffic = "2 M (n-1)/n"
+    memory = "0"
+    waits = "every step"
     synchronous = True
     publishes = False
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings) -> None:
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse local steps: all ranks hold the same model."""
-        super().check(ranks, settings)
+        super().check(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
                 "algorithm.local_steps: 'allreduce' averages every gradient, expected 1, got "

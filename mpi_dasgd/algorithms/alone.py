@@ -15,6 +15,10 @@ class Alone(Algorithm):
 
     name = "alone"
     paper = "none: the reference"
+    exchanges = "nothing"
+    traffic = "0"
+    memory = "0"
+    waits = "never"
     publishes = False
 
     def step(self, local: Local) -> Iterator[Pending]:

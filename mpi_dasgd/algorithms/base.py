@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from mpi_dasgd.codecs import Codec
+from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.codecs import Settings as CodecSettings
 from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED
+from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
+from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Endpoint, Pending
 
-__all__ = ["ABSORBED", "INITIATED", "SKIPPED", "Algorithm", "Exchange", "Local", "partners"]
+__all__ = [
+    "ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "Algorithm", "Exchange", "Local", "partners",
+]  # fmt: skip
 
 
 def partners(seed: int, rank: int) -> random.Random:
@@ -33,7 +38,7 @@ class Local(Protocol):
 
     Attributes:
         step: number of gradients computed so far, from 1.
-        gradient: the newest gradient, 1-D, padded like the model.
+        gradient: the newest gradient, 1-D, padded like the model; may be written to.
     """
 
     step: int
@@ -41,23 +46,29 @@ class Local(Protocol):
     @property
     def gradient(self) -> np.ndarray: ...
 
-    def update(self) -> None:
-        """Apply the gradient to the model: one step of the local optimizer."""
+    def update(self, factor: float = 1.0) -> None:
+        """Apply the gradient to the model: one step of the local optimizer.
+
+        Args:
+            factor: on the learning rate, beside those of the schedule and of the gradient's delay.
+        """
 
 
 class Exchange(NamedTuple):
-    """Record of one average, seen from one of its sides.
+    """Record of one average, seen from one of its sides, or of one gradient of another rank.
 
     Attributes:
         step: own step.
         partner: the other rank, -1 if none was found.
-        kind: INITIATED, ABSORBED or SKIPPED.
-        partner_step: step at which the partner's model or delta was made, -1 if there was none.
+        kind: INITIATED, ABSORBED, SKIPPED or APPLIED (a gradient).
+        partner_step: step at which the partner's model or delta was made, -1 if there was none; of
+            a gradient: see the algorithm.
         age_s: seconds since then.
         nbytes: bytes moved by this rank.
         retries: candidates that were taken or full before one was found.
         distance: ||x_i - x_j||_2 before the average; NaN if it was not measured.
         rejected: buckets of the partner's publication that could not be decoded.
+        staleness: size of the symmetric difference of the two sets of gradients, -1 if unknown.
     """
 
     step: int
@@ -69,6 +80,7 @@ class Exchange(NamedTuple):
     retries: int
     distance: float = float("nan")
     rejected: int = 0
+    staleness: int = -1
 
 
 class Algorithm(ABC):
@@ -85,10 +97,29 @@ class Algorithm(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    exchanges: ClassVar[str]
+    """What crosses the wire, in words."""
+    traffic: ClassVar[str]
+    """Bytes that a rank sends and reads a step; M is a model in the codec, H the local steps."""
+    memory: ClassVar[str]
+    """What a rank holds beside model, gradient and optimizer; M as above, P a model in its own type."""
+    waits: ClassVar[str]
+    """Whether, and for what, ranks wait."""
+    effective_step: ClassVar[str] = "1"
+    """By how many eta/n one gradient moves the mean of the models."""
+    variants: ClassVar[tuple[str, ...]] = ()
+    """Values of `algorithm.variant`, the first one the default."""
+    codecs: ClassVar[tuple[str, ...]] = ("none",)
+    """Codecs that it can use, the first one the default."""
     synchronous: ClassVar[bool] = False
-    """Whether ranks wait for each other, so that all make the same number of steps."""
+    """Whether all ranks make the same number of steps, in step."""
+    conserves: ClassVar[bool] = True
+    """Whether exchanges leave the sum of all `mass` and of the messages on their way as it is."""
+    rules_delays: ClassVar[bool] = False
+    """Whether it applies `algorithm.step_rule` itself; else the driver does, by what the board says."""
     minimum_ranks: ClassVar[int] = 1
     publishes: ClassVar[bool] = True
+    """Whether it needs publications and inboxes."""
 
     def __init__(
         self,
@@ -99,7 +130,7 @@ class Algorithm(ABC):
         rng: random.Random,
         record: Callable[[Exchange], None],
     ) -> None:
-        self.check(endpoint.size, settings)
+        self.check(endpoint.size, settings, endpoint.topology)
         self.endpoint = endpoint
         self.codec = codec
         self.x = x
@@ -108,7 +139,49 @@ class Algorithm(ABC):
         self.record = record
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings) -> None:
+    def notes(cls, ranks: int) -> int:
+        """Return how many 64-bit words it writes beside the payload of each message."""
+        return 0
+
+    @classmethod
+    def codec_settings(cls, settings: CodecSettings) -> CodecSettings:
+        """Return the settings of the codec, `auto` resolved.
+
+        Raises:
+            UserError: the algorithm cannot use this codec.
+        """
+        if settings.name == "auto":
+            return settings.model_copy(update={"name": cls.codecs[0]})
+        if settings.name not in cls.codecs:
+            raise UserError(
+                f"codec.name: {cls.name!r} cannot use {settings.name!r}: it sends {cls.exchanges}; "
+                f"it can use {', '.join(cls.codecs)}"
+            )
+        return settings
+
+    @classmethod
+    def model_ranks(cls, size: int) -> range:
+        """Return the ranks whose mean is the model that the run trains."""
+        return range(size)
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        """Return what a user should know of a configuration that works, but not as one may think."""
+        sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
+        if config.algorithm.step_rule != "constant" and sharded:
+            return [
+                f"algorithm.step_rule: {config.algorithm.step_rule!r} with data that differ between "
+                "ranks favours the data of fast ranks (Koloskova et al. 2022, section 5)"
+            ]
+        return []
+
+    @property
+    def variant(self) -> str:
+        """The variant in use, '' if there is only one."""
+        return self.settings.variant or (self.variants[0] if self.variants else "")
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse settings that this algorithm cannot work with.
 
         Raises:
@@ -119,6 +192,26 @@ class Algorithm(ABC):
                 f"algorithm.name: {cls.name!r} needs at least {cls.minimum_ranks} ranks, got {ranks}; "
                 "start it with `mpi-dasgd launch -n 4 train ...`, or mpirun -n 4"
             )
+        if settings.variant is not None and settings.variant not in cls.variants:
+            valid = f"it has {', '.join(cls.variants)}" if cls.variants else "it has none"
+            raise UserError(
+                f"algorithm.variant: {cls.name!r} has no variant {settings.variant!r}: {valid}"
+            )
+        if settings.step_rule != "constant" and cls.synchronous:
+            raise UserError(
+                f"algorithm.step_rule: {settings.step_rule!r} is for asynchronous algorithms; "
+                f"{cls.name!r} has no delays: leave it at 'constant'"
+            )
+
+    @property
+    def computes(self) -> bool:
+        """Whether this rank computes gradients; else `serve` is called instead of `step`."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[int]:
+        """Ranks without which it cannot go on."""
+        return frozenset(range(self.endpoint.size) if self.synchronous else ())
 
     def start(self) -> None:
         """Called once, when all ranks have the same model."""
@@ -130,9 +223,33 @@ class Algorithm(ABC):
     def step(self, local: Local) -> Iterator[Pending]:
         """One step: called when a gradient is ready."""
 
+    def serve(self, local: Local) -> int:
+        """Deal with what has arrived, on a rank that computes no gradients; return how much it was."""
+        raise NotImplementedError
+
     def absorb(self, step: int) -> None:
         """Take in what has arrived, outside of a step; `step` is the last one made."""
+
+    @property
+    def drained(self) -> bool:
+        """Whether this rank has sent and received all that it must before it goes."""
+        return True
 
     def leave(self) -> Iterator[Pending]:
         """Give back what is held of other ranks: called once, after the last step."""
         return iter(())
+
+    def mass(self) -> np.ndarray:
+        """Return this rank's share of what exchanges conserve, shape of the model: for meters."""
+        return self.x
+
+    def mass_of(self, message: Message) -> np.ndarray:
+        """Return what a message that was sent and not received adds to it."""
+        return self.codec.delta(message)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what a checkpoint must hold beside the model, arrays by name."""
+        return {}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back what `state` returned; `restart` comes after it."""

@@ -123,6 +123,7 @@ class DdpTrainer:
             conclude(
                 self.config.run_directory,
                 range(self.size),
+                range(self.size),
                 points,
                 self.model,
                 self.parameters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -38,7 +39,9 @@ CODECS: dict[str, Callable[[int, np.dtype, Settings, Seeds], Codec]] = {
 }
 
 
-def make(settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank: int) -> Codec:
+def make(
+    settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank: int, notes: int = 0
+) -> Codec:
     """Make a rank's codec for models of `elements` elements of `dtype`.
 
     Args:
@@ -46,6 +49,7 @@ def make(settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank:
         elements, dtype: of the model.
         seed: of the run.
         rank: whose codec.
+        notes: 64-bit words that the algorithm adds to each message.
 
     Raises:
         UserError: for an unknown name, or models that the codec does not take.
@@ -55,4 +59,7 @@ def make(settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank:
         raise UserError(
             f"codec {name!r} is not known{nearest(name, CODECS)} (valid: {', '.join(CODECS)})"
         )
-    return CODECS[name](elements, dtype, settings, Seeds(seed, rank))
+    codec = CODECS[name](elements, dtype, settings, Seeds(seed, rank))
+    if notes:
+        codec.layout = dataclasses.replace(codec.layout, notes=notes)
+    return codec

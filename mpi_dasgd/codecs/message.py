@@ -62,6 +62,7 @@ class Layout:
         elements: number of model elements.
         scales: number of float32 scales.
         checks: number of uint32 checks.
+        notes: number of 64-bit words that an algorithm writes beside the payload.
         payload_dtype: type of the payload.
         payload_items: number of payload items.
     """
@@ -72,11 +73,12 @@ class Layout:
     payload_items: int
     scales: int = 0
     checks: int = 0
+    notes: int = 0
 
     @property
     def scales_at(self) -> int:
-        """Offset of the scales in bytes."""
-        return ALIGNMENT
+        """Offset of the scales in bytes; the notes lie before them."""
+        return ALIGNMENT + _aligned(8 * self.notes)
 
     @property
     def checks_at(self) -> int:
@@ -107,11 +109,11 @@ class Message:
 
     Attributes:
         buffer: the whole message.
-        scales, checks, payload: float32, uint32 and codec-typed views of its parts.
+        notes, scales, checks, payload: int64, float32, uint32 and codec-typed views of its parts.
         view: what a codec wants to keep with this memory from call to call.
     """
 
-    __slots__ = ("_raw", "buffer", "checks", "layout", "payload", "scales", "view")
+    __slots__ = ("_raw", "buffer", "checks", "layout", "notes", "payload", "scales", "view")
 
     def __init__(self, buffer: np.ndarray, layout: Layout) -> None:
         if buffer.dtype != np.uint8 or buffer.shape != (layout.nbytes,):
@@ -122,6 +124,7 @@ class Message:
         self.layout = layout
         self.view: Any = None
         self._raw = memoryview(buffer)
+        self.notes = buffer[ALIGNMENT:][: 8 * layout.notes].view(np.int64)
         self.scales = buffer[layout.scales_at :][: 4 * layout.scales].view(np.float32)
         self.checks = buffer[layout.checks_at :][: 4 * layout.checks].view(np.uint32)
         size = layout.payload_dtype.itemsize * layout.payload_items

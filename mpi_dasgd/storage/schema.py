@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "ABSORBED",
+    "APPLIED",
     "CONSENSUS",
     "FORMAT",
     "FORMAT_VERSION",
@@ -33,8 +34,8 @@ FORMAT_VERSION = 1
 # 'latest' would write HDF5 2.0 files, which the h5dump of current distributions cannot read.
 LIBVER = ("v110", "v110")
 
-INITIATED, ABSORBED, SKIPPED = 0, 1, 2
-KINDS = ("initiated", "absorbed", "skipped")
+INITIATED, ABSORBED, SKIPPED, APPLIED = 0, 1, 2, 3
+KINDS = ("initiated", "absorbed", "skipped", "applied")
 
 # An age is signed (a partner may be ahead), so -1 cannot mean "none".
 UNKNOWN_AGE = int(np.iinfo(np.int64).min)
@@ -75,12 +76,21 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("compute_s", "f8", "s", "time in forward, backward and update"),
         Column("exchange_s", "f8", "s", "time in exchange: encode, decode, average, window calls"),
         Column("wait_s", "f8", "s", "time spent waiting for other ranks"),
+        Column(
+            "delay", "i8", "gradients", "gradients of other ranks since this one's model was taken"
+        ),
+        Column("delay_factor", "f8", "1", "what the rule for delays multiplied the step size by"),
     ),
     "exchange": (
         _STEP,
         _TIME,
         Column("partner", "i4", "1", "rank exchanged with"),
-        Column("kind", "i1", "1", "0 initiated here, 1 absorbed, 2 skipped: no partner found"),
+        Column(
+            "kind",
+            "i1",
+            "1",
+            "0 initiated here, 1 absorbed, 2 skipped: no partner found, 3 gradient applied here",
+        ),
         Column("partner_step", "i8", "steps", "local step at which the partner sent its state"),
         Column(
             "age_steps",
@@ -94,6 +104,9 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("retries", "i4", "1", "attempts that failed before this outcome"),
         Column("distance", "f8", "1", "||x_i - x_j||_2 of the two models before their average"),
         Column("rejected", "i4", "buckets", "buckets of the partner's model not decoded"),
+        Column(
+            "staleness", "i8", "gradients", "|G_i ^ G_j|: gradients that one side has and not both"
+        ),
     ),
     "evaluation": (
         _MILESTONE,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from mpi_dasgd.errors import Unreachable
-from mpi_dasgd.transport.words import BEAT, LAST, SAMPLES, SPOKESMAN, STATUS, Words
+from mpi_dasgd.transport.words import BEAT, GRADIENTS, LAST, SAMPLES, SPOKESMAN, STATUS, Words
 
 __all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
 
@@ -30,8 +30,9 @@ class Board:
         self._words = words
         self._rank = rank
         self._silence = silence
-        self._mine = {BEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST: 0}
+        self._mine = {BEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST: 0, GRADIENTS: 0}
         self.samples = [0] * size
+        self.gradients = [0] * size
         self.status = [RUNNING] * size
         self.dead: set[int] = set()
         self.attending = rank  # whom the courier is talking to
@@ -48,6 +49,20 @@ class Board:
         """Publish how many samples this rank has processed."""
         self._set(SAMPLES, samples)
         self.samples[self._rank] = samples
+
+    def count(self, gradients: int) -> None:
+        """Publish how many gradients this rank has computed."""
+        self._set(GRADIENTS, gradients)
+        self.gradients[self._rank] = gradients
+
+    def recount(self, ranks: Iterable[int]) -> None:
+        """Read how many gradients each of `ranks` has computed."""
+        for rank in ranks:
+            if rank != self._rank and rank not in self.dead:
+                try:
+                    self.gradients[rank] = self._words.read(rank, GRADIENTS)
+                except Unreachable:
+                    self.dead.add(rank)
 
     def announce(self, status: int) -> None:
         """Publish this rank's status."""
@@ -96,6 +111,7 @@ class Board:
             try:
                 beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
                 self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
+                self.gradients[rank] = words.read(rank, GRADIENTS)
             except Unreachable:
                 self.dead.add(rank)
                 continue

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
 
-__all__ = ["Endpoint", "Pairing", "Pending", "meet"]
+__all__ = ["Endpoint", "Pairing", "Pending", "Posting", "Reading", "meet"]
 
 
 class Pending(Protocol):
@@ -54,6 +56,34 @@ class Pairing:
         self.settled = True
 
 
+class Reading:
+    """A publication asked for, to be read without a claim.
+
+    Attributes:
+        settled: whether the attempt has ended.
+        rank: whose publication it is.
+        message: the publication, readable until the next `Endpoint.read`, or None if there was none.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.settled = False
+        self.rank = rank
+        self.message: Message | None = None
+
+    def done(self) -> bool:
+        """Return whether the attempt has ended, as `Pending` has it."""
+        return self.settled
+
+
+@dataclass(frozen=True)
+class Posting:
+    """A message to be written for `rank`, then given to `Endpoint.deliver`."""
+
+    rank: int
+    message: Message
+    reservation: Reservation | None = None
+
+
 def meet(publication: Publication, inbox: Inbox, rank: int) -> tuple[Claim, Reservation] | None:
     """Claim the publication of `rank` and a slot of its inbox, both or neither."""
     claim = publication.claim(rank)
@@ -73,6 +103,7 @@ class Endpoint(ABC):
         rank, size: this rank, and how many there are.
         publication: own publication, and readable ones of others.
         inbox: own inbox.
+        topology: who may talk to whom, dead ranks included.
         counters: what was done in the compute thread; `totals` has all.
     """
 
@@ -80,6 +111,7 @@ class Endpoint(ABC):
     size: int
     publication: Publication
     inbox: Inbox
+    topology: Topology
     counters: Counters
 
     @abstractmethod
@@ -101,6 +133,40 @@ class Endpoint(ABC):
     @abstractmethod
     def abandon(self, pairing: Pairing) -> None:
         """Give back what a settled pairing holds, without an exchange."""
+
+    @abstractmethod
+    def read(self, rank: int, version: int | None = None) -> Reading:
+        """Ask for the publication of `rank`, the newest or a given version. Never waits.
+
+        The newest is a copy, whatever the owner does meanwhile; `Reading.message` is None if there
+        is none. A given version (1, 2, ...) settles when it is there, and is only safe if its owner
+        publishes nothing two versions newer before this rank has read it.
+        """
+
+    @abstractmethod
+    def post(self, rank: int) -> Posting | None:
+        """Return a message to write for the inbox of `rank`, or None if there is no room. Never waits."""
+
+    @abstractmethod
+    def deliver(self, posting: Posting) -> None:
+        """Send what `post` returned, written and stamped: it arrives exactly once, in order."""
+
+    @abstractmethod
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
+        """Return what is done when `condition` holds.
+
+        Args:
+            condition: depends on control words only.
+            ranks: whose words; None for one's own.
+        """
+
+    @abstractmethod
+    def gradients(self) -> int:
+        """Return how many gradients all ranks have computed, as far as this one knows."""
+
+    @abstractmethod
+    def count(self, gradients: int) -> None:
+        """Tell the others how many gradients this rank has computed."""
 
     @abstractmethod
     def allreduce(self, array: np.ndarray) -> Pending:

@@ -115,6 +115,11 @@ class Inbox:
         self._counters.absorbed += len(arrivals)
         return arrivals
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a message has arrived and was not freed."""
+        return any(self._words.read(self._rank, index) & 3 == READY for index in self._where)
+
     def free(self, arrival: Arrival) -> None:
         """Give the slot of a message back to the senders."""
         ready = word(READY, arrival.sender)

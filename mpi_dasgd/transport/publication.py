@@ -127,6 +127,21 @@ class Publication:
             self._counters.retries += 1
         return False
 
+    def locate(self, rank: int, version: int) -> int | None:
+        """Return the slot in which `version` of `rank` lies, or None if it is not published yet.
+
+        For readers without claims that the owner waits for: nothing else keeps the slot.
+        """
+        head = self._words.read(rank, HEAD)
+        if head >> 8 == version:
+            return head & 0xFF
+        if head >> 8 < version:
+            return None
+        for slot, index in enumerate(self._where):
+            if self._words.read(rank, index) >> 22 == version:
+                return slot
+        raise RuntimeError(f"version {version} of rank {rank} was overwritten before it was read")
+
     def forget(self, rank: int) -> None:
         """Take back the slots that a dead rank claimed."""
         slots = self._claimed if self._newest is None else [*self._claimed, self._newest]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -20,7 +20,7 @@ from mpi_dasgd.transport.atomics import NodeWords
 from mpi_dasgd.transport.board import LEFT, Board
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.courier import Courier
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, meet
+from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.windows import WindowSlots, WindowWords
@@ -29,6 +29,8 @@ from mpi_dasgd.transport.words import WordMap
 __all__ = ["RmaEndpoint"]
 
 _CHORES = 0.05  # seconds between heartbeats, and between looks at other nodes
+_AGAIN = 0.0003  # seconds before the courier asks a far rank again
+_MANY = 128  # ranks of a node, above which their gradients are not counted at every step
 
 
 class RmaEndpoint(Endpoint):
@@ -67,7 +69,7 @@ class RmaEndpoint(Endpoint):
         node.Free()
         self._near = self._slots.near
         self._far = frozenset(range(self.size)).difference(self._near)
-        self._topology = topology
+        self.topology = topology
         self._neighbours: Sequence[int] = topology.neighbours(self.rank)
         self._dead: set[int] = set()
 
@@ -90,7 +92,10 @@ class RmaEndpoint(Endpoint):
         self._closed = False
         if self._far:
             sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
-        self._asked: Pairing | None = None  # what the courier has in hand
+        self._asked: Pairing | Reading | None = None  # what the courier has in hand
+        self._copy: Message | None = None  # of a publication that was read
+        self._outgoing: dict[int, Message] = {}  # to far ranks, while they are on their way
+        self._unused: list[Message] = []
         # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
         progress = comm.Iprobe if self._far else None
         self._courier = Courier(self._chore, _CHORES, progress, progress_interval)
@@ -128,7 +133,7 @@ class RmaEndpoint(Endpoint):
             self.publication.forget(rank)
             self.inbox.forget(rank)
             self._dead.add(rank)
-            self._neighbours = self._topology.without(self._dead).neighbours(self.rank)
+            self._neighbours = self.topology.without(self._dead).neighbours(self.rank)
 
     def neighbours(self) -> Sequence[int]:
         """Return the neighbours that live."""
@@ -219,8 +224,109 @@ class RmaEndpoint(Endpoint):
             self.inbox.cancel(reservation)
             self.publication.release(claim)
 
+    def read(self, rank: int, version: int | None = None) -> Reading:
+        """Ask for a publication; those of other nodes are got by the courier."""
+        reading = Reading(rank) if version is None else _Versioned(rank, self._look_again, version)
+        if rank in self._far:
+            self._copy = self._copy or self._new_message()
+            self._submit(rank, functools.partial(self._read_far, reading, version))
+        elif version is not None:
+            self._look_again(cast(_Versioned, reading))
+        else:
+            self._copy = self._copy or self._new_message()
+            if self.publication.read(rank, self._copy):
+                reading.message = self._copy
+                self.counters.bytes_received += self._layout.nbytes
+            reading.settled = True
+        return reading
+
+    def _look_again(self, reading: _Versioned) -> None:
+        """See whether the version of a rank of this node is there; it is read in place."""
+        if reading.rank in self._far:
+            return  # the courier looks
+        slot = self.publication.locate(reading.rank, reading.version)
+        if slot is not None:
+            self._slots.sync()
+            reading.message = self._slots.at(reading.rank, slot)
+            self.counters.bytes_received += self._layout.nbytes
+            reading.settled = True
+
+    def _read_far(self, reading: Reading, version: int | None) -> None:
+        assert self._copy is not None
+        rank, copy = reading.rank, self._copy
+        self._asked = reading
+        try:
+            if version is None:
+                found = self._far_publication.read(rank, copy)
+            else:
+                slot = self._far_publication.locate(rank, version)
+                if slot is None:
+                    time.sleep(_AGAIN)
+                    self._submit(rank, functools.partial(self._read_far, reading, version))
+                    return
+                self._slots.get(rank, slot, copy)
+                found = True
+        except Unreachable:
+            self.board.dead.add(rank)
+            found = False
+        self._asked = None
+        if found:
+            reading.message = copy
+            self._far_counters.bytes_received += self._layout.nbytes
+        reading.settled = True
+
+    def _new_message(self) -> Message:
+        return Message(np.empty(self._layout.nbytes, np.uint8), self._layout)
+
+    def post(self, rank: int) -> Posting | None:
+        """Return a message to write: in the inbox of a rank of this node, else a staging area."""
+        if rank in self._far:
+            if rank in self._outgoing:
+                return None
+            message = self._unused.pop() if self._unused else self._new_message()
+            return Posting(rank, message)
+        reservation = self.inbox.reserve(rank)
+        if reservation is None:
+            return None
+        place = self.inbox.place(reservation)
+        assert place is not None
+        return Posting(rank, place, reservation)
+
+    def deliver(self, posting: Posting) -> None:
+        """Send a message; the courier tries until there is room in a far inbox."""
+        if posting.reservation is not None:
+            self.inbox.send(posting.reservation, posting.message)
+            return
+        self._outgoing[posting.rank] = posting.message
+        self._submit(posting.rank, functools.partial(self._send_far, posting))
+
+    def _send_far(self, posting: Posting) -> None:
+        rank = posting.rank
+        if rank not in self.board.dead:
+            reservation = self._far_inbox.reserve(rank)
+            if reservation is None:
+                time.sleep(_AGAIN)
+                self._submit(rank, functools.partial(self._send_far, posting))
+                return
+            self._far_inbox.send(reservation, posting.message)
+        self._unused.append(posting.message)
+        del self._outgoing[rank]
+
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
+        """Return what is done when `condition` holds; whoever waits polls it."""
+        return _Until(condition)
+
+    def gradients(self) -> int:
+        """Count those of this node's ranks now, others as of the courier's last look."""
+        if len(self._near) <= _MANY:
+            self.board.recount(self._near)
+        return sum(self.board.gradients)
+
+    def count(self, gradients: int) -> None:
+        self.board.count(gradients)
+
     def delivered(self) -> bool:
-        return self._courier.idle
+        return self._courier.idle and not self._outgoing
 
     def time_ns(self) -> int:
         return time.time_ns()
@@ -283,6 +389,27 @@ def _words(
         assert library is not None
         return NodeWords(comm, count, library)
     return WindowWords(comm, count)
+
+
+class _Until:
+    """Done when a condition holds."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self.done = condition
+
+
+class _Versioned(Reading):
+    """A version asked for, looked for whenever somebody asks whether it is there."""
+
+    def __init__(self, rank: int, look: Callable[[_Versioned], None], version: int) -> None:
+        super().__init__(rank)
+        self.version = version
+        self._look = look
+
+    def done(self) -> bool:
+        if not self.settled:
+            self._look(self)
+        return self.settled
 
 
 class _Allreduce:

@@ -5,14 +5,14 @@ is a number. One thread, one seed: a simulation repeats bit for bit.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, meet
+from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.words import WordMap
@@ -77,6 +77,9 @@ class Network:
         self._count = publication_slots + inbox_slots
         self._messages: dict[int, list[Message]] = {}
         self._rounds: dict[int, _Allreduce] = {}
+        self._watchers: dict[int, dict[_Until, None]] = {}
+        self.counts = [0] * topology.size
+        self.gradients = 0
 
     @property
     def transfer(self) -> float:
@@ -91,7 +94,31 @@ class Network:
         if words[index] != expected:
             return False
         words[index] = new
+        if self._watchers and rank in self._watchers:
+            for watcher in self._watchers[rank]:
+                self.clock.after(0.0, watcher.look)
         return True
+
+    def watch(self, watcher: _Until, ranks: Iterable[int]) -> None:
+        """Have `watcher` look whenever a word of one of `ranks` changes."""
+        for rank in ranks:
+            self._watchers.setdefault(rank, {})[watcher] = None
+
+    def unwatch(self, watcher: _Until, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            watchers = self._watchers.get(rank, {})
+            watchers.pop(watcher, None)
+            if not watchers:
+                self._watchers.pop(rank, None)
+
+    def notify(self, pending: Pending, wake: Callable[[], None]) -> None:
+        """Call `wake` once `pending` is done; not before this call returns."""
+        if isinstance(pending, _Until | _Allreduce):
+            pending.notify(wake)
+        elif pending.done():
+            self.clock.after(0.0, wake)
+        else:
+            self.clock.after(self.latency or 1e-3, lambda: self.notify(pending, wake))
 
     def at(self, rank: int, index: int) -> Message:
         messages = self._messages.get(rank)
@@ -130,6 +157,7 @@ class VirtualEndpoint(Endpoint):
     def __init__(self, network: Network, rank: int, held: int = 2) -> None:
         self.rank, self.size = rank, network.topology.size
         self._network = network
+        self.topology = network.topology
         self.counters = Counters()
         where = network.where
         self.publication = Publication(network, network, where, rank, self.counters, held)
@@ -215,12 +243,106 @@ class VirtualEndpoint(Endpoint):
     def time_ns(self) -> int:
         return int(self._network.clock.now * 1e9)
 
+    def read(self, rank: int, version: int | None = None) -> Reading:
+        reading = Reading(rank)
+        network = self._network
+        if version is not None:
+            self._await(reading, version)
+        elif network.transfer:
+            network.clock.after(network.latency, lambda: self._copy(reading))
+        else:
+            self._copy(reading)
+        return reading
+
+    def _copy(self, reading: Reading) -> None:
+        network = self._network
+        copy = Message(np.empty(network.layout.nbytes, np.uint8), network.layout)
+        if self.publication.read(reading.rank, copy):
+            reading.message = copy
+            self.counters.bytes_received += network.layout.nbytes
+        self._settle(reading)
+
+    def _await(self, reading: Reading, version: int) -> None:
+        slot = self.publication.locate(reading.rank, version)
+        if slot is None:
+            there = _Until(
+                self._network,
+                lambda: self.publication.locate(reading.rank, version) is not None,
+                (reading.rank,),
+            )
+            there.notify(lambda: self._await(reading, version))
+            return
+        reading.message = self._network.at(reading.rank, slot)
+        self.counters.bytes_received += self._network.layout.nbytes
+        self._settle(reading)
+
+    def _settle(self, reading: Reading) -> None:
+        if self._network.transfer:
+            self._network.clock.after(
+                self._network.transfer, lambda: setattr(reading, "settled", True)
+            )
+        else:
+            reading.settled = True
+
+    def post(self, rank: int) -> Posting | None:
+        reservation = self.inbox.reserve(rank)
+        if reservation is None:
+            return None
+        message = self.inbox.place(reservation)
+        assert message is not None, "virtual slots are in place"
+        return Posting(rank, message, reservation)
+
+    def deliver(self, posting: Posting) -> None:
+        reservation = posting.reservation
+        assert reservation is not None
+        self._later(lambda: self.inbox.send(reservation, posting.message))
+
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
+        return _Until(self._network, condition, (self.rank,) if ranks is None else tuple(ranks))
+
+    def gradients(self) -> int:
+        return self._network.gradients
+
+    def count(self, gradients: int) -> None:
+        self._network.gradients += gradients - self._network.counts[self.rank]
+        self._network.counts[self.rank] = gradients
+
     def allreduce(self, array: np.ndarray) -> Pending:
         self._rounds += 1
         return self._network.join(self._rounds, array)
 
     def totals(self) -> Counters:
         return self.counters
+
+
+class _Until:
+    """Done when a condition on control words holds."""
+
+    def __init__(
+        self, network: Network, condition: Callable[[], bool], ranks: tuple[int, ...]
+    ) -> None:
+        self._network = network
+        self._condition = condition
+        self._ranks = ranks
+        self._wake: Callable[[], None] | None = None
+
+    def done(self) -> bool:
+        return self._condition()
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when the condition holds; not before this call returns."""
+        self._wake = wake
+        self._network.watch(self, self._ranks)
+        if self._condition():
+            self._network.clock.after(0.0, self.look)
+
+    def look(self) -> None:
+        """Some word has changed."""
+        wake = self._wake
+        if wake is not None and self._condition():
+            self._wake = None
+            self._network.unwatch(self, self._ranks)
+            wake()
 
 
 class _Allreduce:
@@ -231,7 +353,7 @@ class _Allreduce:
         self._arrays: list[np.ndarray] = []
         self.missing = network.topology.size
         self.complete = False
-        self.waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], None]] = []
 
     def enter(self, array: np.ndarray) -> None:
         self._arrays.append(array)
@@ -244,8 +366,12 @@ class _Allreduce:
         for array in self._arrays:
             array[:] = total
         self.complete = True
-        for wake in self.waiting:
+        for wake in self._waiting:
             wake()
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when the sum is there, which it is not yet."""
+        self._waiting.append(wake)
 
     def done(self) -> bool:
         return self.complete

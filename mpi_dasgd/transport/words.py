@@ -11,6 +11,7 @@ __all__ = [
     "BEAT",
     "CLAIMED",
     "FREE",
+    "GRADIENTS",
     "HEAD",
     "LAST",
     "READY",
@@ -25,9 +26,9 @@ __all__ = [
 FREE, READY, CLAIMED = range(3)
 """States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
 
-BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, HEAD, _SLOTS = range(7)
+BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, GRADIENTS, HEAD, _SLOTS = range(8)
 """Indices of a rank's words: heartbeats, samples processed, status, last step, who says why the run
-failed (rank 0's word counts), newest publication."""
+failed (rank 0's word counts), gradients computed, newest publication."""
 
 MAX_RANKS = 1 << 20
 
