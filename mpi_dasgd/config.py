@@ -241,9 +241,12 @@ class Simulation(Section):
     gradients: Literal["on", "off"] = Field(
         "on", description="off: exchanges alone, to test conservation"
     )
-    compute: Literal["constant", "uniform", "lognormal", "exponential"] = Field(
-        "uniform", description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean"
+    compute: Literal["constant", "uniform", "lognormal", "exponential", "recorded"] = Field(
+        "uniform",
+        description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean; recorded: those "
+        "of the run `times`",
     )
+    times: str | None = Field(None, description="recorded: directory of a run, or its results.h5")
     mean: float = Field(1.0, description="mean time of a step, in units of virtual time", gt=0)
     sigma: float = Field(0.5, description="lognormal: spread", gt=0)
     slow_ranks: tuple[int, ...] = Field((), description="ranks that are slow_factor times slower")

@@ -95,7 +95,7 @@ class Decentralized:
         self._config = config
         self._closed = False
         with environment.together():
-            kind = algorithms.find(config.algorithm.name)
+            kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
             graph_of_ranks = topology.build(
                 config.topology.graph,
                 self.size,
@@ -116,7 +116,8 @@ class Decentralized:
             )
             for warning in kind.warnings(config) if self.rank == 0 else ():
                 world.say(f"warning: {warning}")
-            if kind.synchronous and config.budget.seconds and config.schedule.name != "constant":
+            self._in_step = kind.in_step(config.algorithm)
+            if self._in_step and config.budget.seconds and config.schedule.name != "constant":
                 raise UserError(
                     f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
                     "learning rates would differ; give budget.samples or budget.epochs instead"
@@ -142,6 +143,7 @@ class Decentralized:
             algorithms.partners(config.run.seed, self.rank),
             record or (lambda exchange: None),
         )
+        self.algorithm.local = self.local
         self._rule = delay_rule(config.algorithm, self.size)
         self.delay, self.delay_factor = 0, 1.0
         self._gradients_seen = 0
@@ -191,7 +193,7 @@ class Decentralized:
     @property
     def total_samples(self) -> int:
         """Samples that all ranks have processed, as far as this one has seen."""
-        if self.algorithm.synchronous:
+        if self._in_step:
             return self.samples * self.size
         return self.endpoint.board.total
 
@@ -216,7 +218,7 @@ class Decentralized:
     @property
     def _timed_in_step(self) -> bool:
         """Whether ranks that go in step must stop by the clock: rank 0 then declares the last step."""
-        return self.algorithm.synchronous and self._config.budget.seconds is not None
+        return self._in_step and self._config.budget.seconds is not None
 
     def step(self, samples: int = 1) -> None:
         """Apply the gradient and exchange: call it instead of ``optimizer.step()``.
@@ -322,19 +324,26 @@ class Decentralized:
         )
 
     def average(self) -> None:
-        """Replace the model by the mean of all ranks' models, buffers too. Collective."""
+        """Replace the model by the one that was trained: the mean of all ranks' models, buffers too.
+
+        Of algorithms with a server it is the server's model, and the mean of the workers' buffers.
+        Collective.
+        """
         comm = self.world.comm
-        host, buffers = self.parameters.host, self.parameters.buffers()
-        total = host.astype(np.float64)
+        ranks = self.algorithm.model_ranks(self.size)
+        workers = self.algorithm.workers(self.size, self._config.algorithm)
+        total = (self.rank in ranks) * self.parameters.host.astype(np.float64)
+        buffers = (self.rank in workers) * self.parameters.buffers()
         comm.Allreduce(_in_place(), total)
         comm.Allreduce(_in_place(), buffers)
-        self.parameters.set((total / self.size).astype(np.float32))
-        self.parameters.set_buffers(buffers / self.size)
+        self.parameters.set((total / len(ranks)).astype(np.float32))
+        self.parameters.set_buffers(buffers / len(workers))
 
     @property
-    def counters(self) -> dict[str, int]:
-        """What transport and codec did so far, by name; see `mpi_dasgd.transport.counters.Counters`."""
-        return {**dataclasses.asdict(self.endpoint.totals()), **self.codec.counters}
+    def counters(self) -> dict[str, float]:
+        """What transport, codec and algorithm did so far, by name; see `mpi_dasgd.transport.counters`."""
+        counts = dataclasses.asdict(self.endpoint.totals())
+        return {**counts, **self.codec.counters, **self.algorithm.figures()}
 
     def fail(self) -> bool:
         """Tell the other ranks that this one has failed; return whether it is the first to do so."""

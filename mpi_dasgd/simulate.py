@@ -10,15 +10,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import ABSORBED, APPLIED, INITIATED, SKIPPED, Exchange, partners
+from mpi_dasgd.algorithms.base import (
+    ABSORBED,
+    APPLIED,
+    INITIATED,
+    SKIPPED,
+    Algorithm,
+    Exchange,
+    partners,
+)
 from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.replay import RecordedTimes, recorded_times
 from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
 from mpi_dasgd.transport.words import READY
+from mpi_dasgd.versions import SetStaleness
 
 __all__ = ["Simulation", "Trace", "simulate"]
 
@@ -57,6 +67,7 @@ class _VirtualRank:
         self._decay = decay
         self._expected_sum = expected_sum
         self._velocity = np.zeros_like(x) if momentum else None
+        self.algorithm: Algorithm | None = None
 
     def update(self, factor: float = 1.0) -> None:
         """SGD with momentum and weight decay, as torch.optim.SGD has it."""
@@ -69,7 +80,8 @@ class _VirtualRank:
             direction = self._velocity
         change = self.rate * factor * direction
         self._x -= change
-        self._expected_sum -= change
+        weight = 1.0 if self.algorithm is None else self.algorithm.mass_weight
+        self._expected_sum -= change if weight == 1.0 else weight * change
 
 
 class Simulation:
@@ -90,7 +102,8 @@ class Simulation:
         settings = config.simulation
         self.config = config
         self.size = settings.ranks
-        self.problem = convex.build(config)
+        kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
+        self.problem = convex.build(config, kind.workers(self.size, config.algorithm))
         self.gradients_due = self._budget()
         momentum, decay = self._optimizer()
         seed = config.run.seed
@@ -103,7 +116,6 @@ class Simulation:
             file=config.topology.file,
             seed=seed,
         )
-        kind = algorithms.find(config.algorithm.name)
         kind.check(self.size, config.algorithm, graph)
         codec, notes = kind.codec_settings(config.codec), kind.notes(self.size)
         self.codecs = [
@@ -132,10 +144,19 @@ class Simulation:
                 zip(self.endpoints, self.codecs, self.models, strict=True)
             )
         ]
+        for algorithm, local in zip(self.algorithms, self.locals, strict=True):
+            algorithm.local, local.algorithm = local, algorithm
+        self._in_step = kind.in_step(config.algorithm)
         slow = resolve_ranks(settings.slow_ranks, self.size)
-        self._times = ComputeTimes(
-            settings.compute, settings.mean, settings.sigma, slow, settings.slow_factor
-        )
+        self._times: ComputeTimes | RecordedTimes
+        if settings.compute == "recorded":
+            if settings.times is None:
+                raise UserError("simulation.times: 'recorded' needs the directory of a run")
+            self._times = recorded_times(settings.times, self.size)
+        else:
+            self._times = ComputeTimes(
+                settings.compute, settings.mean, settings.sigma, slow, settings.slow_factor
+            )
         self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
         self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
         self._schedule = Schedule(**config.schedule.model_dump())
@@ -143,11 +164,15 @@ class Simulation:
         self.waits = 0
         self._rule = delay_rule(config.algorithm, self.size)
         self.ages: list[int] = []
+        self.ages_s: list[float] = []
         self.delays: list[int] = []
         self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
-        self._stuck: set[int] = set()  # ranks that wait in the middle of a step
+        self._stuck: dict[int, float] = {}  # since when ranks wait in the middle of a step
+        self.wait_time = 0.0
         self.trace = Trace()
+        self.sample_every = max(50, self.size)  # gradients between two samples of the trace
         self.diverged = False
+        self.staleness: SetStaleness | None = None
 
     def _budget(self) -> int:
         budget = self.config.budget
@@ -175,12 +200,15 @@ class Simulation:
         self.kinds[exchange.kind] += 1
         if exchange.kind in (INITIATED, APPLIED):
             self.ages.append(exchange.step - exchange.partner_step)
+            self.ages_s.append(exchange.age_s)
 
     def run(self) -> dict[str, object]:
         """Simulate until the budget is spent; return the figures that `simulate --json` prints."""
         begun = time.perf_counter()
         for algorithm in self.algorithms:
             algorithm.start()
+        versions = [a.versions for a in self.algorithms if a.versions is not None]
+        self.staleness = SetStaleness(versions) if versions else None
         for rank in range(self.size):
             self._begin(rank)
         self._sample()
@@ -190,6 +218,8 @@ class Simulation:
         if not self.diverged:
             self._sample()
         figures = self._figures(seconds)
+        for algorithm in reversed(self.algorithms):  # of equal names rank 0's counts
+            figures |= algorithm.figures()
         if not self.diverged:
             self.drain()
             figures["drained_disagreement"] = float(np.abs(self.models - self.models[0]).max())
@@ -197,14 +227,15 @@ class Simulation:
 
     def drain(self) -> None:
         """End as a real run does: give back what is held, deliver and absorb what is on its way."""
-        free = [rank for rank in range(self.size) if rank not in self._stuck]
-        for rank in free:
-            self._leave(self.algorithms[rank].leave())
+        left: set[int] = set()  # a rank that is stuck may come free when others absorb
         moved = -1
         while moved != (moved := self._moved):
+            for rank in set(range(self.size)) - self._stuck.keys() - left:
+                left.add(rank)
+                self._leave(self.algorithms[rank].leave())
             while self.clock.advance():
                 pass
-            for rank in free:
+            for rank in left:
                 self.algorithms[rank].absorb(self.locals[rank].step)
 
     @property
@@ -229,9 +260,10 @@ class Simulation:
 
     def _ready(self, rank: int) -> None:
         """A gradient is ready: one step of the algorithm."""
-        if self.gradients >= self.gradients_due:
-            return
         local = self.locals[rank]
+        done = local.step * self.size if self._in_step else self.gradients
+        if done >= self.gradients_due:
+            return
         local.step += 1
         local.rate = self._rate
         self.gradients += 1
@@ -252,25 +284,29 @@ class Simulation:
         return self.config.optimizer.lr * factor
 
     def _serve(self, rank: int) -> None:
-        """A rank that computes no gradients: serve now, and whenever something arrives."""
-        local, endpoint = self.locals[rank], self.endpoints[rank]
+        """A rank that computes no gradients: serve now, and at the moment when something arrives."""
+        self.network.servers[rank] = lambda: self._serve(rank)
+        local = self.locals[rank]
         local.rate = self._rate
         while self.algorithms[rank].serve(local):
             pass
-        arrival = endpoint.until(lambda: endpoint.inbox.waiting)
-        self.network.notify(arrival, lambda: self._serve(rank))
 
     def _drive(self, rank: int, step: Iterator[Pending]) -> None:
         """Go on with a step; where it must wait, have what it waits for come back here."""
-        self._stuck.discard(rank)
+        self.wait_time += self.clock.now - self._stuck.pop(rank, self.clock.now)
         for pending in step:
             self.waits += 1
-            self._stuck.add(rank)
+            self._stuck[rank] = self.clock.now
             self.network.notify(pending, lambda: self._drive(rank, step))
             return
-        if self.gradients % max(50, self.size) == 0:
+        if self.gradients % self.sample_every == 0:
             self._sample()
-        self._begin(rank)
+        if self.staleness is not None:
+            self.staleness.sample(rank)
+        if isinstance(self._times, RecordedTimes):
+            self.clock.after(self._times.exchange(rank), lambda: self._begin(rank))
+        else:
+            self._begin(rank)
 
     def _in_flight(self) -> np.ndarray:
         """Sum of the deltas that were sent and not absorbed."""
@@ -321,12 +357,15 @@ class Simulation:
             ),
             "conservation_error": error,
             "waits": self.waits,
+            "wait_time": self.wait_time,
             "exchanges": self.kinds[INITIATED],
             "skipped": self.kinds[SKIPPED],
             "bytes_per_message": self.codecs[0].layout.nbytes,
             "rejected": self._rejected(),
             "staleness_mean": float(np.mean(self.ages)) if self.ages else None,
             "staleness_max": max(self.ages) if self.ages else None,
+            "set_staleness_mean": self.staleness.average if self.staleness else None,
+            "set_staleness_max": self.staleness.maximum if self.staleness else None,
             "delay_mean": float(np.mean(self.delays)) if self.delays else None,
             "delay_max": max(self.delays) if self.delays else None,
             "virtual_time": self.clock.now,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from mpi_dasgd.errors import UserError, nearest
@@ -138,9 +138,17 @@ class Topology:
         parts = connected_components(self._present(self._adjacency()), return_labels=False)
         return bool(parts == 1)
 
-    @cached_property
+    @property
     def is_bipartite(self) -> bool:
         """Whether the ranks split into two sets with all edges between them."""
+        return self.colours is not None
+
+    @cached_property
+    def colours(self) -> NDArray[np.int8] | None:
+        """Which of two sets each rank is in, 0 or 1, so that all edges are between them; rank 0 is in 0.
+
+        None if there are no two such sets.
+        """
         colour = np.full(self.size, -1, dtype=np.int8)
         for start in range(self.size):
             if colour[start] >= 0:
@@ -152,11 +160,36 @@ class Topology:
                 near = self._near(rank)
                 seen = colour[near]
                 if (seen == colour[rank]).any():
-                    return False
+                    return None
                 fresh = near[seen < 0]
                 colour[fresh] = 1 - colour[rank]
                 frontier.extend(fresh.tolist())
-        return True
+        return colour
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """Whether every rank may talk to every other."""
+        return bool((self._degrees == self.size - 1).all())
+
+    def branches(self, rank: int) -> dict[int, int]:
+        """Return the neighbours of `rank` in the breadth-first spanning tree from rank 0.
+
+        With each of them: how many ranks lie behind it, itself included. All ranks build the same tree.
+        """
+        parents, below = self._tree
+        branches = {int(k): int(below[k]) for k in np.flatnonzero(parents == rank)}
+        if parents[rank] >= 0:
+            branches[int(parents[rank])] = self.size - int(below[rank])
+        return branches
+
+    @cached_property
+    def _tree(self) -> tuple[Ints, Ints]:
+        """Parent of each rank in the spanning tree, negative for rank 0, and the size of its subtree."""
+        order, parents = breadth_first_order(self._adjacency(), 0)
+        below = np.ones(self.size, dtype=np.int64)
+        for rank in order[:0:-1]:
+            below[parents[rank]] += below[rank]
+        return parents.astype(np.int64), below
 
     def without(self, ranks: Iterable[int]) -> Topology:
         """Return the graph without `ranks`: neighbours and weights renewed, connected or not.

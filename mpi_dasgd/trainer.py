@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from mpi_dasgd import launch, straggler, world
+from mpi_dasgd import algorithms, launch, straggler, world
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.conclusion import conclude
 from mpi_dasgd.config import Config
@@ -64,12 +64,14 @@ class Trainer:
             self.device = world.choose_device(environment.node_rank, torch.cuda.device_count())
             self.model.to(self.device)
             self.optimizer = _optimizer(config, self.model)
+            kind = algorithms.find(config.algorithm.name)
+            workers = kind.workers(self.size, config.algorithm)
             self.batches = tasks.Batches(
                 self.data,
                 config.task.batch_size,
                 seed=config.run.seed,
-                rank=self.rank,
-                ranks=self.size,
+                rank=max(0, self.rank - workers.start),  # a server draws nothing
+                ranks=max(1, len(workers)),
                 sharded=config.task.data == "sharded",
             )
             self.straggler = straggler.Straggler(
@@ -222,8 +224,9 @@ class Trainer:
         parts = [
             f"{self.config.algorithm.name} {100 * training.progress:3.0f} %",
             f"{rate:,.0f} samples/s",
-            f"loss {self.loss:.4f}",
         ]
+        if training.computes:
+            parts.append(f"loss {self.loss:.4f}")
         if self.accuracy is not None:
             parts.append(f"accuracy {100 * self.accuracy:.1f} % (rank {self.rank})")
         if self.ages:

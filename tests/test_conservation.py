@@ -104,7 +104,7 @@ class Local:
     step = 0
     gradient = np.zeros(0)
 
-    def update(self) -> None:
+    def update(self, factor: float = 1.0) -> None:
         pass
 
 

@@ -37,7 +37,7 @@ SUMMARY_KEYS = {
 
 
 def write_tiny_run(directory: Path, consensus: bool = True) -> None:
-    """Two ranks with round numbers: 300 samples in 3 s, three exchanges, two milestones."""
+    """Two ranks with round numbers: 300 samples in 3 s, five exchanges, two milestones."""
     for rank, steps in enumerate((2, 1)):
         record = RunFile(
             rank_path(directory, rank),
@@ -47,18 +47,22 @@ def write_tiny_run(directory: Path, consensus: bool = True) -> None:
         )
         for step in range(1, steps + 1):
             seconds = step * 1.5 if rank == 0 else 2.0
-            record.append("train", step, seconds, 100 * step, 150 * step, 0.5, 0.1, 1, 0.4, 0.1)
+            late = (2, 0.5) if (rank, step) == (0, 2) else (0, 1.0)
+            record.append(
+                "train", step, seconds, 100 * step, 150 * step, 0.5, 0.1, 1, 0.4, 0.1, *late
+            )
         for milestone in range(2):
             accuracy = (0.80, 0.90)[milestone] - 0.10 * rank
             time = (1.0, 2.5)[milestone] + 0.25 * rank
             row = (milestone, 1, time, 50, 100 * (milestone + 1), 0.3, accuracy)
             record.append("evaluation", *row)
         if rank == 0:
-            record.append("exchange", 1, 1.0, 1, 0, 3, -2, 0.1, 1000, 0, 0.5, 0)
-            record.append("exchange", 2, 2.0, 1, 0, 1, 5, 0.2, 3000, 1, 0.5, 0)
-            record.append("exchange", 2, 2.1, -1, 2, -1, UNKNOWN_AGE, np.nan, 0, 4, 0.5, 0)
+            record.append("exchange", 1, 1.0, 1, 0, 3, -2, 0.1, 1000, 0, 0.5, 0, -1)
+            record.append("exchange", 2, 2.0, 1, 0, 1, 5, 0.2, 3000, 1, 0.5, 0, -1)
+            record.append("exchange", 2, 2.1, -1, 2, -1, UNKNOWN_AGE, np.nan, 0, 4, 0.5, 0, -1)
         else:
-            record.append("exchange", 1, 1.1, 0, 1, 0, 3, 0.2, 500, 0, 0.5, 0)
+            record.append("exchange", 1, 1.1, 0, 1, 0, 3, 0.2, 500, 0, 0.5, 0, -1)
+            record.append("exchange", 1, 1.2, 0, 3, 0, 4, 0.3, 900, 0, np.nan, 0, 6)  # a gradient
         record.close("finished", {"bytes_sent": 2000 * (1 - rank) + 4000})
     table = {
         "progress": [100, 200],
@@ -109,10 +113,13 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "test_loss": 0.25,
         "test_accuracy": 0.95,
         "worst_rank_accuracy": 0.80,
-        "staleness_mean": (0 + 5 + 3) / 3,
+        "staleness_mean": (0 + 5 + 3 + 4) / 4,
         "staleness_max": 5,
-        "exchanges": 2,
-        "bytes_per_exchange": 2250.0,
+        "delay_mean": 2 / 3,
+        "delay_max": 2,
+        "delay_factor_mean": 2.5 / 3,
+        "exchanges": 3,
+        "bytes_per_exchange": 1800.0,
         "bytes_sent": 10_000,
         "consensus_distance": 0.5,
         "consensus_relative": 0.05,
@@ -274,7 +281,7 @@ def test_page_stands_alone(runs: list[Run], tmp_path: Path) -> None:
     assert parsed.links == []
     assert not {"script", "link", "iframe"} & set(parsed.tags)
     assert not re.search(r"@import|url\(", text)
-    assert len(parsed.images) == 10
+    assert len(parsed.images) == 11
     for image in parsed.images:
         svg = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,"))
         assert ElementTree.fromstring(svg).tag.endswith("svg")
@@ -296,7 +303,7 @@ def test_page_escapes_names_and_says_what_is_missing(tmp_path: Path) -> None:
     _, page = write_report([load_run(tmp_path / "run")], tmp_path)
     text = page.read_text()
     assert "<script>" not in text
-    assert "Not recorded by these runs: test loss, staleness, consensus distance." in text
+    assert "Not recorded by these runs: test loss, staleness, delay, consensus distance." in text
 
 
 @pytest.mark.parametrize(
@@ -304,7 +311,7 @@ def test_page_escapes_names_and_says_what_is_missing(tmp_path: Path) -> None:
     [
         (panels.consensus, [0.2, 0.05]),
         (panels.test_loss_by_time, [0.4, 0.25]),
-        (panels.traffic, [0, 4500]),
+        (panels.traffic, [0, 5400]),
         (panels.loss_by_samples, [0.5, 0.5]),
     ],
 )
@@ -318,12 +325,31 @@ def test_panels_draw_the_values(tmp_path: Path, panel: panels.Panel, expected: l
     assert axes.get_ylabel()
 
 
+@pytest.mark.parametrize(
+    ("panel", "lowest", "expected"),
+    [
+        (panels.staleness, -2, [1 / 4, 0, 0, 0, 0, 1 / 4, 1 / 4, 1 / 4]),  # -2, 3, 4, 5 steps
+        (panels.delay, 0, [2 / 3, 0, 1 / 3]),
+    ],
+)
+def test_histograms_have_a_bar_a_number(
+    tmp_path: Path, panel: panels.Panel, lowest: int, expected: list[float]
+) -> None:
+    write_tiny_run(tmp_path)
+    axes = Figure().subplots()
+    assert panel(axes, [load_run(tmp_path)], ["tiny"])
+    shares, edges, _ = axes.patches[0].get_data()
+    assert edges[0] == lowest - 0.5
+    np.testing.assert_allclose(shares[: len(expected)], expected)
+    assert sum(shares) == pytest.approx(1)
+
+
 def test_traffic_adds_up_over_the_ranks(tmp_path: Path) -> None:
     write_tiny_run(tmp_path)
     axes = Figure().subplots()
     panels.traffic(axes, [load_run(tmp_path)], ["tiny"])
     seconds, moved = (np.asarray(values) for values in axes.lines[0].get_data())
-    assert np.interp(1.5, seconds, moved) == 1500
+    assert np.interp(1.5, seconds, moved) == 2400
 
 
 def test_a_regression_without_accuracy_reports(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def write_run(
                 step_s[rank] * 0.85,
                 step_s[rank] * 0.15,
                 1 / speeds[rank] - step_s[rank],
+                0 if wait_s else int(random.poisson(size - 1)),
+                1.0,
             )
             if wait_s or step % 2:
                 continue
@@ -104,6 +106,7 @@ def write_run(
                 int(random.poisson(0.1)),
                 float("nan"),
                 0,
+                -1,
             )
         for milestone in range(MILESTONES):
             at = min(steps - 1, int(steps * (milestone + 1) / MILESTONES))

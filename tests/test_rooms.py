@@ -15,18 +15,18 @@ PACKAGE = ROOT / "mpi_dasgd"
 # From the bottom up; a room may import from those before it, and from itself.
 FLOORS = [
     {"errors", "__init__"},
-    {"config", "topology", "graphs", "stepsize", "straggler", "parameters"},
+    {"config", "topology", "graphs", "stepsize", "delays", "straggler", "parameters"},
     {"launchers", "outcome", "rank_status", "launch"},
     {"storage", "kernels", "tasks", "world", "progress"},
-    {"codecs", "analysis"},
+    {"codecs", "analysis", "versions"},
     {"transport"},
     {"algorithms"},
-    {"simulate", "local"},
+    {"simulate", "local", "replay"},
     {"decentralized"},
     {"evaluation", "state"},
     {"conclusion"},
     {"trainer"},
-    {"doctor", "bench"},
+    {"doctor", "bench", "studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -28,16 +28,16 @@ record = RunFile(sys.argv[1], rank=3, size=4, attributes={"config_json": "{}"})
 step = 0
 while True:
     for _ in range(37):
-        record.append("train", step, step / 2, step, 4 * step, 1 / (step + 1), 0.1, 1, 2, 3)
+        record.append("train", step, step / 2, step, 4 * step, 1 / (step + 1), 0.1, 1, 2, 3, 4, 1)
         step += 1
-    record.append("exchange", step, step * 0.5, 1, 0, step, 0, 0.1, 1000, 0, 0.5, 0)
+    record.append("exchange", step, step * 0.5, 1, 0, step, 0, 0.1, 1000, 0, 0.5, 0, -1)
     record.flush({"messages": step})
     print(step, flush=True)
 """
 
 
 def train_row(step: int) -> tuple[float, ...]:
-    return (step, step * 0.5, step * 32, step * 128, 1 / (step + 1), 0.1, 0.01, 0.002, 0.0)
+    return (step, step * 0.5, step * 32, step * 128, 1 / (step + 1), 0.1, 0.01, 0.002, 0.0, 3, 0.5)
 
 
 def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
     with RunFile(path, rank=1, size=4, attributes=attributes) as record:
         for step in range(rows):
             record.append("train", *train_row(step))
-        record.append("exchange", 4, 0.2, 2, 1, 9, -5, 0.01, 4096, 1, 0.5, 0)
+        record.append("exchange", 4, 0.2, 2, 1, 9, -5, 0.01, 4096, 1, 0.5, 0, 7)
         record.close("finished", {"messages": np.int64(12), "bytes_sent": 1 << 40, "idle_s": 0.25})
     read = read_run_file(path)
     assert read.status == "finished"
@@ -178,7 +178,7 @@ def test_never_overwrites(tmp_path: Path) -> None:
 def test_a_row_of_the_wrong_length_is_an_error(tmp_path: Path) -> None:
     record = RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
     record.append("train", 1, 2.0)
-    with pytest.raises(ValueError, match="'train' has 9 values: step, time"):
+    with pytest.raises(ValueError, match="'train' has 11 values: step, time"):
         record.flush()
     record.close("failed", {})
 
@@ -190,9 +190,9 @@ def test_an_error_in_the_background_is_not_lost(
     record = RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
     record.append("train", 1, 2.0)
     time.sleep(0.3)
-    with pytest.raises(ValueError, match="9 values"):
+    with pytest.raises(ValueError, match="11 values"):
         record.flush()
-    with pytest.raises(ValueError, match="9 values"):
+    with pytest.raises(ValueError, match="11 values"):
         record.close("failed", {})
     assert read_run_file(record.path).status == "failed"
 

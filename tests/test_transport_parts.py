@@ -22,6 +22,7 @@ from mpi_dasgd.transport.words import (
     BEAT,
     CLAIMED,
     FREE,
+    GRADIENTS,
     HEAD,
     LAST,
     READY,
@@ -58,7 +59,7 @@ def test_word_keeps_state_holder_and_version_apart() -> None:
 
 def test_word_map_gives_each_word_its_own_place() -> None:
     where = WordMap(5, 7)
-    fixed = [BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, HEAD]
+    fixed = [BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, GRADIENTS, HEAD]
     indices = [*fixed, *where.publication, *where.inbox]
     assert sorted(indices) == list(range(where.count))
     assert (len(where.publication), len(where.inbox)) == (5, 7)

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
+from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
+from mpi_dasgd.algorithms.adpsgd_pull import PullADPSGD
 from mpi_dasgd.algorithms.allreduce import AllReduce
 from mpi_dasgd.algorithms.alone import Alone
+from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.algorithms.base import Algorithm, Exchange, Local, partners
+from mpi_dasgd.algorithms.dasgd import DASGD
+from mpi_dasgd.algorithms.dpsgd import DPSGD
+from mpi_dasgd.algorithms.easgd import EASGD
+from mpi_dasgd.algorithms.local_sgd import LocalSGD
+from mpi_dasgd.algorithms.minibatch import MiniBatch
+from mpi_dasgd.algorithms.osgp import OSGP
+from mpi_dasgd.algorithms.sgp import SGP
+from mpi_dasgd.algorithms.swarm import Swarm
+from mpi_dasgd.algorithms.swarm_blocking import BlockingSwarm
+from mpi_dasgd.algorithms.swarm_pull import PullSwarm
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Exchange", "Local", "find", "partners"]
+__all__ = ["ALGORITHMS", "VARIANTS", "Algorithm", "Exchange", "Local", "find", "partners"]
 
-ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (ADPSGD, AllReduce, Alone)}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    kind.name: kind
+    for kind in (
+        ADPSGD,
+        Swarm,
+        AllReduce,
+        Alone,
+        DASGD,
+        LocalSGD,
+        DPSGD,
+        SGP,
+        OSGP,
+        ASGD,
+        MiniBatch,
+        EASGD,
+    )
+}
 
 
-def find(name: str) -> type[Algorithm]:
-    """Return the algorithm called `name`.
+VARIANTS: dict[str, tuple[type[Algorithm], ...]] = {
+    ADPSGD.name: (ADPSGD, BipartiteADPSGD, PullADPSGD),
+    Swarm.name: (Swarm, BlockingSwarm, PullSwarm),
+}
+"""The values of `algorithm.variant`: a class each, the first one the default."""
+
+
+def find(name: str, variant: str | None = None) -> type[Algorithm]:
+    """Return the algorithm called `name`, in its default variant or the one given.
 
     Raises:
         UserError: if there is none.
@@ -24,4 +60,10 @@ def find(name: str) -> type[Algorithm]:
         raise UserError(
             f"algorithm.name: {name!r} is not known{nearest(name, ALGORITHMS)} (valid: {valid})"
         )
-    return ALGORITHMS[name]
+    if variant is None:
+        return ALGORITHMS[name]
+    variants = {kind.variant: kind for kind in VARIANTS.get(name, ())}
+    if variant not in variants:
+        valid = f"it has {', '.join(variants)}" if variants else "it has none"
+        raise UserError(f"algorithm.variant: {name!r} has no variant {variant!r}: {valid}")
+    return variants[variant]

@@ -93,8 +93,15 @@ class Algorithm(ABC):
         settings: section ``algorithm`` of the configuration.
         rng: source of this rank's random choices.
         record: called with every exchange.
+
+    Attributes:
+        local: this rank's training, set by the driver before `start`: for gradients that arrive
+            outside of a step.
     """
 
+    local: Local
+    versions: np.ndarray | None = None
+    """Gradients of each rank that are in this rank's model, (ranks,) int64, if it counts them."""
     name: ClassVar[str]
     paper: ClassVar[str]
     exchanges: ClassVar[str]
@@ -107,8 +114,8 @@ class Algorithm(ABC):
     """Whether, and for what, ranks wait."""
     effective_step: ClassVar[str] = "1"
     """By how many eta/n one gradient moves the mean of the models."""
-    variants: ClassVar[tuple[str, ...]] = ()
-    """Values of `algorithm.variant`, the first one the default."""
+    variant: ClassVar[str] = ""
+    """Which value of `algorithm.variant` this class stands for; '' if there is only one."""
     codecs: ClassVar[tuple[str, ...]] = ("none",)
     """Codecs that it can use, the first one the default."""
     synchronous: ClassVar[bool] = False
@@ -165,6 +172,11 @@ class Algorithm(ABC):
         return range(size)
 
     @classmethod
+    def workers(cls, size: int, settings: Settings) -> range:
+        """Return the ranks that compute gradients; data that are sharded are shared out among them."""
+        return range(size)
+
+    @classmethod
     def warnings(cls, config: Config) -> list[str]:
         """Return what a user should know of a configuration that works, but not as one may think."""
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
@@ -175,10 +187,10 @@ class Algorithm(ABC):
             ]
         return []
 
-    @property
-    def variant(self) -> str:
-        """The variant in use, '' if there is only one."""
-        return self.settings.variant or (self.variants[0] if self.variants else "")
+    @classmethod
+    def in_step(cls, settings: Settings) -> bool:
+        """Return whether all ranks make the same number of steps: always, or with these settings."""
+        return cls.synchronous
 
     @classmethod
     def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
@@ -192,12 +204,11 @@ class Algorithm(ABC):
                 f"algorithm.name: {cls.name!r} needs at least {cls.minimum_ranks} ranks, got {ranks}; "
                 "start it with `mpi-dasgd launch -n 4 train ...`, or mpirun -n 4"
             )
-        if settings.variant is not None and settings.variant not in cls.variants:
-            valid = f"it has {', '.join(cls.variants)}" if cls.variants else "it has none"
+        if settings.variant not in (None, cls.variant):  # `algorithms.find` chooses the class
             raise UserError(
-                f"algorithm.variant: {cls.name!r} has no variant {settings.variant!r}: {valid}"
+                f"algorithm.variant: {cls.__name__} is {cls.variant!r}, got {settings.variant!r}"
             )
-        if settings.step_rule != "constant" and cls.synchronous:
+        if settings.step_rule != "constant" and cls.in_step(settings):
             raise UserError(
                 f"algorithm.step_rule: {settings.step_rule!r} is for asynchronous algorithms; "
                 f"{cls.name!r} has no delays: leave it at 'constant'"
@@ -206,12 +217,12 @@ class Algorithm(ABC):
     @property
     def computes(self) -> bool:
         """Whether this rank computes gradients; else `serve` is called instead of `step`."""
-        return True
+        return self.endpoint.rank in self.workers(self.endpoint.size, self.settings)
 
     @property
     def needs(self) -> frozenset[int]:
         """Ranks without which it cannot go on."""
-        return frozenset(range(self.endpoint.size) if self.synchronous else ())
+        return frozenset(range(self.endpoint.size) if self.in_step(self.settings) else ())
 
     def start(self) -> None:
         """Called once, when all ranks have the same model."""
@@ -239,6 +250,11 @@ class Algorithm(ABC):
         """Give back what is held of other ranks: called once, after the last step."""
         return iter(())
 
+    @property
+    def mass_weight(self) -> float:
+        """By how much `mass` moves when the optimizer moves the model by 1."""
+        return 1.0
+
     def mass(self) -> np.ndarray:
         """Return this rank's share of what exchanges conserve, shape of the model: for meters."""
         return self.x
@@ -246,6 +262,10 @@ class Algorithm(ABC):
     def mass_of(self, message: Message) -> np.ndarray:
         """Return what a message that was sent and not received adds to it."""
         return self.codec.delta(message)
+
+    def figures(self) -> dict[str, float]:
+        """Return what it measured of the run on this rank, by name, for its results."""
+        return {}
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what a checkpoint must hold beside the model, arrays by name."""

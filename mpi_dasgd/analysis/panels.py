@@ -18,6 +18,7 @@ __all__ = [
     "accuracy_by_samples",
     "accuracy_by_time",
     "consensus",
+    "delay",
     "loss_by_samples",
     "loss_by_time",
     "staleness",
@@ -147,26 +148,45 @@ def throughput(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 def staleness(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     """By how many steps the received states lagged behind, as a share of the exchanges."""
-    found = [(index, ages) for index, run in enumerate(runs) if len(ages := run.ages())]
-    if not found:
+    if not _histogram(axes, [run.ages() for run in runs]):
         return False
-    everything = np.concatenate([ages for _, ages in found])
-    low, high = (int(edge) for edge in np.percentile(everything, (0.25, 99.75)))
-    step = max(1, (high - low) // 60)  # at most some 60 bars, each of whole steps
-    edges = np.arange(low, high + 2 * step, step) - 0.5
-    for index, ages in found:
-        share, _ = np.histogram(ages, edges)
-        axes.stairs(share / len(ages), edges, color=style.colour(index), lw=1.6)
-        if len(found) <= 3:
-            axes.stairs(share / len(ages), edges, color=style.colour(index), fill=True, alpha=0.18)
     axes.axvline(0, color=style.MUTED, lw=0.8, ls=":")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(style.per_cent())
     axes.set(
         xlabel="steps the partner's state lagged behind",
         ylabel="share of exchanges [%]",
         title="Staleness",
     )
+    return True
+
+
+def delay(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
+    """How many gradients of other ranks each gradient came late, as a share of the gradients."""
+    if not _histogram(axes, [run.delays() for run in runs]):
+        return False
+    axes.set(
+        xlabel="gradients of other ranks since the model was taken",
+        ylabel="share of gradients [%]",
+        title="Delay",
+    )
+    return True
+
+
+def _histogram(axes: Axes, values: Sequence[np.ndarray]) -> bool:
+    """Draw the shares of whole numbers, one outline a run."""
+    found = [(index, counts) for index, counts in enumerate(values) if len(counts)]
+    if not found:
+        return False
+    everything = np.concatenate([counts for _, counts in found])
+    low, high = map(int, np.percentile(everything, (0.25, 99.75), method="nearest"))
+    step = max(1, (high - low) // 60)  # at most some 60 bars, each of whole steps
+    edges = np.arange(low, high + 2 * step, step) - 0.5
+    for index, counts in found:
+        share = np.histogram(counts, edges)[0] / len(counts)
+        axes.stairs(share, edges, color=style.colour(index), lw=1.6)
+        if len(found) <= 3:
+            axes.stairs(share, edges, color=style.colour(index), fill=True, alpha=0.18)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(style.per_cent())
     return True
 
 

@@ -68,8 +68,13 @@ TOPICS = (
     ),
     Topic(
         "Staleness",
-        "How many steps old a partner's state was when it was used; negative: it was ahead.",
+        "How many steps old what a partner sent was when it was used; negative: it was ahead.",
         panels.staleness,
+    ),
+    Topic(
+        "Delay",
+        "Gradients that other ranks computed between a gradient's model and its use.",
+        panels.delay,
     ),
     Topic(
         "Consensus distance",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpi_dasgd.storage.results import Results
-from mpi_dasgd.storage.schema import CONSENSUS, INITIATED, SKIPPED, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import APPLIED, CONSENSUS, INITIATED, SKIPPED, UNKNOWN_AGE
 
 __all__ = ["Evaluations", "Run", "SecondsTo"]
 
@@ -86,6 +86,11 @@ class Run:
         known = (self.column("exchange", "kind") != SKIPPED) & (ages != UNKNOWN_AGE)
         return np.asarray(ages[known])
 
+    def delays(self) -> np.ndarray:
+        """Return how many gradients of other ranks each gradient came late; empty if none ever did."""
+        delays = self.column("train", "delay")
+        return delays if delays.any() else np.empty(0, delays.dtype)
+
     def evaluations(self) -> Evaluations:
         """Return the accuracies at the milestones.
 
@@ -137,12 +142,14 @@ class Run:
         """Return the figures of the run, as JSON can hold them; None for what was not measured.
 
         staleness_mean and staleness_max count a state that was ahead of its reader as 0 steps
-        stale; bytes_per_exchange is all payload moved per exchange initiated; accuracies, test loss
-        and consensus distance are those of the last milestone.
+        stale; exchanges are averages initiated and gradients of others applied, and bytes_per_exchange
+        is all payload moved per exchange; delay_factor_mean is of the rule for delays, None where it
+        changed nothing; accuracies, test loss and consensus distance are those of the last milestone.
         """
         attributes, ranks = self.results.attributes, self.results.ranks
         stale = np.maximum(self.ages(), 0)
-        initiated = int((self.column("exchange", "kind") == INITIATED).sum())
+        delays, factors = self.delays(), self.column("train", "delay_factor")
+        exchanges = int(np.isin(self.column("exchange", "kind"), (INITIATED, APPLIED)).sum())
         wall = float(ranks["wall_s"].max())
         samples = int(ranks["samples"].sum())
         accuracy = self.evaluations()
@@ -165,8 +172,11 @@ class Run:
             "worst_rank_accuracy": _last(accuracy.worst),
             "staleness_mean": float(stale.mean()) if len(stale) else None,
             "staleness_max": int(stale.max()) if len(stale) else None,
-            "exchanges": initiated or None,
-            "bytes_per_exchange": self._bytes() / initiated if initiated else None,
+            "delay_mean": float(delays.mean()) if len(delays) else None,
+            "delay_max": int(delays.max()) if len(delays) else None,
+            "delay_factor_mean": float(factors.mean()) if (factors != 1.0).any() else None,
+            "exchanges": exchanges or None,
+            "bytes_per_exchange": self._bytes() / exchanges if exchanges else None,
             "bytes_sent": self._counter("bytes_sent"),
             "consensus_distance": self._last("consensus_distance"),
             "consensus_relative": self._last("consensus_relative"),

@@ -163,7 +163,7 @@ class DdpTrainer:
             elapsed = self.elapsed
             self.file.append(
                 "train", self.step, elapsed, self.samples, self.samples * self.size, loss,
-                self.config.optimizer.lr, time.perf_counter() - begun, 0.0, 0.0,
+                self.config.optimizer.lr, time.perf_counter() - begun, 0.0, 0.0, 0, 1.0,
             )  # fmt: skip
             while milestone < points and elapsed * points >= milestone * seconds:
                 self._milestone(milestone)

@@ -74,13 +74,15 @@ class PlainCodec(ABC):
             v = x[start : start + _BLOCK]
             for delta in arrived:
                 v += self._unpack(delta, start, v.size)
-            if theirs is not None and reply is not None:
+            if theirs is not None:
                 d = self._unpack(theirs, start, v.size)
                 d -= v
                 square += float(np.dot(d, d))
                 d *= np.float32(-weight)
-                self._pack(d, reply, start)
-                v -= self._unpack(reply, start, v.size)
+                if reply is not None:
+                    self._pack(d, reply, start)
+                    d = self._unpack(reply, start, v.size)
+                v -= d
             if published is not None:
                 self._pack(v, published, start)
         return Outcome() if theirs is None else Outcome(square**0.5)

@@ -13,7 +13,7 @@ __all__ = ["BreastCancer", "Problem", "Quadratic", "build"]
 
 
 class Problem(Protocol):
-    """Minimize f(x) = mean_i f_i(x), f_i being the function of rank i.
+    """Minimize f(x) = mean_i f_i(x), f_i being the function of rank i, over the ranks that work.
 
     Attributes:
         start: initial model, shape (d,), float64.
@@ -29,6 +29,9 @@ class Problem(Protocol):
     def value(self, x: np.ndarray) -> float:
         """Return f(x)."""
 
+    def slope(self, x: np.ndarray) -> np.ndarray:
+        """Return the gradient of f at `x`, without noise."""
+
 
 class Quadratic:
     """f_i(x) = 1/2 sum_k c_k (x_k - b_ik)^2 with curvatures c between 1/condition and 1.
@@ -40,6 +43,7 @@ class Quadratic:
         heterogeneity: standard deviation of the minima b_i around their mean, which is 0.
         noise: standard deviation of the noise of each gradient coordinate.
         seed: of start and minima.
+        workers: ranks that compute gradients; None for all.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Quadratic:
         heterogeneity: float = 0.0,
         noise: float = 0.0,
         seed: int = 0,
+        workers: range | None = None,
     ) -> None:
         rng = np.random.default_rng([seed, 1])
         self.curvature = np.geomspace(1.0, 1.0 / condition, dimension)
@@ -59,7 +64,7 @@ class Quadratic:
         self._minima: np.ndarray | None = None
         if heterogeneity:
             minima = heterogeneity * rng.normal(size=(ranks, dimension))
-            self._minima = minima - minima.mean(0)
+            self._minima = minima - minima[workers or range(ranks)].mean(0)
 
     def gradient(self, rank: int, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         gradient = self.curvature * (x if self._minima is None else x - self._minima[rank])
@@ -70,6 +75,9 @@ class Quadratic:
     def value(self, x: np.ndarray) -> float:
         """Return f(x) - f(optimum)."""
         return float(0.5 * self.curvature @ np.square(x))
+
+    def slope(self, x: np.ndarray) -> np.ndarray:
+        return self.curvature * x
 
 
 class BreastCancer:
@@ -83,10 +91,16 @@ class BreastCancer:
         batch_size: samples of a stochastic gradient; 0 takes all of a rank's.
         regularization: weight of the L2 term; also makes the problem strongly convex.
         sharded: whether each rank has its own samples.
+        workers: ranks that compute gradients, and have samples; None for all.
     """
 
     def __init__(
-        self, ranks: int, batch_size: int = 1, regularization: float = 0.01, sharded: bool = False
+        self,
+        ranks: int,
+        batch_size: int = 1,
+        regularization: float = 0.01,
+        sharded: bool = False,
+        workers: range | None = None,
     ) -> None:
         from sklearn.datasets import load_breast_cancer
 
@@ -94,7 +108,10 @@ class BreastCancer:
         features = (features - features.mean(0)) / features.std(0)
         signed = np.hstack([features, np.ones((len(features), 1))]) * (2 * labels - 1)[:, None]
         self._all = signed
-        self._shards = [signed[i::ranks] if sharded else signed for i in range(ranks)]
+        parts = workers or range(ranks)
+        self._shards = [signed] * ranks
+        for part, rank in enumerate(parts if sharded else ()):
+            self._shards[rank] = signed[part :: len(parts)]
         self._batch_size = batch_size
         self._regularization = regularization
         self.start = np.zeros(signed.shape[1])
@@ -127,9 +144,20 @@ class BreastCancer:
         loss = np.logaddexp(0, -(self._all @ x)).mean()
         return float(loss + 0.5 * self._regularization * x @ x)
 
+    def slope(self, x: np.ndarray) -> np.ndarray:
+        return self._slope(self._all, x)
 
-def build(config: Config) -> Problem:
+    def accuracy(self, x: np.ndarray) -> float:
+        """Return the share of all samples on the right side."""
+        return float(np.mean(self._all @ x > 0))
+
+
+def build(config: Config, workers: range | None = None) -> Problem:
     """Make the problem that a configuration names.
+
+    Args:
+        config: its sections task and simulation count.
+        workers: ranks that compute gradients; None for all.
 
     Raises:
         UserError: if it is a task for real runs only.
@@ -143,10 +171,14 @@ def build(config: Config) -> Problem:
             simulation.heterogeneity,
             simulation.noise,
             config.run.seed,
+            workers,
         )
     if config.task.name == "breast_cancer":
         return BreastCancer(
-            simulation.ranks, config.task.batch_size, sharded=config.task.data == "sharded"
+            simulation.ranks,
+            config.task.batch_size,
+            sharded=config.task.data == "sharded",
+            workers=workers,
         )
     raise UserError(
         f"task.name: `simulate` knows quadratic and breast_cancer, got {config.task.name!r}; "

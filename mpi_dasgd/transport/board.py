@@ -110,8 +110,8 @@ class Board:
             self.attending = rank
             try:
                 beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
+                self.gradients[rank] = words.read(rank, GRADIENTS)  # before a status says: all
                 self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
-                self.gradients[rank] = words.read(rank, GRADIENTS)
             except Unreachable:
                 self.dead.add(rank)
                 continue

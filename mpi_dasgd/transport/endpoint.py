@@ -165,6 +165,10 @@ class Endpoint(ABC):
         """Return how many gradients all ranks have computed, as far as this one knows."""
 
     @abstractmethod
+    def gradients_of(self, rank: int) -> int:
+        """Return how many gradients `rank` has computed: all, once it is known to have finished."""
+
+    @abstractmethod
     def count(self, gradients: int) -> None:
         """Tell the others how many gradients this rank has computed."""
 

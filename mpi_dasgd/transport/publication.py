@@ -60,7 +60,7 @@ class Publication:
 
     def reserve(self) -> Message | None:
         """Return a free slot to encode the next version into, or None (counted): never waits."""
-        if self.claims >= self._held or not self._free:
+        if not self.room:
             self._counters.publications_skipped += 1
             return None
         self._reserved = self._free[-1]
@@ -104,6 +104,29 @@ class Publication:
         self._words.swap(
             claim.rank, self._where[claim.slot], mine, word(FREE, version=claim.version)
         )
+
+    @property
+    def room(self) -> bool:
+        """Whether `reserve` would return a slot."""
+        return self.claims < self._held and bool(self._free)
+
+    def withdraw(self) -> bool:
+        """Take the newest version back, so that nobody can claim it; False if somebody has."""
+        claim = self.claim(self._rank)
+        if claim is not None:
+            self.release(claim)
+        return claim is not None
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """State of the newest version, and who claims it if it is CLAIMED.
+
+        READY: nobody has claimed it; FREE: it was withdrawn or released, or none was published.
+        """
+        if self._newest is None:
+            return FREE, self._rank
+        value = self._words.read(self._rank, self._where[self._newest])
+        return value & 3, holder_of(value)
 
     def read(self, rank: int, out: Message) -> bool:
         """Copy the newest version of `rank`, claimed or not, to `out`; return whether one was got whole."""

@@ -322,6 +322,12 @@ class RmaEndpoint(Endpoint):
             self.board.recount(self._near)
         return sum(self.board.gradients)
 
+    def gradients_of(self, rank: int) -> int:
+        """As `gradients`, of one rank."""
+        if rank not in self._far:
+            self.board.recount((rank,))
+        return self.board.gradients[rank]
+
     def count(self, gradients: int) -> None:
         self.board.count(gradients)
 

@@ -15,7 +15,7 @@ from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.words import WordMap
+from mpi_dasgd.transport.words import READY, WordMap
 
 __all__ = ["Clock", "Network", "VirtualEndpoint"]
 
@@ -78,6 +78,7 @@ class Network:
         self._messages: dict[int, list[Message]] = {}
         self._rounds: dict[int, _Allreduce] = {}
         self._watchers: dict[int, dict[_Until, None]] = {}
+        self.servers: dict[int, Callable[[], None]] = {}  # called when a message has arrived
         self.counts = [0] * topology.size
         self.gradients = 0
 
@@ -97,6 +98,8 @@ class Network:
         if self._watchers and rank in self._watchers:
             for watcher in self._watchers[rank]:
                 self.clock.after(0.0, watcher.look)
+        if rank in self.servers and new & 3 == READY and index in self.where.inbox:
+            self.servers[rank]()
         return True
 
     def watch(self, watcher: _Until, ranks: Iterable[int]) -> None:
@@ -113,7 +116,7 @@ class Network:
 
     def notify(self, pending: Pending, wake: Callable[[], None]) -> None:
         """Call `wake` once `pending` is done; not before this call returns."""
-        if isinstance(pending, _Until | _Allreduce):
+        if isinstance(pending, _Until | _Allreduce | _Reading):
             pending.notify(wake)
         elif pending.done():
             self.clock.after(0.0, wake)
@@ -244,7 +247,7 @@ class VirtualEndpoint(Endpoint):
         return int(self._network.clock.now * 1e9)
 
     def read(self, rank: int, version: int | None = None) -> Reading:
-        reading = Reading(rank)
+        reading = _Reading(rank)
         network = self._network
         if version is not None:
             self._await(reading, version)
@@ -254,7 +257,7 @@ class VirtualEndpoint(Endpoint):
             self._copy(reading)
         return reading
 
-    def _copy(self, reading: Reading) -> None:
+    def _copy(self, reading: _Reading) -> None:
         network = self._network
         copy = Message(np.empty(network.layout.nbytes, np.uint8), network.layout)
         if self.publication.read(reading.rank, copy):
@@ -262,7 +265,7 @@ class VirtualEndpoint(Endpoint):
             self.counters.bytes_received += network.layout.nbytes
         self._settle(reading)
 
-    def _await(self, reading: Reading, version: int) -> None:
+    def _await(self, reading: _Reading, version: int) -> None:
         slot = self.publication.locate(reading.rank, version)
         if slot is None:
             there = _Until(
@@ -276,13 +279,11 @@ class VirtualEndpoint(Endpoint):
         self.counters.bytes_received += self._network.layout.nbytes
         self._settle(reading)
 
-    def _settle(self, reading: Reading) -> None:
+    def _settle(self, reading: _Reading) -> None:
         if self._network.transfer:
-            self._network.clock.after(
-                self._network.transfer, lambda: setattr(reading, "settled", True)
-            )
+            self._network.clock.after(self._network.transfer, reading.settle)
         else:
-            reading.settled = True
+            reading.settle()
 
     def post(self, rank: int) -> Posting | None:
         reservation = self.inbox.reserve(rank)
@@ -303,6 +304,9 @@ class VirtualEndpoint(Endpoint):
     def gradients(self) -> int:
         return self._network.gradients
 
+    def gradients_of(self, rank: int) -> int:
+        return self._network.counts[rank]
+
     def count(self, gradients: int) -> None:
         self._network.gradients += gradients - self._network.counts[self.rank]
         self._network.counts[self.rank] = gradients
@@ -313,6 +317,24 @@ class VirtualEndpoint(Endpoint):
 
     def totals(self) -> Counters:
         return self.counters
+
+
+class _Reading(Reading):
+    """A reading that wakes whoever waits for it."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self._wake: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """It has ended."""
+        self.settled = True
+        if self._wake is not None:
+            self._wake()
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when it is settled, which it is not yet."""
+        self._wake = wake
 
 
 class _Until:

@@ -95,7 +95,7 @@ class Local:
         self._noise = [_values(rng, x.size, exact) for _ in range(8)]
         self._dice = dice
 
-    def update(self) -> None:
+    def update(self, factor: float = 1.0) -> None:
         """One step."""
         before = self._x.copy()
         pull = np.float32(0.125) * before

@@ -1,0 +1,75 @@
+"""What most frameworks call AD-PSGD: read a neighbour's model and move half-way to it. Not the paper's.
+
+KungFu's PairAveragingOptimizer is the best known. A rank reads, and its neighbour neither moves nor knows:
+
+1. average:  x_i <- x_i + w (x̂_j - x_i),  j uniform among the neighbours, x̂_j its newest publication
+2. apply:    x_i <- x_i - eta g_i, g_i computed before the average
+3. publish:  x_i
+
+W_k is then row- but not doubly stochastic: the mean of the models is not conserved, it walks at random by
+E|mean' - mean|^2 = Gamma / (2 n^2 (n-1)) an event, Gamma = sum_i |x_i - mean|^2 contracts half as fast as
+with `pair` (1 - 1/(2(n-1)) - 1/(2n(n-1)) against 1 - 1/(n-1) on the complete graph), and disagreement and
+noise of the mean are about twice as large.
+
+With `algorithm.order = "gradient"` it is 2, 1, publish, in one pass. Then half of every gradient is lost:
+the effective step is 0.51, not 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.pairing import PAIR_CODECS
+from mpi_dasgd.algorithms.phases import refuse_random_phases
+from mpi_dasgd.algorithms.pulling import PullExchange
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["PullADPSGD"]
+
+
+class PullADPSGD(Algorithm):
+    """Averaging in which only the reader moves."""
+
+    name = "adpsgd"
+    variant = "pull"
+    paper = "KungFu and others, not Lian et al."
+    exchanges = "models, read by one side: the mean is not conserved"
+    traffic = "M / H"
+    memory = "9 M"
+    waits = "never"
+    effective_step = "1; with order = gradient 0.51"
+    codecs = PAIR_CODECS
+    conserves = False
+    minimum_ranks = 2
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse phases of random length: they are SwarmSGD's."""
+        super().check(ranks, settings, graph)
+        refuse_random_phases(cls.name, settings)
+
+    def start(self) -> None:
+        """Publish the initial model."""
+        self._pulls = PullExchange(self.endpoint, self.codec, self.settings, self.rng, self.record)
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Publish a model that did not come out of a step."""
+        self._pulls.publish(self.x, step)
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One gradient, and after every `local_steps` of them one average."""
+        if local.step % self.settings.local_steps:
+            local.update()
+        elif self.settings.order == "gradient":
+            local.update()
+            self._pulls.average(self.x, local.step, publish=True)
+        else:
+            self._pulls.average(self.x, local.step, publish=False)
+            local.update()
+            self._pulls.publish(self.x, local.step)
+        return
+        yield  # an asynchronous algorithm never does

@@ -1,0 +1,267 @@
+"""Asynchronous SGD with a server (Koloskova, Stich, Jaggi; NeurIPS 2022; arXiv 2206.08307).
+
+Rank 0 keeps the model x and applies every gradient with the full rate when it arrives. Algorithm 1, and
+Algorithm 2 for data that differ between clients (`clients` = uniform):
+
+1. start:    C_0 = all workers hold x_0
+2. server:   gradient t arrives from j_t, who began it at x_s:  tau_t = t - s,
+             x_{t+1} <- x_t - eta(tau_t) grad F(x_s, xi)
+3. server:   give x_{t+1} to A_t: Algorithm 1: a worker without a point, which is j_t if all had one;
+             Algorithm 2: k_t drawn uniformly from all workers, busy or not; there it waits its turn
+4. worker:   computes its gradient at the point it has, sends it, and takes the next point, or waits for it
+
+eta(tau) is the rule of Theorem 8 (`step_rule`), with tau_C = the concurrency unless `delay_threshold` is set.
+Algorithm 1 favours the data of fast workers, and so does that rule; the draw of Algorithm 2 does not.
+
+A worker that leaves says so, and the server gives its points to others, as it does if a worker dies. A
+server that works (`server_works`) serves between its own gradients, which are delayed like any other; the
+paper's does not work. The optimizer, and its momentum, are the server's; the paper has plain SGD.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import APPLIED, Exchange, Local
+from mpi_dasgd.algorithms.jobs import FAREWELL, Job, Outbox, fill
+from mpi_dasgd.algorithms.server import ServerAlgorithm
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.config import Config
+from mpi_dasgd.delays import DelayMeter
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.stepsize import delay_rule
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending, Posting
+from mpi_dasgd.transport.inbox import Arrival
+
+__all__ = ["ASGD"]
+
+
+class ASGD(ServerAlgorithm):
+    """A server that applies gradients as they arrive."""
+
+    name = "asgd"
+    paper = "Koloskova et al. 2022"
+    exchanges = "gradients to a server, its model back"
+    traffic = "M; the server (n-1) M"
+    memory = "8 M; the server P more for each point that finds no room"
+    waits = "for the server's answer"
+    effective_step = "n"
+    conserves = False
+    rules_delays = True
+
+    @classmethod
+    def notes(cls, ranks: int) -> int:
+        """Two words: a job."""
+        return 2
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse what a server that gives out points cannot do."""
+        super().check(ranks, settings, graph)
+        if settings.local_steps != 1:
+            raise UserError(
+                f"algorithm.local_steps: {cls.name!r} sends every gradient, expected 1, got "
+                f"{settings.local_steps}; easgd makes local steps"
+            )
+        if settings.server_works and (settings.clients == "uniform" or settings.concurrency):
+            raise UserError(
+                "algorithm.server_works: with clients = uniform or a concurrency, rank 0 would have to "
+                "compute at points that its model has left; expected false, got true"
+            )
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        """Warn of what favours the data of fast workers."""
+        warnings = super().warnings(config)
+        sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
+        if sharded and config.algorithm.clients == "free":
+            warnings.append(
+                "algorithm.clients: 'free' with data that differ between ranks favours the data of fast "
+                "ranks; 'uniform' does not (Koloskova et al. 2022, section 5)"
+            )
+        return warnings
+
+    def start(self) -> None:
+        """Line 1: all workers hold x_0."""
+        super().start()
+        self._first = 0  # iteration at which this part of the run begins
+        self._begin(holding=self.endpoint.size)
+
+    def restart(self, step: int) -> None:
+        """Gradients that were on their way at a checkpoint are lost: all wait for a point."""
+        self._begin(holding=0)
+
+    def _begin(self, holding: int) -> None:
+        """Begin with `concurrency` points given out, the first to at most `holding` workers that have it."""
+        rank, workers = self.endpoint.rank, self.workers(self.endpoint.size, self.settings)
+        concurrency = self.settings.concurrency or len(workers)
+        holders = workers[: min(concurrency, holding)]
+        self._job = Job(self._first, self.endpoint.time_ns()) if rank in holders else None
+        self._jobs: deque[Arrival] = deque()  # a worker's next ones
+        if rank != 0:
+            return
+        self.meter = DelayMeter(self._first)
+        threshold = self.settings.delay_threshold
+        self.threshold = concurrency if threshold is None else threshold
+        self._rule = delay_rule(self.settings, concurrency)
+        self._idle = deque(workers[concurrency:])  # without a point, longest first
+        self._due = [workers[i % len(workers)] for i in range(len(holders), concurrency)]
+        self._outbox = Outbox(self.endpoint, self.x)
+        for worker in holders:
+            self.meter.start(worker)
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """Line 4: send the gradient, take the next point."""
+        if self.endpoint.rank == 0:
+            yield from self._work(local)
+            return
+        if self._job is not None:  # else the gradient is of no point that was given
+            yield from self._send(self._job, local.gradient, local.step)
+            self._job = None
+        inbox = self.endpoint.inbox
+        while not self._jobs:
+            arrival = self.endpoint.until(lambda: inbox.waiting)
+            while not arrival.done():
+                yield arrival
+            self._jobs.extend(inbox.receive())
+        point = self._jobs.popleft()
+        self.x[:] = point.message.payload
+        self._job = Job(*point.message.notes.tolist())
+        inbox.free(point)
+
+    def _send(self, job: Job, gradient: np.ndarray | None, step: int) -> Iterator[Pending]:
+        """Send a gradient, or a farewell, to the server; wait for room in its inbox."""
+        endpoint = self.endpoint
+        posting: Posting | None = None
+
+        def room() -> bool:
+            nonlocal posting
+            posting = posting or endpoint.post(0)
+            return posting is not None
+
+        there = endpoint.until(room, (0,))
+        while not there.done():
+            yield there
+        assert posting is not None
+        fill(endpoint, posting, job, gradient, step)
+
+    def _work(self, local: Local) -> Iterator[Pending]:
+        """A gradient of the server's own: those that have arrived come first."""
+        own = local.gradient.copy()
+        self.serve(local)
+        if self._job is not None:
+            job, self._job = self._job, None
+            local.gradient[:] = own
+            self._apply(local, 0, job)
+        while self._job is None:
+            something = self.endpoint.until(self.called)
+            while not something.done():
+                yield something
+            self.serve(local)
+
+    def serve(self, local: Local) -> int:
+        """Lines 2 and 3 for all gradients that have arrived; return how many messages there were."""
+        for worker in self.lost():
+            self._part(worker)
+        due, self._due = self._due, []
+        for worker in due:
+            self._give(worker)
+        arrivals = self.endpoint.inbox.receive()
+        for arrival in arrivals:
+            job = Job(*arrival.message.notes.tolist())
+            if job != FAREWELL:
+                local.gradient[:] = arrival.message.payload
+            self.endpoint.inbox.free(arrival)
+            if job == FAREWELL:
+                self._part(arrival.sender)
+            elif self.meter.holds(arrival.sender, job.start):  # else it was given up
+                self._apply(local, arrival.sender, job)
+        self._outbox.send_waiting()
+        return len(arrivals)
+
+    def _apply(self, local: Local, client: int, job: Job) -> None:
+        iteration = self.meter.t
+        delay = self.meter.apply(client, job.start)
+        factor = self._rule(delay)
+        if factor > 0:  # else it is dropped, and must not move a momentum either
+            local.update(factor)
+        chosen = self._choose(client)
+        for worker in chosen:
+            self._give(worker)
+        age = (self.endpoint.time_ns() - job.time_ns) * 1e-9
+        nbytes = len(chosen) * self.codec.layout.nbytes
+        self.record(Exchange(iteration, client, APPLIED, job.start, age, nbytes, 0))
+
+    def _choose(self, client: int | None) -> Sequence[int]:
+        """Line 3: who is given the newest point, after `client`'s gradient, or for a job given up."""
+        if self.settings.clients == "uniform":
+            return (self.rng.choice(self.living),)
+        if client is not None:
+            self._idle.append(client)
+        return (self._idle.popleft() if self._idle else self.rng.choice(self.living),)
+
+    def _give(self, worker: int) -> None:
+        """A job begins: `worker` is given x_t, now or when there is room for it."""
+        self.meter.start(worker)
+        job = Job(self.meter.t, self.endpoint.time_ns())
+        if worker == self.endpoint.rank:
+            self._job = job
+            return
+        self._outbox.send(worker, job)
+
+    def _part(self, worker: int) -> None:
+        """`worker` computes no more: its points go to others."""
+        if worker in self.living:
+            self.living.remove(worker)
+        self._outbox.forget(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        for _ in range(self.meter.give_up(worker)):
+            for other in self._choose(None) if self.living else ():
+                self._give(other)
+
+    def absorb(self, step: int) -> None:
+        """The server serves on; a worker that has left makes room for points that still come."""
+        if self.endpoint.rank == 0:
+            if self.left or not self.computes:  # else its own point would move
+                self.serve(self.local)
+        elif self.left:
+            self._jobs.extend(self.endpoint.inbox.receive())
+            while self._jobs:
+                self.endpoint.inbox.free(self._jobs.popleft())
+
+    def leave(self) -> Iterator[Pending]:
+        """A worker says farewell: nobody is to wait for it."""
+        yield from super().leave()
+        if self.endpoint.rank == 0:
+            self._part(0)
+        else:
+            yield from self._send(FAREWELL, None, 0)
+
+    def figures(self) -> dict[str, float]:
+        """Delays and concurrency, on the server; those of this part of the run if it was resumed."""
+        if self.endpoint.rank != 0:
+            return {}
+        meter = self.meter
+        return {
+            "applied": meter.applied,
+            "delay_mean": meter.applied_average,
+            "delay_average": meter.average,
+            "delay_max": meter.maximum,
+            "delayed_fraction": meter.fraction_above(self.threshold),
+            "concurrency": meter.concurrency,
+            "concurrency_max": meter.concurrency_max,
+        }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The server's iteration; points that are given out are not part of it."""
+        return {"iteration": np.array(self.meter.t)} if self.endpoint.rank == 0 else {}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back the iteration."""
+        if "iteration" in arrays:
+            self._first = int(arrays["iteration"])

@@ -1,0 +1,170 @@
+"""The table of all algorithms, in words, and in bytes for a given model: what `mpi-dasgd algorithms` prints."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd import codecs
+from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
+from mpi_dasgd.config import Codec as CodecSettings
+from mpi_dasgd.errors import UserError
+
+__all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows"]
+
+SYMBOLS = (
+    "M: bytes of a model or gradient in the codec; P: of a model in its own type; n ranks; H local steps; "
+    "r neighbours"
+)
+COLUMNS = {
+    "algorithm": "algorithm",
+    "paper": "paper",
+    "exchanges": "what is exchanged",
+    "traffic": "bytes a step",
+    "memory": "memory of a rank",
+    "waits": "waits",
+    "effective_step": "step",
+}
+"""Keys of `rows`, and the heads of the table."""
+
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """For which the formulas are evaluated.
+
+    Attributes:
+        parameters: elements of the model, fp32.
+        ranks: n.
+        codec: as in `codec.name`; an algorithm that cannot use it takes its own default.
+        local_steps: H.
+        degree: r; None for the complete graph's, n - 1.
+
+    Raises:
+        UserError: a number is too small.
+    """
+
+    parameters: int
+    ranks: int = 16
+    codec: str = "auto"
+    local_steps: int = 1
+    degree: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"parameters": 1, "ranks": 2, "local_steps": 1, "degree": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                flag = name.replace("_", "-")
+                raise UserError(f"algorithms: --{flag} must be at least {minimum}, got {value}")
+        if self.codec not in ("auto", *codecs.CODECS):
+            valid = ", ".join(("auto", *codecs.CODECS))
+            raise UserError(f"algorithms: --codec {self.codec!r} is not known (valid: {valid})")
+
+
+def kinds() -> list[type[Algorithm]]:
+    """Return all algorithms, each followed by its other variants."""
+    return [kind for name, first in ALGORITHMS.items() for kind in VARIANTS.get(name, (first,))]
+
+
+def rows(sizes: Sizes | None = None) -> list[dict[str, Any]]:
+    """Return a row for each algorithm and variant.
+
+    Args:
+        sizes: also give ``codec``, ``traffic_bytes`` and ``memory_bytes``: bytes by case, the usual one
+            under ``""``.
+    """
+    table = []
+    for kind in kinds():
+        other = kind.variant and kind is not ALGORITHMS[kind.name]
+        row: dict[str, Any] = {
+            "algorithm": f"{kind.name} {kind.variant}" if other else kind.name,
+            "name": kind.name,
+            "variant": kind.variant,
+            **{key: getattr(kind, key) for key in COLUMNS if key != "algorithm"},
+            "codecs": list(kind.codecs),
+        }
+        if sizes is not None:
+            symbols, row["codec"] = _symbols(kind, sizes)
+            for key in ("traffic", "memory"):
+                row[f"{key}_bytes"] = evaluate(row[key], symbols)
+        table.append(row)
+    return table
+
+
+def _symbols(kind: type[Algorithm], sizes: Sizes) -> tuple[dict[str, float], str]:
+    """Return the values of the symbols for an algorithm, and the codec that it uses."""
+    usable = sizes.codec in kind.codecs
+    settings = CodecSettings.model_validate({"name": sizes.codec if usable else kind.codecs[0]})
+    codec = codecs.make(
+        settings,
+        sizes.parameters,
+        np.dtype(np.float32),
+        seed=0,
+        rank=0,
+        notes=kind.notes(sizes.ranks),
+    )
+    values = {
+        "M": codec.layout.nbytes,
+        "P": 4 * sizes.parameters,
+        "n": sizes.ranks,
+        "H": sizes.local_steps,
+        "r": sizes.ranks - 1 if sizes.degree is None else sizes.degree,
+    }
+    return {name: float(value) for name, value in values.items()}, settings.name
+
+
+def evaluate(formula: str, symbols: Mapping[str, float]) -> dict[str, float]:
+    """Return the value of each case of a formula such as ``"M / H; server: (n-1) M"``.
+
+    Args:
+        formula: cases separated by semicolons, all but the first with a name and a colon: numbers, symbols,
+            + - * / and brackets; what stands side by side is multiplied.
+        symbols: their values.
+
+    Raises:
+        ValueError: it is no such formula.
+    """
+    values = {}
+    for case in formula.split(";"):
+        name, _, text = case.rpartition(":")
+        product = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", text.strip())
+        try:
+            values[name.strip()] = _value(ast.parse(product, mode="eval").body, symbols)
+        except (SyntaxError, KeyError) as error:
+            raise ValueError(f"{formula!r}: {text.strip()!r} is no formula") from error
+    return values
+
+
+def _value(node: ast.expr, symbols: Mapping[str, float]) -> float:
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, symbols), _value(node.right, symbols)
+        return float(_OPERATORS[type(node.op)](left, right))
+    if isinstance(node, ast.Name):
+        return symbols[node.id]
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return float(node.value)
+    raise SyntaxError("not allowed here")
+
+
+def markdown() -> list[str]:
+    """Return the lines of the table as the README has it."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
+    for row in rows():
+        name, _, variant = row["algorithm"].partition(" ")
+        cells = [f"`{name}`" + (f" `{variant}`" if variant else "")]
+        cells += [str(row[key]).replace("|", "\\|") for key in list(COLUMNS)[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,94 @@
+"""D-PSGD: decentralized parallel SGD (Lian, Zhang, Zhang, Hsieh, Zhang, Liu; NeurIPS 2017; arXiv 1705.09056).
+
+    x_i(k+1) = sum_j W_ij x_j(k) - eta g_i(x_i(k))
+
+The gradient is taken at the model *before* the average, so that both proceed at the same time:
+
+1. publish:  x_i(k), as version k, at the end of step k - 1
+2. compute:  g_i(x_i(k)), while the neighbours read x_i(k)
+3. local:    x_i <- x_i(k) - eta g_i
+4. average:  x_i <- x_i + sum_j W_ij (x_j(k) - x_i(k)), waiting for the version k of each neighbour
+
+W is doubly stochastic: Metropolis weights, or those of the edge file. Step 4 takes x_i(k) from the own
+publication, so that the optimizer (weight decay too) acts on x_i(k), as the formula has it.
+
+With H local steps between two averages, step 3 is done H times and step 4 averages the models that were
+published H steps ago. The paper has H = 1.
+
+**No barrier, and only two versions.** A version is read in place, without a claim. Its slot is the first
+that its owner reuses, for version k + 2. The owner j encodes k + 2 when it has read the version k + 1
+of all its neighbours; each of them published k + 1 after it had read the version k of j. So nobody
+still reads version k then. Edges go both ways, which makes readers and neighbours the same ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["DPSGD"]
+
+
+class DPSGD(Algorithm):
+    """Synchronous averages with all neighbours, overlapped with the gradient."""
+
+    name = "dpsgd"
+    paper = "Lian et al. 2017"
+    exchanges = "models, read by all neighbours"
+    traffic = "degree M / H"
+    memory = "8 M + P"
+    waits = "every H steps, for the neighbours"
+    synchronous = True
+
+    def start(self) -> None:
+        """Publish the initial model as version 1."""
+        self._neighbours = self.endpoint.topology.neighbours(self.endpoint.rank)
+        self._weights = self.endpoint.topology.weights(self.endpoint.rank)
+        self._scratch = np.empty_like(self.x)
+        self._version = 0
+        self._publish(0)
+
+    def restart(self, step: int) -> None:
+        """Publish the model of the checkpoint: one version more, on all ranks."""
+        self._publish(step)
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One gradient, and after every `local_steps` of them one average with all neighbours."""
+        local.update()
+        if local.step % self.settings.local_steps:
+            return
+        # x_i - eta g_i - (1 - W_ii) x_i(k): the own share W_ii of the old model stays
+        self._add(-sum(self._weights), self._published)
+        for rank, weight in zip(self._neighbours, self._weights, strict=True):
+            reading = self.endpoint.read(rank, self._version)
+            while not reading.done():
+                yield reading
+            # None: the neighbour is gone, and the driver ends the run.
+            if reading.message is not None:
+                self._add(weight, reading.message)
+                self._note(local.step, reading.message)
+        self._publish(local.step)
+
+    def _add(self, weight: float, message: Message) -> None:
+        """x_i <- x_i + weight x_j."""
+        np.multiply(message.payload, weight, out=self._scratch)
+        self.x += self._scratch
+
+    def _note(self, step: int, message: Message) -> None:
+        header = message.header
+        age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
+        self.record(Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0))
+
+    def _publish(self, step: int) -> None:
+        publication = self.endpoint.publication.reserve()
+        assert publication is not None, "nobody claims"
+        self.codec.encode(self.x, publication)
+        publication.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
+        self.endpoint.publication.publish()
+        self._published = publication
+        self._version += 1

@@ -1,0 +1,42 @@
+"""Local SGD: H steps alone, then the exact mean of all models (Stich; ICLR 2019; arXiv 1805.09767).
+
+Known as FedAvg where the ranks are clients with data of their own (McMahan et al. 2017).
+
+1. local:    x_i <- x_i - eta g_i(x_i), H times (`local_steps`)
+2. average:  x_i <- (1/n) sum_j x_j
+
+With H = 1 and plain SGD this is `allreduce`, to rounding. The optimizer is not averaged: momentum stays
+with its rank. Ranks end with the models of their own if the number of steps is no multiple of H; the
+mean of them is what the run returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["LocalSGD"]
+
+
+class LocalSGD(Algorithm):
+    """Exact averages of the models, every H steps."""
+
+    name = "local_sgd"
+    paper = "Stich 2019"
+    exchanges = "models, summed over all ranks"
+    traffic = "2 M (n-1)/n / H"
+    memory = "0"
+    waits = "every H steps"
+    synchronous = True
+    publishes = False
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One local step; every H of them the average."""
+        local.update()
+        if local.step % self.settings.local_steps == 0:
+            total = self.endpoint.allreduce(self.x)
+            while not total.done():
+                yield total
+            self.x /= self.endpoint.size

@@ -1,0 +1,52 @@
+"""Mini-batch SGD through the server of `asgd` (Koloskova et al. 2022, section 2: a case of Algorithm 1).
+
+C_0 = all; A_t is empty until the n gradients of a batch have been applied, then A_t = all. The gradients
+are applied one by one as they arrive, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of
+mean (n-1)/2. Momentum and step rule see n gradients where `allreduce` has one.
+
+1/n: a batch moves the model by eta (g_1 + ... + g_n). `allreduce` moves it by eta times their mean, so that
+eta here is eta/n there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpi_dasgd.algorithms.asgd import ASGD
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.config import Config
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.topology import Topology
+
+__all__ = ["MiniBatch"]
+
+
+class MiniBatch(ASGD):
+    """A server that gives its model to all workers when all their gradients are in."""
+
+    name = "minibatch"
+    waits = "for the slowest worker of each batch"
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse settings that choose clients: a batch has them all."""
+        super().check(ranks, settings, graph)
+        for key, value, expected in (
+            ("clients", settings.clients, "free"),
+            ("concurrency", settings.concurrency, None),
+            ("step_rule", settings.step_rule, "constant"),
+        ):
+            if value != expected:
+                raise UserError(
+                    f"algorithm.{key}: 'minibatch' has one gradient of each worker in every batch, "
+                    f"expected {expected or 'no value'}, got {value!r}; asgd takes others"
+                )
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        """None: every worker has the same share of every batch."""
+        return []
+
+    def _choose(self, client: int | None) -> Sequence[int]:
+        """A_t: all, when no gradient of the batch is missing."""
+        return () if self.meter.in_flight else tuple(self.living)

@@ -1,0 +1,102 @@
+"""OSGP: overlapped stochastic gradient push (Assran, Loizou, Ballas, Rabbat; ICML 2019; arXiv 1811.10792).
+
+Push-sum needs no answer and no order of messages: mass counts whenever it comes. So gradients and messages
+can overlap (`push_sum.py` has the mass, and why z is held):
+
+1. local:    X_i <- X_i - eta g_i(z_i)
+2. receive:  add all that has arrived
+3. send:     half of (X_i, w_i) to one rank
+4. model:    z_i = X_i / w_i
+
+`overlap` unset: asynchronous. The receiver is a neighbour drawn uniformly, of any graph; if its inbox is full
+the mass stays here. Nobody ever waits.
+
+`overlap = tau`: the paper's tau-OSGP. Receivers rotate as in `sgp`, and step k waits until the messages of
+step k - tau and before are there. The paper sends every tau steps: `local_steps = tau`. A message that others
+wait for is never left out: what a rank may not send now it sends with weight 0.
+
+Each gradient moves the sum of the X_i by eta g, whoever computes it. But z_i moves by (eta / w_i) g, and a
+rank that sends k times as often as others has k times less mass: on fast ranks w_i is small. Chance makes it
+smaller still: m sends without a message in between leave 2^-m. **A rank with less than 1/2 therefore sends
+no mass** (`FLOOR`), so that w_i >= 1/4 and no step is larger than 4 eta. That is push-sum as well: any split
+of the mass conserves it. Without the floor the run diverges (a test shows it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpi_dasgd.algorithms.base import SKIPPED, Exchange, Local
+from mpi_dasgd.algorithms.push_sum import FLOOR, PushSum
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["OSGP"]
+
+
+class OSGP(PushSum):
+    """Push-sum that does not wait, or only for messages of long ago."""
+
+    name = "osgp"
+    paper = "Assran et al. 2019"
+    memory = "8 M"
+    waits = "never; with `overlap`: for messages of so many steps ago"
+
+    @classmethod
+    def in_step(cls, settings: Settings) -> bool:
+        """With `overlap` ranks wait for each other's messages."""
+        return settings.overlap is not None
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse graphs without a rotation, if messages are waited for."""
+        super().check(ranks, settings, graph)
+        if settings.overlap is not None:
+            cls._check_rotation(settings, graph)
+
+    def restart(self, step: int) -> None:
+        """Begin anew with weight 1; messages of before are not waited for."""
+        super().restart(step)
+        self._step = step
+        every = self.settings.local_steps
+        self._due = (step // every + 1) * every  # exchange whose message is waited for next
+        self._come: set[int] = set()  # exchanges from there on whose message has come
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One gradient, all that has arrived, and after every `local_steps` gradients a message."""
+        self._update(local)
+        step = self._step = local.step
+        self._receive()
+        if step % self.settings.local_steps:
+            return
+        if self.settings.overlap is None:
+            self._send_if_room(step)
+            return
+        yield from self._send_when_room(self._out_neighbour(step), step)
+        while self._due <= step - self.settings.overlap:
+            yield from self._until(lambda: self._due in self._come)
+            self._come.remove(self._due)
+            self._due += self.settings.local_steps
+
+    def _send_if_room(self, step: int) -> None:
+        neighbours = self.endpoint.neighbours()
+        if neighbours and self.quanta >= FLOOR:
+            posting = self.endpoint.post(self.rng.choice(neighbours))
+            if posting is not None:
+                self._send(posting, step)
+                return
+        self.endpoint.counters.skipped += 1
+        self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
+
+    def absorb(self, step: int) -> None:
+        """Add the mass that has arrived, outside of a step."""
+        self._receive()
+
+    def _receive(self) -> None:
+        inbox = self.endpoint.inbox
+        for arrival in inbox.receive():
+            if self.settings.overlap is not None:
+                self._come.add(arrival.message.header.step)
+            self._fold(arrival.message, self._step)
+            inbox.free(arrival)

@@ -1,0 +1,161 @@
+"""Pairing: the average of a vector with a neighbour's publication, that changes both sides alike.
+
+1. absorb:   y_i <- y_i + sum of the deltas in the inbox
+2. claim:    the publication ŷ_j of a neighbour j, and a slot of j's inbox; if either is taken try another
+             neighbour, `tries` in all, else skip this exchange
+3. average:  d = w (ŷ_j - y_i);  y_i <- y_i + d;  send -d to j
+4. publish:  y_i, last
+
+Nobody waits: a claim that the network has not answered yet is used at the next exchange. Both sides move
+by the same amounts, so that the sum of all vectors and of the deltas on their way stays what it is. A
+publication serves *one* exchange. Without that the fast ranks all correct towards the same stale model of
+a straggler, their deltas add up, and the run diverges (`tests/test_simulate.py` shows it).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
+from mpi_dasgd.codecs import Codec, Message, Outcome
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending
+from mpi_dasgd.transport.inbox import Arrival
+
+__all__ = ["PAIR_CODECS", "PairExchange", "announce"]
+
+PAIR_CODECS = ("lattice8", "none", "bf16", "fp16", "lattice4", "lattice16", "qsgd8")
+"""Codecs for models that are averaged with a neighbour's, the default first."""
+
+
+def announce(endpoint: Endpoint, publication: Message | None, step: int) -> None:
+    """Publish what was written to a slot that `reserve` returned; None: there was no slot."""
+    if publication is not None:
+        publication.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
+        endpoint.publication.publish()
+
+
+class PairExchange:
+    """One rank's exchanges. It never waits.
+
+    Args:
+        endpoint, codec, rng, record: of the algorithm.
+        settings: section ``algorithm``: `tries` and `weight` count.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        codec: Codec,
+        settings: Settings,
+        rng: random.Random,
+        record: Callable[[Exchange], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._codec = codec
+        self._settings = settings
+        self._rng = rng
+        self._record = record
+        self._pairing: Pairing | None = None  # asked for, and not settled when last seen
+        self._drawn: list[int] = []  # candidates of the next exchange, if drawn already
+
+    def exchange(self, y: np.ndarray, step: int, *, publish: bool) -> None:
+        """Absorb, average, and publish if wanted, in one pass over memory.
+
+        Args:
+            y: own vector, 1-D, contiguous; changed in place.
+            step: own step, for the record.
+            publish: else the caller does, when it has changed `y` further.
+        """
+        endpoint = self._endpoint
+        arrivals = endpoint.inbox.receive()
+        pairing = self._pairing or endpoint.pair(self._draw())
+        publication = endpoint.publication.reserve() if publish else None
+        settled = pairing.settled  # once: the courier may settle it at any moment
+        outcome = self._codec.exchange(
+            y,
+            [arrival.message for arrival in arrivals],
+            pairing.theirs if settled else None,
+            self._settings.weight,
+            pairing.reply if settled else None,
+            publication,
+        )
+        self._free(arrivals, step)
+        if settled:
+            self.conclude(pairing, step, outcome)
+        late, self._pairing = pairing is self._pairing, None if settled else pairing
+        announce(endpoint, publication, step)
+        if late and settled:
+            # The answer took longer than a moment: ask ahead, so that there is one at the next step.
+            self._drawn = self._draw()
+            if self._drawn and not endpoint.immediate(self._drawn[0]):
+                self._pairing = endpoint.pair(self._draw())
+
+    def _draw(self) -> list[int]:
+        """Candidates for one exchange, in the order in which they are tried."""
+        if self._drawn:
+            drawn, self._drawn = self._drawn, []
+            return drawn
+        neighbours = self._endpoint.neighbours()
+        return self._rng.sample(neighbours, min(self._settings.tries, len(neighbours)))
+
+    def conclude(self, pairing: Pairing, step: int, outcome: Outcome) -> None:
+        """Send the partner's delta, or record that no partner was found."""
+        endpoint = self._endpoint
+        if pairing.theirs is None or pairing.reply is None:
+            endpoint.counters.skipped += 1
+            self._record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, pairing.failed))
+            return
+        header = pairing.theirs.header  # not after `complete`, which gives the slot back
+        now = endpoint.time_ns()
+        pairing.reply.stamp(rank=endpoint.rank, step=step, time_ns=now)
+        endpoint.complete(pairing)
+        nbytes = header.nbytes + pairing.reply.layout.nbytes
+        age = (now - header.time_ns) * 1e-9
+        self._record(
+            Exchange(
+                step, header.rank, INITIATED, header.step, age, nbytes, pairing.failed, *outcome
+            )
+        )
+
+    def absorb(self, y: np.ndarray, step: int, *, publish: bool = False) -> int:
+        """Apply the deltas that have arrived, if any, and publish the result if wanted.
+
+        Returns:
+            How many there were.
+        """
+        arrivals = self._endpoint.inbox.receive()
+        if arrivals:
+            messages = [arrival.message for arrival in arrivals]
+            publication = self._endpoint.publication.reserve() if publish else None
+            self._codec.exchange(y, messages, None, self._settings.weight, None, publication)
+            self._free(arrivals, step)
+            announce(self._endpoint, publication, step)
+        return len(arrivals)
+
+    def _free(self, arrivals: list[Arrival], step: int) -> None:
+        """Give the slots of absorbed deltas back."""
+        for arrival in arrivals:
+            header = arrival.message.header
+            self._endpoint.inbox.free(arrival)
+            age = (self._endpoint.time_ns() - header.time_ns) * 1e-9
+            self._record(Exchange(step, arrival.sender, ABSORBED, header.step, age, 0, 0))
+
+    def publish(self, y: np.ndarray, step: int) -> bool:
+        """Publish a vector outside of an exchange; return whether there was a slot."""
+        publication = self._endpoint.publication.reserve()
+        if publication is not None:
+            self._codec.encode(y, publication)
+            announce(self._endpoint, publication, step)
+        return publication is not None
+
+    def leave(self) -> Iterator[Pending]:
+        """Give back what an exchange under way holds of a partner."""
+        if self._pairing is not None:
+            while not self._pairing.settled:
+                yield self._pairing
+            self._endpoint.abandon(self._pairing)
+            self._pairing = None

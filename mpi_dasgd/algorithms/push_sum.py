@@ -1,0 +1,162 @@
+"""Push-sum: averages over directed edges, by mass that is split and sent (Kempe, Dobra, Gehrke; FOCS 2003).
+
+Each rank has a numerator X_i and a weight w_i, first x_i and 1. A message takes a share of both along; the
+receiver adds what it gets. Sums over all ranks and messages never change, and z_i = X_i / w_i goes to the
+mean of the x_i, whatever the order and delay of the messages. Nobody needs to know who sends to it.
+
+Here a rank holds z_i, the model at which gradients are taken, and w_i; X_i = w_i z_i is never formed:
+
+* send:     w_i <- w_i - p, message (z_i, p): the share p z_i of the numerator
+* receive:  w_i <- w_i + p, z_i <- z_i + (p / w_i) (z_j - z_i): both numerators over both weights
+* local:    X_i <- X_i - eta g is z_i <- z_i - (eta / w_i) g: the optimizer, its rate divided by w_i
+
+Weights are integers, in quanta of 2^-40: the sum of all of them, messages included, is n exactly, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending, Posting
+
+__all__ = ["FLOOR", "ONE", "PushSum", "rotation"]
+
+ONE = 1 << 40
+"""Quanta in a weight of 1."""
+
+FLOOR = ONE // 2
+"""A rank with less than this keeps all it has, so that no weight falls below half of it."""
+
+
+def rotation(graph: str, ranks: int) -> Sequence[int] | None:
+    """Return by how much the out-neighbour lies ahead, exchange by exchange, again and again.
+
+    In one exchange each rank sends to one rank and receives from one. None: `graph` has no such order.
+    """
+    return {
+        "exponential": [1 << m for m in range((ranks - 1).bit_length())],
+        "complete": range(1, ranks),
+        "ring": range(1, 2),
+    }.get(graph)
+
+
+class PushSum(Algorithm):
+    """What the algorithms on push-sum share.
+
+    An exchange is recorded once, as initiated, by its receiver: the average is made there, and only there is
+    its staleness known.
+    """
+
+    exchanges = "models with push-sum weights, sent one way"
+    traffic = "M / H"
+    minimum_ranks = 2
+
+    quanta: int
+    """Own weight, in quanta."""
+
+    @classmethod
+    def notes(cls, ranks: int) -> int:
+        """One word: the weight that a message carries, in quanta."""
+        return 1
+
+    @classmethod
+    def _check_rotation(cls, settings: Settings, graph: Topology) -> None:
+        if rotation(graph.name, graph.size) is None:
+            raise UserError(
+                f"topology.graph: {cls.name!r} sends along a directed rotation, in which each rank hears "
+                f"from one rank at a time; {graph.name!r} has none: use 'exponential' (mixes in log2 n "
+                "exchanges), 'complete' or 'ring'"
+            )
+
+    def start(self) -> None:
+        """Begin with weight 1."""
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begin anew with weight 1, whatever was on its way when the checkpoint was taken.
+
+        The sum of the weights is n again, and the mean of the models that of the checkpoint.
+        """
+        self.quanta = ONE
+        self._posting: Posting | None = None
+
+    @property
+    def mass_weight(self) -> float:
+        """The push-sum weight w_i."""
+        return self.quanta / ONE
+
+    def mass(self) -> np.ndarray:
+        """Return the numerator X_i = w_i z_i."""
+        return self.x * self.mass_weight
+
+    def mass_of(self, message: Message) -> np.ndarray:
+        """Return the numerator that a message carries."""
+        return message.payload * (int(message.notes[0]) / ONE)
+
+    def _update(self, local: Local) -> None:
+        """X_i <- X_i - eta g(z_i)."""
+        local.update(ONE / self.quanta)
+
+    def _out_neighbour(self, step: int) -> int:
+        """Return to whom the exchange of `step` sends."""
+        endpoint = self.endpoint
+        offsets = rotation(endpoint.topology.name, endpoint.size)
+        assert offsets is not None, "refused by check"
+        exchange = step // self.settings.local_steps - 1
+        return (endpoint.rank + offsets[exchange % len(offsets)]) % endpoint.size
+
+    def _send(self, posting: Posting, step: int) -> None:
+        """Send half of the own mass, or a message without mass if there is too little of it."""
+        share = self.quanta // 2 if self.quanta >= FLOOR else 0
+        self.quanta -= share
+        message = posting.message
+        self.codec.encode(self.x, message)
+        message.notes[0] = share
+        message.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
+        self.endpoint.deliver(posting)
+
+    def _send_when_room(self, rank: int, step: int) -> Iterator[Pending]:
+        """Send to `rank`, waiting until its inbox has room."""
+
+        def room() -> bool:
+            self._posting = self._posting or self.endpoint.post(rank)
+            return self._posting is not None
+
+        yield from self._until(room, rank)
+        assert self._posting is not None
+        posting, self._posting = self._posting, None
+        self._send(posting, step)
+
+    def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Pending]:
+        """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile.
+
+        As every rank that waits empties its inbox, nobody waits for room for ever: one slot is enough.
+        """
+        endpoint = self.endpoint
+        something = endpoint.until(
+            lambda: condition() or endpoint.inbox.waiting, (endpoint.rank, *ranks)
+        )
+        while not condition():
+            while not something.done():
+                yield something
+            self._receive()
+
+    def _receive(self) -> None:
+        """Take in what has arrived, and free its slots."""
+        raise NotImplementedError
+
+    def _fold(self, message: Message, step: int) -> None:
+        """Add the mass of a message to the own one."""
+        share = int(message.notes[0])
+        self.quanta += share
+        self.codec.exchange(self.x, (), message, share / self.quanta, None, None)
+        header = message.header
+        age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
+        self.record(Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0))

@@ -1,0 +1,79 @@
+"""What algorithms with a server share: rank 0 keeps the model, the others compute gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpi_dasgd.algorithms.base import Algorithm
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["ServerAlgorithm"]
+
+
+class ServerAlgorithm(Algorithm):
+    """Base of algorithms with a server on rank 0, which works itself only if the settings say so.
+
+    A server that works deals with others between its own gradients only, so that these wait for it.
+    """
+
+    minimum_ranks = 2
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse graphs in which the server cannot be reached by all."""
+        super().check(ranks, settings, graph)
+        if len(graph.neighbours(0)) != ranks - 1:
+            raise UserError(
+                f"topology.graph: {cls.name!r} needs rank 0, its server, to be the neighbour of all other "
+                f"{ranks - 1} ranks, got {graph.name!r}, where it has {len(graph.neighbours(0))}; "
+                "use complete"
+            )
+
+    def start(self) -> None:
+        """See who is there. Workers are `living` until they die, or say farewell."""
+        self.living = list(self.workers(self.endpoint.size, self.settings))
+        self.left = False
+        self._seen = len(self.endpoint.neighbours())
+
+    def leave(self) -> Iterator[Pending]:
+        """From now on nobody is missed."""
+        self.left = True
+        return iter(())
+
+    def lost(self) -> list[int]:
+        """Take workers that have died off the list, on the server; return which.
+
+        Raises:
+            PeerLost: none is left to compute gradients.
+        """
+        neighbours = self.endpoint.neighbours()
+        if len(neighbours) == self._seen:
+            return []
+        self._seen = len(neighbours)
+        dead = [worker for worker in self.living if worker and worker not in neighbours]
+        self.living = [worker for worker in self.living if worker not in dead]
+        if dead and not (self.living or self.left):
+            raise PeerLost(f"rank {dead[-1]}, the last worker of {self.name}, is gone")
+        return dead
+
+    def called(self) -> bool:
+        """Whether there is something to do for the server: a message, or a death."""
+        return self.endpoint.inbox.waiting or len(self.endpoint.neighbours()) != self._seen
+
+    @classmethod
+    def workers(cls, size: int, settings: Settings) -> range:
+        """Return the ranks that compute gradients."""
+        return range(0 if settings.server_works else 1, size)
+
+    @classmethod
+    def model_ranks(cls, size: int) -> range:
+        """The server's model is the model."""
+        return range(1)
+
+    @property
+    def needs(self) -> frozenset[int]:
+        """All go on without a worker, none without the server."""
+        return frozenset((0,))

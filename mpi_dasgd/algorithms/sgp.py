@@ -1,0 +1,86 @@
+"""SGP: stochastic gradient push (Assran, Loizou, Ballas, Rabbat; ICML 2019; arXiv 1811.10792).
+
+Synchronous SGD over a directed graph that changes from step to step. In step k each rank sends half of its
+push-sum mass to one rank, and waits for that of one rank (`push_sum.py` has the mass, and why z is held):
+
+1. local:    X_i <- X_i - eta g_i(z_i)
+2. send:     half of (X_i, w_i) to rank i + d_k
+3. receive:  (X_i, w_i) <- (X_i, w_i) + the message of step k from rank i - d_k
+4. model:    z_i = X_i / w_i
+
+The offsets d_k, in turn: `exponential` 1, 2, 4, ... below n; `complete` 1, 2, 3, ... below n; `ring` 1.
+For n a power of two the exponential graph reaches exact consensus in log2 n steps without gradients. Every
+exchange is doubly stochastic, so w_i is 1 at the end of each step; it travels all the same.
+
+A faster rank may send its message of step k + 1 before a slower one sends that of step k. Such a message is
+copied and kept until its step: slots of the inbox are always given back, and none is missing for step k.
+With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has H = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import Local
+from mpi_dasgd.algorithms.push_sum import PushSum
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["SGP"]
+
+
+class SGP(PushSum):
+    """Synchronous push-sum with one out-neighbour a step."""
+
+    name = "sgp"
+    paper = "Assran et al. 2019"
+    memory = "8 M + early messages"
+    waits = "every H steps, for one rank"
+    synchronous = True
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse graphs without a rotation."""
+        super().check(ranks, settings, graph)
+        cls._check_rotation(settings, graph)
+
+    def restart(self, step: int) -> None:
+        """Begin with weight 1, which it was: at the end of a step each rank has its full mass."""
+        super().restart(step)
+        self._step = step
+        self._awaited = -1  # step whose message is to be used at once
+        self._early: dict[int, Message] = {}  # copies of messages of later steps, by step
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One gradient, and after every `local_steps` of them one exchange."""
+        self._update(local)
+        step = self._step = local.step
+        if step % self.settings.local_steps:
+            return
+        yield from self._send_when_room(self._out_neighbour(step), step)
+        early = self._early.pop(step, None)
+        if early is None:
+            self._awaited = step
+            yield from self._until(lambda: self._awaited < 0)
+        else:
+            self._fold(early, step)
+
+    def _receive(self) -> None:
+        inbox = self.endpoint.inbox
+        for arrival in inbox.receive():
+            message = arrival.message
+            sent = message.header.step
+            if sent == self._awaited:
+                self._awaited = -1
+                self._fold(message, sent)
+            else:
+                self._early[sent] = Message(message.buffer.copy(), message.layout)
+            inbox.free(arrival)
+
+    def mass(self) -> np.ndarray:
+        """Return the own numerator and those that came early."""
+        return sum((self.mass_of(early) for early in self._early.values()), super().mass())

@@ -1,0 +1,124 @@
+"""SwarmSGD, non-blocking (Nadiradze, Sabour, Davies, Li, Alistarh; NeurIPS 2021; arXiv 1910.12308).
+
+Each rank makes H local steps, or a geometric number of mean H (`algorithm.local_steps_law`), and then
+averages with one neighbour drawn uniformly, which goes on with its own local steps. A rank has a live
+vector Y_i, that others read and move, and a base vector B_i, from which its local phase has started:
+
+1. local:    x_i = B_i;  H_i times x_i <- x_i - eta g(x_i), whatever others do to Y_i meanwhile
+2. progress: a_i = B_i - x_i = eta h_i
+3. average:  Y_i, Y_j <- A = (Y_i + Y_j)/2, j uniform among the neighbours; B_j and j's phase stay
+4. restart:  Y_i <- A - a_i;  B_i = x_i <- Y_i
+
+Y_i + Y_j is conserved by 3, and every gradient enters the mean exactly once, in 4, however stale. A
+rank's effect on others waits for its own next interaction, never for theirs.
+
+How it is done here, and why:
+
+- Step 3 is the claimed exchange of `pairing`, with Y_i as the vector: nobody locks the partner's live
+  vector, its delta comes to its inbox. So Y_j lacks what is on its way: j absorbs it at its next local
+  step, and publishes Y_j anew, so that others can find it again in the same phase. If no partner is found
+  (all are taken), step 4 has A = Y_i.
+- Quantized: only the live vector crosses the wire, coded once, and decoded against the reader's own live
+  vector; the answer is the integers by which both move. (A third-party code sends base and live vector.)
+  B_i and a_i stay in the type of the model.
+- The paper's graphs are r-regular, with Poisson clocks of equal rate, so that each edge interacts alike.
+  Any graph and any speeds are allowed here; the mean is conserved on all of them.
+
+Also: `swarm_blocking`, and `swarm_pull`, which is what the authors' code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
+from mpi_dasgd.algorithms.phases import Phases, refuse_order
+from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Pending
+
+__all__ = ["Swarm"]
+
+
+class Swarm(Algorithm):
+    """Local phases from a base vector; pair averages of live vectors."""
+
+    name = "swarm"
+    variant = "nonblocking"
+    paper = "Nadiradze et al. 2021"
+    exchanges = "models, in pairs that conserve the mean"
+    traffic = "2 M / H"
+    memory = "8 M + 2 P"
+    waits = "never"
+    codecs = PAIR_CODECS
+    minimum_ranks = 2
+
+    @classmethod
+    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse `algorithm.order`: the average comes first."""
+        super().check(ranks, settings, graph)
+        refuse_order(cls.name, settings)
+
+    def start(self) -> None:
+        """Publish the initial model: B_i = Y_i = x_i."""
+        self._pairs = PairExchange(self.endpoint, self.codec, self.settings, self.rng, self.record)
+        self._phases = Phases(self.settings, self.rng)
+        self._live = self.x.copy()
+        self._base = self.x.copy()
+        self._steps = 0  # of this phase
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Publish a live vector that did not come out of an interaction."""
+        self._pairs.publish(self._live, step)
+
+    def step(self, local: Local) -> Iterator[Pending]:
+        """One local step, and at the end of a phase an interaction."""
+        local.update()
+        self._steps += 1
+        if not self._phases.ends(local.step):
+            self._pairs.absorb(self._live, local.step, publish=True)
+            return
+        self._pairs.exchange(self._live, local.step, publish=False)
+        self._end_phase()
+        self._pairs.publish(self._live, local.step)
+        return
+        yield  # an asynchronous algorithm never does
+
+    def _end_phase(self) -> None:
+        """Steps 2 and 4."""
+        self._base -= self.x  # a_i
+        self._live -= self._base
+        self._begin_phase()
+
+    def _begin_phase(self) -> None:
+        self._base[:] = self._live
+        self.x[:] = self._live
+        self._steps = 0
+
+    def absorb(self, step: int) -> None:
+        """Apply the deltas that have arrived, outside of a step."""
+        if self._pairs.absorb(self._live, step) and not self._steps:
+            self._begin_phase()  # there is no progress yet that they would have to wait for
+
+    def leave(self) -> Iterator[Pending]:
+        """Give back what is held of a partner, and end the phase, so that the model is the live vector."""
+        yield from self._pairs.leave()
+        self._end_phase()
+
+    def mass(self) -> np.ndarray:
+        """Y_i less the progress of the phase, which is in x_i only."""
+        return self._live + (self.x - self._base)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the two vectors; the progress is in the model."""
+        return {"live": self._live, "base": self._base, "steps": np.array([self._steps])}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back what `state` returned."""
+        self._live[:] = arrays["live"]
+        self._base[:] = arrays["base"]
+        self._steps = int(arrays["steps"][0])

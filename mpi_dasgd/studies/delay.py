@@ -1,0 +1,172 @@
+"""Gradients to a given accuracy against the largest delay, at a fixed number of workers.
+
+Question: does one very late worker slow asynchronous SGD down?
+Paper: Koloskova et al. 2022, theorems 6 and 8.
+Setting: `asgd`, 8 workers, noise-free quadratic with L = 1, one worker 1 to 300 times slower, so that the
+    concurrency stays tau_C = 8 while tau_max grows. Times of a gradient are 0.5 to 1.5 at random.
+Measured: `average`: gradients T until the mean of |grad f|^2 over all iterates is 5 % of its first value,
+    as in the theorems, with the rate that they allow, 1 / (2 L sqrt(tau_C tau_max)) for the constant step
+    and 1 / (2 L tau_C) for the rules, and with the best rate of a grid. `settled`: gradients until |grad
+    f|^2 stays below 1e-6 of its first value, with the best rate; `reached`: until it is there for the
+    first time.
+Expected: with the rate that it is allowed the constant step needs T ~ sqrt(tau_max); with the rules T does
+    not depend on tau_max. Theorem 6 holds for the worst schedule: with tuned rates `average` need not
+    grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd.studies.course import Course, configure, reached, settled, vary
+from mpi_dasgd.studies.samples import (
+    Axis,
+    Samples,
+    Summary,
+    Variable,
+    exponent,
+    measure,
+    spread,
+)
+
+__all__ = ["SEEDS", "draw", "samples", "summary"]
+
+SEEDS = 3
+WORKERS = 8
+RULES = ("constant", "inverse", "capped", "drop")
+RATES = (0.0, 0.01, 0.02, 0.04, 0.08)  # 0 stands for the theorems' own
+AVERAGE, LEVEL = 0.05, 1e-6
+
+
+def samples(seeds: int, quick: bool) -> Samples:
+    """Measure gradients to accuracy for each rule, slow-down and rate."""
+    base = configure(
+        {
+            "algorithm.name": "asgd",
+            "simulation.ranks": WORKERS + 1,
+            "simulation.dimension": 8,
+            "simulation.slow_ranks": [-1],
+        }
+    )
+
+    def point(rule: str, slowdown: int, rate: float, seed: int) -> Mapping[str, Any]:
+        late = 1.5 * (WORKERS - 1) * slowdown  # tau_max
+        allowed = 1 / (2 * math.sqrt(WORKERS * late)) if rule == "constant" else 1 / (2 * WORKERS)
+        gradients = 10 * math.ceil(max(150, 0.3 * late, 2 / (2 * AVERAGE * allowed) / 10))
+        run = Course(
+            vary(
+                base,
+                {
+                    "algorithm.step_rule": rule,
+                    "simulation.slow_factor": slowdown,
+                    "optimizer.lr": rate or allowed,
+                    "budget.samples": gradients,
+                    "run.seed": seed,
+                },
+            ),
+            10,
+        )
+        slopes = run.slopes / run.slopes[0]
+        average = np.cumsum(slopes) / np.arange(1, len(slopes) + 1)
+        return {
+            "tau_max": run.figures["delay_max"],
+            "tau_avg": run.figures["delay_average"],
+            "rate_used": rate or allowed,
+            "average": settled(run.counts, average, AVERAGE),
+            "settled": settled(run.counts, slopes, LEVEL),
+            "reached": reached(run.counts, slopes, LEVEL),
+        }
+
+    return measure(
+        "delay",
+        base,
+        {
+            "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.step_rule"),
+            "slowdown": Axis(
+                [1, 10, 30] if quick else [1, 3, 10, 30, 100, 300],
+                "1",
+                "how many times slower one worker is",
+            ),
+            "rate": Axis(
+                RATES[:1] + RATES[2:3] if quick else RATES, "1", "optimizer.lr; 0: the theorems'"
+            ),
+            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+        },
+        {
+            "tau_max": Variable("gradients", "largest delay, gradients in flight included"),
+            "tau_avg": Variable("gradients", "average delay, gradients in flight included"),
+            "rate_used": Variable("1", "optimizer.lr"),
+            "average": Variable("gradients", "until the mean of |grad f|^2 is 5 % of the first"),
+            "settled": Variable("gradients", "until |grad f|^2 stays below 1e-6 of the first"),
+            "reached": Variable("gradients", "until |grad f|^2 is below 1e-6 of the first, once"),
+        },
+        point,
+    )
+
+
+def _tuned(samples: Samples, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return gradients with the best rate of the grid, (rule, slowdown, seed), and that rate."""
+    values = samples[name][:, :, 1:]
+    choice = spread(values)[1].argmin(-1)
+    best = np.take_along_axis(values, choice[..., None, None], 2)[:, :, 0]
+    return best, samples["rate"][1:][choice]
+
+
+def _courses(samples: Samples) -> dict[str, np.ndarray]:
+    """Return gradients by criterion, (rule, slowdown, seed)."""
+    return {
+        "average, rate of the theorems": samples["average"][:, :, 0],
+        "average, rate tuned": _tuned(samples, "average")[0],
+        "settled, rate tuned": _tuned(samples, "settled")[0],
+        "reached, rate tuned": _tuned(samples, "reached")[0],
+    }
+
+
+def _largest_delay(samples: Samples) -> np.ndarray:
+    return np.median(samples["tau_max"], axis=(0, 2, 3))
+
+
+def summary(samples: Samples) -> Summary:
+    """Gradients for each rule and slow-down, and their exponents in tau_max."""
+    late = _largest_delay(samples)
+    courses = _courses(samples)
+    rates = _tuned(samples, "settled")[1]
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {"tau_max": late.tolist()}
+    figures["tau_avg"] = np.median(samples["tau_avg"], axis=(0, 2, 3)).tolist()
+    for i, rule in enumerate(samples["rule"].tolist()):
+        for j, k in enumerate(samples["slowdown"].tolist()):
+            row: dict[str, Any] = {"rule": rule, "slow-down": k, "tau_max": int(late[j])}
+            row |= {name: float(spread(c)[1][i, j]) for name, c in courses.items()}
+            rows.append(row | {"its rate": float(rates[i, j])})
+        figures[rule] = {
+            f"exponent in tau_max: {name}": exponent(late, spread(c)[1][i])
+            for name, c in courses.items()
+        }
+    figures["theory"] = {"constant": 0.5, "rules": 0.0}
+    return Summary(rows, figures)
+
+
+def draw(samples: Samples, path: Path) -> Path:
+    """One panel for each criterion but `reached`."""
+    from mpi_dasgd.studies import figure
+
+    late = _largest_delay(samples)
+    courses = list(_courses(samples).items())[:3]
+
+    def panels(axes: Any) -> None:
+        for axis, (name, course) in zip(axes, courses, strict=True):
+            for i, rule in enumerate(samples["rule"].tolist()):
+                figure.band(axis, late, course[i], i, rule)
+            first = float(spread(course)[1][0, 0])
+            figure.theory(axis, late, first * np.sqrt(late / late[0]), "~ sqrt(tau_max)")
+            axis.set(xscale="log", yscale="log", xlabel="largest delay tau_max, in gradients")
+            axis.set(ylabel="gradients", title=name)
+            axis.legend(loc="upper left")
+
+    return figure.draw(path, panels, 3)

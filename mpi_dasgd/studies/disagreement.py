@@ -1,0 +1,182 @@
+"""How far apart the models of SwarmSGD are.
+
+Question: how does the disagreement depend on the rate, the local steps H, and the graph?
+Paper: Nadiradze et al. 2021, the bound on the potential: per node eta^2 H^2 (r / lambda_2)^2 M^2.
+    3.5.
+Setting: `swarm`, 32 ranks on r-regular graphs, codec `none`; f_i(x) = |x - b_i|^2 / 2 in 8 dimensions.
+    `noise`: all b_i alike, gradient noise of standard deviation 100 a coordinate, which local steps add up
+    at random. `drift`: no noise, b_i of spread 100, which local steps add up in a straight line: H times
+    as much.
+Expected: the bound's exponents are 2, 2, 2. It holds for all gradients of second moment M^2. A linear
+    analysis says per node, with the mean over the n - 1 modes of the Laplacian,
+        noise: eta^2 H sigma^2 d mean(r / lambda_k)
+        drift: eta^2 H^2 zeta^2 d mean((lambda_k / r + eta H)^-2 + r / lambda_k)
+    that is exponents 2, 1, below 1 and 2, 2, below 2, up to a factor for what is on its way or not
+    averaged yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd import topology
+from mpi_dasgd.studies.course import Course, configure, vary
+from mpi_dasgd.studies.samples import (
+    Axis,
+    Samples,
+    Summary,
+    Variable,
+    exponent,
+    measure,
+    spread,
+)
+
+__all__ = ["SEEDS", "draw", "samples", "summary"]
+
+SEEDS = 2
+RANKS, DIMENSION, STRENGTH = 32, 8, 100.0
+RATES = (2.5e-4, 5e-4, 1e-3)
+MIDDLE = 5e-4
+"""The rate at which H and the graph are varied."""
+MIDDLE_H = 4
+"""H at which the rate is varied."""
+PHASES = {"complete": 100, "random_regular": 120, "torus": 160, "ring": 320}
+"""Local phases of each rank, by graph: the second half is averaged; a ring forgets in some 52."""
+
+
+def samples(seeds: int, quick: bool) -> Samples:
+    """Measure the disagreement, the mean over the second half of each run."""
+    base = configure(
+        {
+            "algorithm.name": "swarm",
+            "simulation.ranks": RANKS,
+            "simulation.dimension": DIMENSION,
+        }
+    )
+
+    def point(kind: str, graph: str, rate: float, steps: int, seed: int) -> Mapping[str, Any]:
+        if rate != MIDDLE and steps != MIDDLE_H:
+            return {}
+        phases = PHASES[graph] // (4 if quick else 1)
+        gradients = phases * steps * RANKS
+        run = Course(
+            vary(
+                base,
+                {
+                    "topology.graph": graph,
+                    "topology.degree": 4 if graph == "random_regular" else None,
+                    "simulation.noise": STRENGTH if kind == "noise" else 0.0,
+                    "simulation.heterogeneity": STRENGTH if kind == "drift" else 0.0,
+                    "algorithm.local_steps": steps,
+                    "optimizer.lr": rate,
+                    "budget.samples": gradients,
+                    "run.seed": seed,
+                },
+            ),
+            gradients // phases,
+        )
+        inverse = _walk(graph, seed)
+        predicted = rate**2 * steps * STRENGTH**2 * DIMENSION
+        if kind == "noise":
+            predicted *= inverse.sum() / RANKS
+        else:
+            predicted *= steps * ((1 / inverse + rate * steps) ** -2 + inverse).sum() / RANKS
+        return {
+            "disagreement": run.spread[len(run.spread) // 2 :].mean(),
+            "predicted": predicted,
+            "relaxation": inverse.max(),
+        }
+
+    graphs = ["complete"] if quick else list(PHASES)
+    return measure(
+        "disagreement",
+        base,
+        {
+            "kind": Axis(["noise", "drift"], "1", "what drives the models apart"),
+            "graph": Axis(graphs, "1", "topology.graph"),
+            "rate": Axis([MIDDLE] if quick else RATES, "1", "eta, optimizer.lr"),
+            "steps": Axis(
+                [1, 4] if quick else [1, 2, 4, 8], "gradients", "H, algorithm.local_steps"
+            ),
+            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+        },
+        {
+            "disagreement": Variable("1", "mean_i |x_i - mean|^2, the mean over the second half"),
+            "predicted": Variable("1", "the same by a linear analysis"),
+            "relaxation": Variable("1", "r / lambda_2"),
+        },
+        point,
+    )
+
+
+def _walk(graph: str, seed: int) -> np.ndarray:
+    """Return r / lambda_k for the n - 1 modes of a regular graph's Laplacian."""
+    degree = 4 if graph == "random_regular" else None
+    edges = topology.build(graph, RANKS, degree=degree, seed=seed).edges
+    laplacian = np.zeros((RANKS, RANKS))
+    for i, j in edges.tolist():
+        laplacian[[i, j], [j, i]] -= 1
+        laplacian[[i, j], [i, j]] += 1
+    return laplacian[0, 0] / np.linalg.eigvalsh(laplacian)[1:]
+
+
+def summary(samples: Samples) -> Summary:
+    """Disagreement beside the prediction, and the exponents in eta, H and r / lambda_2."""
+    middle = {name: spread(samples[name])[1] for name in samples.arrays}
+    graphs, rates, steps = (samples[name].tolist() for name in ("graph", "rate", "steps"))
+    rate, step = rates.index(MIDDLE), steps.index(MIDDLE_H)
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {"theory": {"eta": 2, "H": 2, "r / lambda_2": 2}}
+    for i, kind in enumerate(samples["kind"].tolist()):
+        value, predicted = middle["disagreement"][i], middle["predicted"][i]
+        relaxation = middle["relaxation"][i, :, rate, step]
+        for j, graph in enumerate(graphs):
+            row: dict[str, Any] = {"kind": kind, "graph": graph, "r/lambda_2": float(relaxation[j])}
+            row |= {f"H={h}": float(value[j, rate, k]) for k, h in enumerate(steps)}
+            row |= {f"eta={r:g}": float(value[j, k, step]) for k, r in enumerate(rates)}
+            row["H=4 / predicted"] = float(value[j, rate, step] / predicted[j, rate, step])
+            rows.append(row)
+        figures[kind] = {
+            "eta": {g: exponent(rates, value[j, :, step]) for j, g in enumerate(graphs)},
+            "H": {g: exponent(steps, value[j, rate]) for j, g in enumerate(graphs)},
+            "r / lambda_2": exponent(relaxation, value[:, rate, step]),
+            "r / lambda_2 as predicted": exponent(relaxation, predicted[:, rate, step]),
+        }
+    return Summary(rows, figures)
+
+
+def draw(samples: Samples, path: Path) -> Path:
+    """Against H, eta and r / lambda_2, one row for each kind."""
+    from mpi_dasgd.studies import figure
+
+    rates, steps = samples["rate"], samples["steps"]
+    rate, step = rates.tolist().index(MIDDLE), steps.tolist().index(MIDDLE_H)
+    relaxation = spread(samples["relaxation"])[1]
+
+    def panels(axes: Any) -> None:
+        for i, kind in enumerate(samples["kind"].tolist()):
+            value = samples["disagreement"][i]
+            row = axes[3 * i : 3 * i + 3]
+            for j, graph in enumerate(samples["graph"].tolist()):
+                figure.band(row[0], steps, value[j, rate], j, graph)
+                figure.band(row[1], rates, value[j, :, step], j, graph)
+                place = relaxation[i, j, rate, step, None]
+                figure.band(row[2], place, value[j, rate, step, None], j, graph)
+            first = value[0, rate, step].mean()
+            figure.theory(row[0], steps, first * (steps / MIDDLE_H) ** 2, "~ H^2")
+            figure.theory(row[1], rates, first * (rates / MIDDLE) ** 2, "~ eta^2")
+            x = relaxation[i, :, rate, step]
+            figure.theory(row[2], x, first * (x / x[0]) ** 2, "~ (r / lambda_2)^2")
+            predicted = spread(samples["predicted"])[1][i, :, rate, step]
+            row[2].plot(x, predicted, "x", color="#66717d", label="linear analysis")
+            names = f"H, eta = {MIDDLE:g}", f"eta, H = {MIDDLE_H}", "r / lambda_2"
+            for axis, name in zip(row, names, strict=True):
+                axis.set(xscale="log", yscale="log", xlabel=name, title=f"{kind}")
+                axis.set(ylabel="mean |x_i - mean|^2")
+                axis.legend(fontsize=7)
+
+    return figure.draw(path, panels, 3, 2)

@@ -1,0 +1,136 @@
+"""What local steps and few bits cost SwarmSGD.
+
+Question: how do accuracy and loss after so many gradients depend on H and on the bits of a parameter?
+Paper: Nadiradze et al. 2021, the figures against local steps and the quantized runs.
+Setting: `swarm`, 16 ranks, logistic regression on breast_cancer, each rank with its own samples, batch 8,
+    constant rate 0.5, 6,400 gradients, float32 models; codecs none (32 bits), lattice16, lattice8,
+    lattice4.
+Measured: means over the second half of the run: excess loss and accuracy of the mean model, and the mean
+    of those of the ranks' own models; share of buckets that were not decoded. (31 parameters fill one
+    bucket of 1,024: bytes of a message are not those of a real model.)
+Expected: more local steps cost accuracy, less in the mean model than in the ranks' own; 8 bits cost less
+    than 0.3 points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd.studies.course import Course, configure, vary
+from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.tasks.convex import BreastCancer
+
+__all__ = ["SEEDS", "draw", "samples", "summary"]
+
+SEEDS = 3
+RANKS, BATCH = 16, 8
+CODECS = {"none": 32, "lattice16": 16, "lattice8": 8, "lattice4": 4}
+
+
+def samples(seeds: int, quick: bool) -> Samples:
+    """Measure loss and accuracy for each H and codec."""
+    gradients = 1600 if quick else 6400
+    base = configure(
+        {
+            "task.name": "breast_cancer",
+            "task.data": "sharded",
+            "task.batch_size": BATCH,
+            "algorithm.name": "swarm",
+            "simulation.ranks": RANKS,
+            "simulation.precision": "float32",
+            "optimizer.lr": 0.5,
+            "budget.samples": gradients * BATCH,
+        }
+    )
+
+    def point(codec: str, steps: int, seed: int) -> Mapping[str, Any]:
+        config = vary(base, {"codec.name": codec, "algorithm.local_steps": steps, "run.seed": seed})
+        run = Course(config, gradients // 32, ranks=True)
+        problem = run.problem
+        assert isinstance(problem, BreastCancer)
+        half = len(run.means) // 2
+        every = run.ranks[half:].reshape(-1, run.ranks.shape[-1])
+        least = problem.value(problem.optimum)
+        return {
+            "excess": run.excess[half:].mean(),
+            "accuracy": np.mean([problem.accuracy(x) for x in run.means[half:]]),
+            "excess_ranks": np.mean([problem.value(x) for x in every]) - least,
+            "accuracy_ranks": np.mean([problem.accuracy(x) for x in every]),
+            "spread": run.spread[half:].mean(),
+            "rejected": run.figures["rejected"],
+        }
+
+    return measure(
+        "quantization",
+        base,
+        {
+            "codec": Axis(["none", "lattice8"] if quick else list(CODECS), "1", "codec.name"),
+            "steps": Axis([1, 8] if quick else [1, 2, 4, 8, 16, 32], "gradients", "H, local steps"),
+            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+        },
+        {
+            "excess": Variable("1", "f(mean) - f(optimum)"),
+            "accuracy": Variable("1", "of the mean model, on all samples"),
+            "excess_ranks": Variable("1", "mean_i f(x_i) - f(optimum)"),
+            "accuracy_ranks": Variable("1", "mean of the accuracies of all ranks' models"),
+            "spread": Variable("1", "mean_i |x_i - mean|^2"),
+            "rejected": Variable("1", "share of buckets that were not decoded; NaN: cannot happen"),
+        },
+        point,
+    )
+
+
+def summary(samples: Samples) -> Summary:
+    """All figures, and what the fewer bits cost at each H."""
+    middle = {name: np.median(samples[name], -1) for name in samples.arrays}
+    codecs, steps = samples["codec"].tolist(), samples["steps"].tolist()
+    rows: list[dict[str, Any]] = []
+    for j, h in enumerate(steps):
+        for i, codec in enumerate(codecs):
+            row: dict[str, Any] = {"H": h, "codec": codec, "bits": CODECS[codec]}
+            rows.append(row | {name: float(values[i, j]) for name, values in middle.items()})
+    points = 100 * middle["accuracy"]
+    _, _, largest = spread(samples["excess"][0])
+    figures = {
+        "points_lost_by_bits": {
+            codec: (points[0] - points[i]).tolist() for i, codec in enumerate(codecs) if i
+        },
+        "excess_over_none": {
+            codec: (middle["excess"][i] / middle["excess"][0]).tolist()
+            for i, codec in enumerate(codecs)
+            if i
+        },
+        "excess_over_least_H": (middle["excess"][0] / middle["excess"][0, 0]).tolist(),
+        "excess_ranks_over_least_H": (
+            middle["excess_ranks"][0] / middle["excess_ranks"][0, 0]
+        ).tolist(),
+        "spread_of_seeds_none": (largest / middle["excess"][0]).tolist(),
+    }
+    return Summary(rows, figures)
+
+
+def draw(samples: Samples, path: Path) -> Path:
+    """Excess loss of the mean model and of the ranks' own, and accuracy, against H."""
+    from mpi_dasgd.studies import figure
+
+    shown = {
+        "excess": "Excess loss of the mean model",
+        "excess_ranks": "Excess loss of the ranks' models",
+        "accuracy_ranks": "Accuracy of the ranks' models",
+    }
+
+    def panels(axes: Any) -> None:
+        for axis, (name, title) in zip(axes, shown.items(), strict=True):
+            for i, codec in enumerate(samples["codec"].tolist()):
+                figure.band(axis, samples["steps"], samples[name][i], i, codec)
+            axis.set(xscale="log", xlabel="local steps H", title=title)
+            figure.ticks(axis.xaxis, samples["steps"])
+            if name.startswith("excess"):
+                axis.set(yscale="log")
+            axis.legend()
+
+    return figure.draw(path, panels, 3)

@@ -1,0 +1,126 @@
+"""Throughput when one of 16 workers is slow.
+
+Question: how many gradients per unit of time do the algorithms make when one worker takes k times as long?
+Paper: Lian et al. 2018 (AD-PSGD), the figure with one slow worker.
+Setting: 16 workers (an algorithm with a server has a 17th rank), no latency; a gradient takes 1 unit of
+    time, exactly (`constant`) or 0.5 to 1.5 at random (`uniform`); one worker is slowed 1, 2, 10, 100
+    times.
+Expected: synchronous n / k; asynchronous n - 1 + 1 / k. With random times synchronous ranks also wait for
+    the slowest of n draws in every step, which the line n / k leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd import algorithms
+from mpi_dasgd.studies.course import Course, configure, vary
+from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure
+
+__all__ = ["SEEDS", "draw", "samples", "summary"]
+
+SEEDS = 3
+WORKERS = 16
+SYNCHRONOUS = ("allreduce", "local_sgd", "dpsgd", "sgp", "minibatch")
+ASYNCHRONOUS = ("adpsgd", "swarm", "dasgd", "asgd", "osgp", "easgd")
+SERVERS = ("asgd", "minibatch", "easgd")
+GRADIENTS = {1: 1600, 2: 1600, 10: 3200, 100: 12800}
+"""Of a run, by slow-down: 8 gradients of the slow worker at the least."""
+
+
+def samples(seeds: int, quick: bool) -> Samples:
+    """Measure."""
+    base = configure(
+        {"simulation.dimension": 4, "optimizer.lr": 0.01, "simulation.slow_ranks": [-1]}
+    )
+
+    def point(algorithm: str, compute: str, slowdown: int, seed: int) -> Mapping[str, Any]:
+        gradients = GRADIENTS[slowdown]
+        if algorithm in SYNCHRONOUS or quick:
+            gradients = min(gradients, 1600)
+        run = Course(
+            vary(
+                base,
+                {
+                    "algorithm.name": algorithm,
+                    "simulation.ranks": WORKERS + (algorithm in SERVERS),
+                    "simulation.compute": compute,
+                    "simulation.slow_factor": slowdown,
+                    "budget.samples": gradients,
+                    "run.seed": seed,
+                },
+            ),
+            gradients,
+        )
+        return {"gradients": run.counts[-1], "time": run.times[-1]}
+
+    names = [name for name in (*SYNCHRONOUS, *ASYNCHRONOUS) if name in algorithms.ALGORITHMS]
+    return measure(
+        "slowdown",
+        base,
+        {
+            "algorithm": Axis(names, "1", "algorithm.name"),
+            "compute": Axis(
+                ["constant"] if quick else ["constant", "uniform"], "1", "times of a gradient"
+            ),
+            "slowdown": Axis(
+                [1, 10] if quick else [1, 2, 10, 100], "1", "how many times slower one worker is"
+            ),
+            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+        },
+        {
+            "gradients": Variable("gradients", "computed by all workers"),
+            "time": Variable("1", "virtual time, in units of the mean time of a gradient"),
+        },
+        point,
+    )
+
+
+def theory(algorithm: str, slowdown: np.ndarray) -> np.ndarray:
+    """Return the gradients per unit of time that the paper's reasoning gives."""
+    if algorithm in SYNCHRONOUS:
+        return WORKERS / slowdown
+    return WORKERS - 1 + 1 / slowdown
+
+
+def summary(samples: Samples) -> Summary:
+    """Throughput by algorithm and slow-down, and how far it is from theory."""
+    rate = np.median(samples["gradients"] / samples["time"], axis=-1)
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for i, algorithm in enumerate(samples["algorithm"].tolist()):
+        expected = theory(algorithm, samples["slowdown"])
+        for j, compute in enumerate(samples["compute"].tolist()):
+            ratios.setdefault(compute, {})[algorithm] = (rate[i, j] / expected).tolist()
+            row: dict[str, Any] = {"algorithm": algorithm, "times": compute}
+            rows.append(
+                row | {f"{k}x": r for k, r in zip(samples["slowdown"], rate[i, j], strict=True)}
+            )
+    exact = ratios["constant"].values()
+    off = max(abs(ratio - 1) for values in exact for ratio in values)
+    return Summary(rows, {"over_theory": ratios, "largest_deviation_constant_times": off})
+
+
+def draw(samples: Samples, path: Path) -> Path:
+    """One panel for each law of the times."""
+    from mpi_dasgd.studies import figure
+
+    def panels(axes: Any) -> None:
+        for j, (axis, compute) in enumerate(zip(axes, samples["compute"].tolist(), strict=True)):
+            k = samples["slowdown"]
+            for i, algorithm in enumerate(samples["algorithm"].tolist()):
+                rate = (samples["gradients"] / samples["time"])[i, j]
+                figure.band(axis, k, rate, i, algorithm)
+            fine = np.geomspace(k[0], k[-1], 100)
+            figure.theory(axis, fine, WORKERS / fine, "n / k and n - 1 + 1 / k")
+            figure.theory(axis, fine, WORKERS - 1 + 1 / fine, "")
+            axis.set(xscale="log", yscale="log", xlabel="slow-down of one of 16 workers")
+            axis.set(ylabel="gradients per unit of time", title=f"{compute} times")
+            figure.ticks(axis.xaxis, k)
+        axes[0].legend(loc="lower left", ncols=2, fontsize=7)
+
+    return figure.draw(path, panels, len(samples["compute"]))
