@@ -31,7 +31,7 @@ train: $(VENV)/.train  ## quick start: train on 4 ranks, then the all-reduce bas
 	$(BIN)/mpi-dasgd report runs/quickstart runs/quickstart-allreduce
 
 test: $(VENV)/.test  ## all tests, with MPICH and Open MPI; PYTEST="-k word" chooses
-	$(BIN)/python -m pytest $(PYTEST)
+	$(if $(PYTEST),$(BIN)/python -m pytest $(PYTEST),$(ALL_TESTS))
 
 test-%: $(VENV)/.test  ## the MPI tests at so many ranks: test-8
 	MPI_DASGD_TEST_RANKS=$* $(BIN)/python -m pytest -m mpi $(PYTEST)
@@ -56,6 +56,14 @@ clean:  ## remove what was built; the environment (.venv) and the results (runs)
 	rm -f mpi_dasgd/kernels/_native.so mpi_dasgd/kernels/_native_failure.txt
 	find mpi_dasgd tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.train $(VENV)/.test
+
+# Tests that start ranks need the cores for themselves; the others share them.
+define ALL_TESTS
+status=0
+$(BIN)/python -m pytest -m "not mpi" -n auto --maxprocesses 4 --dist loadfile || status=$$?
+$(BIN)/python -m pytest -m mpi || status=$$?
+exit $$status
+endef
 
 # Stamps: nothing is installed anew unless one of the files it is built from has changed.
 $(VENV)/.train: $(VENV)/.created $(BUILD)

@@ -85,6 +85,38 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", help="kernel, quality, rma or training")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `mpi-dasgd bench NAME --help`")
     bench.set_defaults(command=_bench)
+
+    algorithms = commands.add_parser(
+        "algorithms", help="list the algorithms: paper, what is exchanged, bytes, memory, waiting"
+    )
+    form = algorithms.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print the table of the README")
+    algorithms.add_argument(
+        "--parameters", type=int, help="also give bytes, for so many parameters"
+    )
+    algorithms.add_argument("-n", "--ranks", type=int, default=16, help="for bytes: ranks [16]")
+    algorithms.add_argument(
+        "--codec", default="auto", help="for bytes: codec, where it can be used"
+    )
+    algorithms.add_argument("--local-steps", type=int, default=1, help="for bytes: H [1]")
+    algorithms.add_argument(
+        "--degree", type=int, help="for bytes: neighbours of a rank [ranks - 1]"
+    )
+    algorithms.set_defaults(command=_algorithms)
+
+    study = commands.add_parser(
+        "study", help="the curves of the papers on the virtual clock: samples in HDF5, and a plot"
+    )
+    study.add_argument("name", nargs="?", metavar="NAME", help="one of those listed without it")
+    study.add_argument("--out", metavar="DIR", help="directory for NAME.h5 and NAME.png")
+    study.add_argument("--quick", action="store_true", help="small: seconds instead of minutes")
+    study.add_argument("--seeds", type=int, help="number of seeds [the study's own]")
+    study.add_argument(
+        "--samples", metavar="FILE", help="draw a NAME.h5 of before, measure nothing"
+    )
+    study.add_argument("--json", action="store_true", help="print one JSON object")
+    study.set_defaults(command=_study)
     return parser
 
 
@@ -181,3 +213,32 @@ def _bench(options: argparse.Namespace) -> int:
     from mpi_dasgd import bench
 
     return bench.run(options.name, options.rest)
+
+
+def _algorithms(options: argparse.Namespace) -> int:
+    from mpi_dasgd.algorithms import catalogue
+
+    if options.markdown:
+        print("\n".join(catalogue.markdown()))
+        return 0
+    sizes = None
+    if options.parameters is not None:
+        sizes = catalogue.Sizes(
+            options.parameters, options.ranks, options.codec, options.local_steps, options.degree
+        )
+    if options.json:
+        print(json.dumps({"symbols": catalogue.SYMBOLS, "algorithms": catalogue.rows(sizes)}))
+    else:
+        print("\n".join(catalogue.text(sizes)))
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from mpi_dasgd import studies
+
+    if options.name is None:
+        print("\n".join(f"{name:<15}{question}" for name, question in studies.STUDIES.items()))
+        return 0
+    return studies.run(
+        options.name, options.out, options.quick, options.seeds, options.json, options.samples
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ from mpi_dasgd.versions import SetStaleness
 
 __all__ = ["Simulation", "Trace", "simulate"]
 
+_BLOCK = 1 << 16  # elements
 _DIVERGED = 1e12  # squared distance from which a run counts as diverged
 
 
@@ -163,9 +165,8 @@ class Simulation:
         self.gradients = 0
         self.waits = 0
         self._rule = delay_rule(config.algorithm, self.size)
-        self.ages: list[int] = []
-        self.ages_s: list[float] = []
-        self.delays: list[int] = []
+        self.ages, self.ages_s = array("q"), array("d")  # 8 bytes each: there may be millions
+        self.delays = array("q")
         self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
         self._stuck: dict[int, float] = {}  # since when ranks wait in the middle of a step
         self.wait_time = 0.0
@@ -322,14 +323,24 @@ class Simulation:
     def _sample(self) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             mean = self.models.mean(0)
-            disagreement = float(np.square(self.models - mean).sum() / self.size)
-            mean = self.models[self.algorithms[0].model_ranks(self.size)].mean(0)
+            disagreement = self._spread(mean) / self.size
+            trained = self.algorithms[0].model_ranks(self.size)
+            if len(trained) < self.size:
+                mean = self.models[trained].mean(0)
             distance = float(np.square(mean - self.problem.optimum).sum())
         self.trace.gradients.append(self.gradients)
         self.trace.times.append(self.clock.now)
         self.trace.disagreement.append(disagreement)
         self.trace.distance.append(distance)
         self.diverged = not (disagreement < _DIVERGED and distance < _DIVERGED)
+
+    def _spread(self, mean: np.ndarray) -> float:
+        """Return sum_i |x_i - mean|^2, by blocks that stay in a cache."""
+        rows = max(1, _BLOCK // self.models.shape[1])
+        return sum(
+            float(np.square(self.models[start : start + rows] - mean).sum())
+            for start in range(0, self.size, rows)
+        )
 
     def _figures(self, seconds: float) -> dict[str, object]:
         kind = self.algorithms[0]

@@ -7,11 +7,11 @@ when asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import scipy.sparse as sp
@@ -36,9 +36,39 @@ NAMES = (
 )
 
 DENSE_RANKS = 1500  # up to here a dense eigensolver takes about a second
+LISTED_RANKS = 64  # complete graphs of more have no lists of neighbours
 LANCZOS_RESTARTS = 200  # a random 3-regular graph of 65,536 ranks needs about 30
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Others(Sequence[int]):
+    """All ranks but one, ascending: they take no memory, as lists of all ranks of a large graph would."""
+
+    size: int
+    rank: int
+
+    def __len__(self) -> int:
+        return self.size - 1
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not 0 <= index < self.size - 1:
+            if not -self.size < index < 0:
+                raise IndexError(index)
+            index += self.size - 1
+        return index + (index >= self.rank)
+
+    def __contains__(self, rank: object) -> bool:
+        return isinstance(rank, int) and 0 <= rank < self.size and rank != self.rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +88,11 @@ class Topology:
     absent: frozenset[int] = frozenset()
     _tuples: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
-    def neighbours(self, rank: int) -> tuple[int, ...]:
+    def neighbours(self, rank: int) -> Sequence[int]:
         """Return the ranks that `rank` may talk to, ascending."""
         if rank not in self._tuples:
+            if self.name == "complete" and self.size > LISTED_RANKS and not self.absent:
+                return Others(self.size, rank)
             self._tuples[rank] = tuple(self._near(rank).tolist())
         return self._tuples[rank]
 

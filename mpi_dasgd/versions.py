@@ -100,7 +100,7 @@ def history(results: Results) -> History:
     """Rebuild the version vectors of all ranks from the results of a run of `dasgd`.
 
     Ranks without steps are left out, and those killed while others finished, whose records end too early.
-    Clocks of ranks may differ a little: a gradient counts as computed no later than its first trace elsewhere.
+    Clocks of ranks may differ a little: a gradient counts as computed no later than its first trace.
 
     Raises:
         UserError: no gradients of other ranks were recorded.

@@ -74,6 +74,7 @@ def run_ranks(
         env: variables for the ranks.
         check: whether a verdict other than 0 fails the test; a time-out always does.
     """
+    assert "PYTEST_XDIST_WORKER" not in os.environ, "a test that starts ranks: mark it `mpi`"
     library = mpi_library(mpi)
     if library is None:
         missing(f"no library of {mpi}: `make test` installs it")

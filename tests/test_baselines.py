@@ -72,15 +72,7 @@ def test_effective_step_of_osgp(graph: str, overlap: int | None) -> None:
 def test_effective_step_of_osgp_with_a_straggler_differs_from_one_by_its_lag_alone() -> None:
     """Mass on a slow rank is old: that costs a share of the step that is proportional to eta."""
     lag = [
-        1
-        - np.mean(
-            [
-                _run("osgp", "complete", 16, 250, SLOW, f"optimizer.lr={rate}", f"run.seed={seed}")[
-                    "effective_step"
-                ]
-                for seed in (1, 2)
-            ]
-        )
+        1 - _run("osgp", "complete", 16, 200, SLOW, f"optimizer.lr={rate}")["effective_step"]
         for rate in (0.01, 0.001)
     ]
     assert 0 < lag[1] < 0.01
@@ -511,33 +503,28 @@ def test_rotations() -> None:
 def test_baselines_learn_on_real_windows() -> None:
     """One job of 4 ranks, so that what takes longest, the import, is done once."""
     runs = {
-        "dpsgd": ["topology.graph=ring", "budget.samples=12000"],
-        "sgp": ["topology.graph=exponential", "budget.samples=12000"],
-        "osgp": ["budget.samples=12000"],
-        "osgp overlapped": [
-            "topology.graph=exponential", "budget.samples=12000", "algorithm.overlap=2",
-        ],
-        "local_sgd": ["budget.samples=12000", "algorithm.local_steps=4"],
-        "sgp straggler": ["topology.graph=ring", "budget.samples=4000"],
-        "dpsgd remote": ["topology.graph=ring", "budget.samples=3000", "transport.path=remote"],
-        "sgp remote": [
-            "topology.graph=exponential", "budget.samples=3000", "transport.path=remote",
-            "transport.inbox_slots=1",
-        ],
-        "osgp remote": ["budget.samples=3000", "transport.path=remote"],
-    }  # fmt: skip
+        "dpsgd": ["topology.graph=ring", "budget.samples=8000"],
+        "sgp": ["topology.graph=exponential", "budget.samples=8000"],
+        "osgp": ["budget.samples=8000"],
+        "osgp overlapped": ["topology.graph=ring", "budget.samples=4000", "algorithm.overlap=2"],
+        "local_sgd": ["budget.samples=4000", "algorithm.local_steps=4"],
+        "sgp straggler": ["topology.graph=ring", "budget.samples=2000"],
+        "dpsgd remote": ["topology.graph=ring", "budget.samples=2000", "transport.path=remote"],
+        "sgp remote": ["budget.samples=2000", "transport.path=remote", "transport.inbox_slots=1"],
+        "osgp remote": ["budget.samples=2000", "transport.path=remote"],
+    }
     done = run_ranks(4, LEARN, json.dumps(runs), timeout=150)
     reports = json.loads(done.stdout)
     assert list(reports) == list(runs)
     for name, report in reports.items():
         budget = next(int(o.split("=")[1]) for o in runs[name] if o.startswith("budget"))
-        assert report["accuracy"] > (0.9 if budget == 12000 else 0.6), name
+        assert report["accuracy"] > {8000: 0.9, 4000: 0.85, 2000: 0.6}[budget], name
         assert report["messages"] == report["absorbed"], name
         if name in ("osgp", "osgp remote"):
-            assert abs(sum(report["steps"]) - budget / 32) < 8
+            assert sum(report["steps"]) >= budget / 32
         else:
             assert report["steps"] == [-(-budget // 128)] * 4, name
-        if "sgp" in name and "dpsgd" not in name:
+        if name.split()[0] in ("sgp", "osgp"):
             assert report["quanta"] == 4 * ONE, name
-            assert report["messages"] > 50
+            assert report["messages"] > 20
         assert report["path"] == ("Get and Put" if "remote" in name else "in place")

@@ -213,6 +213,7 @@ def test_tcp_bytes_are_counted() -> None:
         assert tcp_bytes_sent() - before == 50_000  # type: ignore[operator]
 
 
+@pytest.mark.mpi
 @pytest.mark.usefixtures("environment")
 def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Speeds are not judged here: the machine may be doing anything."""
@@ -246,6 +247,7 @@ def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rate == pytest.approx(rows["ddp"]["samples_per_s"])
 
 
+@pytest.mark.mpi
 @pytest.mark.usefixtures("environment")
 def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
     """Averaging gradients has one outcome: the losses of DDP are those of our all-reduce.

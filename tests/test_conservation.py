@@ -19,6 +19,8 @@ from mpi_dasgd.codecs import Message, NoCodec, Outcome
 from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
 
+pytestmark = pytest.mark.mpi
+
 PROGRAM = Path(__file__).parent / "transport" / "conservation.py"
 
 

@@ -19,6 +19,8 @@ from mpi_dasgd import launch, launchers
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.launch import Outcome
 
+pytestmark = pytest.mark.mpi
+
 START = """
 import os, signal, sys, time
 from mpi4py import MPI

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import networkx as nx
@@ -11,7 +12,7 @@ import pytest
 
 from mpi_dasgd import topology
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.topology import NAMES, Topology, build
+from mpi_dasgd.topology import NAMES, Others, Topology, build
 
 RULES = [name for name in NAMES if name not in ("edges", "random_regular")]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 30, 32]
@@ -159,10 +160,30 @@ def test_large_graphs_cost_a_rank_nothing() -> None:
     assert ring.weights(7) == pytest.approx((1 / 3, 1 / 3))
     complete = build("complete", 4096)
     assert len(complete.neighbours(17)) == 4095
-    assert len(complete._tuples) == 1
+    assert not complete._tuples
     assert not complete.is_bipartite
     assert complete.spectral_gap() == pytest.approx(1.0)
     assert len(complete.without([3]).neighbours(17)) == 4094
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_others_are_a_tuple_without_its_memory(size: int) -> None:
+    for rank in range(size):
+        others, listed = Others(size, rank), tuple(i for i in range(size) if i != rank)
+        assert tuple(others) == listed and len(others) == len(listed)
+        for i in range(-len(listed), len(listed)):
+            assert others[i] == listed[i]
+            assert others[i:] == listed[i:] and others[i::-1] == listed[i::-1]
+        for outside in (len(listed), -len(listed) - 1):
+            with pytest.raises(IndexError):
+                others[outside]
+        assert [i in others for i in range(-1, size + 1)] == [
+            i in listed for i in range(-1, size + 1)
+        ]
+    large = build("complete", 200)
+    listed = tuple(i for i in range(200) if i != 17)
+    assert tuple(large.neighbours(17)) == listed
+    assert random.Random(1).sample(large.neighbours(17), 9) == random.Random(1).sample(listed, 9)
 
 
 def test_random_regular_comes_from_its_seed() -> None:

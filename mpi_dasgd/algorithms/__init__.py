@@ -28,16 +28,16 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     for kind in (
         ADPSGD,
         Swarm,
-        AllReduce,
-        Alone,
         DASGD,
-        LocalSGD,
-        DPSGD,
-        SGP,
-        OSGP,
         ASGD,
         MiniBatch,
         EASGD,
+        DPSGD,
+        SGP,
+        OSGP,
+        LocalSGD,
+        AllReduce,
+        Alone,
     )
 }
 

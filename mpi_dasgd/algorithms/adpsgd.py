@@ -41,7 +41,7 @@ class ADPSGD(Algorithm):
 
     name = "adpsgd"
     variant = "pair"
-    paper = "Lian et al. 2018"
+    paper = "Lian et al. 2018, arXiv 1710.06952"
     exchanges = "models, in pairs that conserve the mean"
     traffic = "2 M / H"
     memory = "8 M"

@@ -49,7 +49,7 @@ class BipartiteADPSGD(Algorithm):
 
     name = "adpsgd"
     variant = "bipartite"
-    paper = "Lian et al. 2018"
+    paper = "Lian et al. 2018, arXiv 1710.06952"
     exchanges = "models, in pairs of an active and a passive rank"
     traffic = "M / H"
     memory = "8 M"

@@ -44,10 +44,10 @@ class ASGD(ServerAlgorithm):
     """A server that applies gradients as they arrive."""
 
     name = "asgd"
-    paper = "Koloskova et al. 2022"
+    paper = "Koloskova et al. 2022, arXiv 2206.08307"
     exchanges = "gradients to a server, its model back"
-    traffic = "M; the server (n-1) M"
-    memory = "8 M; the server P more for each point that finds no room"
+    traffic = "M; server: (n-1) M"
+    memory = "8 M; server, more for each point without room: P"
     waits = "for the server's answer"
     effective_step = "n"
     conserves = False
@@ -75,7 +75,7 @@ class ASGD(ServerAlgorithm):
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
-        """Warn of what favours the data of fast workers."""
+        """Warn of what favours the data of fast workers, and of a server that is slow to answer."""
         warnings = super().warnings(config)
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
         if sharded and config.algorithm.clients == "free":

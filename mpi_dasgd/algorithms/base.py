@@ -107,9 +107,10 @@ class Algorithm(ABC):
     exchanges: ClassVar[str]
     """What crosses the wire, in words."""
     traffic: ClassVar[str]
-    """Bytes that a rank sends and reads a step; M is a model in the codec, H the local steps."""
+    """Bytes that a rank sends and reads a step: a formula as `catalogue.evaluate` takes it; M is a model in
+    the codec, H the local steps, r the neighbours."""
     memory: ClassVar[str]
-    """What a rank holds beside model, gradient and optimizer; M as above, P a model in its own type."""
+    """What a rank holds beside model, gradient and optimizer: a formula; P is a model in its own type."""
     waits: ClassVar[str]
     """Whether, and for what, ranks wait."""
     effective_step: ClassVar[str] = "1"

@@ -1,4 +1,4 @@
-"""The table of all algorithms, in words, and in bytes for a given model: what `mpi-dasgd algorithms` prints."""
+"""The table of all algorithms, in words and in bytes: what `mpi-dasgd algorithms` prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
 from mpi_dasgd.config import Codec as CodecSettings
 from mpi_dasgd.errors import UserError
 
-__all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows"]
+__all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows", "text"]
 
 SYMBOLS = (
     "M: bytes of a model or gradient in the codec; P: of a model in its own type; n ranks; H local steps; "
@@ -29,7 +29,7 @@ COLUMNS = {
     "traffic": "bytes a step",
     "memory": "memory of a rank",
     "waits": "waits",
-    "effective_step": "step",
+    "effective_step": "step, in eta/n",
 }
 """Keys of `rows`, and the heads of the table."""
 
@@ -168,3 +168,31 @@ def markdown() -> list[str]:
         cells += [str(row[key]).replace("|", "\\|") for key in list(COLUMNS)[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def text(sizes: Sizes | None = None) -> list[str]:
+    """Return a paragraph for each algorithm, for people at a terminal."""
+    lines = []
+    for row in rows(sizes):
+        lines += [f"{row['algorithm']}  ({row['paper']})", f"    exchanges   {row['exchanges']}"]
+        for key, name in (("traffic", "a step"), ("memory", "memory")):
+            lines.append(f"    {name:<12}{row[key]}{_bytes(row.get(f'{key}_bytes'))}")
+        lines.append(f"    waits       {row['waits']}")
+        lines.append(f"    step        {row['effective_step']}, in eta/n")
+        chosen = f"; here {row['codec']}" if sizes is not None else ""
+        lines.append(f"    codecs      {', '.join(row['codecs'])}{chosen}")
+    return [*lines, SYMBOLS]
+
+
+def _bytes(values: Mapping[str, float] | None) -> str:
+    """Return bytes by case in words, such as `` = 1.2 GB; tree: 3.4 MB``."""
+    if values is None:
+        return ""
+    words = []
+    for case, value in values.items():
+        power = 0
+        while value >= 1000 and power < 4:
+            value, power = value / 1000, power + 1
+        unit = ("B", "kB", "MB", "GB", "TB")[power]
+        words.append(f"{case}: {value:.3g} {unit}" if case else f"{value:.3g} {unit}")
+    return f" = {'; '.join(words)}"

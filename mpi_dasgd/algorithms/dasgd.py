@@ -64,9 +64,9 @@ class DASGD(Algorithm):
     """Whole replicas that exchange gradients, each of them exactly once."""
 
     name = "dasgd"
-    paper = "Tosi & Theobald 2023"
+    paper = "Tosi & Theobald 2023, arXiv 2309.03754"
     exchanges = "updates, to all ranks"
-    traffic = "(n-1) M; tree: about 2 M"
+    traffic = "(n-1) M; tree, about: 2 M"
     memory = "8 M + 2 n P; tree of degree r: 8 M + 2 (r+1) P"  # a float64 sum is 2 P
     waits = "never"
     effective_step = "n"

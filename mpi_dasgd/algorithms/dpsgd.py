@@ -38,9 +38,9 @@ class DPSGD(Algorithm):
     """Synchronous averages with all neighbours, overlapped with the gradient."""
 
     name = "dpsgd"
-    paper = "Lian et al. 2017"
+    paper = "Lian et al. 2017, arXiv 1705.09056"
     exchanges = "models, read by all neighbours"
-    traffic = "degree M / H"
+    traffic = "r M / H"
     memory = "8 M + P"
     waits = "every H steps, for the neighbours"
     synchronous = True

@@ -40,10 +40,10 @@ class EASGD(ServerAlgorithm):
     """Workers tied elastically to a center."""
 
     name = "easgd"
-    paper = "Zhang et al. 2015"
+    paper = "Zhang et al. 2015, arXiv 1412.6651"
     exchanges = "models with a center, elastically"
-    traffic = "2 M / H; the server (n-1) M / H"
-    memory = "9 M; a server that works 2 P more"
+    traffic = "2 M / H; server: 0"
+    memory = "9 M; server that works: 9 M + 2 P"
     waits = "never"
     codecs = ("none", "bf16", "fp16", "lattice8", "lattice4", "lattice16", "qsgd8")
 

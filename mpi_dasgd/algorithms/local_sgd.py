@@ -24,7 +24,7 @@ class LocalSGD(Algorithm):
     """Exact averages of the models, every H steps."""
 
     name = "local_sgd"
-    paper = "Stich 2019"
+    paper = "Stich 2019, arXiv 1805.09767"
     exchanges = "models, summed over all ranks"
     traffic = "2 M (n-1)/n / H"
     memory = "0"

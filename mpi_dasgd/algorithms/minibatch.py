@@ -44,8 +44,8 @@ class MiniBatch(ASGD):
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
-        """None: every worker has the same share of every batch."""
-        return []
+        """Not of data that differ: every worker has the same share of every batch."""
+        return super(ASGD, cls).warnings(config)
 
     def _choose(self, client: int | None) -> Sequence[int]:
         """A_t: all, when no gradient of the batch is missing."""

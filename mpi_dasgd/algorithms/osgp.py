@@ -39,7 +39,7 @@ class OSGP(PushSum):
     """Push-sum that does not wait, or only for messages of long ago."""
 
     name = "osgp"
-    paper = "Assran et al. 2019"
+    paper = "Assran et al. 2019, arXiv 1811.10792"
     memory = "8 M"
     waits = "never; with `overlap`: for messages of so many steps ago"
 

@@ -135,18 +135,21 @@ class PushSum(Algorithm):
         self._send(posting, step)
 
     def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Pending]:
-        """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile.
-
-        As every rank that waits empties its inbox, nobody waits for room for ever: one slot is enough.
-        """
+        """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile."""
         endpoint = self.endpoint
         something = endpoint.until(
-            lambda: condition() or endpoint.inbox.waiting, (endpoint.rank, *ranks)
+            lambda: condition() or (self._open and endpoint.inbox.waiting), (endpoint.rank, *ranks)
         )
         while not condition():
             while not something.done():
                 yield something
-            self._receive()
+            if self._open:
+                self._receive()
+
+    @property
+    def _open(self) -> bool:
+        """Whether what arrives is taken in while it waits."""
+        return True
 
     def _receive(self) -> None:
         """Take in what has arrived, and free its slots."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm
 from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.config import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
@@ -62,6 +63,18 @@ class ServerAlgorithm(Algorithm):
     def called(self) -> bool:
         """Whether there is something to do for the server: a message, or a death."""
         return self.endpoint.inbox.waiting or len(self.endpoint.neighbours()) != self._seen
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        """Warn that a server that works answers between its own gradients only."""
+        warnings = super().warnings(config)
+        if config.algorithm.server_works:
+            warnings.append(
+                "algorithm.server_works: rank 0 deals with at most transport.inbox_slots = "
+                f"{config.transport.inbox_slots} messages between two gradients of its own; with more "
+                "workers than that raise it"
+            )
+        return warnings
 
     @classmethod
     def workers(cls, size: int, settings: Settings) -> range:

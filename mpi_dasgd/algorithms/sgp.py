@@ -12,9 +12,14 @@ The offsets d_k, in turn: `exponential` 1, 2, 4, ... below n; `complete` 1, 2, 3
 For n a power of two the exponential graph reaches exact consensus in log2 n steps without gradients. Every
 exchange is doubly stochastic, so w_i is 1 at the end of each step; it travels all the same.
 
-A faster rank may send its message of step k + 1 before a slower one sends that of step k. Such a message is
-copied and kept until its step: slots of the inbox are always given back, and none is missing for step k.
 With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has H = 1.
+
+**One slot is enough.** A fast rank may send its message of step k + 1 before a slower one sends that of step
+k. As long as the message of its own step is missing, a rank that waits copies those of later steps and gives
+their slots back. So nobody waits for ever: let k be the smallest step that any rank is in. A rank in step k
+without room at j has not sent the message of step k that j needs; so j is in step k, too, and computes or
+empties its inbox. A rank that waits for a message of step k waits for a rank in step k that finds room, as
+shown.
 """
 
 from __future__ import annotations
@@ -37,8 +42,8 @@ class SGP(PushSum):
     """Synchronous push-sum with one out-neighbour a step."""
 
     name = "sgp"
-    paper = "Assran et al. 2019"
-    memory = "8 M + early messages"
+    paper = "Assran et al. 2019, arXiv 1811.10792"
+    memory = "8 M; more for each early message: M"
     waits = "every H steps, for one rank"
     synchronous = True
 
@@ -68,6 +73,10 @@ class SGP(PushSum):
             yield from self._until(lambda: self._awaited < 0)
         else:
             self._fold(early, step)
+
+    @property
+    def _open(self) -> bool:
+        return self._step not in self._early
 
     def _receive(self) -> None:
         inbox = self.endpoint.inbox

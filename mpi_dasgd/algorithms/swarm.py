@@ -48,7 +48,7 @@ class Swarm(Algorithm):
 
     name = "swarm"
     variant = "nonblocking"
-    paper = "Nadiradze et al. 2021"
+    paper = "Nadiradze et al. 2021, arXiv 1910.12308"
     exchanges = "models, in pairs that conserve the mean"
     traffic = "2 M / H"
     memory = "8 M + 2 P"

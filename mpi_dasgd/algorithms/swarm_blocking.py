@@ -47,9 +47,9 @@ class BlockingSwarm(Algorithm):
 
     name = "swarm"
     variant = "blocking"
-    paper = "Nadiradze et al. 2021"
+    paper = "Nadiradze et al. 2021, arXiv 1910.12308"
     exchanges = "models, in pairs that conserve the mean"
-    traffic = "1.5 M / H"
+    traffic = "M / H"
     memory = "8 M"
     waits = "at the end of a phase, for a neighbour at the end of its own"
     codecs = PAIR_CODECS

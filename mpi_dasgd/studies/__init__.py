@@ -67,6 +67,7 @@ def run(
     quick: bool = False,
     seeds: int | None = None,
     as_json: bool = False,
+    source: str | None = None,
 ) -> int:
     """Run study `name`, write NAME.h5 and NAME.png, print the table or one JSON object; return 0.
 
@@ -76,6 +77,7 @@ def run(
         quick: seconds instead of minutes: smaller, and with one seed.
         seeds: how many; unset: the study's own number.
         as_json: print JSON instead of a table.
+        source: samples of an earlier run, to be drawn and summed up instead of new ones.
 
     Raises:
         UserError: an argument is wrong, or a package is missing.
@@ -83,7 +85,7 @@ def run(
     study = find(name)
     if seeds is not None and seeds < 1:
         raise UserError(f"study {name}: --seeds must be at least 1, got {seeds}")
-    from mpi_dasgd.studies.samples import write
+    from mpi_dasgd.studies.samples import read, write
 
     folder = Path(out or DIRECTORY)
     try:
@@ -92,8 +94,15 @@ def run(
         raise UserError(
             f"study: directory {folder} cannot be made ({error.strerror}); give another one with --out"
         ) from error
-    samples = study.samples(seeds or (1 if quick else study.SEEDS), quick)
-    path = write(samples, folder / f"{name}.h5")
+    if source is None:
+        samples = study.samples(seeds or (1 if quick else study.SEEDS), quick)
+        path = write(samples, folder / f"{name}.h5")
+    else:
+        samples, path = read(source), Path(source)
+        if samples.name != name:
+            raise UserError(
+                f"study {name}: --samples: {source} has those of study {samples.name!r}"
+            )
     rows, figures = study.summary(samples)
     try:
         picture = str(study.draw(samples, folder / f"{name}.png"))

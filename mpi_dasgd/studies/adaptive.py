@@ -8,7 +8,8 @@ Setting: 8 ranks, quadratic of 16 dimensions with noise 1, one rank 1, 10 or 100
     in full: 1/8 of these). The delay is the number of gradients that other ranks computed meanwhile, tau_C
     = 8.
 Measured: excess loss of the mean model against time; when it settles below epsilon = 1 (0.1 % of the
-    start), its floor (mean over the last quarter), and the share of gradients whose delay is above tau_C.
+    start), its floor (mean over the last quarter), its peak after the first quarter, and the share of
+    gradients whose delay is above tau_C.
 Expected: in a pair average a late gradient moves the mean by eta / n once in a long while: nothing to be
     gained; `dasgd` applies it with the full rate on every replica, as a server does.
 """
@@ -36,7 +37,7 @@ EVERY, MOMENTS = 16, 120
 
 def samples(seeds: int, quick: bool) -> Samples:
     """Measure the courses."""
-    gradients = EVERY * (80 if quick else 240)
+    gradients = EVERY * (50 if quick else 240)
     base = configure(
         {
             "simulation.ranks": RANKS,
@@ -71,6 +72,7 @@ def samples(seeds: int, quick: bool) -> Samples:
             "excess": np.exp(np.interp(moments, run.times, np.log(excess))),
             "settled": settled(run.times, excess, EPSILON),
             "floor": excess[-len(excess) // 4 :].mean(),
+            "peak": excess[len(excess) // 4 :].max(),
             "late": (delays > RANKS).mean() if delays.size else math.nan,
             "delay_max": delays.max() if delays.size else math.nan,
         }
@@ -91,6 +93,7 @@ def samples(seeds: int, quick: bool) -> Samples:
             "excess": Variable("1", "f(mean) - f(optimum)", ("moment",)),
             "settled": Variable("1", "virtual time until it stays at or below epsilon"),
             "floor": Variable("1", "its mean over the last quarter of the run"),
+            "peak": Variable("1", "its largest value after the first quarter of the run"),
             "late": Variable("1", "share of gradients with a delay above tau_C"),
             "delay_max": Variable("gradients", "largest delay"),
         },
@@ -101,7 +104,9 @@ def samples(seeds: int, quick: bool) -> Samples:
 
 def summary(samples: Samples) -> Summary:
     """Time and floor of each rule, over those of the constant step."""
-    middle = {name: spread(samples[name])[1] for name in ("settled", "floor", "late", "delay_max")}
+    middle = {
+        name: spread(samples[name])[1] for name in ("settled", "floor", "peak", "late", "delay_max")
+    }
     low, _, high = spread(samples["floor"])
     rates = samples["rate"]
     rows: list[dict[str, Any]] = []
@@ -119,12 +124,14 @@ def summary(samples: Samples) -> Summary:
                 row |= {"best rate": float(rates[best[k]]), "settled": float(middle["settled"][at])}
                 row |= {"floor at 0.1": float(middle["floor"][i, j, k, 0])}
                 row |= {"from": float(low[i, j, k, 0]), "to": float(high[i, j, k, 0])}
+                row |= {"peak at 0.1": float(middle["peak"][i, j, k, 0])}
                 rows.append(row)
             these = rows[-len(samples["rule"]) :]
             figures[f"{algorithm}, {slowdown}x"] = {
                 row["rule"]: {
                     "time_over_constant": row["settled"] / these[0]["settled"],
                     "floor_over_constant": row["floor at 0.1"] / these[0]["floor at 0.1"],
+                    "peak_over_constant": row["peak at 0.1"] / these[0]["peak at 0.1"],
                 }
                 for row in these[1:]
             }

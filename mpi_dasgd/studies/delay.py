@@ -57,7 +57,9 @@ def samples(seeds: int, quick: bool) -> Samples:
     def point(rule: str, slowdown: int, rate: float, seed: int) -> Mapping[str, Any]:
         late = 1.5 * (WORKERS - 1) * slowdown  # tau_max
         allowed = 1 / (2 * math.sqrt(WORKERS * late)) if rule == "constant" else 1 / (2 * WORKERS)
-        gradients = 10 * math.ceil(max(150, 0.3 * late, 2 / (2 * AVERAGE * allowed) / 10))
+        gradients = 10 * math.ceil(
+            max(60 if quick else 150, 0.3 * late, 1.3 / (2 * AVERAGE * allowed) / 10)
+        )
         run = Course(
             vary(
                 base,
@@ -88,7 +90,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         {
             "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.step_rule"),
             "slowdown": Axis(
-                [1, 10, 30] if quick else [1, 3, 10, 30, 100, 300],
+                [1, 30] if quick else [1, 3, 10, 30, 100, 300],
                 "1",
                 "how many times slower one worker is",
             ),

@@ -1,8 +1,7 @@
 """How far apart the models of SwarmSGD are.
 
 Question: how does the disagreement depend on the rate, the local steps H, and the graph?
-Paper: Nadiradze et al. 2021, the bound on the potential: per node eta^2 H^2 (r / lambda_2)^2 M^2.
-    3.5.
+Paper: Nadiradze et al. 2021, the bound on the potential: per node eta^2 H^2 (r / lambda_2)^2 M^2. 3.5.
 Setting: `swarm`, 32 ranks on r-regular graphs, codec `none`; f_i(x) = |x - b_i|^2 / 2 in 8 dimensions.
     `noise`: all b_i alike, gradient noise of standard deviation 100 a coordinate, which local steps add up
     at random. `drift`: no noise, b_i of spread 100, which local steps add up in a straight line: H times

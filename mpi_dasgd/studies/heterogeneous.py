@@ -47,7 +47,7 @@ class _Weighed(Course):
 
 def samples(seeds: int, quick: bool) -> Samples:
     """Measure the mean of x over the second half of each run."""
-    gradients = 1200 if quick else 6000
+    gradients = 800 if quick else 6000
     base = configure(
         {
             "algorithm.name": "asgd",

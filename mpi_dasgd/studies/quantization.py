@@ -33,7 +33,7 @@ CODECS = {"none": 32, "lattice16": 16, "lattice8": 8, "lattice4": 4}
 
 def samples(seeds: int, quick: bool) -> Samples:
     """Measure loss and accuracy for each H and codec."""
-    gradients = 1600 if quick else 6400
+    gradients = 800 if quick else 6400
     base = configure(
         {
             "task.name": "breast_cancer",
@@ -129,6 +129,7 @@ def draw(samples: Samples, path: Path) -> Path:
                 figure.band(axis, samples["steps"], samples[name][i], i, codec)
             axis.set(xscale="log", xlabel="local steps H", title=title)
             figure.ticks(axis.xaxis, samples["steps"])
+            axis.set(ylabel=samples.variables[name].meaning)
             if name.startswith("excess"):
                 axis.set(yscale="log")
             axis.legend()

@@ -28,8 +28,8 @@ WORKERS = 16
 SYNCHRONOUS = ("allreduce", "local_sgd", "dpsgd", "sgp", "minibatch")
 ASYNCHRONOUS = ("adpsgd", "swarm", "dasgd", "asgd", "osgp", "easgd")
 SERVERS = ("asgd", "minibatch", "easgd")
-GRADIENTS = {1: 1600, 2: 1600, 10: 3200, 100: 12800}
-"""Of a run, by slow-down: 8 gradients of the slow worker at the least."""
+GRADIENTS = {1: 800, 2: 800, 10: 1600, 100: 3200}
+"""Of a run, by slow-down: 2 gradients of the slow worker at the least; synchronous ones make 800."""
 
 
 def samples(seeds: int, quick: bool) -> Samples:
@@ -39,9 +39,9 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
     def point(algorithm: str, compute: str, slowdown: int, seed: int) -> Mapping[str, Any]:
-        gradients = GRADIENTS[slowdown]
-        if algorithm in SYNCHRONOUS or quick:
-            gradients = min(gradients, 1600)
+        gradients = 640 if quick else GRADIENTS[slowdown]
+        if algorithm in SYNCHRONOUS:
+            gradients = min(gradients, 800)
         run = Course(
             vary(
                 base,
@@ -121,6 +121,7 @@ def draw(samples: Samples, path: Path) -> Path:
             axis.set(xscale="log", yscale="log", xlabel="slow-down of one of 16 workers")
             axis.set(ylabel="gradients per unit of time", title=f"{compute} times")
             figure.ticks(axis.xaxis, k)
+            figure.ticks(axis.yaxis, np.array([0.2, 0.5, 1, 2, 5, 10, 15]))
         axes[0].legend(loc="lower left", ncols=2, fontsize=7)
 
     return figure.draw(path, panels, len(samples["compute"]))

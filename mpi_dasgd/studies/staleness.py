@@ -38,7 +38,7 @@ EARLY = 600
 
 def samples(seeds: int, quick: bool) -> Samples:
     """Measure the courses."""
-    gradients = 1200 if quick else 6000
+    gradients = 800 if quick else 6000
     base = configure(
         {"algorithm.name": "dasgd", "simulation.ranks": RANKS, "transport.inbox_slots": 64}
     )

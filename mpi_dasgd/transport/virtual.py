@@ -75,7 +75,7 @@ class Network:
         self.where = WordMap(publication_slots, inbox_slots)
         self._words = [[0] * self.where.count for _ in range(topology.size)]
         self._count = publication_slots + inbox_slots
-        self._messages: dict[int, list[Message]] = {}
+        self._messages: dict[int, Message] = {}
         self._rounds: dict[int, _Allreduce] = {}
         self._watchers: dict[int, dict[_Until, None]] = {}
         self.servers: dict[int, Callable[[], None]] = {}  # called when a message has arrived
@@ -124,11 +124,12 @@ class Network:
             self.clock.after(self.latency or 1e-3, lambda: self.notify(pending, wake))
 
     def at(self, rank: int, index: int) -> Message:
-        messages = self._messages.get(rank)
-        if messages is None:
-            buffer = np.zeros((self._count, self.layout.nbytes), np.uint8)
-            messages = self._messages[rank] = [Message(part, self.layout) for part in buffer]
-        return messages[index]
+        key = rank * self._count + index
+        message = self._messages.get(key)
+        if message is None:  # slots that are never used take no memory
+            buffer = np.zeros(self.layout.nbytes, np.uint8)
+            message = self._messages[key] = Message(buffer, self.layout)
+        return message
 
     def get(self, rank: int, index: int, out: Message) -> None:
         out.buffer[:] = self.at(rank, index).buffer
