@@ -120,7 +120,9 @@ class Algorithm(Section):
         "min(eta, c / delay), 0",
     )
     delay_threshold: float | None = Field(
-        None, description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks", ge=0
+        None,
+        description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks, asgd: concurrency",
+        ge=0,
     )
     delay_cap: float | None = Field(
         None, description="capped: c / eta, in gradients; unset: delay_threshold", gt=0

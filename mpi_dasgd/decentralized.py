@@ -131,7 +131,7 @@ class Decentralized:
             graph_of_ranks,
             path=transport.path,
             publication_slots=transport.publication_slots if kind.publishes else 0,
-            inbox_slots=transport.inbox_slots if kind.publishes else 0,
+            inbox_slots=transport.inbox_slots if kind.receives else 0,
             progress_interval=transport.progress_interval,
             silence=transport.silence,
         )

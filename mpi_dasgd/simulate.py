@@ -129,8 +129,8 @@ class Simulation:
             self.clock,
             self.codecs[0].layout,
             graph,
-            publication_slots=config.transport.publication_slots,
-            inbox_slots=config.transport.inbox_slots,
+            publication_slots=config.transport.publication_slots if kind.publishes else 0,
+            inbox_slots=config.transport.inbox_slots if kind.receives else 0,
             latency=settings.latency,
             bandwidth=settings.bandwidth,
         )

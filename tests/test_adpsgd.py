@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def test_contraction_on_the_complete_graph_over_all_edges(
     variant: str, order: str, theory: Any
 ) -> None:
     models = np.random.default_rng(1).normal(size=(8, 5))
-    settings = Settings(variant=variant, order=order)  # type: ignore[arg-type]
+    settings = Settings(variant=variant, order=order)
     after = _after_each_exchange(models, settings, topology.build("complete", 8))
     assert np.mean(after) / gamma(models) == pytest.approx(theory(8), rel=1e-12)
 
@@ -130,7 +130,7 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
 
             pulls.record = record
         simulation.run()
-        ratios += [after / before for before, after in zip(seen, seen[1:], strict=False)]
+        ratios += [after / before for before, after in pairwise(seen)]
     assert np.mean(ratios) == pytest.approx(1 - (1 + 1 / 8) / 14, rel=0.01)
 
 

@@ -56,6 +56,13 @@ def test_effective_step_of_pull_is_as_documented(steps: int, documented: float) 
     assert found == pytest.approx(documented, abs=0.03)
 
 
+def test_one_local_step_without_blocking_is_adpsgd_that_averages_first() -> None:
+    settings = "simulation.noise=1", "budget.samples=800"
+    swarm, pair = (run(name, *settings) for name in (SWARM, "algorithm.order=average"))
+    for figure in ("final_disagreement", "final_distance", "excess_loss"):
+        assert swarm[figure] == pytest.approx(pair[figure], rel=1e-9)
+
+
 def test_phases_have_their_length() -> None:
     fixed = Phases(Settings(local_steps=3), random.Random(1))
     assert [step for step in range(1, 10) if fixed.ends(step)] == [3, 6, 9]

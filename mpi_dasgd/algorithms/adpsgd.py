@@ -17,7 +17,7 @@ graph will do. Most frameworks only read the neighbour's model (`adpsgd_pull`).
 - `average`: 2, 3, publish: Algorithm 1. The publication needs a second pass over memory.
 - `gradient` (default): 3, 2, publish, in one pass: what the communication thread of the paper's
   implementation does. The effective step is the same, 1.00 to 1.01 on the noise-free quadratic, and the
-  disagreement under noise a third: a gradient is halved before the rank offers its model.
+  disagreement under noise a third to a half: when a rank offers its model, its newest gradient is shared.
 
 Momentum and weight decay are the local optimizer's: they act in step 3 and are never averaged.
 """

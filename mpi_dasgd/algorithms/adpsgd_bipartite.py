@@ -52,7 +52,8 @@ class BipartiteADPSGD(Algorithm):
     paper = "Lian et al. 2018, arXiv 1710.06952"
     exchanges = "models, in pairs of an active and a passive rank"
     traffic = "M / H"
-    memory = "8 M"
+    memory = "4 M"
+    publishes = False
     waits = "active ranks, for a gradient of a passive one"
     codecs = PAIR_CODECS
     minimum_ranks = 2

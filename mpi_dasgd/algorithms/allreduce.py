@@ -24,6 +24,7 @@ class AllReduce(Algorithm):
     waits = "every step"
     synchronous = True
     publishes = False
+    receives = False
 
     @classmethod
     def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:

@@ -20,6 +20,7 @@ class Alone(Algorithm):
     memory = "0"
     waits = "never"
     publishes = False
+    receives = False
 
     def step(self, local: Local) -> Iterator[Pending]:
         """x_i <- x_i - eta g_i(x_i)."""

@@ -47,7 +47,8 @@ class ASGD(ServerAlgorithm):
     paper = "Koloskova et al. 2022, arXiv 2206.08307"
     exchanges = "gradients to a server, its model back"
     traffic = "M; server: (n-1) M"
-    memory = "8 M; server, more for each point without room: P"
+    publishes = False
+    memory = "4 M; server, more for each point without room: P"
     waits = "for the server's answer"
     effective_step = "n"
     conserves = False

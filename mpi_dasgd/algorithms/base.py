@@ -127,7 +127,9 @@ class Algorithm(ABC):
     """Whether it applies `algorithm.step_rule` itself; else the driver does, by what the board says."""
     minimum_ranks: ClassVar[int] = 1
     publishes: ClassVar[bool] = True
-    """Whether it needs publications and inboxes."""
+    """Whether it needs publications."""
+    receives: ClassVar[bool] = True
+    """Whether it needs inboxes."""
 
     def __init__(
         self,

@@ -67,7 +67,8 @@ class DASGD(Algorithm):
     paper = "Tosi & Theobald 2023, arXiv 2309.03754"
     exchanges = "updates, to all ranks"
     traffic = "(n-1) M; tree, about: 2 M"
-    memory = "8 M + 2 n P; tree of degree r: 8 M + 2 (r+1) P"  # a float64 sum is 2 P
+    publishes = False
+    memory = "4 M + 2 n P; tree of degree r: 4 M + 2 (r+1) P"  # a float64 sum is 2 P
     waits = "never"
     effective_step = "n"
     codecs = ("none", "bf16", "qsgd8")

@@ -41,7 +41,8 @@ class DPSGD(Algorithm):
     paper = "Lian et al. 2017, arXiv 1705.09056"
     exchanges = "models, read by all neighbours"
     traffic = "r M / H"
-    memory = "8 M + P"
+    memory = "4 M + P"
+    receives = False
     waits = "every H steps, for the neighbours"
     synchronous = True
 

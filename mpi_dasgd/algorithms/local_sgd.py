@@ -31,6 +31,7 @@ class LocalSGD(Algorithm):
     waits = "every H steps"
     synchronous = True
     publishes = False
+    receives = False
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One local step; every H of them the average."""

@@ -40,7 +40,8 @@ class OSGP(PushSum):
 
     name = "osgp"
     paper = "Assran et al. 2019, arXiv 1811.10792"
-    memory = "8 M"
+    memory = "4 M"
+    publishes = False
     waits = "never; with `overlap`: for messages of so many steps ago"
 
     @classmethod

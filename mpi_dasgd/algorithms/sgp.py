@@ -43,7 +43,8 @@ class SGP(PushSum):
 
     name = "sgp"
     paper = "Assran et al. 2019, arXiv 1811.10792"
-    memory = "8 M; more for each early message: M"
+    publishes = False
+    memory = "4 M; more for each early message: M"
     waits = "every H steps, for one rank"
     synchronous = True
 

@@ -23,6 +23,7 @@ How it is done here, and why:
   B_i and a_i stay in the type of the model.
 - The paper's graphs are r-regular, with Poisson clocks of equal rate, so that each edge interacts alike.
   Any graph and any speeds are allowed here; the mean is conserved on all of them.
+- With H = 1 all this is `adpsgd` with `algorithm.order` = average, number by number.
 
 Also: `swarm_blocking`, and `swarm_pull`, which is what the authors' code does.
 """

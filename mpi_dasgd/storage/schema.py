@@ -138,6 +138,13 @@ RANKS: tuple[Column, ...] = (
     Column("buckets_decoded", "i8", "buckets", "buckets of partners' models decoded"),
     Column("buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left alone"),
     Column("buckets_corrupt", "i8", "buckets", "buckets of deltas that failed their check"),
+    Column("applied", "i8", "gradients", "gradients that the server applied"),
+    Column("delay_mean", "f8", "gradients", "mean delay of the gradients that the server applied"),
+    Column("delay_average", "f8", "gradients", "tau_avg: the same, those in flight included"),
+    Column("delay_max", "i8", "gradients", "tau_max: the largest of these delays"),
+    Column("delayed_fraction", "f8", "1", "share of applied gradients with a delay above tau_C"),
+    Column("concurrency", "f8", "gradients", "mean number of gradients in flight"),
+    Column("concurrency_max", "i8", "gradients", "tau_C: the largest number in flight"),
 )
 
 # One row per milestone, measured over all ranks at the same index.

@@ -154,6 +154,6 @@ def draw(samples: Samples, path: Path) -> Path:
                 axis.axhline(EPSILON, color="#66717d", lw=0.8, ls=":")
                 axis.set(yscale="log", xlabel="time", title=f"{name}, one rank {slowdown}x slower")
                 axis.set(ylabel="f(mean) - f(optimum)")
-        axes[0].legend()
+        axes[0].legend(loc="upper right")
 
     return figure.draw(path, panels, len(names), len(slow))

@@ -155,6 +155,6 @@ def draw(samples: Samples, path: Path) -> Path:
             title = "whoever is free" if clients == "free" else "drawn uniformly"
             axis.set(ylabel="|x - optimum|^2", title=f"Next point to: {title}")
             figure.ticks(axis.xaxis, k)
-            axis.legend()
+            axis.legend(loc="upper left")
 
     return figure.draw(path, panels, 2)

@@ -132,6 +132,6 @@ def draw(samples: Samples, path: Path) -> Path:
             axis.set(ylabel=samples.variables[name].meaning)
             if name.startswith("excess"):
                 axis.set(yscale="log")
-            axis.legend()
+            axis.legend(loc="upper left")
 
     return figure.draw(path, panels, 3)

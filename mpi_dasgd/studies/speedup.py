@@ -150,6 +150,6 @@ def draw(samples: Samples, path: Path) -> Path:
         for axis in axes:
             axis.set(xscale="log", yscale="log", xlabel="ranks n")
             figure.ticks(axis.xaxis, ranks)
-            axis.legend()
+            axis.legend(loc="upper left")
 
     return figure.draw(path, panels, 2)

@@ -135,6 +135,6 @@ def draw(samples: Samples, path: Path) -> Path:
                 )
             axis.set(yscale="log", xlabel="gradients of all ranks", title=problem)
             axis.set(ylabel="|grad f(mean)|^2 / first")
-            axis.legend()
+            axis.legend(loc="upper left")
 
     return figure.draw(path, panels, len(samples["problem"]))

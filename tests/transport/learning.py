@@ -1,6 +1,7 @@
-"""Some epochs of the digits with each of the variants given; rank 0 prints the mean model's accuracy as JSON.
+"""Some epochs of the digits with each of the variants given; rank 0 prints the mean models' accuracy.
 
-Arguments: name, variant, graph or edge file, in turns. All variants run in one job: most of a test's time is imports.
+Arguments: name, variant, graph or edge file, in turns. All variants run in one job, as most of a
+test's time is imports.
 """
 
 from __future__ import annotations
