@@ -308,7 +308,7 @@ class Decentralized:
             return
         for pending in self.algorithm.leave():
             self._wait(pending)
-        self._wait(None, self.endpoint.delivered)
+        self._wait(None, self._delivered)
         board.announce(FINISHED)
         while not (self._quiet() and self.algorithm.drained):
             self.algorithm.absorb(self.local.step)
@@ -316,6 +316,13 @@ class Decentralized:
             self._look()
         self.algorithm.absorb(self.local.step)
         self.parameters.push()
+
+    def _delivered(self) -> bool:
+        """Whether all that was sent has arrived; until then absorb, or ranks may wait for each other's room."""
+        if self.endpoint.delivered():
+            return True
+        self.algorithm.absorb(self.local.step)
+        return False
 
     def _quiet(self) -> bool:
         board = self.endpoint.board

@@ -52,6 +52,7 @@ class TorchLocal:
         begun = time.perf_counter()
         if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
             self._flat.copy_(torch.from_numpy(self._staged))
+        self._parameters.push()  # what the algorithm has changed in this step, before the gradient
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.factor * factor
         self._optimizer.step()

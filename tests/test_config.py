@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
+JOBS = sorted((Path(__file__).parents[1] / "jobs").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)

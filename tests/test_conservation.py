@@ -38,11 +38,12 @@ def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
     Each exchange rounds two additions: its error is below 2 * eps / 2 * max|x|.
     """
     (n,) = rank_counts(3)
-    args = ["--path", path, "--exchanges", "10000"]
+    exchanges = 10_000 if (mpi, path) == ("mpich", "auto") else 3000
+    args = ["--path", path, "--exchanges", str(exchanges)]
     done = run_ranks(n, PROGRAM, *args, "exact", "float", mpi=mpi, timeout=120)
     reports = json.loads(done.stdout)
     for report in reports.values():
-        assert_exchanged(report, 10_000)
+        assert_exchanged(report, exchanges)
         assert report["path"] == {"auto": "in place", "remote": "Get and Put"}[path]
     assert reports["exact"]["error"] == 0.0
     assert 0.0 < reports["float"]["error"] < reports["float"]["tolerance"] < 0.1
@@ -53,10 +54,10 @@ def test_sum_of_models_is_conserved_by_every_codec(path: str) -> None:
     """Whatever the codes, and with buckets that cannot be decoded; bytes counted are those of the codec."""
     (n,) = rank_counts(3)
     names = [name for name in codecs.CODECS if name != "none"]
-    args = ["--path", path, "--exchanges", "1500", "--limit", "25", *names]
+    args = ["--path", path, "--exchanges", "800", "--limit", "25", *names]
     reports = json.loads(run_ranks(n, PROGRAM, *args, timeout=200).stdout)
     for name, report in reports.items():
-        assert_exchanged(report, 1500)
+        assert_exchanged(report, 800)
         assert report["error"] < report["tolerance"] < 0.1, name
         assert report["corrupt"] == 0
         assert report["nbytes"] == report["exchanges"] * report["message"]

@@ -70,8 +70,9 @@ def test_all_is_well_here(mpi: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
 
 
-def test_under_a_launcher_it_examines_these_ranks(mpi: str) -> None:
-    done = run_ranks(3, PROGRAM, mpi=mpi)
+@pytest.mark.mpi
+def test_under_a_launcher_it_examines_these_ranks() -> None:
+    done = run_ranks(3, PROGRAM)
     assert done.codes == [0, 0, 0]
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     assert findings(line)["ranks"]["values"]["ranks"] == 3
@@ -99,6 +100,7 @@ def test_without_an_mpi_library_it_says_what_to_do(tmp_path: Path) -> None:
     assert "Training would NOT work here" in done.stdout
 
 
+@pytest.mark.mpi
 def test_ranks_that_do_not_end_are_a_finding(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

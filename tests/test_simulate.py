@@ -32,8 +32,10 @@ def _effective_step(*overrides: str) -> float:
     return float(np.mean([figures["effective_step"] for figures in _seeds(*overrides)]))
 
 
-@pytest.mark.parametrize("latency", [0, 0.02, 0.7])
-@pytest.mark.parametrize("ranks", [2, 3, 8, 16])
+@pytest.mark.parametrize(
+    ("ranks", "latency"),
+    [(2, 0.02), (3, 0.02), (8, 0.02), (16, 0.02), (2, 0), (16, 0), (3, 0.7), (16, 0.7)],
+)
 def test_effective_step_of_adpsgd(ranks: int, latency: float) -> None:
     setting = f"simulation.ranks={ranks}", f"simulation.latency={latency}"
     assert _effective_step(*setting) == pytest.approx(1, abs=0.03)
@@ -71,7 +73,7 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
     # A small inbox alone bounds how many deltas add up; with a large one only the claim does.
     settings = [
         "simulation.latency=0", SLOW, "simulation.slow_factor=100", "transport.inbox_slots=64",
-        "budget.samples=40000",
+        "budget.samples=16000",
     ]  # fmt: skip
     assert max(figures["max_disagreement"] for figures in _seeds(*settings)) < 100
     broken = [
@@ -81,17 +83,25 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
     assert all(figures["diverged"] for figures in broken)
 
 
-@pytest.mark.parametrize("latency", [0, 0.3])
-@pytest.mark.parametrize("ranks", [2, 5, 16])
-def test_sum_is_conserved_over_ten_thousand_exchanges_without_gradients(
-    ranks: int, latency: float
+@pytest.mark.parametrize(
+    ("ranks", "latency", "gradients", "exchanges"),
+    [
+        (2, 0, 8000, 1000),
+        (2, 0.3, 8000, 1000),
+        (5, 0, 8000, 4000),
+        (5, 0.3, 8000, 2000),
+        (16, 0, 16_000, 10_000),
+        (16, 0.3, 30_000, 10_000),
+    ],
+)
+def test_sum_is_conserved_over_thousands_of_exchanges_without_gradients(
+    ranks: int, latency: float, gradients: int, exchanges: int
 ) -> None:
     figures = _run(
         "simulation.gradients=off", f"simulation.latency={latency}", f"simulation.ranks={ranks}",
-        "simulation.compute=exponential", SLOW,
-        f"budget.samples={80_000 if ranks == 2 else 40_000}",
+        "simulation.compute=exponential", SLOW, f"budget.samples={gradients}",
     )  # fmt: skip
-    assert figures["exchanges"] >= 10_000
+    assert figures["exchanges"] >= exchanges
     assert figures["conservation_error"] < 1e-12
     assert figures["final_disagreement"] < 1e-6 * figures["max_disagreement"]
 

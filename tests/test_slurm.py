@@ -71,7 +71,7 @@ def _kill_rank(cluster: Cluster, rank: int) -> None:
 
 
 def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
-    job = user.wait(user.submit(tmp_path, *TWO_NODES, "budget.epochs=6"))
+    job = user.wait(user.submit(tmp_path, *TWO_NODES, "budget.epochs=3"))
     assert (job.state, job.code) == ("COMPLETED", 0), job.output
     results = _results(tmp_path)
     assert results["status"] == "finished"

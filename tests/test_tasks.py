@@ -11,9 +11,10 @@ import pytest
 import torch
 import xarray
 from ranks import ROOT, missing, run_ranks
+from sklearn import datasets
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.tasks import data, idx
+from mpi_dasgd.tasks import data, idx, tables
 
 IMAGES = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
@@ -117,6 +118,19 @@ def test_missing_files_are_told_with_the_remedy(
         UserError, match=r"nowhere/train-images.*apt-get install dataset-fashion-mnist.*directory"
     ):
         data.load("fashion_mnist", "cnn", 1)
+
+
+@pytest.mark.parametrize("name", ["digits", "breast_cancer"])
+@pytest.mark.parametrize("file", ["as it is", "elsewhere"])
+def test_tables_are_those_of_scikit_learn(
+    name: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = getattr(datasets, f"load_{name}")(return_X_y=True)
+    if file == "elsewhere":
+        monkeypatch.setattr(tables, "find_spec", lambda _: None)
+    for found, column in zip(getattr(tables, name)(), expected, strict=True):
+        np.testing.assert_array_equal(found, column)
+        assert found.dtype == column.dtype
 
 
 def test_a_directory_for_another_task_is_refused() -> None:

@@ -7,11 +7,11 @@ Setting: `swarm`, 32 ranks on r-regular graphs, codec `none`; f_i(x) = |x - b_i|
     at random. `drift`: no noise, b_i of spread 100, which local steps add up in a straight line: H times
     as much.
 Expected: the bound's exponents are 2, 2, 2; it holds for all gradients of second moment M^2. A linear
-    analysis (`linear.py`) of independent clocks, with S for the sum over the modes of the graph, says per node
+    analysis (`linear.py`), S being the disagreement by unit noise on this graph, says per node
         noise: eta^2 H sigma^2 d (S + (H - 1) / (2 H)): the last is what is not averaged yet
         drift: |c + eta (H - 1) / 2 (b - c)|^2 + eta^2 H^2 |b - c|^2 S,  c = eta H (L / r + eta H)^-1 b
-    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the pull eta H of
-    the minima is not small beside the mixing lambda_2 / r.
+    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the pull eta H
+    of the minima is not small beside the mixing lambda_2 / r.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def noise(laplacian: np.ndarray) -> float:
 def drift(laplacian: np.ndarray, pull: float, minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean models and what still draws them to their minima, (n, d) each, in steady state.
 
-    A phase moves x_i by pull (b_i - x_i) on average, an average by -L x / (2 m): c = pull (L / r + pull)^-1 b.
+    A phase moves x_i by pull (b_i - x_i), the averages of one by -L x / r: c = pull (L / r + pull)^-1 b.
 
     Args:
         laplacian: of the graph.

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.tasks import tables
 
 __all__ = ["BreastCancer", "Problem", "Quadratic", "build"]
 
@@ -102,9 +103,7 @@ class BreastCancer:
         sharded: bool = False,
         workers: range | None = None,
     ) -> None:
-        from sklearn.datasets import load_breast_cancer
-
-        features, labels = load_breast_cancer(return_X_y=True)
+        features, labels = tables.breast_cancer()
         features = (features - features.mean(0)) / features.std(0)
         signed = np.hstack([features, np.ones((len(features), 1))]) * (2 * labels - 1)[:, None]
         self._all = signed

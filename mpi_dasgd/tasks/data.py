@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.tasks import tables
 from mpi_dasgd.tasks.idx import read_images
 
 __all__ = ["Batches", "Data", "load"]
@@ -72,13 +73,11 @@ def load(name: str, model: str, seed: int, directory: str | None = None) -> Data
         x = torch.randn(2048, width, generator=generator)
         y = torch.randint(classes, (2048,), generator=generator)
         return Data(x[256:], y[256:], x[:256], y[:256], classes)
-    from sklearn import datasets
-
     if name == "digits":
-        x, y = datasets.load_digits(return_X_y=True)
+        x, y = tables.digits()
         x = x / 16
     elif name == "breast_cancer":
-        x, y = datasets.load_breast_cancer(return_X_y=True)
+        x, y = tables.breast_cancer()
         x = (x - x.mean(0)) / x.std(0)
     else:
         raise UserError(f"task.name: {name!r} has no training data; it is for `mpi-dasgd simulate`")

@@ -1,0 +1,24 @@
+"""Trains with each job file given, one after the other in one job: most of a test's time is imports.
+
+Arguments: the directory of the results, then the files.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mpi_dasgd import config, trainer, world
+
+
+def main() -> None:
+    """Train, on all ranks."""
+    environment = world.start()
+    directory, *files = sys.argv[1:]
+    for file in files:
+        overrides = [f"run.directory={directory}", "evaluation.live=false", "evaluation.points=1"]
+        code = trainer.train(config.load(file, overrides), environment)
+        assert code == 0, f"{file}: exit code {code}"
+
+
+if __name__ == "__main__":
+    main()
