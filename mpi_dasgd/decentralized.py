@@ -318,7 +318,7 @@ class Decentralized:
         self.parameters.push()
 
     def _delivered(self) -> bool:
-        """Whether all that was sent has arrived; until then absorb, or ranks may wait for each other's room."""
+        """Whether all that was sent has arrived; absorbs: ranks may wait for each other's room."""
         if self.endpoint.delivered():
             return True
         self.algorithm.absorb(self.local.step)

@@ -491,6 +491,19 @@ def test_a_star_is_graph_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
+def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Far points without room when the server ends: it must go on to take gradients in, and vice versa."""
+    _train(
+        4, tmp_path, "algorithm.name=asgd", UNIFORM, "algorithm.concurrency=12",
+        "transport.path=remote", "transport.inbox_slots=1", "budget.epochs=2", "optimizer.lr=0.005",
+        "evaluation.points=1", "evaluation.live=false",
+    )  # fmt: skip
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file.attrs["status"] == "finished"
+        assert file["ranks/concurrency"][0] == pytest.approx(12, rel=0.02)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [(4, ["algorithm.name=asgd"]), (3, [MINIBATCH, "algorithm.server_works=true"])],

@@ -66,6 +66,7 @@ def test_figures_follow_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
         assert row["ratio_to_memcpy"] == pytest.approx(memcpy / median)
 
 
+@pytest.mark.mpi
 def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
     lines = measure("mpich", tmp_path, "--sizes", "1KiB").splitlines()
     assert lines[0].startswith("MPICH")
@@ -74,6 +75,7 @@ def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
     assert lines[-1] == f"raw samples: bench-results/{samples.name}"
 
 
+@pytest.mark.mpi
 def test_a_wrong_payload_is_found(tmp_path: Path) -> None:
     program = f"""
     import sys

@@ -241,6 +241,7 @@ def test_an_order_is_refused(variant: str) -> None:
 # On real windows: what waits must not hang, lose a delta, or wait for the dead.
 
 
+@pytest.mark.mpi
 def test_waiting_variants_on_windows_balance_and_survive_a_death() -> None:
     (n,) = rank_counts(4)
     done = run_ranks(n, PROGRAMS / "waiting.py", "60", "60", timeout=100, check=False)
@@ -258,6 +259,7 @@ def test_waiting_variants_on_windows_balance_and_survive_a_death() -> None:
             assert report["error"] < 1e-4
 
 
+@pytest.mark.mpi
 def test_waiting_variants_learn_the_digits_on_windows(tmp_path: Path) -> None:
     edges = tmp_path / "edges.txt"
     edges.write_text("0 1\n1 2\n")
