@@ -227,8 +227,14 @@ class Decentralized:
             samples: size of the batch whose gradient this is.
 
         Raises:
+            UserError: this rank only serves others.
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
         """
+        if not self.computes:
+            raise UserError(
+                f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no gradients: call "
+                "training.serve() while training.computes is false, or set algorithm.server_works=true"
+            )
         begun = time.perf_counter()
         self.samples += samples
         local = self.local

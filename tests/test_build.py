@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -39,11 +41,24 @@ def copy_tree(directory: Path) -> Path:
     return copy
 
 
-def build(tree: Path, **env: str) -> Built:
+@functools.cache
+def setuptools() -> tempfile.TemporaryDirectory[str]:
+    """A folder with setuptools: pip would fetch it anew for each build."""
+    folder = tempfile.TemporaryDirectory(prefix="mpi-dasgd-setuptools-")
+    needed = re.findall(r'^requires = \["(.*)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", folder.name, *needed]
+    subprocess.run(pip, check=True)
+    return folder
+
+
+def build(tree: Path, isolated: bool = False, **env: str) -> Built:
     """Make a wheel of `tree`; return pip's result and the folder of the wheel's kernels."""
     base = {k: v for k, v in os.environ.items() if k not in ("CXX", "MPI_DASGD_REQUIRE_NATIVE")}
     wheels = tree.parent / "wheels"
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(wheels), str(tree)]
+    if not isolated:
+        pip.append("--no-build-isolation")
+        base["PYTHONPATH"] = setuptools().name
     done = subprocess.run(pip, env={**base, **env}, capture_output=True, text=True, check=False)
     # A library in use is replaced, not written to.
     shutil.rmtree(tree.parent / "unpacked", ignore_errors=True)
@@ -62,7 +77,7 @@ def status(kernels: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
     """A tree as it is, built once with all tools that are there."""
     tree = copy_tree(tmp_path_factory.mktemp("wheel"))
-    return tree, build(tree)
+    return tree, build(tree, isolated=True)
 
 
 def test_wheel_has_the_library(wheel):
@@ -148,7 +163,8 @@ def test_editable_install_follows_the_last_build(tree, tmp_path):
 
     def install(**env: str) -> str:
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "-q"]
-        subprocess.run([*pip, "-e", str(tree)], env={**base, **env}, check=True)
+        pip += ["--no-build-isolation", "-e", str(tree)]
+        subprocess.run(pip, env={**base, "PYTHONPATH": setuptools().name, **env}, check=True)
         return status(kernels)
 
     assert install().startswith("native kernels (")

@@ -49,8 +49,8 @@ def test_steps_that_the_theorems_allow_need_sqrt_tau_max_or_nothing() -> None:
 
 
 def test_speed_up_is_linear_where_noise_decides() -> None:
-    (figures,) = _figures("speedup").values()
-    assert figures["exponent_of_time"] == pytest.approx(-1, abs=0.1)
+    figures = _figures("speedup")["adpsgd"]
+    assert figures["exponent_of_time_c_1"] == pytest.approx(-1, abs=0.1)
 
 
 def test_stale_replicas_part_early() -> None:

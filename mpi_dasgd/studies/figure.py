@@ -41,7 +41,7 @@ def band(
     Args:
         axes: to draw on.
         x: (points,).
-        values: (points, seeds); infinite or NaN where a run never got there.
+        values: (points, seeds); infinite or NaN where a run never got there: drawn as 3 times the median.
         index: chooses colour and marker.
         label: for the legend.
         points: whether to mark every point.
@@ -52,7 +52,7 @@ def band(
     if points:
         look |= {"marker": style.marker(index), "ms": 5}
     axes.plot(x[good], middle[good], label=label, **look)
-    high = np.where(np.isfinite(high), high, 1e300)
+    high = np.where(np.isfinite(high), high, 3 * middle)
     axes.fill_between(x[good], low[good], high[good], color=style.colour(index), alpha=0.16, lw=0)
 
 

@@ -4,10 +4,12 @@ Question: how much sooner do n ranks reach a given accuracy than one?
 Paper: Lian et al. 2018, Nadiradze et al. 2021: the rates do not contain n: n ranks need 1/n of the time.
 Setting: quadratic of 32 dimensions, noise of standard deviation 10 a coordinate, every rank alike and
     without latency. One gradient moves the mean by eta / n, so that its noise floor is eta sigma^2 d / (2
-    n): what one rank reaches with eta_1, n ranks reach with n eta_1 in 1/n of the time. So eta is chosen
-    for each n, the best of c n epsilon / (sigma^2 d) for some c; `alone` is the run with n = 1.
-Expected: the time to |mean - optimum|^2 <= epsilon falls like 1/n, until n eta_1 nears 1: the disagreement
-    of the models adds to the noise there, and the step is no longer small.
+    n): what one rank reaches with eta_1, n ranks reach with n eta_1 in 1/n of the time. So eta = c n
+    epsilon / (sigma^2 d), which puts the floor at c epsilon / 2: c = 1, and the best c for each n. `alone`
+    is the run with n = 1.
+Expected: |mean - optimum|^2 is epsilon after ln(100 d / (epsilon - floor)) / (2 eta), which is like 1/n,
+    until eta nears 1: the disagreement of the models adds to the noise there, and the step is no longer
+    small.
 """
 
 from __future__ import annotations
@@ -93,63 +95,71 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
+def _fixed(samples: Samples) -> np.ndarray:
+    """Return the times with c = 1, or the only c there is, (algorithm, ranks, seed)."""
+    factors = samples["factor"].tolist()
+    return samples["time"][:, :, factors.index(1.0) if 1.0 in factors else 0]
+
+
 def _best(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """Return the times with the best factor, (algorithm, ranks, seed), and that factor."""
+    """Return the times with the best c, (algorithm, ranks, seed), and that c."""
     choice = spread(samples["time"])[1].argmin(-1)
     times = np.take_along_axis(samples["time"], choice[..., None, None], 2)[:, :, 0]
     return times, samples["factor"][choice]
 
 
+def theory(ranks: np.ndarray) -> np.ndarray:
+    """Return the time to epsilon with c = 1, of a mean that noise and small steps move alone."""
+    rate = ranks * EPSILON / (NOISE**2 * DIMENSION)
+    return np.log(100 * DIMENSION / (EPSILON / 2)) / (2 * rate)
+
+
 def summary(samples: Samples) -> Summary:
-    """Speed-up over one rank, and the exponent of the time in n."""
-    times, factors = _best(samples)
-    least, middle, largest = spread(times)
+    """Times with c = 1 and the best c, speed-up over one rank, and the exponent of the time in n."""
+    tuned, factors = _best(samples)
+    fixed = spread(_fixed(samples))[1]
+    least, middle, largest = spread(tuned)
     ranks = samples["ranks"]
+    expected = theory(ranks)
     rows: list[dict[str, Any]] = []
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"exponent_of_theory": -1.0}
     for i, algorithm in enumerate(samples["algorithm"].tolist()):
         gain = middle[i, 0] / middle[i]
         for j, n in enumerate(ranks.tolist()):
-            rows.append(
-                {
-                    "algorithm": algorithm,
-                    "ranks": n,
-                    "c": factors[i, j],
-                    "time": middle[i, j],
-                    "from": least[i, j],
-                    "to": largest[i, j],
-                    "speed-up": gain[j],
-                    "efficiency": gain[j] / n,
-                }
-            )
+            row: dict[str, Any] = {"algorithm": algorithm, "ranks": n, "time, c = 1": fixed[i, j]}
+            row |= {"over theory": fixed[i, j] / expected[j], "best c": factors[i, j]}
+            row |= {"its time": middle[i, j], "from": least[i, j], "to": largest[i, j]}
+            rows.append(row | {"speed-up": gain[j], "efficiency": gain[j] / n})
         figures[algorithm] = {
-            "exponent_of_time": exponent(ranks, middle[i]),
-            "exponent_of_theory": -1.0,
-            "speedup_at_most_ranks": gain[-1],
-            "efficiency": (gain / ranks).tolist(),
+            "exponent_of_time_c_1": exponent(ranks, fixed[i]),
+            "speedup_at_most_ranks_c_1": fixed[i, 0] / fixed[i, -1],
+            "time_over_theory_c_1": (fixed[i] / expected).tolist(),
+            "exponent_of_time_tuned": exponent(ranks, middle[i]),
+            "speedup_at_most_ranks_tuned": gain[-1],
+            "efficiency_tuned": (gain / ranks).tolist(),
         }
     return Summary(rows, figures)
 
 
 def draw(samples: Samples, path: Path) -> Path:
-    """Time to epsilon, and speed-up."""
+    """Time to epsilon with c = 1, and speed-up with the best c."""
     from mpi_dasgd.studies import figure
 
-    times, _ = _best(samples)
+    fixed, (tuned, _) = _fixed(samples), _best(samples)
     ranks = samples["ranks"]
 
     def panels(axes: Any) -> None:
-        one = spread(times)[1][:, 0]
         for i, algorithm in enumerate(samples["algorithm"].tolist()):
-            figure.band(axes[0], ranks, times[i], i, algorithm)
-            figure.band(axes[1], ranks, one[i] / times[i], i, algorithm)
-        figure.theory(axes[0], ranks, one[0] / ranks, "1 / n")
+            one = spread(tuned)[1][i, 0]
+            figure.band(axes[0], ranks, fixed[i], i, algorithm)
+            figure.band(axes[1], ranks, one / tuned[i], i, algorithm)
+        figure.theory(axes[0], ranks, theory(ranks), "theory, ~ 1 / n")
         figure.theory(axes[1], ranks, ranks, "n")
-        axes[0].set(ylabel="units of time", title="Time to epsilon, rate tuned for each n")
-        axes[1].set(ylabel="time of one rank / time", title="Speed-up")
-        for axis in axes:
+        axes[0].set(ylabel="units of time", title="Time to epsilon, noise floor at epsilon / 2")
+        axes[1].set(ylabel="time of one rank / time", title="Speed-up, rate tuned for each n")
+        for axis, place in zip(axes, ("upper right", "upper left"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="ranks n")
             figure.ticks(axis.xaxis, ranks)
-            axis.legend(loc="upper left")
+            axis.legend(loc=place)
 
     return figure.draw(path, panels, 2)
