@@ -74,18 +74,18 @@ def load(name: str, model: str, seed: int, directory: str | None = None) -> Data
         y = torch.randint(classes, (2048,), generator=generator)
         return Data(x[256:], y[256:], x[:256], y[:256], classes)
     if name == "digits":
-        x, y = tables.digits()
-        x = x / 16
+        table, classes_of = tables.digits()
+        table = table / 16
     elif name == "breast_cancer":
-        x, y = tables.breast_cancer()
-        x = (x - x.mean(0)) / x.std(0)
+        table, classes_of = tables.breast_cancer()
+        table = (table - table.mean(0)) / table.std(0)
     else:
         raise UserError(f"task.name: {name!r} has no training data; it is for `mpi-dasgd simulate`")
-    order = np.random.default_rng(0).permutation(len(x))
-    features = torch.from_numpy(np.ascontiguousarray(x[order], np.float32))
-    labels = torch.from_numpy(np.ascontiguousarray(y[order], np.int64))
-    cut = len(x) // 5
-    return Data(features[cut:], labels[cut:], features[:cut], labels[:cut], int(y.max()) + 1)
+    order = np.random.default_rng(0).permutation(len(table))
+    features = torch.from_numpy(np.ascontiguousarray(table[order], np.float32))
+    labels = torch.from_numpy(np.ascontiguousarray(classes_of[order], np.int64))
+    cut = len(table) // 5
+    return Data(features[cut:], labels[cut:], features[:cut], labels[:cut], int(classes_of.max()) + 1)
 
 
 def _images(directory: str | None) -> Data:
