@@ -26,8 +26,13 @@ Built = tuple[subprocess.CompletedProcess[str], Path]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what the package is built from."""
-    return copy_tree(tmp_path)
+    """A copy of what the package is built from; the compiler does not optimize, which takes long."""
+    copy = copy_tree(tmp_path)
+    flags = copy / "cmake" / "cxx_flags.txt"
+    text = flags.read_text()
+    assert "-O3" in text
+    flags.write_text(text.replace("-O3", "-O0"))
+    return copy
 
 
 def copy_tree(directory: Path) -> Path:
