@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from mpi_dasgd.analysis import style
 from mpi_dasgd.studies.samples import spread
@@ -28,7 +28,13 @@ def draw(path: Path, panels: Callable[[Any], None], columns: int, rows: int = 1)
     """
     with rc_context(style.RC):
         figure = Figure(figsize=(5.3 * columns, 3.9 * rows), layout="constrained")
-        panels(figure.subplots(rows, columns, squeeze=False).ravel())
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        panels(axes)
+        for axis in axes:
+            if axis.get_yscale() == "log" and isinstance(
+                axis.yaxis.get_major_locator(), LogLocator
+            ):
+                style.log_ticks(axis)
         figure.savefig(path, format="png", dpi=130)
     return path
 

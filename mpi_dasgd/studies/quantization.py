@@ -132,6 +132,6 @@ def draw(samples: Samples, path: Path) -> Path:
             axis.set(ylabel=samples.variables[name].meaning)
             if name.startswith("excess"):
                 axis.set(yscale="log")
-            axis.legend(loc="upper left")
+            axis.legend(loc="upper left" if name.startswith("excess") else "lower left")
 
     return figure.draw(path, panels, 3)
