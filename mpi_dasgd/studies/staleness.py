@@ -134,6 +134,6 @@ def draw(samples: Samples, path: Path) -> Path:
                 )
             axis.set(yscale="log", xlabel="gradients of all ranks", title=problem)
             axis.set(ylabel="|grad f(mean)|^2 / first")
-            axis.legend(loc="upper left")
+            axis.legend(loc="upper right")
 
     return figure.draw(path, panels, len(samples["problem"]))
