@@ -85,7 +85,9 @@ def load(name: str, model: str, seed: int, directory: str | None = None) -> Data
     features = torch.from_numpy(np.ascontiguousarray(table[order], np.float32))
     labels = torch.from_numpy(np.ascontiguousarray(classes_of[order], np.int64))
     cut = len(table) // 5
-    return Data(features[cut:], labels[cut:], features[:cut], labels[:cut], int(classes_of.max()) + 1)
+    return Data(
+        features[cut:], labels[cut:], features[:cut], labels[:cut], int(classes_of.max()) + 1
+    )
 
 
 def _images(directory: str | None) -> Data:
