@@ -122,5 +122,9 @@ def test_windows(mpi: str, cases: str) -> None:
     run_ranks(2, PROGRAMS / "windows.py", *cases.split(), mpi=mpi, timeout=30)
 
 
+def test_no_swap_is_lost_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+    run_ranks(2, PROGRAMS / "windows.py", "contended", mpi=mpi, hosts=two_hosts, timeout=60)
+
+
 def test_path_node_needs_one_host(two_hosts: Hosts) -> None:
     run_ranks(2, PROGRAMS / "windows.py", "node", hosts=two_hosts, timeout=30)

@@ -5,6 +5,8 @@ Rules, each for a reason measured or read in the standard:
   only by `Fetch_and_op(NO_OP)`, the own ones too: what `accumulate_ops` promises by default;
 * one `Lock_all` for the whole life; `Flush` after every operation whose result is needed;
 * payload is flushed before the swap that announces it: the standard orders neither;
+* `acc_single_intrinsic`, or Open MPI's osc/rdma swaps a word of its own node by plain loads and stores,
+  behind a lock that swaps from other nodes do not take: some of 10^5 are lost (`tests/transport/windows.py`);
 * `Win.Create` never for ranks of one node (sends are 15 to 60 times slower): they share memory.
 """
 
@@ -41,7 +43,9 @@ class WindowWords:
     """
 
     def __init__(self, comm: MPI.Intracomm, count: int) -> None:
-        self._window: MPI.Win | None = MPI.Win.Allocate(8 * count, 8, comm=comm)
+        info = MPI.Info.Create({"acc_single_intrinsic": "true"})
+        self._window: MPI.Win | None = MPI.Win.Allocate(8 * count, 8, info=info, comm=comm)
+        info.Free()
         np.frombuffer(self._window.tomemory(), np.int64)[:] = 0
         comm.Barrier()
         self._window.Lock_all(MPI.MODE_NOCHECK)
