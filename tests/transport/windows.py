@@ -27,7 +27,9 @@ from mpi_dasgd.transport.rma import RmaEndpoint
 from mpi_dasgd.transport.windows import WindowSlots, WindowWords
 
 SLOTS = 3
-SECONDS = 5.0  # of contention; without the window's hint Open MPI lost 14 and 16 swaps of 680,000 in 10
+SECONDS = (
+    5.0  # of contention; without the window's hint Open MPI lost 14 and 16 swaps of 680,000 in 10
+)
 
 
 def _layout(elements: int) -> Layout:
