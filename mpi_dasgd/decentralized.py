@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
-from mpi_dasgd import algorithms, codecs, launch, topology, world
+from mpi_dasgd import algorithms, codecs, collective, launch, topology, world
 from mpi_dasgd.algorithms import Exchange
-from mpi_dasgd.config import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.settings import Config
 from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
@@ -24,7 +23,6 @@ from mpi_dasgd.transport.endpoint import Pending
 __all__ = ["Decentralized"]
 
 _LOOK = 0.005  # seconds between two looks at the notices of other ranks
-_LEAVE = 60.0  # seconds to wait for the others at the end
 
 
 class Decentralized:
@@ -122,7 +120,7 @@ class Decentralized:
                     f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
                     "learning rates would differ; give budget.samples or budget.epochs instead"
                 )
-        self._broadcast()
+        collective.share(environment.comm, self.parameters)
         self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport
         self.endpoint = RmaEndpoint(
@@ -154,24 +152,6 @@ class Decentralized:
         self.restart_clock()
         if own_world:
             launch.ready()
-
-    def _broadcast(self) -> None:
-        """Give all ranks the model of rank 0, and see that they have it."""
-        comm = self.world.comm
-        buffers = self.parameters.buffers()
-        sizes = comm.allgather((self.parameters.size, buffers.size))
-        if len(set(sizes)) > 1:
-            raise UserError(
-                "model: the ranks must have the same model, but the numbers of parameters and buffer "
-                f"elements are {sizes}"
-            )
-        comm.Bcast(self.parameters.host, root=0)
-        self.parameters.push()
-        comm.Bcast(buffers, root=0)
-        self.parameters.set_buffers(buffers)
-        digests = comm.allgather(self.parameters.digest())
-        if len(set(digests)) > 1:
-            raise PeerLost(f"the ranks do not have the same initial weights: {digests}")
 
     def restart_clock(self) -> None:
         """Count `elapsed` from now, or from where an earlier part of the run ended."""
@@ -342,15 +322,9 @@ class Decentralized:
         Of algorithms with a server it is the server's model, and the mean of the workers' buffers.
         Collective.
         """
-        comm = self.world.comm
         ranks = self.algorithm.model_ranks(self.size)
         workers = self.algorithm.workers(self.size, self._config.algorithm)
-        total = (self.rank in ranks) * self.parameters.host.astype(np.float64)
-        buffers = (self.rank in workers) * self.parameters.buffers()
-        comm.Allreduce(_in_place(), total)
-        comm.Allreduce(_in_place(), buffers)
-        self.parameters.set((total / len(ranks)).astype(np.float32))
-        self.parameters.set_buffers(buffers / len(workers))
+        collective.average(self.world.comm, self.parameters, ranks, workers)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -383,12 +357,6 @@ class Decentralized:
             self.close()
         else:
             self.fail()
-
-
-def _in_place() -> Any:
-    from mpi4py import MPI
-
-    return MPI.IN_PLACE
 
 
 def _configure(

@@ -6,7 +6,6 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,74 +15,24 @@ from mpi_dasgd.algorithms.base import (
     APPLIED,
     INITIATED,
     SKIPPED,
-    Algorithm,
     Exchange,
     partners,
 )
-from mpi_dasgd.config import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.replay import RecordedTimes, recorded_times
+from mpi_dasgd.settings import Config
 from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
+from mpi_dasgd.trace import Trace
 from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
+from mpi_dasgd.transport.network import Clock, Network
+from mpi_dasgd.transport.virtual import VirtualEndpoint
 from mpi_dasgd.transport.words import READY
 from mpi_dasgd.versions import SetStaleness
+from mpi_dasgd.virtual_rank import VirtualRank
 
-__all__ = ["Simulation", "Trace", "simulate"]
-
-_BLOCK = 1 << 16  # elements
-_DIVERGED = 1e12  # squared distance from which a run counts as diverged
-
-
-@dataclass
-class Trace:
-    """What a simulation measured.
-
-    Attributes:
-        gradients: number of gradients computed, per sample of the lists below.
-        times: virtual time.
-        disagreement: mean_i |x_i - mean|^2.
-        distance: |mean - optimum|^2, the mean including deltas on their way.
-    """
-
-    gradients: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    disagreement: list[float] = field(default_factory=list)
-    distance: list[float] = field(default_factory=list)
-
-
-class _VirtualRank:
-    """One rank's training: the `Local` of its algorithm."""
-
-    def __init__(
-        self, x: np.ndarray, momentum: float, decay: float, expected_sum: np.ndarray
-    ) -> None:
-        self.step = 0
-        self.gradient = np.zeros_like(x)
-        self.rate = 0.0
-        self.seen = 0  # gradients of all ranks when its model was taken
-        self._x = x
-        self._momentum = momentum
-        self._decay = decay
-        self._expected_sum = expected_sum
-        self._velocity = np.zeros_like(x) if momentum else None
-        self.algorithm: Algorithm | None = None
-
-    def update(self, factor: float = 1.0) -> None:
-        """SGD with momentum and weight decay, as torch.optim.SGD has it."""
-        direction = self.gradient
-        if self._decay:
-            direction = direction + self._decay * self._x
-        if self._velocity is not None:
-            self._velocity *= self._momentum
-            self._velocity += direction
-            direction = self._velocity
-        change = self.rate * factor * direction
-        self._x -= change
-        weight = 1.0 if self.algorithm is None else self.algorithm.mass_weight
-        self._expected_sum -= change if weight == 1.0 else weight * change
+__all__ = ["Simulation", "simulate"]
 
 
 class Simulation:
@@ -138,7 +87,7 @@ class Simulation:
         if settings.gradients == "off":
             self.models += np.random.default_rng([seed, 2]).normal(size=self.models.shape)
         self._expected_sum = self.models.sum(0, dtype=np.float64)  # what conservation demands
-        self.locals = [_VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
+        self.locals = [VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
         self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
         self.algorithms = [
             kind(endpoint, codec, x, config.algorithm, partners(seed, rank), self._record)
@@ -321,25 +270,9 @@ class Simulation:
         return total
 
     def _sample(self) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            mean = self.models.mean(0)
-            disagreement = self._spread(mean) / self.size
-            trained = self.algorithms[0].model_ranks(self.size)
-            if len(trained) < self.size:
-                mean = self.models[trained].mean(0)
-            distance = float(np.square(mean - self.problem.optimum).sum())
-        self.trace.gradients.append(self.gradients)
-        self.trace.times.append(self.clock.now)
-        self.trace.disagreement.append(disagreement)
-        self.trace.distance.append(distance)
-        self.diverged = not (disagreement < _DIVERGED and distance < _DIVERGED)
-
-    def _spread(self, mean: np.ndarray) -> float:
-        """Return sum_i |x_i - mean|^2, by blocks that stay in a cache."""
-        rows = max(1, _BLOCK // self.models.shape[1])
-        return sum(
-            float(np.square(self.models[start : start + rows] - mean).sum())
-            for start in range(0, self.size, rows)
+        trained = self.algorithms[0].model_ranks(self.size)
+        self.diverged = self.trace.sample(
+            self.gradients, self.clock.now, self.models, trained, self.problem.optimum
         )
 
     def _figures(self, seconds: float) -> dict[str, object]:

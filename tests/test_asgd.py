@@ -19,7 +19,8 @@ from mpi_dasgd.delays import DelayMeter
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.simulate import Simulation
 from mpi_dasgd.storage.schema import APPLIED
-from mpi_dasgd.transport.virtual import Network, VirtualEndpoint
+from mpi_dasgd.transport.network import Network
+from mpi_dasgd.transport.virtual import VirtualEndpoint
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 N = 16  # workers; rank 0 is the server

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from mpi_dasgd import algorithms, codecs, config, stepsize, straggler, topology
+from mpi_dasgd import algorithms, codecs, config, settings, stepsize, straggler, topology
 from mpi_dasgd.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -83,9 +84,9 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 
 def _literals(section: str, key: str) -> set[str]:
-    model = config.Config.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, config.Section)
-    return set(config.get_args(model.model_fields[key].annotation))
+    model = settings.Config.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, settings.Section)
+    return set(get_args(model.model_fields[key].annotation))
 
 
 def test_names_in_the_schema_are_those_of_the_code() -> None:

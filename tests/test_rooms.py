@@ -15,13 +15,13 @@ PACKAGE = ROOT / "mpi_dasgd"
 # From the bottom up; a room may import from those before it, and from itself.
 FLOORS = [
     {"errors", "__init__"},
-    {"config", "topology", "graphs", "stepsize", "delays", "straggler", "parameters"},
+    {"settings", "config", "topology", "graphs", "stepsize", "delays", "straggler", "parameters"},
     {"launchers", "outcome", "rank_status", "launch"},
     {"storage", "kernels", "tasks", "world", "progress"},
     {"codecs", "analysis", "versions"},
     {"transport"},
     {"algorithms"},
-    {"simulate", "local", "replay"},
+    {"simulate", "virtual_rank", "trace", "local", "replay", "collective"},
     {"decentralized"},
     {"evaluation", "state"},
     {"conclusion"},

@@ -17,7 +17,7 @@ from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.transport import board
 from mpi_dasgd.transport.board import FAILED, FINISHED, LEFT, RUNNING, Board
 from mpi_dasgd.transport.courier import Courier
-from mpi_dasgd.transport.virtual import Clock, Network
+from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.words import (
     BEAT,
     CLAIMED,

@@ -10,8 +10,9 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import meet
 from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
+from mpi_dasgd.transport.virtual import VirtualEndpoint
 from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, word
 
 SLOTS = 4

@@ -12,9 +12,10 @@ from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms import partners
 from mpi_dasgd.algorithms.base import Exchange
 from mpi_dasgd.codecs import NoCodec
-from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.simulate import simulate
-from mpi_dasgd.transport.virtual import Clock, Network, VirtualEndpoint
+from mpi_dasgd.transport.network import Clock, Network
+from mpi_dasgd.transport.virtual import VirtualEndpoint
 from mpi_dasgd.transport.words import READY
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"

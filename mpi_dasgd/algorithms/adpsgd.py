@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
 from mpi_dasgd.algorithms.phases import refuse_random_phases
-from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

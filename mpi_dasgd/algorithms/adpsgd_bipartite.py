@@ -35,8 +35,8 @@ from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, E
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS
 from mpi_dasgd.algorithms.phases import refuse_random_phases
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.inbox import Arrival

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from mpi_dasgd.config import Algorithm as Settings
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.settings import Algorithm as Settings
 
 __all__ = ["Phases", "refuse_order", "refuse_random_phases"]
 

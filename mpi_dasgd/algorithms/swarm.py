@@ -37,7 +37,7 @@ import numpy as np
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
 from mpi_dasgd.algorithms.phases import Phases, refuse_order
-from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

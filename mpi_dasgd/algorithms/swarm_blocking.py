@@ -34,7 +34,7 @@ from collections.abc import Callable, Generator, Iterator
 from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
 from mpi_dasgd.algorithms.phases import Phases, refuse_order
-from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pairing, Pending
 from mpi_dasgd.transport.words import FREE, READY

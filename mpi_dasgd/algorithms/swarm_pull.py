@@ -23,7 +23,7 @@ from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS
 from mpi_dasgd.algorithms.phases import Phases, refuse_order
 from mpi_dasgd.algorithms.pulling import PullExchange
-from mpi_dasgd.config import Algorithm as Settings
+from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.errors import PeerLost, Unreachable
+from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.atomics import NodeWords
@@ -21,6 +20,7 @@ from mpi_dasgd.transport.board import LEFT, Board
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
+from mpi_dasgd.transport.far import FarRanks
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.windows import WindowSlots, WindowWords
@@ -29,7 +29,6 @@ from mpi_dasgd.transport.words import WordMap
 __all__ = ["RmaEndpoint"]
 
 _CHORES = 0.05  # seconds between heartbeats, and between looks at other nodes
-_AGAIN = 0.0003  # seconds before the courier asks a far rank again
 _MANY = 128  # ranks of a node, above which their gradients are not counted at every step
 
 
@@ -68,7 +67,7 @@ class RmaEndpoint(Endpoint):
         self._slots = WindowSlots(comm, node, layout, publication_slots + inbox_slots, path)
         node.Free()
         self._near = self._slots.near
-        self._far = frozenset(range(self.size)).difference(self._near)
+        far = frozenset(range(self.size)).difference(self._near)
         self.topology = topology
         self._neighbours: Sequence[int] = topology.neighbours(self.rank)
         self._dead: set[int] = set()
@@ -78,35 +77,26 @@ class RmaEndpoint(Endpoint):
             self._words, self._slots, where, self.rank, self.counters, held
         )
         self.inbox = Inbox(self._words, self._slots, where, self.rank, self.counters)
-        # The courier has its own view and counters: two threads never share an object that changes.
-        self._far_counters = Counters()
-        self._far_publication = Publication(
-            self._words, self._slots, where, self.rank, self._far_counters, held
-        )
-        self._far_inbox = Inbox(self._words, self._slots, where, self.rank, self._far_counters)
         self._layout = layout
-        self._staging = self._new_staging()
-
         self.board = Board(self._words, self.rank, self.size, silence)
         self._silence = silence
         self._closed = False
-        if self._far:
-            sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
-        self._asked: Pairing | Reading | None = None  # what the courier has in hand
         self._copy: Message | None = None  # of a publication that was read
-        self._outgoing: dict[int, Message] = {}  # to far ranks, while they are on their way
-        self._unused: list[Message] = []
-        # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
-        progress = comm.Iprobe if self._far else None
-        self._courier = Courier(self._chore, _CHORES, progress, progress_interval)
-
-    def _new_staging(self) -> tuple[Message, Message] | None:
-        """Where publications of far ranks are got to, and replies to them put from."""
-        if self._far.isdisjoint(self._neighbours):
-            return None
-        nbytes = self._layout.nbytes
-        first, second = (Message(np.empty(nbytes, np.uint8), self._layout) for _ in range(2))
-        return first, second
+        if far:
+            sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
+        counters = Counters()
+        self._far = FarRanks(
+            far,
+            not far.isdisjoint(self._neighbours),
+            Publication(self._words, self._slots, where, self.rank, counters, held),
+            Inbox(self._words, self._slots, where, self.rank, counters),
+            counters,
+            self._slots,
+            layout,
+            self.board,
+            # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
+            Courier(self._chore, _CHORES, comm.Iprobe if far else None, progress_interval),
+        )
 
     def _chore(self) -> None:
         board = self.board
@@ -120,15 +110,8 @@ class RmaEndpoint(Endpoint):
 
     def look(self) -> None:
         """Read the notices of this node's ranks, and deal with ranks that died."""
-        self._courier.check()
         self.board.refresh(self._near)
-        if self._courier.busy_seconds > self._silence / 3:  # before its own beat is missed
-            # Stuck in a call to a rank that is gone: its answer will never come.
-            self.board.dead.add(self.board.attending)
-            self._courier = self._courier.replace()
-            self._staging = self._new_staging()  # the old one may still be written to
-            if self._asked is not None:
-                self._asked.settled = True
+        self._far.look(self._silence / 3)  # before its own beat is missed
         for rank in self.board.dead - self._dead:
             self.publication.forget(rank)
             self.inbox.forget(rank)
@@ -145,10 +128,9 @@ class RmaEndpoint(Endpoint):
             raise RuntimeError("transport is closed")
         pairing = Pairing()
         for position, rank in enumerate(candidates):
-            if rank in self._far:
+            if rank in self._far.ranks:
                 # The compute thread alone talks to ranks of its node, so these are not tried again.
-                far = [other for other in candidates[position:] if other in self._far]
-                self._courier.submit(functools.partial(self._pair_far, pairing, far))
+                self._far.pair(pairing, [r for r in candidates[position:] if r in self._far.ranks])
                 return pairing
             if self._pair_near(pairing, rank):
                 return pairing
@@ -168,82 +150,47 @@ class RmaEndpoint(Endpoint):
         pairing.settle(claim, reservation, theirs, self.inbox.place(reservation))
         return True
 
-    def _pair_far(self, pairing: Pairing, candidates: Sequence[int]) -> None:
-        assert self._staging is not None
-        theirs, reply = self._staging
-        self._asked = pairing
-        for rank in candidates:
-            self.board.attending = rank
-            try:
-                met = meet(self._far_publication, self._far_inbox, rank)
-                if met is not None:
-                    claim, reservation = met
-                    self._slots.get(rank, claim.slot, theirs)
-                    self._far_counters.bytes_received += theirs.layout.nbytes
-                    pairing.settle(claim, reservation, theirs, reply)
-                    break
-            except Unreachable:
-                self.board.dead.add(rank)
-            pairing.failed += 1
-        pairing.settled = True
-        self._asked = None
-
     def immediate(self, rank: int) -> bool:
         """Ranks of this node answer at once."""
-        return rank not in self._far
+        return rank not in self._far.ranks
 
     def complete(self, pairing: Pairing) -> None:
         """Deliver the reply, then release the partner's publication."""
         assert pairing.claim is not None and pairing.reservation is not None
         assert pairing.reply is not None
-        claim, reservation, reply = pairing.claim, pairing.reservation, pairing.reply
-        if claim.rank in self._far:
-
-            def deliver() -> None:
-                self._far_inbox.send(reservation, reply)
-                self._far_publication.release(claim)
-
-            self._submit(claim.rank, deliver)
+        if pairing.claim.rank in self._far.ranks:
+            self._far.complete(pairing)
         else:
-            self.inbox.send(reservation, reply)
-            self.publication.release(claim)
+            self.inbox.send(pairing.reservation, pairing.reply)
+            self.publication.release(pairing.claim)
 
     def abandon(self, pairing: Pairing) -> None:
         """Give back what a settled pairing holds."""
         if pairing.claim is None or pairing.reservation is None:
             return
-        claim, reservation = pairing.claim, pairing.reservation
-        if claim.rank in self._far:
-
-            def give_back() -> None:
-                self._far_inbox.cancel(reservation)
-                self._far_publication.release(claim)
-
-            self._submit(claim.rank, give_back)
+        if pairing.claim.rank in self._far.ranks:
+            self._far.abandon(pairing)
         else:
-            self.inbox.cancel(reservation)
-            self.publication.release(claim)
+            self.inbox.cancel(pairing.reservation)
+            self.publication.release(pairing.claim)
 
     def read(self, rank: int, version: int | None = None) -> Reading:
         """Ask for a publication; those of other nodes are got by the courier."""
-        reading = Reading(rank) if version is None else _Versioned(rank, self._look_again, version)
-        if rank in self._far:
-            self._copy = self._copy or self._new_message()
-            self._submit(rank, functools.partial(self._read_far, reading, version))
-        elif version is not None:
-            self._look_again(cast(_Versioned, reading))
-        else:
-            self._copy = self._copy or self._new_message()
-            if self.publication.read(rank, self._copy):
-                reading.message = self._copy
-                self.counters.bytes_received += self._layout.nbytes
-            reading.settled = True
+        if rank in self._far.ranks:
+            return self._far.read(rank, version)
+        if version is not None:
+            return _Versioned(rank, self._look_again, version)
+        reading = Reading(rank)
+        if self._copy is None:
+            self._copy = Message(np.empty(self._layout.nbytes, np.uint8), self._layout)
+        if self.publication.read(rank, self._copy):
+            reading.message = self._copy
+            self.counters.bytes_received += self._layout.nbytes
+        reading.settled = True
         return reading
 
     def _look_again(self, reading: _Versioned) -> None:
-        """See whether the version of a rank of this node is there; it is read in place."""
-        if reading.rank in self._far:
-            return  # the courier looks
+        """See whether the version is there; it is read in place."""
         slot = self.publication.locate(reading.rank, reading.version)
         if slot is not None:
             self._slots.sync()
@@ -251,40 +198,10 @@ class RmaEndpoint(Endpoint):
             self.counters.bytes_received += self._layout.nbytes
             reading.settled = True
 
-    def _read_far(self, reading: Reading, version: int | None) -> None:
-        assert self._copy is not None
-        rank, copy = reading.rank, self._copy
-        self._asked = reading
-        try:
-            if version is None:
-                found = self._far_publication.read(rank, copy)
-            else:
-                slot = self._far_publication.locate(rank, version)
-                if slot is None:
-                    time.sleep(_AGAIN)
-                    self._submit(rank, functools.partial(self._read_far, reading, version))
-                    return
-                self._slots.get(rank, slot, copy)
-                found = True
-        except Unreachable:
-            self.board.dead.add(rank)
-            found = False
-        self._asked = None
-        if found:
-            reading.message = copy
-            self._far_counters.bytes_received += self._layout.nbytes
-        reading.settled = True
-
-    def _new_message(self) -> Message:
-        return Message(np.empty(self._layout.nbytes, np.uint8), self._layout)
-
     def post(self, rank: int) -> Posting | None:
         """Return a message to write: in the inbox of a rank of this node, else a staging area."""
-        if rank in self._far:
-            if rank in self._outgoing:
-                return None
-            message = self._unused.pop() if self._unused else self._new_message()
-            return Posting(rank, message)
+        if rank in self._far.ranks:
+            return self._far.post(rank)
         reservation = self.inbox.reserve(rank)
         if reservation is None:
             return None
@@ -294,23 +211,10 @@ class RmaEndpoint(Endpoint):
 
     def deliver(self, posting: Posting) -> None:
         """Send a message; the courier tries until there is room in a far inbox."""
-        if posting.reservation is not None:
+        if posting.reservation is None:
+            self._far.deliver(posting)
+        else:
             self.inbox.send(posting.reservation, posting.message)
-            return
-        self._outgoing[posting.rank] = posting.message
-        self._submit(posting.rank, functools.partial(self._send_far, posting))
-
-    def _send_far(self, posting: Posting) -> None:
-        rank = posting.rank
-        if rank not in self.board.dead:
-            reservation = self._far_inbox.reserve(rank)
-            if reservation is None:
-                time.sleep(_AGAIN)
-                self._submit(rank, functools.partial(self._send_far, posting))
-                return
-            self._far_inbox.send(reservation, posting.message)
-        self._unused.append(posting.message)
-        del self._outgoing[rank]
 
     def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
         """Return what is done when `condition` holds; whoever waits polls it."""
@@ -324,7 +228,7 @@ class RmaEndpoint(Endpoint):
 
     def gradients_of(self, rank: int) -> int:
         """As `gradients`, of one rank."""
-        if rank not in self._far:
+        if rank not in self._far.ranks:
             self.board.recount((rank,))
         return self.board.gradients[rank]
 
@@ -332,22 +236,10 @@ class RmaEndpoint(Endpoint):
         self.board.count(gradients)
 
     def delivered(self) -> bool:
-        return self._courier.idle and not self._outgoing
+        return self._far.delivered()
 
     def time_ns(self) -> int:
         return time.time_ns()
-
-    def _submit(self, rank: int, task: Callable[[], None]) -> None:
-        """Have the courier do something with a far rank, which may be gone."""
-
-        def attempt() -> None:
-            self.board.attending = rank
-            try:
-                task()
-            except Unreachable:
-                self.board.dead.add(rank)
-
-        self._courier.submit(attempt)
 
     def allreduce(self, array: np.ndarray) -> Pending:
         """Sum `array` over all ranks in place."""
@@ -357,7 +249,7 @@ class RmaEndpoint(Endpoint):
         """Return the counts of both threads together."""
         return Counters(
             *(
-                getattr(self.counters, field.name) + getattr(self._far_counters, field.name)
+                getattr(self.counters, field.name) + getattr(self._far.counters, field.name)
                 for field in dataclasses.fields(Counters)
             )
         )
@@ -378,7 +270,7 @@ class RmaEndpoint(Endpoint):
         except MPI.Exception as error:
             raise PeerLost(f"the other ranks cannot be reached: {error}") from error
         self.board.announce(LEFT)
-        stuck = not self._courier.close(timeout)
+        stuck = not self._far.close(timeout)
         if stuck or self.board.dead:
             raise PeerLost(f"ranks {sorted(self.board.dead)} are gone: windows cannot be freed")
         self._slots.close()
@@ -405,7 +297,7 @@ class _Until:
 
 
 class _Versioned(Reading):
-    """A version asked for, looked for whenever somebody asks whether it is there."""
+    """A version of a rank of this node, looked for whenever somebody asks whether it is there."""
 
     def __init__(self, rank: int, look: Callable[[_Versioned], None], version: int) -> None:
         super().__init__(rank)

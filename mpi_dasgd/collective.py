@@ -1,0 +1,56 @@
+"""What all ranks do with their models together: at the start, and after the end."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.parameters import FlatParameters
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["average", "share"]
+
+
+def share(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
+    """Give all ranks the model of rank 0, and see that they have it. Collective.
+
+    Raises:
+        UserError: the ranks' models are of different sizes.
+        PeerLost: a rank has other weights than rank 0 afterwards.
+    """
+    buffers = parameters.buffers()
+    sizes = comm.allgather((parameters.size, buffers.size))
+    if len(set(sizes)) > 1:
+        raise UserError(
+            "model: the ranks must have the same model, but the numbers of parameters and buffer "
+            f"elements are {sizes}"
+        )
+    comm.Bcast(parameters.host, root=0)
+    parameters.push()
+    comm.Bcast(buffers, root=0)
+    parameters.set_buffers(buffers)
+    digests = comm.allgather(parameters.digest())
+    if len(set(digests)) > 1:
+        raise PeerLost(f"the ranks do not have the same initial weights: {digests}")
+
+
+def average(
+    comm: MPI.Intracomm,
+    parameters: FlatParameters,
+    ranks: Collection[int],
+    workers: Collection[int],
+) -> None:
+    """Replace all models by the mean of those of `ranks`, and buffers by that of `workers`. Collective."""
+    from mpi4py import MPI  # not before: it would start MPI itself
+
+    total = (comm.rank in ranks) * parameters.host.astype(np.float64)
+    buffers = (comm.rank in workers) * parameters.buffers()
+    comm.Allreduce(MPI.IN_PLACE, total)
+    comm.Allreduce(MPI.IN_PLACE, buffers)
+    parameters.set((total / len(ranks)).astype(np.float32))
+    parameters.set_buffers(buffers / len(workers))

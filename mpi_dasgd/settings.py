@@ -1,0 +1,274 @@
+"""A run's settings: one frozen, typed schema, every key with its default and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["Algorithm", "Codec", "Config", "Section"]
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
+
+
+class Run(Section):
+    name: str = Field(
+        "run", description="name of the run and of its result directory", min_length=1
+    )
+    directory: str = Field("runs", description="directory in which result directories are created")
+    seed: int = Field(1, description="seed of weights, batches, partners and stragglers", ge=0)
+    overwrite: bool = Field(False, description="replace an existing result directory")
+    resume: bool = Field(False, description="go on from the newest checkpoint of this run")
+
+
+class Task(Section):
+    name: Literal["digits", "breast_cancer", "fashion_mnist", "random", "quadratic"] = Field(
+        "digits", description="data set; quadratic is for `simulate` only"
+    )
+    directory: str | None = Field(
+        None,
+        description="fashion_mnist: folder of its four IDX files, or of MNIST's; unset: Debian's",
+    )
+    model: Literal["cnn", "mlp", "logistic", "mlp_25m", "cnn_1m"] = Field(
+        "cnn", description="network; see mpi_dasgd/tasks/models.py for the shapes"
+    )
+    batch_size: Positive = Field(32, description="samples of a mini-batch of one rank")
+    data: Literal["shared", "sharded"] = Field(
+        "shared", description="every rank draws from all data, or from its own shard only"
+    )
+
+
+class Optimizer(Section):
+    name: str = Field("SGD", description="any class of torch.optim")
+    lr: float = Field(0.1, description="base learning rate", gt=0)
+    options: dict[str, Any] = Field(
+        default_factory=lambda: {"momentum": 0.9},
+        description="further keyword arguments of the class",
+    )
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "step"] = Field(
+        "constant", description="course of the learning rate over GLOBAL progress"
+    )
+    warmup: Fraction = Field(0.0, description="share of the budget with linear warm-up")
+    warmup_start: Fraction = Field(0.1, description="factor at which warm-up starts")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75), description="shares of the budget at which `step` multiplies by gamma"
+    )
+    gamma: float = Field(0.1, description="factor of `step` at each milestone", gt=0)
+    final: Fraction = Field(0.0, description="factor at which `cosine` ends")
+
+
+class Budget(Section):
+    samples: Positive | None = Field(None, description="samples of all ranks together")
+    epochs: float | None = Field(
+        None, description="passes over the training data, all ranks together", gt=0
+    )
+    seconds: float | None = Field(None, description="wall time of training", gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [k for k in ("samples", "epochs", "seconds") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of samples, epochs, seconds, not {' and '.join(given)}")
+        return self
+
+
+class Algorithm(Section):
+    name: Literal[
+        "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
+        "osgp", "easgd", "alone",
+    ] = Field("adpsgd", description="how the ranks agree: `mpi-dasgd algorithms` lists them")  # fmt: skip
+    variant: str | None = Field(
+        None,
+        description="adpsgd: pair, bipartite, pull; swarm: nonblocking, blocking, pull; "
+        "unset: the first",
+    )
+    order: Literal["gradient", "average"] | None = Field(
+        None,
+        description="adpsgd: what a step applies first; unset: gradient for pair, else average",
+    )
+    local_steps: Positive = Field(1, description="H: local steps between two exchanges")
+    local_steps_law: Literal["fixed", "geometric"] = Field(
+        "fixed", description="swarm: every phase has H steps, or a geometric number of mean H"
+    )
+    tries: Positive = Field(4, description="adpsgd, swarm: neighbours tried for one exchange")
+    weight: float = Field(
+        0.5, description="adpsgd, swarm: share of the distance that each side moves", gt=0, le=0.5
+    )
+    step_rule: Literal["constant", "inverse", "capped", "drop"] = Field(
+        "constant",
+        description="rate of a gradient older than delay_threshold: unchanged, eta / delay, "
+        "min(eta, c / delay), 0",
+    )
+    delay_threshold: float | None = Field(
+        None,
+        description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks, asgd: concurrency",
+        ge=0,
+    )
+    delay_cap: float | None = Field(
+        None, description="capped: c / eta, in gradients; unset: delay_threshold", gt=0
+    )
+    clients: Literal["free", "uniform"] = Field(
+        "free",
+        description="asgd: the next point goes to whoever is free (Algorithm 1), or to one of all "
+        "clients drawn uniformly, busy or not (Algorithm 2)",
+    )
+    concurrency: Positive | None = Field(
+        None, description="asgd: gradients in flight; unset: one for each rank that works"
+    )
+    server_works: bool = Field(
+        False, description="asgd, minibatch, easgd: rank 0, the server, also computes gradients"
+    )
+    elasticity: float | None = Field(
+        None, description="easgd: alpha, the elastic weight; unset: 0.9 / ranks", gt=0, le=0.5
+    )
+    overlap: Positive | None = Field(
+        None, description="osgp: steps after which a message is waited for; unset: never"
+    )
+    relay: Literal["auto", "direct", "tree"] = Field(
+        "auto",
+        description="dasgd: send gradients to all ranks, or along a spanning tree of the graph; auto: "
+        "direct on the complete graph",
+    )
+
+
+class Topology(Section):
+    graph: Literal[
+        "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
+        "bipartite_exponential", "edges",
+    ] = Field("complete", description="who may talk to whom")  # fmt: skip
+    degree: Positive | None = Field(None, description="random_regular: neighbours of each rank")
+    file: str | None = Field(None, description="edges: file with one `i j [weight]` a line")
+
+
+class Codec(Section):
+    name: Literal["auto", "none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = (
+        Field(
+            "auto",
+            description="what crosses the wire: see docs/codecs.md; none = fp32 as it is; auto: lattice8 "
+            "where models are averaged in pairs, else none",
+        )
+    )
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic", description="lattice: at random without bias, or to the nearest"
+    )
+    gamma: float | None = Field(
+        None,
+        description="lattice: margin of the scale over distances seen; unset: 3, lattice4: 1.5",
+        gt=1,
+    )
+    rho: float = Field(
+        0.9, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
+    )
+    threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
+
+
+class Transport(Section):
+    path: Literal["auto", "node", "remote"] = Field(
+        "auto",
+        description="auto: in place within a node, Get/Put between nodes; node and remote force one",
+    )
+    memory: Literal["host"] = Field("host", description="memory kind of the payload windows")
+    publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
+    inbox_slots: int = Field(4, description="messages that an inbox holds", ge=1, le=64)
+    progress_interval: float = Field(
+        0.0003,
+        description="seconds between progress calls when a neighbour is on another node",
+        gt=0,
+    )
+    silence: float = Field(
+        10.0, description="seconds without a heartbeat after which a rank counts as dead", gt=0
+    )
+
+
+class Straggler(Section):
+    kind: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
+        "none", description="artificial slowness"
+    )
+    ranks: tuple[int, ...] = Field(
+        (-1,), description="constant, pause: the slow ranks; negative from the end"
+    )
+    factor: float = Field(10.0, description="constant: how many times slower", ge=1)
+    mode: Literal["sleep", "work"] = Field(
+        "sleep", description="sleep, or compute the gradient again"
+    )
+    sigma: float = Field(0.5, description="lognormal: spread of the factor", gt=0)
+    period: Positive = Field(100, description="pause: steps between two pauses")
+    pause: float = Field(0.1, description="pause: seconds", ge=0)
+
+
+class Evaluation(Section):
+    points: int = Field(
+        10, description="evaluations, evenly over the budget; the last is at its end", ge=1
+    )
+    live: bool = Field(True, description="each rank also evaluates its own model during the run")
+
+
+class Checkpoint(Section):
+    points: int = Field(0, description="checkpoints, evenly over the budget; 0: none", ge=0)
+    keep: int = Field(2, description="checkpoints kept", ge=2)
+
+
+class Simulation(Section):
+    ranks: Positive = Field(16, description="virtual ranks")
+    dimension: Positive = Field(32, description="quadratic: dimension")
+    condition: float = Field(
+        10.0, description="quadratic: largest over smallest curvature; the largest is 1", ge=1
+    )
+    heterogeneity: float = Field(
+        0.0, description="quadratic: spread of the ranks' own minima", ge=0
+    )
+    noise: float = Field(
+        0.0, description="quadratic: standard deviation of gradient noise per coordinate", ge=0
+    )
+    gradients: Literal["on", "off"] = Field(
+        "on", description="off: exchanges alone, to test conservation"
+    )
+    compute: Literal["constant", "uniform", "lognormal", "exponential", "recorded"] = Field(
+        "uniform",
+        description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean; recorded: those "
+        "of the run `times`",
+    )
+    times: str | None = Field(None, description="recorded: directory of a run, or its results.h5")
+    mean: float = Field(1.0, description="mean time of a step, in units of virtual time", gt=0)
+    sigma: float = Field(0.5, description="lognormal: spread", gt=0)
+    slow_ranks: tuple[int, ...] = Field((), description="ranks that are slow_factor times slower")
+    slow_factor: float = Field(10.0, description="how many times slower", ge=1)
+    latency: float = Field(
+        0.0, description="time of one message or word operation; 0: as within a node", ge=0
+    )
+    bandwidth: float = Field(0.0, description="bytes per unit of time; 0: without limit", ge=0)
+    precision: Literal["float32", "float64"] = Field("float64", description="type of the models")
+
+
+class Config(Section):
+    """Everything that a run depends on. Build it with `mpi_dasgd.config.load`."""
+
+    run: Run = Run()
+    task: Task = Task()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    algorithm: Algorithm = Algorithm()
+    topology: Topology = Topology()
+    codec: Codec = Codec()
+    transport: Transport = Transport()
+    straggler: Straggler = Straggler()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    simulation: Simulation = Simulation()
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run writes its results."""
+        return Path(self.run.directory) / self.run.name

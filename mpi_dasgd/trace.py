@@ -1,0 +1,67 @@
+"""Trace: how far the models of a simulation are from each other and from the optimum, as it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Trace"]
+
+_BLOCK = 1 << 16  # elements
+_DIVERGED = 1e12  # squared distance from which a run counts as diverged
+
+
+@dataclass
+class Trace:
+    """What a simulation measured.
+
+    Attributes:
+        gradients: number of gradients computed, per sample of the lists below.
+        times: virtual time.
+        disagreement: mean_i |x_i - mean|^2.
+        distance: |mean - optimum|^2, the mean of the models that are trained.
+    """
+
+    gradients: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    disagreement: list[float] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
+
+    def sample(
+        self,
+        gradients: int,
+        now: float,
+        models: np.ndarray,
+        trained: Sequence[int],
+        optimum: np.ndarray,
+    ) -> bool:
+        """Add a sample; return whether the run has diverged.
+
+        Args:
+            gradients, now: see the lists.
+            models: (ranks, elements).
+            trained: ranks whose mean is the model that is trained.
+            optimum: (elements,).
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = models.mean(0)
+            disagreement = _spread(models, mean) / len(models)
+            if len(trained) < len(models):
+                mean = models[trained].mean(0)
+            distance = float(np.square(mean - optimum).sum())
+        self.gradients.append(gradients)
+        self.times.append(now)
+        self.disagreement.append(disagreement)
+        self.distance.append(distance)
+        return not (disagreement < _DIVERGED and distance < _DIVERGED)
+
+
+def _spread(models: np.ndarray, mean: np.ndarray) -> float:
+    """Return sum_i |x_i - mean|^2, by blocks that stay in a cache."""
+    rows = max(1, _BLOCK // models.shape[1])
+    return sum(
+        float(np.square(models[start : start + rows] - mean).sum())
+        for start in range(0, len(models), rows)
+    )
