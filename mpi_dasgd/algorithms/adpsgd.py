@@ -28,9 +28,6 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
-from mpi_dasgd.algorithms.phases import refuse_random_phases
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["ADPSGD"]
@@ -46,14 +43,9 @@ class ADPSGD(Algorithm):
     traffic = "2 M / H"
     memory = "8 M"
     waits = "never"
+    keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse phases of random length: they are SwarmSGD's."""
-        super().check(ranks, settings, graph)
-        refuse_random_phases(cls.name, settings)
 
     def start(self) -> None:
         """Publish the initial model."""

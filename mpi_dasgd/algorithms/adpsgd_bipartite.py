@@ -33,7 +33,6 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS
-from mpi_dasgd.algorithms.phases import refuse_random_phases
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.settings import Algorithm as Settings
@@ -55,18 +54,18 @@ class BipartiteADPSGD(Algorithm):
     memory = "4 M"
     publishes = False
     waits = "active ranks, for a gradient of a passive one"
+    keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse graphs with odd circles, and phases of random length.
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """Refuse graphs with odd circles.
 
         Raises:
             UserError: says why, and what would do.
         """
-        super().check(ranks, settings, graph)
-        refuse_random_phases(cls.name, settings)
+        super().refuse(ranks, settings, graph)
         if not graph.is_bipartite:
             raise UserError(
                 "algorithm.variant: 'bipartite' needs a graph of two sets with all edges between them, "

@@ -24,10 +24,7 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS
-from mpi_dasgd.algorithms.phases import refuse_random_phases
 from mpi_dasgd.algorithms.pulling import PullExchange
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["PullADPSGD"]
@@ -44,16 +41,11 @@ class PullADPSGD(Algorithm):
     memory = "5 M"
     receives = False
     waits = "never"
+    keys = ("order", "local_steps", "weight")
     effective_step = "1 to 1.33; with order = gradient 0.51 to 0.67"
     codecs = PAIR_CODECS
     conserves = False
     minimum_ranks = 2
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse phases of random length: they are SwarmSGD's."""
-        super().check(ranks, settings, graph)
-        refuse_random_phases(cls.name, settings)
 
     def start(self) -> None:
         """Publish the initial model."""

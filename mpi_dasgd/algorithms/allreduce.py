@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["AllReduce"]
@@ -25,16 +22,6 @@ class AllReduce(Algorithm):
     synchronous = True
     publishes = False
     receives = False
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse local steps: all ranks hold the same model."""
-        super().check(ranks, settings, graph)
-        if settings.local_steps != 1:
-            raise UserError(
-                "algorithm.local_steps: 'allreduce' averages every gradient, expected 1, got "
-                f"{settings.local_steps}"
-            )
 
     def step(self, local: Local) -> Iterator[Pending]:
         """x <- x - eta (1/n) sum_j g_j(x), the same x on all ranks."""

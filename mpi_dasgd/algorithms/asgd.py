@@ -50,6 +50,7 @@ class ASGD(ServerAlgorithm):
     publishes = False
     memory = "4 M; server, more for each point without room: P"
     waits = "for the server's answer"
+    keys = ("clients", "concurrency", "server_works", "delay_threshold")
     effective_step = "n"
     conserves = False
     rules_delays = True
@@ -60,9 +61,9 @@ class ASGD(ServerAlgorithm):
         return 2
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse what a server that gives out points cannot do."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
                 f"algorithm.local_steps: {cls.name!r} sends every gradient, expected 1, got "

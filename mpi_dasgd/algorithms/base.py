@@ -125,6 +125,8 @@ class Algorithm(ABC):
     """Whether exchanges leave the sum of all `mass` and of the messages on their way as it is."""
     rules_delays: ClassVar[bool] = False
     """Whether it applies `algorithm.step_rule` itself; else the driver does, by what the board says."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of section ``algorithm`` that it heeds, beside name, variant, and the rule for delays."""
     minimum_ranks: ClassVar[int] = 1
     publishes: ClassVar[bool] = True
     """Whether it needs publications."""
@@ -197,11 +199,29 @@ class Algorithm(ABC):
 
     @classmethod
     def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse settings that this algorithm cannot work with.
+        """Refuse settings that this algorithm cannot work with, and those that it would not heed.
 
         Raises:
             UserError: says why, and what would do.
         """
+        cls.refuse(ranks, settings, graph)
+        heeded = {"name", "variant", "step_rule", *cls.keys}
+        if settings.step_rule != "constant":
+            heeded.add("delay_threshold")
+        if settings.step_rule == "capped":
+            heeded.add("delay_cap")
+        for key, field in type(settings).model_fields.items():
+            value = getattr(settings, key)
+            if key not in heeded and value != field.default:
+                who = f"{cls.name} {cls.variant}".strip()
+                raise UserError(
+                    f"algorithm.{key}: {who!r} as it is configured has no use for it, got {value!r}: leave "
+                    f"it unset ({field.description})"
+                )
+
+    @classmethod
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+        """The part of `check` that has its reasons in the algorithm."""
         if ranks < cls.minimum_ranks:
             raise UserError(
                 f"algorithm.name: {cls.name!r} needs at least {cls.minimum_ranks} ranks, got {ranks}; "

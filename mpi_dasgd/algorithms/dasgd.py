@@ -70,6 +70,7 @@ class DASGD(Algorithm):
     publishes = False
     memory = "4 M + 2 n P; tree of degree r: 4 M + 2 (r+1) P"  # a float64 sum is 2 P
     waits = "never"
+    keys = ("relay",)
     effective_step = "n"
     codecs = ("none", "bf16", "qsgd8")
     conserves = False  # one update moves the sum of the models n times
@@ -82,9 +83,9 @@ class DASGD(Algorithm):
         return ranks + 1
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse local steps, and direct sending without links to all."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
                 "algorithm.local_steps: 'dasgd' sends and counts every gradient by itself, expected 1, "

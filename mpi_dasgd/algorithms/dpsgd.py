@@ -44,6 +44,7 @@ class DPSGD(Algorithm):
     memory = "4 M + P"
     receives = False
     waits = "every H steps, for the neighbours"
+    keys = ("local_steps",)
     synchronous = True
 
     def start(self) -> None:

@@ -45,6 +45,7 @@ class EASGD(ServerAlgorithm):
     traffic = "2 M / H; server: 0"
     memory = "9 M; server that works: 9 M + 2 P"
     waits = "never"
+    keys = ("elasticity", "local_steps", "server_works")
     codecs = ("none", "bf16", "fp16", "lattice8", "lattice4", "lattice16", "qsgd8")
 
     def start(self) -> None:

@@ -29,6 +29,7 @@ class LocalSGD(Algorithm):
     traffic = "2 M (n-1)/n / H"
     memory = "0"
     waits = "every H steps"
+    keys = ("local_steps",)
     synchronous = True
     publishes = False
     receives = False

@@ -28,9 +28,9 @@ class MiniBatch(ASGD):
     waits = "for the slowest worker of each batch"
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse settings that choose clients: a batch has them all."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         for key, value, expected in (
             ("clients", settings.clients, "free"),
             ("concurrency", settings.concurrency, None),

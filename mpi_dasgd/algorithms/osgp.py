@@ -43,6 +43,7 @@ class OSGP(PushSum):
     memory = "4 M"
     publishes = False
     waits = "never; with `overlap`: for messages of so many steps ago"
+    keys = ("local_steps", "overlap")
 
     @classmethod
     def in_step(cls, settings: Settings) -> bool:
@@ -50,9 +51,9 @@ class OSGP(PushSum):
         return settings.overlap is not None
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs without a rotation, if messages are waited for."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         if settings.overlap is not None:
             cls._check_rotation(settings, graph)
 

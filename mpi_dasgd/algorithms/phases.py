@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 
-from mpi_dasgd.errors import UserError
 from mpi_dasgd.settings import Algorithm as Settings
 
-__all__ = ["Phases", "refuse_order", "refuse_random_phases"]
+__all__ = ["Phases"]
 
 
 class Phases:
@@ -31,20 +30,3 @@ class Phases:
         if self._geometric:
             return self._rng.random() * self._mean < 1
         return step % self._mean == 0
-
-
-def refuse_random_phases(name: str, settings: Settings) -> None:
-    """Refuse `local_steps_law` = geometric for algorithms that do not know it."""
-    if settings.local_steps_law != "fixed":
-        raise UserError(
-            f"algorithm.local_steps_law: {name!r} knows 'fixed' only, got "
-            f"{settings.local_steps_law!r}; take algorithm.name=swarm"
-        )
-
-
-def refuse_order(name: str, settings: Settings) -> None:
-    """Refuse `order` for algorithms that have one only."""
-    if settings.order is not None:
-        raise UserError(
-            f"algorithm.order: {name!r} has one order only, got {settings.order!r}: leave it unset"
-        )

@@ -23,9 +23,9 @@ class ServerAlgorithm(Algorithm):
     minimum_ranks = 2
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs in which the server cannot be reached by all."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         if len(graph.neighbours(0)) != ranks - 1:
             raise UserError(
                 f"topology.graph: {cls.name!r} needs rank 0, its server, to be the neighbour of all other "

@@ -46,12 +46,13 @@ class SGP(PushSum):
     publishes = False
     memory = "4 M; more for each early message: M"
     waits = "every H steps, for one rank"
+    keys = ("local_steps",)
     synchronous = True
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs without a rotation."""
-        super().check(ranks, settings, graph)
+        super().refuse(ranks, settings, graph)
         cls._check_rotation(settings, graph)
 
     def restart(self, step: int) -> None:

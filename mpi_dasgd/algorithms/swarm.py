@@ -36,9 +36,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
-from mpi_dasgd.algorithms.phases import Phases, refuse_order
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
+from mpi_dasgd.algorithms.phases import Phases
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["Swarm"]
@@ -54,14 +52,9 @@ class Swarm(Algorithm):
     traffic = "2 M / H"
     memory = "8 M + 2 P"
     waits = "never"
+    keys = ("local_steps", "local_steps_law", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse `algorithm.order`: the average comes first."""
-        super().check(ranks, settings, graph)
-        refuse_order(cls.name, settings)
 
     def start(self) -> None:
         """Publish the initial model: B_i = Y_i = x_i."""

@@ -33,9 +33,7 @@ from collections.abc import Callable, Generator, Iterator
 
 from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
-from mpi_dasgd.algorithms.phases import Phases, refuse_order
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
+from mpi_dasgd.algorithms.phases import Phases
 from mpi_dasgd.transport.endpoint import Pairing, Pending
 from mpi_dasgd.transport.words import FREE, READY
 
@@ -52,14 +50,9 @@ class BlockingSwarm(Algorithm):
     traffic = "M / H"
     memory = "8 M"
     waits = "at the end of a phase, for a neighbour at the end of its own"
+    keys = ("local_steps", "local_steps_law", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse `algorithm.order`: the gradients come first."""
-        super().check(ranks, settings, graph)
-        refuse_order(cls.name, settings)
 
     def start(self) -> None:
         """Nothing is published before the end of the first phase."""

@@ -21,10 +21,8 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pairing import PAIR_CODECS
-from mpi_dasgd.algorithms.phases import Phases, refuse_order
+from mpi_dasgd.algorithms.phases import Phases
 from mpi_dasgd.algorithms.pulling import PullExchange
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["PullSwarm"]
@@ -41,16 +39,11 @@ class PullSwarm(Algorithm):
     memory = "5 M"
     receives = False
     waits = "never"
+    keys = ("local_steps", "local_steps_law", "weight")
     effective_step = "0.67 to 0.8 at H = 1, 0.86 to 0.94 at H = 4"
     codecs = PAIR_CODECS
     conserves = False
     minimum_ranks = 2
-
-    @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse `algorithm.order`: the gradient comes first."""
-        super().check(ranks, settings, graph)
-        refuse_order(cls.name, settings)
 
     def start(self) -> None:
         """Publish the initial model."""
