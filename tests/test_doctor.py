@@ -84,6 +84,7 @@ def test_between_hosts_the_courier_makes_progress(mpi: str, two_hosts: Hosts) ->
     checks = findings(line)
     assert checks["ranks"]["values"]["nodes"] == 2
     assert "Get and Put" in checks["exchange"]["values"]["path"]
+    assert checks["swaps, other node"]["values"]["swaps"] > 1000
     progress = checks["progress, other node"]["values"]
     assert progress["independent"] is False
     # The target computes for 0.3 s: what waits for it takes 0.1 s or more.

@@ -15,6 +15,7 @@ Weights are integers, in quanta of 2^-40: the sum of all of them, messages inclu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -151,9 +152,9 @@ class PushSum(Algorithm):
         """Whether what arrives is taken in while it waits."""
         return True
 
+    @abstractmethod
     def _receive(self) -> None:
         """Take in what has arrived, and free its slots."""
-        raise NotImplementedError
 
     def _fold(self, message: Message, step: int) -> None:
         """Add the mass of a message to the own one."""

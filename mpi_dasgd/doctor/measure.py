@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mpi_dasgd.bench.meeting import peers, serve_until_all_come
+from mpi_dasgd.doctor import contention
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def checks(environment: World) -> list[Check]:
     found = [
         *(_progress(comm, words, small, where, rank) for where, rank in others.items()),
         *(_latency(comm, words, fast, where, rank) for where, rank in others.items()),
+        *(contention.check(comm, words, where, rank) for where, rank in others.items() if not fast),
         *(
             _bandwidth(comm, remote, shared if rank == near else None, where, rank)
             for where, rank in others.items()
