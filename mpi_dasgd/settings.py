@@ -130,7 +130,7 @@ class Algorithm(Section):
         False, description="asgd, minibatch, easgd: rank 0, the server, also computes gradients"
     )
     elasticity: float | None = Field(
-        None, description="easgd: alpha, the elastic weight; unset: 0.9 / ranks", gt=0, le=0.5
+        None, description="easgd: alpha, the elastic weight; unset: 0.9 / workers", gt=0, le=0.5
     )
     overlap: Positive | None = Field(
         None, description="osgp: steps after which a message is waited for; unset: never"

@@ -77,7 +77,7 @@ def test_alpha_is_the_papers_by_default() -> None:
     server = _simulation().algorithms[0]
     assert isinstance(server, EASGD)
     server.start()
-    assert server.alpha == 0.9 / 16
+    assert server.alpha == 0.9 / 15  # workers
     assert not server.computes and server.x is server.center
 
 

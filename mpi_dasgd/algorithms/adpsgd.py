@@ -3,7 +3,7 @@
 Each rank, whenever it has a gradient, averages its model with that of one neighbour drawn at random. One
 event k of the paper's Algorithm 1, seen from all ranks:
 
-1. gradient: g_k at x̂_i, an older copy of x_i: the model as it was when the gradient was begun
+1. gradient: g_k at x̂_i, an older x_i: as it was when the gradient was begun
 2. average:  [x_1 .. x_n] <- [x_1 .. x_n] W_k,  W_k doubly stochastic: i and j to their mean
 3. apply:    x_i <- x_i - eta g_k, to the averaged model
 
@@ -59,14 +59,14 @@ class ADPSGD(Algorithm):
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, and after every `local_steps` of them one exchange."""
         if local.step % self.settings.local_steps:
-            local.update()
+            local.update()  # 3
         elif self.settings.order == "average":
-            self._pairs.exchange(self.x, local.step, publish=False)
-            local.update()
+            self._pairs.exchange(self.x, local.step, publish=False)  # 2
+            local.update()  # 3
             self._pairs.publish(self.x, local.step)
         else:
-            local.update()
-            self._pairs.exchange(self.x, local.step, publish=True)
+            local.update()  # 3
+            self._pairs.exchange(self.x, local.step, publish=True)  # 2
         return
         yield  # an asynchronous algorithm never does
 

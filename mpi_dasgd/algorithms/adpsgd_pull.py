@@ -59,13 +59,13 @@ class PullADPSGD(Algorithm):
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, and after every `local_steps` of them one average."""
         if local.step % self.settings.local_steps:
-            local.update()
+            local.update()  # 2
         elif self.settings.order == "gradient":
-            local.update()
-            self._pulls.average(self.x, local.step, publish=True)
+            local.update()  # 2
+            self._pulls.average(self.x, local.step, publish=True)  # 1, 3
         else:
-            self._pulls.average(self.x, local.step, publish=False)
-            local.update()
-            self._pulls.publish(self.x, local.step)
+            self._pulls.average(self.x, local.step, publish=False)  # 1
+            local.update()  # 2
+            self._pulls.publish(self.x, local.step)  # 3
         return
         yield  # an asynchronous algorithm never does

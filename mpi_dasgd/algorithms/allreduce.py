@@ -1,4 +1,8 @@
-"""Synchronous data-parallel SGD: the gradients of all ranks are averaged in every step."""
+"""Synchronous data-parallel SGD: the gradients of all ranks are averaged in every step.
+
+1. average:  g <- (1/n) sum_j g_j(x)
+2. apply:    x <- x - eta g, the same x on all ranks
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,10 @@ class AllReduce(Algorithm):
     receives = False
 
     def step(self, local: Local) -> Iterator[Pending]:
-        """x <- x - eta (1/n) sum_j g_j(x), the same x on all ranks."""
+        """Both lines."""
         gradient = local.gradient
-        total = self.endpoint.allreduce(gradient)
+        total = self.endpoint.allreduce(gradient)  # 1
         while not total.done():
             yield total
         gradient /= self.endpoint.size
-        local.update()
+        local.update()  # 2

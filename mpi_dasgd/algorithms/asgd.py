@@ -3,7 +3,7 @@
 Rank 0 keeps the model x and applies every gradient with the full rate when it arrives. Algorithm 1, and
 Algorithm 2 for data that differ between clients (`clients` = uniform):
 
-1. start:    C_0 = all workers hold x_0
+1. start:    C_0: all workers hold x_0, or the first `concurrency` of them; beyond one each points queue
 2. server:   gradient t arrives from j_t, who began it at x_s:  tau_t = t - s,
              x_{t+1} <- x_t - eta(tau_t) grad F(x_s, xi)
 3. server:   give x_{t+1} to A_t: Algorithm 1: a worker without a point, which is j_t if all had one;
@@ -49,7 +49,7 @@ class ASGD(ServerAlgorithm):
     traffic = "M; server: (n-1) M"
     publishes = False
     memory = "4 M; server, more for each point without room: P"
-    waits = "for the server's answer"
+    waits = "for the server's answer; with clients = uniform or a low concurrency, for a point"
     keys = ("clients", "concurrency", "server_works", "delay_threshold")
     effective_step = "n"
     conserves = False

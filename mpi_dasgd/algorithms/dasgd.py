@@ -6,7 +6,7 @@ Each rank keeps a whole replica x_i, all equal at the start, and goes on without
 2. update:    x_i <- x_i - eta g_i, at once
 3. drain:     x_i <- x_i + u for every update u in the inbox
 4. send:      to each rank j what it has not got yet; no room in its inbox: more next time
-5. drain:     what came meanwhile, so that no gradient starts while updates wait
+5. drain:     again, so that no gradient starts while updates wait; if something came, step 4 again
 
 Nothing is divided by n: each of the n gradients moves every replica by the whole eta.
 
@@ -117,14 +117,14 @@ class DASGD(Algorithm):
         """Apply one gradient, send it, and take in those of others."""
         if self._resumed:
             yield from self._agree()
-        local.update()
+        local.update()  # 2
         self._replica.add_own()
         self.versions[self.endpoint.rank] = local.step
         for link in self._links.values():
             link.fresh = True
-        self._receive(local.step)
-        self._send(local.step)
-        if self._receive(local.step):
+        self._receive(local.step)  # 3
+        self._send(local.step)  # 4
+        if self._receive(local.step):  # 5
             self._send(local.step)
 
     def _receive(self, step: int) -> int:

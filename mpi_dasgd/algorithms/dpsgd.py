@@ -61,10 +61,10 @@ class DPSGD(Algorithm):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, and after every `local_steps` of them one average with all neighbours."""
-        local.update()
+        local.update()  # 3
         if local.step % self.settings.local_steps:
             return
-        # x_i - eta g_i - (1 - W_ii) x_i(k): the own share W_ii of the old model stays
+        # 4: x_i - eta g_i - (1 - W_ii) x_i(k): the own share W_ii of the old model stays
         self._add(-sum(self._weights), self._published)
         for rank, weight in zip(self._neighbours, self._weights, strict=True):
             reading = self.endpoint.read(rank, self._version)
@@ -74,7 +74,7 @@ class DPSGD(Algorithm):
             if reading.message is not None:
                 self._add(weight, reading.message)
                 self._note(local.step, reading.message)
-        self._publish(local.step)
+        self._publish(local.step)  # 1
 
     def _add(self, weight: float, message: Message) -> None:
         """x_i <- x_i + weight x_j."""

@@ -8,14 +8,17 @@ Every H = `local_steps` steps of its own clock worker i
 3. elastic:  d = alpha (x_i - ĉ);  x_i <- x_i - d;  send d to rank 0; no room there: skip this exchange
 4. center:   rank 0, when d arrives:  c <- c + d, and publish c
 
-alpha = `elasticity`, else beta / n with the paper's beta = 0.9. EAMSGD is the same with momentum in the
-workers' optimizer; momentum is never averaged. The result is the center.
+alpha = `elasticity`, else beta / p with the paper's beta = 0.9, p workers. EAMSGD is the same with momentum
+in the workers' optimizer; momentum is never averaged. The result is the center.
 
 Nobody waits: the paper's worker fetches c and updates it in one transaction, here d may be of a center
 that has moved since. Both sides move by the same d, so that the sum of c, of all x_i and of the d on
 their way changes by gradients only. A published center serves each worker once: else fast workers would
 push a center that is slow to answer beyond their own models. The paper takes the gradient at the model
 before step 3, and applies it after; this order has the gradient always at the model that it changes.
+
+Records: a worker's `partner_step` is its own step at which it asked for the center, `age_s` the center's
+age; the server's `step` is the number of deltas absorbed so far.
 
 A server that works (`server_works`) has c beside its own model, and ends with c as its model.
 """
@@ -33,7 +36,7 @@ from mpi_dasgd.transport.endpoint import Pending, Reading
 
 __all__ = ["EASGD"]
 
-_BETA = 0.9  # n alpha, in the paper's experiments
+_BETA = 0.9  # p alpha, in the paper's experiments
 
 
 class EASGD(ServerAlgorithm):
@@ -51,7 +54,8 @@ class EASGD(ServerAlgorithm):
     def start(self) -> None:
         """Publish the center, which is the initial model."""
         super().start()
-        self.alpha = self.settings.elasticity or _BETA / self.endpoint.size
+        workers = self.workers(self.endpoint.size, self.settings)
+        self.alpha = self.settings.elasticity or _BETA / len(workers)
         self.center = self.x
         self._started = self.x
         if self.endpoint.rank == 0 and self.computes:

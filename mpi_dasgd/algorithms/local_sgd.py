@@ -36,8 +36,8 @@ class LocalSGD(Algorithm):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One local step; every H of them the average."""
-        local.update()
-        if local.step % self.settings.local_steps == 0:
+        local.update()  # 1
+        if local.step % self.settings.local_steps == 0:  # 2
             total = self.endpoint.allreduce(self.x)
             while not total.done():
                 yield total

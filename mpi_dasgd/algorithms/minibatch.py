@@ -2,10 +2,10 @@
 
 C_0 = all; A_t is empty until the n gradients of a batch have been applied, then A_t = all. The gradients
 are applied one by one as they arrive, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of
-mean (n-1)/2. Momentum and step rule see n gradients where `allreduce` has one.
+mean (n-1)/2. Momentum and schedule see n gradients where `allreduce` has one.
 
 1/n: a batch moves the model by eta (g_1 + ... + g_n). `allreduce` moves it by eta times their mean, so that
-eta here is eta/n there.
+`minibatch` at eta is `allreduce` at n eta.
 """
 
 from __future__ import annotations

@@ -67,15 +67,15 @@ class OSGP(PushSum):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, all that has arrived, and after every `local_steps` gradients a message."""
-        self._update(local)
+        self._update(local)  # 1
         step = self._step = local.step
-        self._receive()
+        self._receive()  # 2, 4
         if step % self.settings.local_steps:
             return
         if self.settings.overlap is None:
-            self._send_if_room(step)
+            self._send_if_room(step)  # 3
             return
-        yield from self._send_when_room(self._out_neighbour(step), step)
+        yield from self._send_when_room(self._out_neighbour(step), step)  # 3
         while self._due <= step - self.settings.overlap:
             yield from self._until(lambda: self._due in self._come)
             self._come.remove(self._due)

@@ -71,11 +71,11 @@ class PairExchange:
             publish: else the caller does, when it has changed `y` further.
         """
         endpoint = self._endpoint
-        arrivals = endpoint.inbox.receive()
-        pairing = self._pairing or endpoint.pair(self._draw())
+        arrivals = endpoint.inbox.receive()  # 1
+        pairing = self._pairing or endpoint.pair(self._draw())  # 2
         publication = endpoint.publication.reserve() if publish else None
         settled = pairing.settled  # once: the courier may settle it at any moment
-        outcome = self._codec.exchange(
+        outcome = self._codec.exchange(  # 1, 3 and 4 in one pass
             y,
             [arrival.message for arrival in arrivals],
             pairing.theirs if settled else None,

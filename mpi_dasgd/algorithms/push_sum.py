@@ -6,8 +6,8 @@ mean of the x_i, whatever the order and delay of the messages. Nobody needs to k
 
 Here a rank holds z_i, the model at which gradients are taken, and w_i; X_i = w_i z_i is never formed:
 
-* send:     w_i <- w_i - p, message (z_i, p): the share p z_i of the numerator
-* receive:  w_i <- w_i + p, z_i <- z_i + (p / w_i) (z_j - z_i): both numerators over both weights
+* send:     w_i <- w_i - m, message (z_i, m): the part m z_i of the numerator; m = p w_i, p the share
+* receive:  w_i <- w_i + m, z_i <- z_i + (m / w_i) (z_j - z_i): both numerators over both weights
 * local:    X_i <- X_i - eta g is z_i <- z_i - (eta / w_i) g: the optimizer, its rate divided by w_i
 
 Weights are integers, in quanta of 2^-40: the sum of all of them, messages included, is n exactly, always.

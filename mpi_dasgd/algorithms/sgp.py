@@ -64,15 +64,15 @@ class SGP(PushSum):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, and after every `local_steps` of them one exchange."""
-        self._update(local)
+        self._update(local)  # 1
         step = self._step = local.step
         if step % self.settings.local_steps:
             return
-        yield from self._send_when_room(self._out_neighbour(step), step)
+        yield from self._send_when_room(self._out_neighbour(step), step)  # 2
         early = self._early.pop(step, None)
         if early is None:
             self._awaited = step
-            yield from self._until(lambda: self._awaited < 0)
+            yield from self._until(lambda: self._awaited < 0)  # 3, 4
         else:
             self._fold(early, step)
 

@@ -23,7 +23,8 @@ How it is done here, and why:
   B_i and a_i stay in the type of the model.
 - The paper's graphs are r-regular, with Poisson clocks of equal rate, so that each edge interacts alike.
   Any graph and any speeds are allowed here; the mean is conserved on all of them.
-- With H = 1 all this is `adpsgd` with `algorithm.order` = average, number by number.
+- With H = 1 all this is `adpsgd` with `algorithm.order` = average, number by number; not with weight decay,
+  which acts on B_i here and on the average there.
 
 Also: `swarm_blocking`, and `swarm_pull`, which is what the authors' code does.
 """
@@ -71,12 +72,12 @@ class Swarm(Algorithm):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One local step, and at the end of a phase an interaction."""
-        local.update()
+        local.update()  # 1
         self._steps += 1
         if not self._phases.ends(local.step):
             self._pairs.absorb(self._live, local.step, publish=True)
             return
-        self._pairs.exchange(self._live, local.step, publish=False)
+        self._pairs.exchange(self._live, local.step, publish=False)  # 3
         self._end_phase()
         self._pairs.publish(self._live, local.step)
         return

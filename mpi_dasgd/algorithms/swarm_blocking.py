@@ -14,7 +14,8 @@ a. offer:    publish x_i; the publication is READY only while i waits
 b. look:     try to claim the offer of each neighbour in random order
 c. withdraw: having claimed j's, take the own offer back by claiming it; then average, send j its delta: done
 d. lost:     the own offer is claimed already by some k: give j's back, as if it had not been claimed, and
-             wait for k. But where k is j (both have claimed each other) the lower of the two goes on with c.
+             wait for k. But where k is j (both have claimed each other) the lower of the two goes on with c,
+             and where k has given it back meanwhile the own offer is void: go on with c
 e. wait:     until the delta of the rank that claimed the offer is here: done; or it was given back: go to a
 
 No deadlock: of two neighbours that both wait, the later to offer has looked at the earlier's offer after its

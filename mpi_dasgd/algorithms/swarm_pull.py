@@ -57,9 +57,9 @@ class PullSwarm(Algorithm):
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One local step, and at the end of a phase one average."""
-        local.update()
-        self._pulls.publish(self.x, local.step)
+        local.update()  # 1
+        self._pulls.publish(self.x, local.step)  # 2
         if self._phases.ends(local.step):
-            self._pulls.average(self.x, local.step, publish=False)
+            self._pulls.average(self.x, local.step, publish=False)  # 3
         return
         yield  # an asynchronous algorithm never does
