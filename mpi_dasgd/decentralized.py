@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -115,11 +115,7 @@ class Decentralized:
             for warning in kind.warnings(config) if self.rank == 0 else ():
                 world.say(f"warning: {warning}")
             self._in_step = kind.in_step(config.algorithm)
-            if self._in_step and config.budget.seconds and config.schedule.name != "constant":
-                raise UserError(
-                    f"schedule.name: {kind.name!r} with budget.seconds needs 'constant', or the ranks' "
-                    "learning rates would differ; give budget.samples or budget.epochs instead"
-                )
+            _check_budget(config, kind.name, self._in_step)
         collective.share(environment.comm, self.parameters)
         self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport
@@ -142,6 +138,7 @@ class Decentralized:
             record or (lambda exchange: None),
         )
         self.algorithm.local = self.local
+        self._lead = kind.lead(config.algorithm, graph_of_ranks)
         self._rule = delay_rule(config.algorithm, self.size)
         self.delay, self.delay_factor = 0, 1.0
         self._gradients_seen = 0
@@ -163,7 +160,22 @@ class Decentralized:
         self.samples = samples
         self._elapsed_before = elapsed
         self.endpoint.board.report(samples)
+        self.endpoint.count(steps)
         self.algorithm.restart(steps)
+
+    def resumed_at(self, steps: Sequence[int]) -> None:
+        """Have seen the gradients of the earlier part: steps of all ranks, to be called after `resume`.
+
+        Raises:
+            UserError: ranks that go in step are at different ones.
+        """
+        if self._in_step and len(set(steps)) > 1:
+            raise UserError(
+                f"run.resume: ranks of {self.algorithm.name!r} go in step, but their checkpoints are of "
+                f"steps {list(steps)}; begin anew"
+            )
+        self.endpoint.board.gradients[:] = steps
+        self._gradients_seen = sum(steps)
 
     @property
     def elapsed(self) -> float:
@@ -226,7 +238,7 @@ class Decentralized:
             self.delay_factor = self._rule(self.delay)
             local.factor *= self.delay_factor
         if self._timed_in_step and self.rank == 0 and self.progress >= 1.0:
-            self.endpoint.board.stop_after(local.step)  # before the exchange that all ranks share
+            self._declare_last_step()
         updated = local.update_seconds
         for pending in self.algorithm.step(local):
             self._wait(pending)
@@ -236,6 +248,13 @@ class Decentralized:
         if time.monotonic() - self._looked > _LOOK:
             self._look()
         self.exchange_seconds += time.perf_counter() - begun - (local.update_seconds - updated)
+
+    def _declare_last_step(self) -> None:
+        """Tell all ranks, once, where to stop: beyond what any of them can have begun by now."""
+        board, local_steps = self.endpoint.board, self._config.algorithm.local_steps
+        if board.last_step(0) == 0:
+            exchange = -(-self.local.step // local_steps) * local_steps  # the next one of rank 0
+            board.stop_after(exchange + self._lead)
 
     def serve(self) -> None:
         """Deal with what other ranks have sent: called instead of `step` where `computes` is false.
@@ -357,6 +376,36 @@ class Decentralized:
             self.close()
         else:
             self.fail()
+
+
+def _check_budget(config: Config, name: str, in_step: bool) -> None:
+    """Refuse budgets with which the ranks could not go on as they are meant to.
+
+    Raises:
+        UserError: says why, and what would do.
+    """
+    budget, schedule = config.budget, config.schedule
+    varies = schedule.name != "constant" or schedule.warmup > 0
+    if budget.epochs is not None and budget.samples is None:
+        raise UserError(
+            "budget.epochs: `Decentralized` does not know the data set; give budget.samples, the size "
+            "of the data set times the epochs"
+        )
+    if varies and budget.samples is None and budget.seconds is None:
+        raise UserError(
+            f"schedule: {schedule.name!r} with warmup = {schedule.warmup:g} is a function of the share of "
+            "the budget that is used, and there is no budget; give budget.samples or budget.seconds"
+        )
+    if in_step and budget.seconds is not None and varies:
+        raise UserError(
+            f"schedule: {name!r} with budget.seconds needs 'constant' without warm-up, or the ranks' "
+            "learning rates would differ; give budget.samples or budget.epochs instead"
+        )
+    if in_step and budget.seconds is not None and config.checkpoint.points:
+        raise UserError(
+            f"checkpoint.points: {name!r} with budget.seconds would save its ranks at different steps; "
+            "give budget.samples or budget.epochs instead"
+        )
 
 
 def _configure(

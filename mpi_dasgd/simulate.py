@@ -215,7 +215,7 @@ class Simulation:
         if done >= self.gradients_due:
             return
         local.step += 1
-        local.rate = self._rate
+        local.rate = self._rate(local)
         self.gradients += 1
         endpoint = self.endpoints[rank]
         endpoint.count(local.step)
@@ -228,16 +228,17 @@ class Simulation:
             local.gradient[:] = self.problem.gradient(rank, x, self._noise_rng[rank])
         self._drive(rank, self.algorithms[rank].step(local))
 
-    @property
-    def _rate(self) -> float:
-        factor = self._schedule.factor(self.gradients / self.gradients_due)
+    def _rate(self, local: VirtualRank) -> float:
+        """Learning rate by global progress, which ranks that go in step know without looking."""
+        done = local.step * self.size if self._in_step else self.gradients
+        factor = self._schedule.factor(done / self.gradients_due)
         return self.config.optimizer.lr * factor
 
     def _serve(self, rank: int) -> None:
         """A rank that computes no gradients: serve now, and at the moment when something arrives."""
         self.network.servers[rank] = lambda: self._serve(rank)
         local = self.locals[rank]
-        local.rate = self._rate
+        local.rate = self._rate(local)
         while self.algorithms[rank].serve(local):
             pass
 

@@ -56,7 +56,7 @@ def restore(training: Decentralized, directory: Path) -> int:
         Its number.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or ranks that go in step are at different ones.
     """
     world = training.world
     with world.together():
@@ -70,6 +70,9 @@ def restore(training: Decentralized, directory: Path) -> int:
         if meta["step"] != max(common):
             arrays, meta = load(directory, training.rank, step=max(common), size=training.size)
         _load_state(training, arrays, meta)
+    steps = world.comm.allgather(training.local.step)
+    with world.together():
+        training.resumed_at(steps)
     return max(common)
 
 

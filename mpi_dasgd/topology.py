@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import breadth_first_order, connected_components
+from scipy.sparse.csgraph import breadth_first_order, connected_components, shortest_path
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from mpi_dasgd.errors import UserError, nearest
@@ -108,6 +108,11 @@ class Topology:
             return tuple(self._graph.data[start:end][kept].tolist())
         larger = np.maximum(self._degrees[rank], self._degrees[self._near(rank)])
         return tuple((1.0 / (1.0 + larger)).tolist())
+
+    def eccentricity(self, rank: int) -> int:
+        """Return how many edges the farthest rank is away from `rank`, in a graph without absent ranks."""
+        hops = shortest_path(self._adjacency(), unweighted=True, indices=rank)
+        return int(hops.max())
 
     @property
     def edges(self) -> Ints:

@@ -412,6 +412,7 @@ def test_osgp_with_a_straggler_is_stable_and_without_a_floor_it_is_not(
         ("local_sgd", "complete", ["algorithm.local_steps=5"]),
         ("dpsgd", "ring", []),
         ("dpsgd", "torus", ["algorithm.local_steps=3"]),
+        ("dpsgd", "ring", ["algorithm.local_steps=5"]),  # in the middle of a phase
         ("sgp", "exponential", []),
         ("sgp", "complete", ["algorithm.local_steps=2"]),
     ],

@@ -198,6 +198,11 @@ class Algorithm(ABC):
         return cls.synchronous
 
     @classmethod
+    def lead(cls, settings: Settings, graph: Topology) -> int:
+        """Return by how many steps a rank can be ahead of rank 0's next exchange, if ranks go in step."""
+        return 0
+
+    @classmethod
     def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse settings that this algorithm cannot work with, and those that it would not heed.
 
@@ -272,6 +277,11 @@ class Algorithm(ABC):
     def leave(self) -> Iterator[Pending]:
         """Give back what is held of other ranks: called once, after the last step."""
         return iter(())
+
+    @property
+    def model(self) -> np.ndarray:
+        """This rank's share of the model that the run trains: its own model, unless it keeps another."""
+        return self.x
 
     @property
     def mass_weight(self) -> float:

@@ -23,12 +23,14 @@ still reads version k then. Edges go both ways, which makes readers and neighbou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["DPSGD"]
@@ -47,17 +49,30 @@ class DPSGD(Algorithm):
     keys = ("local_steps",)
     synchronous = True
 
+    @classmethod
+    def lead(cls, settings: Settings, graph: Topology) -> int:
+        """As many exchanges as rank 0 has edges to the farthest rank."""
+        return settings.local_steps * graph.eccentricity(0)
+
     def start(self) -> None:
         """Publish the initial model as version 1."""
         self._neighbours = self.endpoint.topology.neighbours(self.endpoint.rank)
         self._weights = self.endpoint.topology.weights(self.endpoint.rank)
         self._scratch = np.empty_like(self.x)
         self._version = 0
-        self._publish(0)
+        self._publish(0, self.x)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the model that the next average reads: of the last exchange."""
+        return {"published": self._published.payload}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back what `state` returned; `restart` publishes it."""
+        self._loaded = arrays["published"]
 
     def restart(self, step: int) -> None:
-        """Publish the model of the checkpoint: one version more, on all ranks."""
-        self._publish(step)
+        """Publish what the checkpoint had published: one version more, on all ranks."""
+        self._publish(step, self._loaded)
 
     def step(self, local: Local) -> Iterator[Pending]:
         """One gradient, and after every `local_steps` of them one average with all neighbours."""
@@ -74,7 +89,7 @@ class DPSGD(Algorithm):
             if reading.message is not None:
                 self._add(weight, reading.message)
                 self._note(local.step, reading.message)
-        self._publish(local.step)  # 1
+        self._publish(local.step, self.x)  # 1
 
     def _add(self, weight: float, message: Message) -> None:
         """x_i <- x_i + weight x_j."""
@@ -86,10 +101,10 @@ class DPSGD(Algorithm):
         age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
         self.record(Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0))
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, model: np.ndarray) -> None:
         publication = self.endpoint.publication.reserve()
         assert publication is not None, "nobody claims"
-        self.codec.encode(self.x, publication)
+        self.codec.encode(model, publication)
         publication.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
         self.endpoint.publication.publish()
         self._published = publication

@@ -68,6 +68,16 @@ class PushSum(Algorithm):
         return 1
 
     @classmethod
+    def lead(cls, settings: Settings, graph: Topology) -> int:
+        """As many exchanges as it takes until every rank has waited for rank 0, by way of others or not."""
+        offsets = rotation(graph.name, graph.size) or ()
+        hops = max(len(offsets), graph.size - 1 if graph.name == "ring" else 0)
+        each = 1 + -(
+            -(settings.overlap or 0) // settings.local_steps
+        )  # exchanges that one may be ahead
+        return hops * each * settings.local_steps
+
+    @classmethod
     def _check_rotation(cls, settings: Settings, graph: Topology) -> None:
         if rotation(graph.name, graph.size) is None:
             raise UserError(
