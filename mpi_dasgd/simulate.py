@@ -271,15 +271,23 @@ class Simulation:
         return total
 
     def _sample(self) -> None:
-        trained = self.algorithms[0].model_ranks(self.size)
         self.diverged = self.trace.sample(
-            self.gradients, self.clock.now, self.models, trained, self.problem.optimum
+            self.gradients, self.clock.now, self.models, self.mean_model(), self.problem.optimum
         )
+
+    def mean_model(self) -> np.ndarray:
+        """Return the mean of the models that are trained, (elements,) float64."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            trained = self.algorithms[0].model_ranks(self.size)
+            if len(trained) == self.size:
+                return np.asarray(self.models.mean(0, dtype=np.float64))
+            models = [self.algorithms[rank].model for rank in trained]
+            return np.asarray(np.mean(models, axis=0, dtype=np.float64))
 
     def _figures(self, seconds: float) -> dict[str, object]:
         kind = self.algorithms[0]
         error = total = None
-        mean = self.models[kind.model_ranks(self.size)].mean(0, dtype=np.float64)
+        mean = self.mean_model()
         if kind.conserves:
             total = np.sum([a.mass() for a in self.algorithms], axis=0, dtype=np.float64)
             total += self._in_flight()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +33,7 @@ class Trace:
         gradients: int,
         now: float,
         models: np.ndarray,
-        trained: Sequence[int],
+        trained: np.ndarray,
         optimum: np.ndarray,
     ) -> bool:
         """Add a sample; return whether the run has diverged.
@@ -42,15 +41,12 @@ class Trace:
         Args:
             gradients, now: see the lists.
             models: (ranks, elements).
-            trained: ranks whose mean is the model that is trained.
+            trained: the model that is trained, (elements,).
             optimum: (elements,).
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = models.mean(0)
-            disagreement = _spread(models, mean) / len(models)
-            if len(trained) < len(models):
-                mean = models[trained].mean(0)
-            distance = float(np.square(mean - optimum).sum())
+            disagreement = _spread(models, models.mean(0)) / len(models)
+            distance = float(np.square(trained - optimum).sum())
         self.gradients.append(gradients)
         self.times.append(now)
         self.disagreement.append(disagreement)

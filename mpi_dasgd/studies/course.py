@@ -82,8 +82,7 @@ class Course(Simulation):
 
     def _sample(self) -> None:
         super()._sample()
-        trained = self.algorithms[0].model_ranks(self.size)
-        self._means.append(self.models[trained].mean(0, dtype=np.float64))
+        self._means.append(self.mean_model())
         if self._keep:
             self._all.append(self.models.astype(np.float64))
         if self.trace.distance[-1] <= self._until:
