@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.words import BEAT, GRADIENTS, LAST, SAMPLES, SPOKESMAN, STATUS, Words
@@ -35,7 +35,6 @@ class Board:
         self.gradients = [0] * size
         self.status = [RUNNING] * size
         self.dead: set[int] = set()
-        self.attending = rank  # whom the courier is talking to
         self._beats = [-1] * size
         self._quiet = [0.0] * size
         self._watched = time.monotonic()
@@ -98,8 +97,11 @@ class Board:
         """Show that this rank lives."""
         self._set(BEAT, self._mine[BEAT] + 1, words)
 
-    def watch(self, ranks: Iterable[int], words: Words) -> None:
-        """Read notices and heartbeats; a rank that is silent for too long is put in `dead`."""
+    def watch(self, ranks: Iterable[int], words: Words, avoided: Container[int] = ()) -> None:
+        """Read notices and heartbeats; a rank that is silent for too long is put in `dead`.
+
+        Those of `avoided` are not read, and count as silent.
+        """
         now = time.monotonic()
         # A time in which this rank itself did not run says nothing about the others.
         waited = min(now - self._watched, _LONGEST)
@@ -107,18 +109,31 @@ class Board:
         for rank in ranks:
             if rank == self._rank or rank in self.dead:
                 continue
-            self.attending = rank
             try:
-                beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
-                self.gradients[rank] = words.read(rank, GRADIENTS)  # before a status says: all
-                self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
+                beat = self._beats[rank] if rank in avoided else self._read(rank, words)
             except Unreachable:
                 self.dead.add(rank)
                 continue
             self._quiet[rank] = 0.0 if beat != self._beats[rank] else self._quiet[rank] + waited
             self._beats[rank] = beat
-            if self._quiet[rank] > self._silence and status in (RUNNING, FINISHED):
+            if self._quiet[rank] > self._silence and self.status[rank] in (RUNNING, FINISHED):
                 self.dead.add(rank)
+
+    def _read(self, rank: int, words: Words) -> int:
+        """Read the notices of `rank`; return its heartbeat."""
+        beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
+        self.gradients[rank] = words.read(rank, GRADIENTS)  # before a status says: all
+        self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
+        return beat
+
+    def missed(self, rank: int, seconds: float) -> None:
+        """Count a time in which `rank` did not answer, and no other was asked, as its silence."""
+        self._quiet[rank] += seconds
+        self._watched = time.monotonic()
+
+    def gone(self, rank: int) -> bool:
+        """Return whether nothing sent to `rank` will arrive any more."""
+        return rank in self.dead or self.status[rank] == LEFT
 
     @property
     def total(self) -> int:

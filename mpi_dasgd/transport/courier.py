@@ -23,51 +23,63 @@ class Courier:
         chore_interval: seconds.
         progress: called every `progress_interval` seconds and after every task, or None.
         progress_interval: seconds.
+        arguments: given to every task and chore.
     """
 
     def __init__(
         self,
-        chore: Callable[[], None],
+        chore: Callable[..., None],
         chore_interval: float,
         progress: Callable[[], object] | None = None,
         progress_interval: float = 0.0003,
+        arguments: tuple[object, ...] = (),
     ) -> None:
         self._chore = chore
         self._chore_interval = chore_interval
         self._progress = progress
         self._progress_interval = progress_interval
         self._wait = progress_interval if progress else chore_interval
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._abandoned = False
+        self._arguments = arguments
+        self._tasks: queue.SimpleQueue[Callable[..., None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._successor: Courier | None = None
         self._error: BaseException | None = None
         self._since: float | None = None
-        self._submitted = self._finished = 0  # each written by one thread only
+        self._submitted = 0  # under the lock
+        self._finished = 0  # by the thread only
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._thread.start()
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Have `task` run after those submitted before."""
-        self._submitted += 1
-        self._tasks.put(task)
+    def submit(self, task: Callable[..., None]) -> None:
+        """Have `task` run after those submitted before, by the successor if there is one."""
+        with self._lock:
+            if self._successor is None:
+                self._submitted += 1
+                self._tasks.put(task)
+                return
+        self._successor.submit(task)
 
-    def replace(self) -> Courier:
-        """Leave a thread that is stuck in a task behind; return a new courier with the other tasks."""
-        self._abandoned = True
-        successor = Courier(
-            self._chore, self._chore_interval, self._progress, self._progress_interval
-        )
-        while True:
-            try:
-                task = self._tasks.get_nowait()
-            except queue.Empty:
-                return successor
-            if task is not None:
-                successor.submit(task)
+    def replace(self, successor: Courier) -> None:
+        """Leave this thread, stuck in a task, behind; `successor` gets the others, and those to come."""
+        with self._lock:
+            while True:
+                try:
+                    task = self._tasks.get_nowait()
+                except queue.Empty:
+                    break
+                if task is not None:
+                    successor.submit(task)
+            self._successor = successor
 
     def check(self) -> None:
         """Raise here what failed in the thread."""
         if self._error is not None:
             raise self._error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, or is stuck."""
+        return self._thread.is_alive()
 
     @property
     def idle(self) -> bool:
@@ -97,19 +109,22 @@ class Courier:
                 else:
                     if task is None:
                         return
+                    if self._successor is not None:  # since it was taken from the queue
+                        self._successor.submit(task)
+                        return
                     self._since = time.monotonic()
-                    task()
+                    task(*self._arguments)
                     self._since = None
                     self._finished += 1
-                    if self._abandoned:
+                    if self._successor is not None:
                         return
                 if self._progress is not None:
                     self._progress()
                 if time.monotonic() >= chore_due:
                     self._since = time.monotonic()
-                    self._chore()
+                    self._chore(*self._arguments)
                     self._since = None
-                    if self._abandoned:
+                    if self._successor is not None:
                         return
                     chore_due = time.monotonic() + self._chore_interval
         except BaseException as error:  # handed to the compute thread by `check`

@@ -44,10 +44,17 @@ class Inbox:
         where: indices of the words.
         rank: this rank.
         counters: counts messages, bytes and refusals.
+        sent: messages to each rank so far, if another inbox of this rank goes on with the count.
     """
 
     def __init__(
-        self, words: Words, slots: Slots, where: WordMap, rank: int, counters: Counters
+        self,
+        words: Words,
+        slots: Slots,
+        where: WordMap,
+        rank: int,
+        counters: Counters,
+        sent: defaultdict[int, int] | None = None,
     ) -> None:
         self._words = words
         self._slots = slots
@@ -57,7 +64,7 @@ class Inbox:
         )  # payload slots of the inbox follow those of the publication
         self._rank = rank
         self._counters = counters
-        self._sent: defaultdict[int, int] = defaultdict(int)
+        self._sent = defaultdict(int) if sent is None else sent
         self._received: defaultdict[int, int] = defaultdict(int)
 
     def reserve(self, rank: int) -> Reservation | None:

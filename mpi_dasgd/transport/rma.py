@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -21,14 +22,17 @@ from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
 from mpi_dasgd.transport.far import FarRanks
+from mpi_dasgd.transport.hands import Hands
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.sums import Sums
 from mpi_dasgd.transport.windows import WindowSlots, WindowWords
 from mpi_dasgd.transport.words import WordMap
 
 __all__ = ["RmaEndpoint"]
 
 _CHORES = 0.05  # seconds between heartbeats, and between looks at other nodes
+_POLL = 0.001  # seconds between looks at the last barrier
 _MANY = 128  # ranks of a node, above which their gradients are not counted at every step
 
 
@@ -84,24 +88,25 @@ class RmaEndpoint(Endpoint):
         self._copy: Message | None = None  # of a publication that was read
         if far:
             sys.setswitchinterval(0.0005)  # a GIL holder delays the courier's answer by this much
-        counters = Counters()
-        self._far = FarRanks(
-            far,
-            not far.isdisjoint(self._neighbours),
-            Publication(self._words, self._slots, where, self.rank, counters, held),
-            Inbox(self._words, self._slots, where, self.rank, counters),
-            counters,
-            self._slots,
-            layout,
-            self.board,
-            # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
-            Courier(self._chore, _CHORES, comm.Iprobe if far else None, progress_interval),
-        )
+        sent: defaultdict[int, int] = defaultdict(int)
 
-    def _chore(self) -> None:
+        def views(counters: Counters) -> tuple[Publication, Inbox]:
+            shared = self._words, self._slots, where, self.rank, counters
+            return Publication(*shared, held), Inbox(*shared, sent)
+
+        def courier(hands: Hands) -> Courier:
+            # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
+            progress = comm.Iprobe if far else None
+            return Courier(self._chore, _CHORES, progress, progress_interval, (hands,))
+
+        self._far = FarRanks(self.rank, far, views, self._slots, layout, self.board, courier)
+        self._sums = Sums(comm, silence, lambda: self.board.dead | self._far.stuck(silence))
+
+    def _chore(self, hands: Hands) -> None:
         board = self.board
-        board.beat(self._words)
-        board.watch(range(self.size), self._words)
+        if hands.visit(self.rank):
+            board.beat(self._words)
+        board.watch(hands.tour(range(self.size)), self._words, hands.avoided)
 
     @property
     def path(self) -> str:
@@ -243,13 +248,16 @@ class RmaEndpoint(Endpoint):
 
     def allreduce(self, array: np.ndarray) -> Pending:
         """Sum `array` over all ranks in place."""
-        return _Allreduce(self._comm, array)
+        return self._sums.begin(array)
 
     def totals(self) -> Counters:
-        """Return the counts of both threads together."""
+        """Return the counts of all threads together."""
         return Counters(
             *(
-                getattr(self.counters, field.name) + getattr(self._far.counters, field.name)
+                sum(
+                    getattr(counters, field.name)
+                    for counters in (self.counters, *self._far.counters)
+                )
                 for field in dataclasses.fields(Counters)
             )
         )
@@ -258,19 +266,25 @@ class RmaEndpoint(Endpoint):
         """Wait for the others, end the courier, and free the windows; later calls do nothing.
 
         Raises:
-            PeerLost: ranks have died, so that windows cannot be freed; leave by `os._exit` then.
+            PeerLost: ranks have died, or given this one up, so that windows cannot be freed; leave by
+                `os._exit` then.
         """
         if self._closed:
             return
         self._closed = True
+        alone = 0  # looks at a barrier that others have left without
         try:
             arrived = self._comm.Ibarrier()
-            while not (arrived.Test() or self.board.dead):
-                time.sleep(0.001)
+            while not (arrived.Test() or self.board.dead or alone * _POLL > self._silence):
+                time.sleep(_POLL)
+                self.look()
+                alone += LEFT in self.board.status
         except MPI.Exception as error:
             raise PeerLost(f"the other ranks cannot be reached: {error}") from error
         self.board.announce(LEFT)
         stuck = not self._far.close(timeout)
+        if alone * _POLL > self._silence:
+            raise PeerLost("the others have given this rank up and left: windows cannot be freed")
         if stuck or self.board.dead:
             raise PeerLost(f"ranks {sorted(self.board.dead)} are gone: windows cannot be freed")
         self._slots.close()
@@ -308,23 +322,3 @@ class _Versioned(Reading):
         if not self.settled:
             self._look(self)
         return self.settled
-
-
-class _Allreduce:
-    """A sum that starts when all ranks have come.
-
-    Waiting for them is a polled barrier, so that a rank that waits neither burns a core nor misses
-    the news that another has failed; the sum itself then runs at the library's full speed.
-    """
-
-    def __init__(self, comm: MPI.Intracomm, array: np.ndarray) -> None:
-        self._comm = comm
-        self._array = array
-        self._request = comm.Ibarrier()
-        self._complete = False
-
-    def done(self) -> bool:
-        if not self._complete and self._request.Test():
-            self._comm.Allreduce(MPI.IN_PLACE, self._array)
-            self._complete = True
-        return self._complete

@@ -1,0 +1,119 @@
+"""Hands: what one courier works with, so that a stuck one and its successor never share an object."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.courier import Courier
+from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.publication import Publication
+
+__all__ = ["Hands", "Views"]
+
+Views = Callable[[Counters], tuple[Publication, Inbox]]
+"""Makes views of publications and inboxes that count in the given counters."""
+
+_LAST = 0.5  # seconds for a courier that was left behind to end: all is delivered by then
+
+
+class Hands:
+    """What one courier works with.
+
+    A courier that is stuck in a call is left behind, with its hands: it may only finish what concerns
+    the rank that it attends, which its successors *avoid* until then. So no two threads ever deal
+    with the same rank, and what is kept per rank may be shared.
+
+    Args:
+        rank: this rank, which it attends at first.
+        views, layout: see `FarRanks`.
+        predecessor: hands of the courier that is left behind, if there was one.
+
+    Attributes:
+        attending: whom the courier is talking to.
+        superseded: whether the courier was left behind; changes under a lock.
+        otherwise: what becomes of the question in hand if the courier is left behind.
+        courier: whose hands these are.
+    """
+
+    courier: Courier
+
+    def __init__(
+        self, rank: int, views: Views, layout: Layout, predecessor: Hands | None = None
+    ) -> None:
+        self.attending = rank
+        self.superseded = False
+        self._lock = threading.Lock()
+        self.otherwise: Callable[[], None] | None = None
+        self.counters = Counters()
+        self.publication, self.inbox = views(self.counters)
+        self._layout = layout
+        self._messages: dict[str, Message] = {}
+        self._predecessors: tuple[Hands, ...] = ()
+        if predecessor is not None:
+            self._predecessors = (*predecessor._stuck, predecessor)
+
+    def message(self, purpose: str) -> Message:
+        """Return the staging area of that name."""
+        if purpose not in self._messages:
+            empty = np.empty(self._layout.nbytes, np.uint8)
+            self._messages[purpose] = Message(empty, self._layout)
+        return self._messages[purpose]
+
+    def visit(self, rank: int) -> bool:
+        """Turn to `rank`; return False if the courier was left behind and must end."""
+        with self._lock:
+            if not self.superseded:
+                self.attending = rank
+            return not self.superseded
+
+    def tour(self, ranks: Iterable[int]) -> Iterator[int]:
+        """Visit one of `ranks` after the other."""
+        for rank in ranks:
+            if not self.visit(rank):
+                return
+            yield rank
+
+    def begin(self, otherwise: Callable[[], None]) -> bool:
+        """Take up a question; return False if the courier was left behind: ask its successor then."""
+        with self._lock:
+            if not self.superseded:
+                self.otherwise = otherwise
+            return not self.superseded
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[bool]:
+        """Hand over the answer to a question, if the value is True: else `otherwise` has settled it."""
+        with self._lock:
+            if not self.superseded:
+                self.otherwise = None
+            yield not self.superseded
+
+    def supersede(self) -> None:
+        """Leave the courier behind; the caller sees to its successor, then calls `otherwise`."""
+        with self._lock:
+            self.superseded = True
+
+    def check(self) -> None:
+        """Raise here what failed in the courier, or in one before it that was stuck."""
+        for hands in (self, *self._predecessors):
+            hands.courier.check()
+
+    @property
+    def _stuck(self) -> tuple[Hands, ...]:
+        return tuple(hands for hands in self._predecessors if hands.courier.alive)
+
+    @property
+    def avoided(self) -> set[int]:
+        """Ranks with which couriers before this one are stuck."""
+        return {hands.attending for hands in self._stuck}
+
+    def close(self, timeout: float) -> bool:
+        """End the courier; return False if it, or one before it, is stuck."""
+        ended = self.courier.close(timeout)
+        return ended and all(hands.courier.close(_LAST) for hands in self._stuck)
