@@ -5,19 +5,65 @@ It works on the files that all ranks have left, so that it needs none of them an
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.storage.model import save_model
-from mpi_dasgd.storage.results import consolidate, gather
+from mpi_dasgd.storage.results import consolidate, gather, results_path
 
-__all__ = ["conclude"]
+__all__ = ["Outputs", "conclude"]
+
+
+class Outputs:
+    """What `conclude` leaves in the directory of a run, apart from what an earlier part of it has left.
+
+    Args:
+        directory: of the run; what it holds at construction does not count.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._earlier = self._found()
+
+    @property
+    def complete(self) -> bool:
+        """Whether results.h5 and model.h5 of this part of the run are there."""
+        # A network file system learns of another host's files at the latest when it changes the folder.
+        with tempfile.TemporaryFile(dir=self._directory):
+            pass
+        return all(
+            now and now != old for now, old in zip(self._found(), self._earlier, strict=True)
+        )
+
+    def _found(self) -> list[tuple[int, int] | None]:
+        return [
+            _identity(path) for path in (results_path(self._directory), _model(self._directory))
+        ]
+
+
+def _model(directory: Path) -> Path:
+    return directory / "model.h5"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from a later one of the same name; None if there is none."""
+    try:
+        # Opened, not looked for: over NFS only that shows what another host has just written.
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def conclude(
@@ -28,41 +74,86 @@ def conclude(
     model: torch.nn.Module,
     parameters: FlatParameters,
     evaluator: Evaluator,
+    *,
+    workers: Collection[int] | None = None,
+    dead: Collection[int] = (),
 ) -> None:
     """Write results.h5 and model.h5, and remove the snapshots.
 
+    Ranks that were lost before they had finished are left out; one that died later is not.
+
     Args:
-        directory: of the run; the run files of `ranks` are closed or about to be.
-        ranks: those that finished.
-        model_ranks: those of them whose mean is the model that was trained.
+        directory: of the run; the run files of `ranks` are closed or about to be, but for the dead.
+        ranks: all.
+        model_ranks: those whose mean is the model that was trained.
         points: number of milestones.
         model, parameters, evaluator: of this rank; the model ends as the mean of all.
+        workers: ranks that computed gradients, which the model's buffers are of; None: all.
+        dead: ranks that have died.
+
+    Raises:
+        PeerLost: no rank of `model_ranks` has finished.
     """
-    _wait_until_closed(directory, ranks, timeout=30.0)
+    alive = [rank for rank in ranks if rank not in dead]
+    finished = _finished(directory, alive, timeout=30.0)
+    chosen = [rank for rank in model_ranks if rank in finished]
+    if not chosen:
+        raise PeerLost(
+            f"model.h5 and the evaluation of the mean model are missing: ranks {list(model_ranks)} were "
+            "lost before they left the trained model"
+        )
+    trained = [rank for rank in finished if workers is None or rank in workers] or chosen
+    mean = _MeanModel(chosen, trained)
     snapshots = Snapshots(directory / "snapshots")
+    vector, buffers = mean.of(_loaded(snapshots, points, finished))
     known = _own_accuracies(directory)
-    table = _consensus_table(range(1, points + 1), ranks, model_ranks, snapshots, evaluator, known)
+    milestones = range(1, points + 1)
+    table = _consensus_table(milestones, finished, mean, snapshots, evaluator, known)
     consolidate(directory, {name: np.asarray(column) for name, column in table.items()})
-    last = [snapshots.load(points, rank) for rank in model_ranks]
-    found = [snapshot for snapshot in last if snapshot is not None]
-    parameters.set(_mean([snapshot["model"] for snapshot in found]))
-    parameters.set_buffers(_mean([snapshot["buffers"] for snapshot in found]))
-    save_model(directory / "model.h5", model.state_dict())
+    parameters.set(vector)
+    parameters.set_buffers(buffers)
+    save_model(_model(directory), model.state_dict())
     snapshots.remove()
+
+
+@dataclass(frozen=True)
+class _MeanModel:
+    """Which ranks' models make the mean model, and which ranks' buffers: a server trains none."""
+
+    models: Sequence[int]
+    buffers: Sequence[int]
+
+    def of(
+        self, snapshots: Mapping[int, Mapping[str, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean model and its buffers, flat, from the snapshots of all ranks."""
+        return (
+            _mean([snapshots[rank]["model"] for rank in self.models]),
+            _mean([snapshots[rank]["buffers"] for rank in self.buffers]),
+        )
+
+
+def _loaded(
+    snapshots: Snapshots, milestone: int, ranks: Sequence[int]
+) -> dict[int, Mapping[str, np.ndarray]]:
+    """Return the snapshots that there are of `ranks`."""
+    found = {rank: snapshots.load(milestone, rank) for rank in ranks}
+    return {rank: snapshot for rank, snapshot in found.items() if snapshot is not None}
 
 
 def _mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(np.mean(vectors, axis=0, dtype=np.float64))
 
 
-def _wait_until_closed(directory: Path, ranks: Sequence[int], timeout: float) -> None:
-    """Wait until the run files of `ranks` are closed, or `timeout` seconds."""
+def _finished(directory: Path, alive: Sequence[int], timeout: float) -> list[int]:
+    """Return the ranks that have finished, when the run files of `alive` are closed, or after `timeout`."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    while True:
         results = gather(directory)
         status = dict(zip(results.rank.tolist(), results.ranks["status"].tolist(), strict=True))
-        if all(status.get(rank, "running") != "running" for rank in ranks):
-            return
+        closed = all(status.get(rank, "running") != "running" for rank in alive)
+        if closed or time.monotonic() > deadline:
+            return [rank for rank, word in status.items() if word == "finished"]
         time.sleep(0.05)
 
 
@@ -82,7 +173,7 @@ def _own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
 def _consensus_table(
     milestones: Sequence[int],
     ranks: Sequence[int],
-    model_ranks: Sequence[int],
+    mean_model: _MeanModel,
     snapshots: Snapshots,
     evaluator: Evaluator,
     known: Mapping[tuple[int, int], float],
@@ -92,7 +183,7 @@ def _consensus_table(
     Args:
         milestones: those to evaluate; one that lacks a rank's snapshot is left out.
         ranks: whose models are looked at.
-        model_ranks: those of them whose models make the mean.
+        mean_model: which of them make the mean.
         snapshots: where they are.
         evaluator: evaluates; its model is changed.
         known: accuracies measured before, by milestone and rank.
@@ -108,23 +199,19 @@ def _consensus_table(
         )
     }  # fmt: skip
     for milestone in milestones:
-        found = [snapshots.load(milestone, rank) for rank in ranks]
-        loaded = [snapshot for snapshot in found if snapshot is not None]
-        if len(loaded) < len(found) or not loaded:
+        loaded = _loaded(snapshots, milestone, ranks)
+        if len(loaded) < len(ranks):
             continue
-        models = [snapshot["model"] for snapshot in loaded]
-        chosen = [s for rank, s in zip(ranks, loaded, strict=True) if rank in model_ranks]
-        mean = _mean([snapshot["model"] for snapshot in chosen])
-        buffers = _mean([snapshot["buffers"] for snapshot in chosen])
-        distance = float(np.mean([np.square(model - mean).sum() for model in models]))
+        mean, buffers = mean_model.of(loaded)
+        distance = float(np.mean([np.square(s["model"] - mean).sum() for s in loaded.values()]))
         accuracies = [
             known[milestone, rank]
             if (milestone, rank) in known
             else evaluator.of(snapshot["model"], snapshot["buffers"])[1]
-            for rank, snapshot in zip(ranks, loaded, strict=True)
+            for rank, snapshot in loaded.items()
         ]
         loss, accuracy = evaluator.of(mean, buffers)
-        when = np.array([snapshot["when"] for snapshot in loaded])
+        when = np.array([snapshot["when"] for snapshot in loaded.values()])
         row = {
             "milestone": milestone,
             "progress": when[:, 2].max(),

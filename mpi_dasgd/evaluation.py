@@ -85,11 +85,20 @@ class Snapshots:
         time_s: float,
         samples: int,
         progress: int,
+        *,
+        model: np.ndarray | None = None,
     ) -> None:
-        """Copy a model and write it in the background."""
+        """Copy a model and write it in the background.
+
+        Args:
+            milestone, rank: which one it is.
+            parameters: the rank's model, with its buffers.
+            time_s, samples, progress: when: seconds, samples of the rank, and of all ranks.
+            model: in its place, if the rank keeps another one for the run.
+        """
         parameters.pull()
         values = {
-            "model": parameters.host.copy(),
+            "model": (parameters.host if model is None else model).copy(),
             "buffers": parameters.buffers(),
             "when": np.array([time_s, samples, progress], np.float64),
         }

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 KINDS = ("none", "constant", "lognormal", "exponential", "pause")
+RANDOM_KINDS = ("lognormal", "exponential")  # each rank draws its own factors
 MODES = ("sleep", "work")
 TIME_KINDS = ("constant", "uniform", "lognormal", "exponential")
 
@@ -54,8 +55,8 @@ class StragglerSettings:
             times as long on average; `exponential`: a step's factor is exponential of mean 1, so
             that steps take 1 + 1/e times as long on average; `pause`: every `period`-th step is
             followed by a pause of `pause` seconds.
-        ranks: the slowed ranks, negative ones from the end; empty means every rank (`constant`
-            wants them named).
+        ranks: of `constant` and `pause`, the slowed ranks, negative ones from the end; empty means
+            every rank (`constant` wants them named). The random kinds slow every rank.
         factor: of `constant`, at least 1.
         mode: `sleep` leaves the core to others meanwhile, `work` keeps it busy.
         sigma: of `lognormal`, above 0.
@@ -101,7 +102,9 @@ class Straggler:
     """
 
     def __init__(self, settings: StragglerSettings, rank: int, size: int, seed: int) -> None:
-        slowed = resolve_ranks(settings.ranks, size) or range(size)
+        slowed = resolve_ranks(settings.ranks, size)
+        if not slowed or settings.kind in RANDOM_KINDS:
+            slowed = frozenset(range(size))
         self.settings = settings
         self.active = settings.kind != "none" and rank in slowed
         self._entropy = (seed, rank)

@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from mpi_dasgd import algorithms, launch, straggler, world
 from mpi_dasgd.algorithms import Exchange
-from mpi_dasgd.conclusion import conclude
+from mpi_dasgd.conclusion import Outputs, conclude
 from mpi_dasgd.decentralized import Decentralized
 from mpi_dasgd.errors import Diverged, PeerLost, UserError
 from mpi_dasgd.evaluation import Evaluator, Snapshots
+from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.progress import Progress
 from mpi_dasgd.settings import Config
 from mpi_dasgd.state import restore, save_state
@@ -30,8 +31,11 @@ from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
+from mpi_dasgd.transport.board import FAILED, LEFT
 
 __all__ = ["Trainer", "train"]
+
+_FAREWELL = 0.3  # seconds in which other nodes read that this rank has left, before it is gone
 
 
 def train(config: Config, environment: world.World) -> int:
@@ -103,6 +107,7 @@ class Trainer:
                 checkpoints, self.rank, self.size, config.checkpoint.keep, resumed=resumed
             )
         self.snapshots = Snapshots(self.directory / "snapshots")
+        self.outputs = Outputs(self.directory)
         self.evaluator = Evaluator(self.model, self.training.parameters, self.data)
         self.file = RunFile(
             rank_path(self.directory, self.rank),
@@ -141,10 +146,11 @@ class Trainer:
             self._train()
             self.training.finish()
             self._milestone(self.config.evaluation.points)
+            self._close_file("finished")
+            self._end_finished()
         except (Diverged, PeerLost) as error:
             return self._end_failed(error)
-        self._close_file("finished")
-        return self._end_finished()
+        return self._leave()
 
     def _train(self) -> None:
         training, config = self.training, self.config
@@ -160,12 +166,15 @@ class Trainer:
             while milestone < points and progress * points >= milestone:
                 self._milestone(milestone)
                 milestone += 1
-            if self.checkpoints and progress * saves >= checkpoint:
+            if self.checkpoints and progress < 1.0 and progress * saves >= checkpoint:
                 checkpoint = int(progress * saves)
                 self.checkpoints.save(checkpoint, *save_state(training))
                 checkpoint += 1
             if self.progress.due:
                 self.progress.show(self._line())
+        # Not in the loop: the budget may run out between two looks at it, as in an evaluation.
+        if self.checkpoints and checkpoint <= saves:
+            self.checkpoints.save(saves, *save_state(training))
 
     def _step(self) -> None:
         training = self.training
@@ -187,7 +196,7 @@ class Trainer:
         exchange, wait = training.exchange_seconds - exchanged, training.wait_seconds - waited
         self.file.append(
             "train", training.local.step, training.elapsed, training.samples,
-            training.total_samples, self.loss, training.local.rate, computed - exchange,
+            training.total_samples, self.loss, _rate(training.local), computed - exchange,
             exchange - wait, wait, training.delay, training.delay_factor,
         )  # fmt: skip
 
@@ -212,7 +221,9 @@ class Trainer:
         """Keep this rank's model for the evaluation of the mean; evaluate it alone if that is wanted."""
         training = self.training
         when = (training.elapsed, training.samples, training.total_samples)
-        self.snapshots.save(milestone, self.rank, training.parameters, *when)
+        self.snapshots.save(
+            milestone, self.rank, training.parameters, *when, model=training.algorithm.model
+        )
         if self.config.evaluation.live:
             loss, accuracy = self.evaluator.current()
             self.accuracy = accuracy
@@ -250,47 +261,84 @@ class Trainer:
             },
         )
 
-    def _end_finished(self) -> int:
-        """Have one rank evaluate the mean models and write the results, then free the windows."""
+    def _end_finished(self) -> None:
+        """See to it that the lowest rank that lives evaluates the mean models and writes the results.
+
+        The others stay until it has: if it dies, the next one does it, from the files of all.
+
+        Raises:
+            PeerLost: these files do not suffice.
+        """
         self.progress.end(self._line())
-        if self.checkpoints:
-            self.checkpoints.wait()
-            self.checkpoints.close()
         board = self.training.endpoint.board
-        dead = sorted(board.dead)
-        alive = [rank for rank in range(self.size) if rank not in dead]
-        if self.rank == alive[0]:
-            conclude(
-                self.directory,
-                alive,
-                [rank for rank in self.training.algorithm.model_ranks(self.size) if rank in alive],
-                self.config.evaluation.points,
-                self.model,
-                self.training.parameters,
-                self.evaluator,
-            )
-            print(
-                f"results: {self.directory}/results.h5, mean model: model.h5 beside it", flush=True
-            )
-            if dead:
-                world.say(f"warning: ranks {dead} were lost; the others finished the run")
-        try:
-            self.training.close()
-        except PeerLost:
-            sys.stdout.flush()
-            os._exit(0)  # MPI cannot be finalized without the dead
-        return 0
+        if self.checkpoints:
+            self.checkpoints.close(60.0, dead=lambda: tuple(board.dead))
+        pause = 0.05
+        # Not a barrier: MPICH may crash in one if a rank of another host dies meanwhile.
+        while not self.outputs.complete:
+            first = next(rank for rank in range(self.size) if rank not in board.dead)
+            if self.rank == first:
+                self._conclude()
+            elif board.status[first] == LEFT:
+                return
+            elif FAILED in board.status:
+                raise PeerLost(f"rank {board.status.index(FAILED)} could not write the results")
+            else:
+                time.sleep(pause)
+                pause = min(1.0, 1.25 * pause)
+                self.training.endpoint.look()
+
+    def _conclude(self) -> None:
+        algorithm = self.training.algorithm
+        dead = sorted(self.training.endpoint.board.dead)
+        conclude(
+            self.directory,
+            range(self.size),
+            algorithm.model_ranks(self.size),
+            self.config.evaluation.points,
+            self.model,
+            self.training.parameters,
+            self.evaluator,
+            workers=algorithm.workers(self.size, self.config.algorithm),
+            dead=dead,
+        )
+        print(f"results: {self.directory}/results.h5, mean model: model.h5 beside it", flush=True)
+        if dead:
+            world.say(f"warning: ranks {dead} were lost; the others finished the run")
+
+    def _leave(self) -> int:
+        """Free the windows, if all ranks live; the results are written."""
+        board = self.training.endpoint.board
+        if not board.dead:
+            try:
+                self.training.close()
+            except PeerLost:
+                pass
+            else:
+                return 0
+        board.announce(LEFT)
+        sys.stdout.flush()
+        time.sleep(_FAREWELL)
+        os._exit(0)  # MPI cannot be finalized without the dead
 
     def _end_failed(self, error: Diverged | PeerLost) -> int:
         """Save what there is; the first rank that failed says why, and writes the results."""
         first = self.training.fail()
         self._close_file("failed" if isinstance(error, Diverged) else "stopped")
         if first:
-            consolidate(self.directory, timeout=10.0)
             world.say(f"error: {error}; the record so far is in {self.directory}")
+            # Less than the 5 s after which `launch` ends whoever is left, once the others are gone.
+            dead = tuple(self.training.endpoint.board.dead)
+            consolidate(self.directory, timeout=4.0, dead=dead)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code)  # others may be gone already: nothing collective any more
+
+
+def _rate(local: TorchLocal) -> float:
+    """Return the learning rate of a rank's newest gradient, also where a server applies it."""
+    used = local.update_seconds > 0  # else the optimizer's rate is still the base rate
+    return local.rate if used else local.rate * local.factor
 
 
 def _with_samples(config: Config, samples_per_epoch: int) -> Config:

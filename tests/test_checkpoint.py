@@ -11,12 +11,14 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
+from mpi_dasgd import trainer
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
 from mpi_dasgd.storage.writer import writer
@@ -131,6 +133,70 @@ def test_no_manifest_without_the_files_of_all_ranks(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert_state(tmp_path, 1)
     assert first.close()
+
+
+def test_files_of_the_dead_are_not_waited_for(tmp_path: Path) -> None:
+    first, second, third = (Checkpoints(tmp_path, rank, 3) for rank in range(3))
+    first.save(0, state(0, 0), {"note": "0.0"})
+    third.save(0, state(0, 2), {"note": "0.2"})
+    third.close()
+
+    def late() -> None:
+        second.save(0, state(0, 1), {"note": "0.1"})
+        second.close()
+
+    # Rank 2 died after it had saved: the file of rank 1, which lives, makes the checkpoint whole.
+    timer = threading.Timer(0.3, late)
+    timer.start()
+    assert first.wait(20, dead=lambda: {2})
+    timer.join()
+    assert_state(tmp_path, 0, 3)
+
+    first.save(1, state(1, 0), {"note": "1.0"})
+    started = time.monotonic()
+    assert not first.close(20, dead=lambda: {2} if time.monotonic() - started > 0.3 else set())
+    assert 0.3 <= time.monotonic() - started < 10
+    assert good_steps(tmp_path, 0) == [0]
+
+
+class Budget:
+    """Training whose budget runs out while something else is done: its progress is 0.9, then 1."""
+
+    def __init__(self, last: float) -> None:
+        self.seen = iter((0.0, 0.0, 0.3, 0.6, last))
+        self.now = 0.0
+        self.computes = False
+
+    @property
+    def progress(self) -> float:
+        self.now = next(self.seen)
+        return self.now
+
+    @property
+    def finished(self) -> bool:
+        return self.now >= 0.9
+
+    def serve(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("last", [0.9, 1.0])
+def test_the_last_checkpoint_is_saved_after_the_last_step(
+    last: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "save_state", lambda training: (training.now, None))
+    saved: list[tuple[int, float]] = []
+    rank = object.__new__(trainer.Trainer)
+    vars(rank).update(
+        training=Budget(last),
+        config=SimpleNamespace(
+            evaluation=SimpleNamespace(points=1), checkpoint=SimpleNamespace(points=2)
+        ),
+        checkpoints=SimpleNamespace(save=lambda step, now, _: saved.append((step, now))),
+        progress=SimpleNamespace(due=False),
+    )
+    rank._train()
+    assert saved == [(1, 0.6), (2, last)]
 
 
 def test_a_lost_rank_does_not_fill_the_disk(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,11 @@ import pytest
 from mpi_dasgd import config
 from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.evaluation import Snapshots
+from mpi_dasgd.settings import Evaluation
 from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.trainer import Trainer
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 WORKS = "algorithm.server_works=true"
@@ -158,6 +163,33 @@ def test_a_checkpoint_has_the_center_of_a_server_that_works() -> None:
     published = simulation.endpoints[1].read(0).message
     assert published is not None and (published.payload == center).all()
     assert simulation.algorithms[1].state() == {}
+
+
+def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> None:
+    simulation = _simulation(WORKS, "simulation.noise=1", "transport.inbox_slots=16")
+    simulation.drain = lambda: None  # type: ignore[method-assign]
+    simulation.run()
+    server, worker = simulation.algorithms[:2]
+    assert isinstance(server, EASGD)
+    assert server.model is server.center and (server.model != server.x).any()
+    assert worker.model is worker.x
+
+    trainer = object.__new__(Trainer)
+    own = SimpleNamespace(host=server.x, pull=lambda: None, buffers=lambda: np.empty(0))
+    vars(trainer).update(
+        rank=0,
+        training=SimpleNamespace(
+            algorithm=server, parameters=own, elapsed=1.0, samples=2, total_samples=3
+        ),
+        snapshots=Snapshots(tmp_path),
+        config=simulation.config.model_copy(update={"evaluation": Evaluation(live=False)}),
+    )
+    trainer._milestone(4)
+    writer().submit(lambda: None).result()
+    saved = trainer.snapshots.load(4, 0)
+    assert saved is not None
+    np.testing.assert_array_equal(saved["model"], server.center)
+    np.testing.assert_array_equal(saved["when"], [1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,29 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.algorithms.asgd import ASGD
+from mpi_dasgd.conclusion import Outputs, conclude
+from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.evaluation import Evaluator, Snapshots
+from mpi_dasgd.local import TorchLocal
+from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.settings import Config
+from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file
 from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
+from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.tasks.data import Data
+from mpi_dasgd.trainer import Trainer
 
 MILESTONES = 12
 
@@ -303,6 +315,17 @@ def test_consolidate_waits_for_late_ranks(tmp_path: Path) -> None:
         assert file["ranks/messages"][()].tolist() == [-1, 1]
 
 
+def test_consolidate_does_not_wait_for_the_dead(tmp_path: Path) -> None:
+    write_run(tmp_path, step_s=(0.001,) * 3, samples=2_000, close={1: "running"})
+    rank_path(tmp_path, 2).unlink()
+    started = time.monotonic()
+    consolidate(tmp_path, timeout=30, dead={1, 2})
+    assert time.monotonic() - started < 10
+    started = time.monotonic()
+    consolidate(tmp_path, timeout=0.3, dead={2})
+    assert time.monotonic() - started >= 0.3
+
+
 def test_empty_tables_open(tmp_path: Path) -> None:
     for rank in range(2):
         RunFile(rank_path(tmp_path, rank), rank=rank, size=2, attributes={}).close("finished", {})
@@ -328,3 +351,138 @@ def test_consensus_is_checked(run: Any) -> None:
     with pytest.raises(ValueError, match="different lengths"):
         consolidate(directory, consensus | {"time": np.zeros(3)})
     assert not list(directory.glob("*.tmp"))
+
+
+class Concluded:
+    """Four ranks with batch norm that have one milestone; the weights and means of rank r are r + 1."""
+
+    def __init__(self, directory: Path, statuses: Sequence[str] = ("finished",) * 4) -> None:
+        self.directory = directory
+        self.model = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(3, affine=False), torch.nn.Linear(3, 2, bias=False)
+        )
+        self.parameters = FlatParameters(self.model)
+        snapshots = Snapshots(directory / "snapshots")
+        for rank, status in enumerate(statuses):
+            file = RunFile(rank_path(directory, rank), rank=rank, size=4, attributes={})
+            with torch.no_grad():
+                self.model[1].weight.fill_(rank + 1)
+                self.model[0].running_mean.fill_(rank + 1)
+            snapshots.save(1, rank, self.parameters, 1.0, 10, 40)
+            if status == "running":
+                file.flush()
+            else:
+                file.close(status, {})
+        writer().submit(lambda: None).result()
+
+    def conclude(self, model_ranks: range, **options: Any) -> dict[str, float]:
+        """Return the weight and the running mean of model.h5."""
+        x, y = torch.randn(20, 3), torch.randint(2, (20,))
+        evaluator = Evaluator(self.model, self.parameters, Data(x, y, x, y, 2))
+        conclude(
+            self.directory,
+            range(4),
+            model_ranks,
+            1,
+            self.model,
+            self.parameters,
+            evaluator,
+            **options,
+        )
+        state = load_model(self.directory / "model.h5")
+        return {name: float(value.double().mean()) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_ranks", "options", "weight", "mean"),
+    [
+        (range(1), {"workers": range(1, 4)}, 1, 3),  # a server's own buffers were never trained
+        (range(1), {"workers": range(4)}, 1, 2.5),
+        (range(4), {}, 2.5, 2.5),
+        (range(4), {"dead": {0}}, 2.5, 2.5),  # it died after it had finished
+    ],
+)
+def test_the_mean_model_has_the_buffers_of_the_workers(
+    tmp_path: Path, model_ranks: range, options: dict[str, Any], weight: float, mean: float
+) -> None:
+    state = Concluded(tmp_path).conclude(model_ranks, **options)
+    assert state["1.weight"] == weight and state["0.running_mean"] == mean
+    with h5py.File(results_path(tmp_path)) as file:
+        assert file["consensus/mean_test_accuracy"].shape == (1,)
+
+
+def test_ranks_that_died_before_the_end_are_left_out_of_the_mean_model(tmp_path: Path) -> None:
+    run = Concluded(tmp_path, ("finished", "finished", "finished", "running"))
+    state = run.conclude(range(4), workers=range(1, 4), dead={3})
+    assert state["1.weight"] == 2 and state["0.running_mean"] == 2.5
+
+
+def test_a_lost_server_leaves_no_model(tmp_path: Path) -> None:
+    run = Concluded(tmp_path, ("running", "finished", "finished", "finished"))
+    with pytest.raises(PeerLost, match=r"model.h5 .* missing: ranks \[0\]"):
+        run.conclude(range(1), workers=range(1, 4), dead={0})
+    assert not results_path(tmp_path).exists()
+
+
+def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> None:
+    assert not Outputs(tmp_path).complete
+    new = Outputs(tmp_path)
+    Concluded(tmp_path).conclude(range(4))
+    assert new.complete
+    resumed = Outputs(tmp_path)
+    assert not resumed.complete
+    consolidate(tmp_path)
+    assert not resumed.complete  # the model is not new
+    (tmp_path / "new").write_bytes((tmp_path / "model.h5").read_bytes())
+    (tmp_path / "new").replace(tmp_path / "model.h5")
+    assert resumed.complete
+
+
+def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it() -> None:
+    model = torch.nn.Linear(2, 1)
+    parameters = FlatParameters(model)
+    local = TorchLocal(torch.optim.SGD(model.parameters(), lr=0.2), parameters)
+    rank = object.__new__(Trainer)
+    rows: list[tuple[Any, ...]] = []
+    vars(rank).update(
+        batches=SimpleNamespace(batch=lambda step: (torch.ones(1, 2), torch.zeros(1))),
+        device="cpu",
+        straggler=SimpleNamespace(slow_down=lambda *step: None),
+        file=SimpleNamespace(append=lambda *row: rows.append(row)),
+        training=SimpleNamespace(
+            local=local, elapsed=0.0, samples=0, total_samples=0, exchange_seconds=0.0,
+            wait_seconds=0.0, delay=0, delay_factor=1.0, step=lambda samples: None,
+        ),
+        _gradient=lambda x, y: 1.0,
+    )  # fmt: skip
+
+    def recorded() -> float:
+        rank._step()
+        names = ["table", *(column.name for column in TABLES["train"])]
+        return float(dict(zip(names, rows[-1], strict=True))["learning_rate"])
+
+    local.factor = 0.5
+    assert recorded() == 0.1  # of a worker, whose optimizer makes no step
+    model(torch.ones(1, 2)).sum().backward()
+    local.update(0.5)
+    assert recorded() == local.rate == 0.05
+    local.factor = 0.1  # of a step without an update: the rate is the last one's
+    assert recorded() == 0.05
+
+
+def test_the_trainer_says_who_is_dead_and_whose_buffers_were_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("mpi_dasgd.trainer.conclude", lambda *_, **options: asked.update(options))
+    rank = object.__new__(Trainer)
+    vars(rank).update(
+        directory=tmp_path, size=4, model=None, evaluator=None, config=Config(),
+        training=SimpleNamespace(
+            algorithm=ASGD,
+            parameters=None,
+            endpoint=SimpleNamespace(board=SimpleNamespace(dead={2})),
+        ),
+    )  # fmt: skip
+    rank._conclude()
+    assert asked == {"workers": range(1, 4), "dead": [2]}

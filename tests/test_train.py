@@ -18,7 +18,7 @@ import pytest
 import torch
 import xarray
 from hosts import Hosts
-from ranks import ROOT, missing, mpi_library, rank_counts, run_ranks
+from ranks import ROOT, Completed, missing, mpi_library, rank_counts, run_ranks
 from torch.nn.functional import cross_entropy
 
 from mpi_dasgd import codecs, load_model
@@ -365,6 +365,58 @@ def test_the_others_finish_when_a_rank_is_killed(tmp_path: Path, victim: int) ->
     assert status.count("finished") == 2
     assert status[victim] == "killed"
     assert np.delete(samples, victim).min() > 0
+
+
+DIES_AT_THE_END = """
+import os, signal, sys
+from mpi_dasgd import trainer
+from mpi_dasgd.cli import main
+
+where, victims, *arguments = sys.argv[1:]
+function = getattr(trainer.Trainer, where)
+
+def dies(self, *rest):
+    last = not rest or rest[0] == self.config.evaluation.points  # the last milestone
+    if last and str(self.rank) in victims:
+        os.kill(os.getpid(), signal.SIGKILL)
+    function(self, *rest)
+
+setattr(trainer.Trainer, where, dies)
+sys.exit(main(["train", *arguments]))
+"""
+"""Trains, and kills ranks when they come to a method of `Trainer`."""
+
+
+def _train_with_deaths(
+    ranks: int, where: str, victims: str, directory: Path, *overrides: str
+) -> Completed:
+    return run_ranks(
+        ranks, DIES_AT_THE_END, where, victims, str(JOB), f"run.directory={directory}", "run.name=run",
+        "budget.epochs=2", "evaluation.points=2", "transport.silence=1", *overrides, check=False,
+    )  # fmt: skip
+
+
+def test_the_next_rank_writes_the_results_when_one_dies_over_them(tmp_path: Path) -> None:
+    done = _train_with_deaths(3, "_conclude", "01", tmp_path)
+    assert done.code == 0 and done.codes == [137, 137, 0], done.report()
+    assert "ranks [0, 1] were lost" in done.stderr
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file["consensus/mean_test_accuracy"].shape == (2,)
+        # They had finished: their models are part of the mean.
+        assert file["ranks/status"].asstr()[:].tolist() == ["finished"] * 3
+    model = load_model(tmp_path / "run" / "model.h5")
+    assert all(torch.isfinite(value).all() for value in model.values())
+
+
+def test_a_model_that_is_lost_is_no_success(tmp_path: Path) -> None:
+    server = ["algorithm.name=easgd", "codec.name=none"]
+    done = _train_with_deaths(3, "_milestone", "0", tmp_path, *server)
+    assert done.code == 4 and done.codes == [137, 4, 4], done.report()
+    assert done.stderr.count("error:") == 1
+    assert "model.h5" in done.stderr and "ranks [0] were lost" in done.stderr
+    assert not (tmp_path / "run" / "model.h5").exists()
+    with h5py.File(tmp_path / "run" / "results.h5") as file:
+        assert file["ranks/status"].asstr()[:].tolist() == ["killed", "finished", "finished"]
 
 
 def test_own_loop_example() -> None:

@@ -151,6 +151,11 @@ class EASGD(ServerAlgorithm):
             self.center = self.x
         return super().leave()
 
+    @property
+    def model(self) -> np.ndarray:
+        """The center, on rank 0."""
+        return self.center
+
     def mass(self) -> np.ndarray:
         """Models, and the way that a center beside them has gone."""
         return self.x if self.center is self.x else self.x + self.center - self._started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,17 @@ class Checkpoints:
         text = json.dumps(everything, sort_keys=True)
         self._writing = writer().submit(lambda: self._write(step, text))
 
-    def wait(self, timeout: float = 60.0) -> bool:
+    def wait(
+        self, timeout: float = 60.0, *, dead: Callable[[], Collection[int]] = frozenset
+    ) -> bool:
         """Block until the last save is on disk and, on rank 0, its manifest too.
 
+        Args:
+            timeout: seconds to wait for the files of other ranks.
+            dead: says which ranks have died by now: their files are not waited for.
+
         Returns:
-            False if on rank 0 the files of some ranks did not come within `timeout` seconds.
+            False if on rank 0 the files of some ranks did not come.
         """
         self._finish_writing()
         deadline = time.monotonic() + timeout
@@ -106,15 +112,22 @@ class Checkpoints:
             writer().submit(self._poll).result()
             if not self._pending:
                 break
-            if time.monotonic() > deadline:
+            gone = dead()
+            can_come = any(self._has_files(step, gone) for step in self._pending)
+            if not can_come or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True
 
-    def close(self, timeout: float = 10.0) -> bool:
+    def _has_files(self, step: int, ranks: Collection[int]) -> bool:
+        return all(rank_file_path(self.directory, step, rank).exists() for rank in ranks)
+
+    def close(
+        self, timeout: float = 10.0, *, dead: Callable[[], Collection[int]] = frozenset
+    ) -> bool:
         """Wait as `wait` does, then stop watching for the files of other ranks."""
         try:
-            return self.wait(timeout)
+            return self.wait(timeout, dead=dead)
         finally:
             if self._polling is not None:
                 self._polling.cancel()

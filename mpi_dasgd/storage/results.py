@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def consolidate(
     consensus: Mapping[str, np.ndarray] | None = None,
     *,
     timeout: float = 0.0,
+    dead: Collection[int] = (),
 ) -> Path:
     """Write results.h5 of a run directory from the run files of its ranks.
 
@@ -75,6 +76,7 @@ def consolidate(
         directory: the run directory, with ranks/rank00000.h5 and so on.
         consensus: columns of `schema.CONSENSUS`, each (milestone,), measured by the caller.
         timeout: seconds to wait for ranks that have not closed their files yet.
+        dead: ranks that will not, which are not waited for.
 
     Returns:
         The path of results.h5.
@@ -86,7 +88,7 @@ def consolidate(
     directory = Path(directory)
     deadline = time.monotonic() + timeout
     results = gather(directory)
-    while not _all_closed(results) and time.monotonic() < deadline:
+    while not _all_closed(results, dead) and time.monotonic() < deadline:
         time.sleep(0.1)
         results = gather(directory)
     status = results.ranks["status"]
@@ -152,8 +154,10 @@ def gather(directory: str | Path) -> Results:
     )
 
 
-def _all_closed(results: Results) -> bool:
-    return not results.lost and not (results.ranks["status"] == "running").any()
+def _all_closed(results: Results, dead: Collection[int]) -> bool:
+    """Whether the files of all ranks but the dead are there, and closed."""
+    open_ones = results.rank[results.ranks["status"] == "running"].tolist()
+    return not {*results.lost, *open_ones}.difference(dead)
 
 
 def _run_status(status: np.ndarray, lost: bool) -> str:
