@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpi_dasgd import algorithms, codecs, collective, launch, topology, world
+from mpi_dasgd import algorithms, budget, codecs, collective, launch, topology, world
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
@@ -115,7 +115,7 @@ class Decentralized:
             for warning in kind.warnings(config) if self.rank == 0 else ():
                 world.say(f"warning: {warning}")
             self._in_step = kind.in_step(config.algorithm)
-            _check_budget(config, kind.name, self._in_step)
+            budget.check(config, kind.name, self._in_step)
         collective.share(environment.comm, self.parameters)
         self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport
@@ -376,36 +376,6 @@ class Decentralized:
             self.close()
         else:
             self.fail()
-
-
-def _check_budget(config: Config, name: str, in_step: bool) -> None:
-    """Refuse budgets with which the ranks could not go on as they are meant to.
-
-    Raises:
-        UserError: says why, and what would do.
-    """
-    budget, schedule = config.budget, config.schedule
-    varies = schedule.name != "constant" or schedule.warmup > 0
-    if budget.epochs is not None and budget.samples is None:
-        raise UserError(
-            "budget.epochs: `Decentralized` does not know the data set; give budget.samples, the size "
-            "of the data set times the epochs"
-        )
-    if varies and budget.samples is None and budget.seconds is None:
-        raise UserError(
-            f"schedule: {schedule.name!r} with warmup = {schedule.warmup:g} is a function of the share of "
-            "the budget that is used, and there is no budget; give budget.samples or budget.seconds"
-        )
-    if in_step and budget.seconds is not None and varies:
-        raise UserError(
-            f"schedule: {name!r} with budget.seconds needs 'constant' without warm-up, or the ranks' "
-            "learning rates would differ; give budget.samples or budget.epochs instead"
-        )
-    if in_step and budget.seconds is not None and config.checkpoint.points:
-        raise UserError(
-            f"checkpoint.points: {name!r} with budget.seconds would save its ranks at different steps; "
-            "give budget.samples or budget.epochs instead"
-        )
 
 
 def _configure(

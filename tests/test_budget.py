@@ -9,9 +9,8 @@ import pytest
 from test_train import _train
 from virtual_ranks import JOB
 
-from mpi_dasgd import config, topology
+from mpi_dasgd import budget, config, topology
 from mpi_dasgd.analysis.load import load_run
-from mpi_dasgd.decentralized import _check_budget
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation
 
@@ -126,7 +125,7 @@ def test_budgets_that_cannot_be_kept_are_refused(
     overrides: list[str], in_step: bool, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        _check_budget(config.load(None, overrides), "some", in_step)
+        budget.check(config.load(None, overrides), "some", in_step)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_budgets_that_cannot_be_kept_are_refused(
     ],
 )
 def test_other_budgets_are_not(overrides: list[str], in_step: bool) -> None:
-    _check_budget(config.load(None, overrides), "some", in_step)
+    budget.check(config.load(None, overrides), "some", in_step)
 
 
 def test_eccentricity() -> None:

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "mpi_dasgd"
 # From the bottom up; a room may import from those before it, and from itself.
 FLOORS = [
     {"errors", "__init__"},
-    {"settings", "config", "topology", "graphs", "stepsize", "delays", "straggler", "parameters"},
+    {
+        "settings",
+        "config",
+        "budget",
+        "topology",
+        "graphs",
+        "stepsize",
+        "delays",
+        "straggler",
+        "parameters",
+    },
     {"launchers", "outcome", "rank_status", "launch"},
     {"storage", "kernels", "tasks", "world", "progress"},
     {"codecs", "analysis", "versions"},
