@@ -436,6 +436,7 @@ os._exit(0)
     assert done.codes[:3] == [0, 0, 0], done.report()
 
 
+@pytest.mark.mpi
 def test_a_rank_that_was_given_up_ends_too() -> None:
     program = """
 victim = comm.bcast(os.getpid(), root=2)
@@ -458,6 +459,7 @@ except PeerLost as error:
     assert "2 the others have given this rank up" in done.stdout, done.report()
 
 
+@pytest.mark.mpi
 def test_a_death_inside_a_sum_ends_the_others() -> None:
     program = """
 def add():
