@@ -37,7 +37,6 @@ class Courier:
         self._chore = chore
         self._chore_interval = chore_interval
         self._progress = progress
-        self._progress_interval = progress_interval
         self._wait = progress_interval if progress else chore_interval
         self._arguments = arguments
         self._tasks: queue.SimpleQueue[Callable[..., None] | None] = queue.SimpleQueue()

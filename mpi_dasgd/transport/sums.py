@@ -24,7 +24,7 @@ class Sums:
     """Makes sums over all ranks, and ends the process if a rank dies inside one.
 
     The library then waits for ever, in a call that nothing interrupts, and burns a core.
-    (`Iallreduce`, polled, could be left; but small ones take 3 to 10 times as long.)
+    (`Iallreduce`, polled, could be left; but small ones take 3 times as long or more.)
 
     Args:
         comm: communicator of all ranks.
