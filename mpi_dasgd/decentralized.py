@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from mpi_dasgd import algorithms, budget, codecs, collective, launch, topology, world
+from mpi_dasgd import algorithms, codecs, collective, launch, topology, world
 from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.config import consistency
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.settings import Config
 from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
@@ -115,7 +116,7 @@ class Decentralized:
             for warning in kind.warnings(config) if self.rank == 0 else ():
                 world.say(f"warning: {warning}")
             self._in_step = kind.in_step(config.algorithm)
-            budget.check(config, kind.name, self._in_step)
+            consistency.check(config, kind.name, self._in_step)
         collective.share(environment.comm, self.parameters)
         self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport

@@ -18,9 +18,9 @@ from mpi_dasgd.algorithms.base import (
     Exchange,
     partners,
 )
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.replay import RecordedTimes, recorded_times
-from mpi_dasgd.settings import Config
 from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.settings import Algorithm as Settings
 
 __all__ = ["NAMES", "Schedule", "delay_adaptive", "delay_rule", "global_progress"]
 

@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 from mpi_dasgd import algorithms, launch, straggler, world
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.conclusion import Outputs, conclude
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.decentralized import Decentralized
 from mpi_dasgd.errors import Diverged, PeerLost, UserError
 from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.progress import Progress
-from mpi_dasgd.settings import Config
 from mpi_dasgd.state import restore, save_state
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.directory import prepare

@@ -14,8 +14,8 @@ from virtual_ranks import JOB, Fixed, Ranks, effective_step, gamma, run
 from mpi_dasgd import algorithms, codecs, config, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.simulate import Simulation
 
 SLOW = "simulation.slow_ranks=[0]"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from ranks import ROOT
 
-from mpi_dasgd import cli, config, settings
+from mpi_dasgd import cli, config
 from mpi_dasgd.algorithms import ALGORITHMS, catalogue
 from mpi_dasgd.algorithms.catalogue import Sizes, evaluate
+from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation
 
@@ -20,7 +21,7 @@ RANKS = 8
 
 
 def test_the_table_has_every_algorithm_that_a_configuration_can_name() -> None:
-    names = get_args(settings.Algorithm.model_fields["name"].annotation)
+    names = get_args(schema.Algorithm.model_fields["name"].annotation)
     assert {row["name"] for row in catalogue.rows()} == set(names) == set(ALGORITHMS)
     assert len({row["algorithm"] for row in catalogue.rows()}) == len(catalogue.rows())
 

@@ -9,8 +9,9 @@ import pytest
 from test_train import _train
 from virtual_ranks import JOB
 
-from mpi_dasgd import budget, config, topology
+from mpi_dasgd import config, topology
 from mpi_dasgd.analysis.load import load_run
+from mpi_dasgd.config import consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation
 
@@ -125,7 +126,7 @@ def test_budgets_that_cannot_be_kept_are_refused(
     overrides: list[str], in_step: bool, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        budget.check(config.load(None, overrides), "some", in_step)
+        consistency.check(config.load(None, overrides), "some", in_step)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_budgets_that_cannot_be_kept_are_refused(
     ],
 )
 def test_other_budgets_are_not(overrides: list[str], in_step: bool) -> None:
-    budget.check(config.load(None, overrides), "some", in_step)
+    consistency.check(config.load(None, overrides), "some", in_step)
 
 
 def test_eccentricity() -> None:

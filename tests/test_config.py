@@ -8,7 +8,8 @@ from typing import get_args
 
 import pytest
 
-from mpi_dasgd import algorithms, codecs, config, settings, stepsize, straggler, topology
+from mpi_dasgd import algorithms, codecs, config, stepsize, straggler, topology
+from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -84,8 +85,8 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 
 def _literals(section: str, key: str) -> set[str]:
-    model = settings.Config.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, settings.Section)
+    model = schema.Config.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, schema.Section)
     return set(get_args(model.model_fields[key].annotation))
 
 

@@ -16,7 +16,7 @@ from ranks import rank_counts, run_ranks
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import Message, NoCodec, Outcome
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.virtual import VirtualEndpoint
 

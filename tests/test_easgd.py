@@ -11,9 +11,9 @@ import pytest
 
 from mpi_dasgd import config
 from mpi_dasgd.algorithms.easgd import EASGD
+from mpi_dasgd.config.schema import Evaluation
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.evaluation import Snapshots
-from mpi_dasgd.settings import Evaluation
 from mpi_dasgd.simulate import Simulation
 from mpi_dasgd.storage.writer import writer
 from mpi_dasgd.trainer import Trainer

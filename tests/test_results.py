@@ -18,11 +18,11 @@ import xarray as xr
 
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.conclusion import Outputs, conclude
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.settings import Config
 from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file

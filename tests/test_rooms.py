@@ -16,9 +16,7 @@ PACKAGE = ROOT / "mpi_dasgd"
 FLOORS = [
     {"errors", "__init__"},
     {
-        "settings",
         "config",
-        "budget",
         "topology",
         "graphs",
         "stepsize",

@@ -12,7 +12,7 @@ from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms import partners
 from mpi_dasgd.algorithms.base import Exchange
 from mpi_dasgd.codecs import NoCodec
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.simulate import simulate
 from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.virtual import VirtualEndpoint

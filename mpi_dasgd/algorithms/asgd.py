@@ -28,10 +28,10 @@ import numpy as np
 from mpi_dasgd.algorithms.base import APPLIED, Exchange, Local
 from mpi_dasgd.algorithms.jobs import FAREWELL, Job, Outbox, fill
 from mpi_dasgd.algorithms.server import ServerAlgorithm
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.delays import DelayMeter
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.settings import Config
 from mpi_dasgd.stepsize import delay_rule
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending, Posting

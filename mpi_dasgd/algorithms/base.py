@@ -16,9 +16,9 @@ import numpy as np
 
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.codecs import Settings as CodecSettings
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.settings import Config
 from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Endpoint, Pending

@@ -13,8 +13,8 @@ import numpy as np
 
 from mpi_dasgd import codecs
 from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
+from mpi_dasgd.config.schema import Codec as CodecSettings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Codec as CodecSettings
 
 __all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows", "text"]
 

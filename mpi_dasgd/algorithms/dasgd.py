@@ -51,8 +51,8 @@ import numpy as np
 from mpi_dasgd.algorithms.base import APPLIED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.replica import Link, Replica
 from mpi_dasgd.codecs.updates import LIMIT
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.settings import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.inbox import Arrival

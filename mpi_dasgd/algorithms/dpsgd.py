@@ -29,7 +29,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

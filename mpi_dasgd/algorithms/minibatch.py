@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpi_dasgd.algorithms.asgd import ASGD
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.settings import Config
 from mpi_dasgd.topology import Topology
 
 __all__ = ["MiniBatch"]

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import SKIPPED, Exchange, Local
 from mpi_dasgd.algorithms.push_sum import FLOOR, PushSum
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
 from mpi_dasgd.codecs import Codec, Message, Outcome
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending
 from mpi_dasgd.transport.inbox import Arrival
 

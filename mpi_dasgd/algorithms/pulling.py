@@ -17,7 +17,7 @@ import numpy as np
 from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, Exchange
 from mpi_dasgd.algorithms.pairing import announce
 from mpi_dasgd.codecs import Codec, Message, Outcome
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, Reading
 
 __all__ = ["PullExchange"]

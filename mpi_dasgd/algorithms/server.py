@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.settings import Algorithm as Settings
-from mpi_dasgd.settings import Config
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending
 

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd import straggler
 from mpi_dasgd.conclusion import conclude
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.evaluation import Evaluator, Snapshots
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.settings import Config
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models

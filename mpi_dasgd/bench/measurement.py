@@ -16,8 +16,8 @@ import numpy as np
 from mpi_dasgd import launch
 from mpi_dasgd.bench.rank import cpu_path
 from mpi_dasgd.config import load
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.settings import Config
 from mpi_dasgd.storage.results import results_path
 from mpi_dasgd.storage.runfile import RankRecord, rank_path, read_run_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpi_dasgd import launch, world
-from mpi_dasgd.settings import Config
+from mpi_dasgd.config.schema import Config
 
 __all__ = ["Meter", "cpu_path", "main"]
 

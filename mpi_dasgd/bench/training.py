@@ -28,8 +28,8 @@ from mpi_dasgd.bench.measurement import (
     measure,
 )
 from mpi_dasgd.bench.samples import samples_path, write_samples
+from mpi_dasgd.config.schema import Codec
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.settings import Codec
 from mpi_dasgd.world import say
 
 __all__ = ["ALGORITHMS", "REFERENCE", "Plan", "main", "summarize", "table"]

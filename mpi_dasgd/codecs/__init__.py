@@ -12,8 +12,8 @@ from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
 from mpi_dasgd.codecs.plain import BFloat16Codec, Float16Codec, QsgdCodec
+from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.settings import Codec as Settings
 
 __all__ = [
     "CODECS",

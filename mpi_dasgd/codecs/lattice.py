@@ -15,10 +15,10 @@ import numpy as np
 from mpi_dasgd.codecs.base import Outcome, Seeds
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.codecs.scale import AdaptiveScale
+from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.coded import BUCKET, FOUND, Coded, Step, buckets_of, code_dtype, codes_of
-from mpi_dasgd.settings import Codec as Settings
 
 __all__ = ["LatticeCodec"]
 

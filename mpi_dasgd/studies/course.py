@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.settings import Config
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.simulate import Simulation
 
 __all__ = ["Course", "configure", "reached", "settled", "vary"]

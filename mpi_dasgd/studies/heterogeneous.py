@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.algorithms import Exchange
-from mpi_dasgd.settings import Config
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.stepsize import delay_rule
 from mpi_dasgd.studies.course import Course, configure, vary
 from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread

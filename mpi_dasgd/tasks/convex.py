@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Config
 from mpi_dasgd.tasks import tables
 
 __all__ = ["BreastCancer", "Problem", "Quadratic", "build"]

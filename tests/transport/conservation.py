@@ -29,7 +29,7 @@ from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
 from mpi_dasgd.codecs import Codec, Message, NoCodec, Outcome
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.board import FINISHED, RUNNING
 from mpi_dasgd.transport.rma import RmaEndpoint
 

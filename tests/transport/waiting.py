@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import Exchange
-from mpi_dasgd.settings import Algorithm as Settings
+from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.board import FINISHED, RUNNING
 from mpi_dasgd.transport.rma import RmaEndpoint
 

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from mpi_dasgd.config.schema import Config, Section
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.settings import Config, Section
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.settings import Config
 
 __all__ = ["check"]
 
