@@ -10,7 +10,7 @@ import pytest
 from hosts import Hosts, isolated_hosts
 from ranks import CI, MPIS, mpi_library, rank_counts
 
-from mpi_dasgd import launchers
+from mpi_dasgd.launch import mpiexec
 
 
 @functools.cache
@@ -19,7 +19,7 @@ def _version(mpi: str) -> str:
     library = mpi_library(mpi)
     if library is None:
         return ""
-    return launchers.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(library)}).version
+    return mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(library)}).version
 
 
 def pytest_configure(config: pytest.Config) -> None:

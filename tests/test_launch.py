@@ -15,9 +15,9 @@ import pytest
 from hosts import Hosts
 from ranks import ROOT, mpi_library, run_ranks
 
-from mpi_dasgd import launch, launchers
+from mpi_dasgd import launch
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.launch import Outcome
+from mpi_dasgd.launch import Outcome, mpiexec
 
 pytestmark = pytest.mark.mpi
 
@@ -30,8 +30,8 @@ rank, size = comm.rank, comm.size
 
 
 @pytest.fixture(scope="module")
-def mpich() -> launchers.Library:
-    return launchers.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library("mpich"))})
+def mpich() -> mpiexec.Library:
+    return mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library("mpich"))})
 
 
 # --- verdicts ---
@@ -195,7 +195,7 @@ def test_threads_share_the_cores(monkeypatch, mpich):
     monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
 
     def threads(n: int, **options: str) -> str:
-        return launchers.prepare(n, **options).environment["OMP_NUM_THREADS"]
+        return mpiexec.prepare(n, **options).environment["OMP_NUM_THREADS"]
 
     assert threads(4) == "3"
     assert threads(16) == "1"
@@ -318,32 +318,32 @@ def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path,
 
 
 def test_launcher_belongs_to_the_library(mpi):
-    library = launchers.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library(mpi))})
-    found = Path(launchers.find_launcher(library))
+    library = mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library(mpi))})
+    found = Path(mpiexec.find_launcher(library))
     assert library.family.extra == mpi
     assert found.parent == Path(library.path).parent.parent / "bin"
 
 
 def test_launcher_of_another_mpi_is_refused(mpi, mpich, monkeypatch, tmp_path):
     if mpi == "mpich":
-        other = launchers.Library("Open MPI v5.0.11", "")
-        launcher = launchers.find_launcher(mpich)
+        other = mpiexec.Library("Open MPI v5.0.11", "")
+        launcher = mpiexec.find_launcher(mpich)
     else:
         other = mpich
         launcher = str(mpi_library(mpi).parent.parent / "bin" / "mpirun")
     with pytest.raises(UserError, match="does not belong to"):
-        launchers.find_launcher(other, launcher)
+        mpiexec.find_launcher(other, launcher)
     # Nor is it taken from PATH.
     monkeypatch.setenv("PATH", str(Path(launcher).parent))
     with pytest.raises(UserError, match=rf"mpi_dasgd\[{other.family.extra}\]"):
-        launchers.find_launcher(launchers.Library(other.version, str(tmp_path / "lib/libmpi.so")))
+        mpiexec.find_launcher(mpiexec.Library(other.version, str(tmp_path / "lib/libmpi.so")))
 
 
 def test_launcher_is_found_in_path(mpich, monkeypatch):
-    folder = Path(launchers.find_launcher(mpich)).parent
+    folder = Path(mpiexec.find_launcher(mpich)).parent
     monkeypatch.setenv("PATH", f"/nowhere:{folder}")
-    elsewhere = launchers.Library(mpich.version, "/nowhere/lib/libmpi.so.12")
-    assert launchers.find_launcher(elsewhere) == str(folder / "mpiexec")
+    elsewhere = mpiexec.Library(mpich.version, "/nowhere/lib/libmpi.so.12")
+    assert mpiexec.find_launcher(elsewhere) == str(folder / "mpiexec")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_bad_arguments(n, options, message):
 
 def test_unknown_library_is_refused():
     with pytest.raises(UserError, match=r"Intel.*srun"):
-        _ = launchers.Library("Intel(R) MPI Library 2021.12", "/opt/lib/libmpi.so.12").family
+        _ = mpiexec.Library("Intel(R) MPI Library 2021.12", "/opt/lib/libmpi.so.12").family
 
 
 # --- several hosts ---

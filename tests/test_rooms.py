@@ -24,7 +24,7 @@ FLOORS = [
         "straggler",
         "parameters",
     },
-    {"launchers", "outcome", "rank_status", "launch"},
+    {"launch"},
     {"storage", "kernels", "tasks", "world", "progress"},
     {"codecs", "analysis", "versions"},
     {"transport"},

@@ -11,10 +11,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from mpi_dasgd import launch, launchers, world
+from mpi_dasgd import launch, world
 from mpi_dasgd.doctor import local
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.launch import mpiexec
 
 __all__ = ["run"]
 
@@ -73,7 +74,7 @@ def _in_these_ranks(rank: int, as_json: bool) -> int:
 def _library(needs_launcher: bool) -> list[Check]:
     """Say which MPI library mpi4py loads, and which launcher belongs to it."""
     try:
-        library = launchers.mpi_library()
+        library = mpiexec.mpi_library()
     except UserError as error:
         return [Check("mpi", FAILS, _plain(error))]
     version = library.version.replace("Version:", "").partition(",")[0].strip("\0")
@@ -83,7 +84,7 @@ def _library(needs_launcher: bool) -> list[Check]:
         Check("mpi", OK, f"{version}, loaded from {library.path or 'a place unknown'}", values)
     ]
     try:
-        launcher = launchers.find_launcher(library)
+        launcher = mpiexec.find_launcher(library)
     except UserError as error:
         verdict = FAILS if needs_launcher else WARNING
         return [*checks, Check("launcher", verdict, _plain(error))]

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mpi_dasgd import launchers
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.outcome import Outcome
-from mpi_dasgd.rank_status import Ranks, enable_stack_dump, rank_script, ready, setting_up
+from mpi_dasgd.launch import mpiexec
+from mpi_dasgd.launch.outcome import Outcome
+from mpi_dasgd.launch.rank_status import Ranks, enable_stack_dump, rank_script, ready, setting_up
 
 __all__ = ["COMMANDS", "Outcome", "enable_stack_dump", "launch", "ready", "run", "setting_up"]
 
@@ -128,7 +128,7 @@ def run(
     Raises:
         UserError: an argument is wrong, or no MPI or no launcher fits.
     """
-    job = launchers.prepare(n, hosts=hosts, env=env, launcher=launcher, agent=agent)
+    job = mpiexec.prepare(n, hosts=hosts, env=env, launcher=launcher, agent=agent)
     shared = hosts is not None or os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
     with (
         tempfile.TemporaryDirectory(
