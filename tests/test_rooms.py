@@ -18,7 +18,6 @@ FLOORS = [
     {
         "config",
         "topology",
-        "graphs",
         "stepsize",
         "delays",
         "straggler",

@@ -12,7 +12,7 @@ import pytest
 
 from mpi_dasgd import topology
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.topology import NAMES, Others, Topology, build
+from mpi_dasgd.topology.topology import NAMES, Others, Topology, build
 
 RULES = [name for name in NAMES if name not in ("edges", "random_regular")]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 30, 32]

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components, shor
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.graphs import Cayley, by_rule, random_regular, read_edges
+from mpi_dasgd.topology.graphs import Cayley, by_rule, random_regular, read_edges
 
 __all__ = ["NAMES", "Topology", "build"]
 
