@@ -16,8 +16,8 @@ from mpi_dasgd.config import consistency
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
+from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.stepsize import Schedule, delay_rule
 from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
 

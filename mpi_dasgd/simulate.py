@@ -20,8 +20,9 @@ from mpi_dasgd.algorithms.base import (
 )
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.replay import RecordedTimes, recorded_times
-from mpi_dasgd.stepsize import Schedule, delay_rule
+from mpi_dasgd.staleness.version_vectors import SetStaleness
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.trace import Trace
@@ -29,7 +30,6 @@ from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.virtual import VirtualEndpoint
 from mpi_dasgd.transport.words import READY
-from mpi_dasgd.versions import SetStaleness
 from mpi_dasgd.virtual_rank import VirtualRank
 
 __all__ = ["Simulation", "simulate"]

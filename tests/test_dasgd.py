@@ -16,10 +16,10 @@ from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.codecs.updates import GRID, round_to_grid, update_code
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import Posting
 from mpi_dasgd.transport.virtual import VirtualEndpoint
-from mpi_dasgd.versions import history
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 ROUGH = ("simulation.latency=0.7", "transport.inbox_slots=1", "simulation.slow_ranks=[0]")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.stepsize import NAMES, Schedule, delay_adaptive, global_progress
+from mpi_dasgd.lr_schedule import NAMES, Schedule, delay_adaptive, global_progress
 
 
 def test_constant_is_one_throughout() -> None:

@@ -30,9 +30,9 @@ from mpi_dasgd.algorithms.jobs import FAREWELL, Job, Outbox, fill
 from mpi_dasgd.algorithms.server import ServerAlgorithm
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.delays import DelayMeter
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.stepsize import delay_rule
+from mpi_dasgd.lr_schedule import delay_rule
+from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Pending, Posting
 from mpi_dasgd.transport.inbox import Arrival

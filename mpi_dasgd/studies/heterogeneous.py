@@ -20,7 +20,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.stepsize import delay_rule
+from mpi_dasgd.lr_schedule import delay_rule
 from mpi_dasgd.studies.course import Course, configure, vary
 from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
 

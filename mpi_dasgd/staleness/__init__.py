@@ -1,0 +1,1 @@
+"""How old gradients are, and what that does to a step."""
