@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.kernels import reference
-from mpi_dasgd.kernels.coded import BUCKET, FOUND, Array, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Array, Coded, Step, buckets_of
 
 SIZES = (0, 1, 1023, 1024, 1025, 5000)
 USABLE = (

@@ -20,7 +20,7 @@ from mpi_dasgd.bench.workload import OPERATIONS, Models, Work
 from mpi_dasgd.bench.yardsticks import UNFUSED, Gpu, cuda_device
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import cpu, native
-from mpi_dasgd.kernels.coded import BITS, Step
+from mpi_dasgd.kernels.encoded import BITS, Step
 
 NATIVE = native.load() is not None
 needs_native = pytest.mark.skipif(not NATIVE, reason=native.status())

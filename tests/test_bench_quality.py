@@ -18,7 +18,7 @@ from mpi_dasgd.bench.samples import read_samples
 from mpi_dasgd.codecs import CODECS
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.coded import BITS, Coded
+from mpi_dasgd.kernels.encoded import BITS, Coded
 
 NAMES = ("failing", "sound", "undetected", "false_alarms")
 

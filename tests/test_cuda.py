@@ -10,7 +10,7 @@ import pytest
 from lattice_cases import cases, outcomes
 
 from mpi_dasgd.kernels import cuda, lattice, reference
-from mpi_dasgd.kernels.coded import BITS, FOUND, Coded, buckets_of
+from mpi_dasgd.kernels.encoded import BITS, FOUND, Coded, buckets_of
 
 pytestmark = pytest.mark.gpu
 

@@ -20,7 +20,7 @@ import pytest
 from ranks import missing
 
 from mpi_dasgd.kernels import cuda
-from mpi_dasgd.kernels.coded import BITS
+from mpi_dasgd.kernels.encoded import BITS
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 OPTIONS = (*cuda.OPTIONS, "-ftz=true", "--device-as-default-execution-space")

@@ -24,7 +24,7 @@ from ranks import ROOT, missing
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cuda, reference
-from mpi_dasgd.kernels.coded import BITS, Coded, Step
+from mpi_dasgd.kernels.encoded import BITS, Coded, Step
 
 SHAPES = ((1, 32), (2, 96), (64, 256))
 """Grids and blocks that kernels are launched with, instead of those for a real device."""

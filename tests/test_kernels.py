@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpi_dasgd.kernels import native
-from mpi_dasgd.kernels.average import pair_average, pair_average_numpy
+from mpi_dasgd.kernels.pair_average import pair_average, pair_average_numpy
 
 needs_native = pytest.mark.skipif(native.load() is None, reason=native.status())
 

@@ -16,7 +16,7 @@ from lattice_cases import Case, cases, outcomes
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cpu, lattice, native, reference
-from mpi_dasgd.kernels.coded import BITS, BUCKET, FOUND, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, FOUND, Coded, Step, buckets_of
 
 NATIVE = native.load() is not None
 needs_native = pytest.mark.skipif(not NATIVE, reason=native.status())

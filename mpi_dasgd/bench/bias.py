@@ -9,7 +9,7 @@ import numpy as np
 
 from mpi_dasgd.bench.pair import message, models, open_pair
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.coded import BITS, BUCKET, Coded
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, Coded
 
 __all__ = ["Bias", "biases"]
 

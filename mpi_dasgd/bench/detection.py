@@ -13,7 +13,7 @@ import numpy as np
 
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
-from mpi_dasgd.kernels.coded import BITS, BUCKET, FOUND, Coded
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, FOUND, Coded
 
 __all__ = ["Case", "cases", "detection"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from mpi_dasgd import codecs
 from mpi_dasgd.bench.pair import message
 from mpi_dasgd.codecs import Codec, Message
-from mpi_dasgd.kernels.coded import BUCKET
+from mpi_dasgd.kernels.encoded import BUCKET
 
 __all__ = ["LAWS", "PHASES", "Law", "Phase", "Setting", "gossip"]
 

@@ -24,7 +24,7 @@ from mpi_dasgd.bench.workload import OPERATIONS, Models, Work
 from mpi_dasgd.bench.yardsticks import Cpu, Gpu, Lane, cuda_device
 from mpi_dasgd.errors import MpiDasgdError, UserError, nearest
 from mpi_dasgd.kernels import cpu, native
-from mpi_dasgd.kernels.coded import BITS
+from mpi_dasgd.kernels.encoded import BITS
 
 __all__ = ["main"]
 

@@ -12,7 +12,7 @@ from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.scale import AdaptiveScale
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.coded import BUCKET, FOUND, Coded, buckets_of
+from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, buckets_of
 
 __all__ = [
     "GAMMA",

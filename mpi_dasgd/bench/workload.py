@@ -11,7 +11,7 @@ import numpy as np
 
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
-from mpi_dasgd.kernels.coded import (
+from mpi_dasgd.kernels.encoded import (
     BUCKET,
     FOUND,
     Array,

@@ -18,7 +18,7 @@ from mpi_dasgd.codecs.scale import AdaptiveScale
 from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.coded import BUCKET, FOUND, Coded, Step, buckets_of, code_dtype, codes_of
+from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, Step, buckets_of, code_dtype, codes_of
 
 __all__ = ["LatticeCodec"]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpi_dasgd.codecs.base import Outcome
 from mpi_dasgd.codecs.message import Layout, Message
-from mpi_dasgd.kernels.average import pair_average
+from mpi_dasgd.kernels.pair_average import pair_average
 
 __all__ = ["NoCodec"]
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native, reference
-from mpi_dasgd.kernels.coded import Array, Coded, Step
+from mpi_dasgd.kernels.encoded import Array, Coded, Step
 
 __all__ = ["apply", "backend_of", "encode", "exchange", "fused", "merge", "sgd_encode"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpi_dasgd.kernels.coded import BUCKET, FOUND, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, Step, buckets_of
 
 __all__ = ["run"]
 

@@ -9,7 +9,7 @@ from functools import cache, partial
 import numpy as np
 
 from mpi_dasgd.kernels import native
-from mpi_dasgd.kernels.coded import Coded, Step
+from mpi_dasgd.kernels.encoded import Coded, Step
 
 __all__ = ["PASSES", "instruction_sets", "prepared", "run", "use_instruction_set", "yardstick"]
 

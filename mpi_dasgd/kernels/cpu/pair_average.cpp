@@ -4,7 +4,7 @@
 //     v = x;  v = v + arrived[0];  v = v + arrived[1]; ...
 //     d = weight * (theirs - v);  v = v + d;  reply = -d;
 //     x = v;  published = v
-// kernels/average.py has the NumPy twin, which gives the same bits.
+// kernels/pair_average.py has the NumPy twin, which gives the same bits.
 #include <cstdint>
 #include <cstring>
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.coded import Array, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import Array, Coded, Step, buckets_of
 
 __all__ = ["run", "source"]
 
