@@ -10,8 +10,8 @@ from ranks import ROOT
 
 from mpi_dasgd import codecs, config
 from mpi_dasgd.codecs import CODECS, Codec, Message, Settings
+from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
-from mpi_dasgd.codecs.scale import AdaptiveScale
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.simulate import Simulation, simulate
 

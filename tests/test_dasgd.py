@@ -13,7 +13,7 @@ from mpi_dasgd import codecs, config, topology
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.analysis.load import load_run
-from mpi_dasgd.codecs.updates import GRID, round_to_grid, update_code
+from mpi_dasgd.codecs.error_feedback import GRID, round_to_grid, update_code
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.simulate import Simulation
 from mpi_dasgd.staleness.version_vectors import history

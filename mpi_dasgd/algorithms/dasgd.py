@@ -16,8 +16,8 @@ their number is S(i, j) = |G_i ^ G_j|. Different from it, and why:
 - **What is sent is the update** u = x_after - x_before of the local optimizer; with plain SGD -eta g. So any
   optimizer works and stays local. With momentum the replicas still agree (a linear filter of each rank's
   gradients); Adam is outside the theory, as in TensAIR.
-- **Additions are exact**: a replica is a float64 sum on a grid (`replica.py`, `codecs/updates.py`). Once all
-  has arrived all replicas are equal bit for bit, also float32 models and with quantized messages.
+- **Additions are exact**: a replica is a float64 sum on a grid (`replica.py`,
+  `codecs/error_feedback.py`). Once all has arrived all replicas are equal bit for bit, also float32 models and with quantized messages.
 - **What j must still get is one vector**, `owed`. A message takes out of it what its code can say; the rest,
   and updates that met a full inbox, stay and add up. Memory is bounded, nobody waits, nothing is lost.
 - **Sparse graphs**: updates go along the breadth-first spanning tree from rank 0. What arrives from one
@@ -50,7 +50,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import APPLIED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.replica import Link, Replica
-from mpi_dasgd.codecs.updates import LIMIT
+from mpi_dasgd.codecs.error_feedback import LIMIT
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.topology import Topology

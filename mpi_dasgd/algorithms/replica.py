@@ -1,7 +1,7 @@
 """Replica: a model as an exact sum of updates, and what the neighbours must still get of it.
 
-The sum is float64 on the grid of `codecs/updates.py`, where additions do not round; the model is this sum in
-its own type. Replicas that have added the same updates, in whatever order, are equal bit for bit.
+The sum is float64 on the grid of `codecs/error_feedback.py`, where additions do not round;
+the model is this sum in its own type. Replicas that have added the same updates, in whatever order, are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpi_dasgd.codecs import Codec, Message
-from mpi_dasgd.codecs.updates import blocks, round_to_grid, update_code
+from mpi_dasgd.codecs.error_feedback import blocks, round_to_grid, update_code
 
 __all__ = ["Link", "Replica"]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from mpi_dasgd import codecs
 from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
-from mpi_dasgd.codecs.scale import AdaptiveScale
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, buckets_of
 

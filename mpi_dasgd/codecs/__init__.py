@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from mpi_dasgd.codecs.base import Codec, Outcome, Seeds
+from mpi_dasgd.codecs.elementwise import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
-from mpi_dasgd.codecs.plain import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError, nearest
 

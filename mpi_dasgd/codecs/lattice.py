@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mpi_dasgd.codecs.base import Outcome, Seeds
+from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
-from mpi_dasgd.codecs.scale import AdaptiveScale
 from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice

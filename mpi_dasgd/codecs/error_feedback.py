@@ -26,8 +26,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from mpi_dasgd.codecs.base import Codec
+from mpi_dasgd.codecs.elementwise import BFloat16Codec, QsgdCodec
 from mpi_dasgd.codecs.message import Message
-from mpi_dasgd.codecs.plain import BFloat16Codec, QsgdCodec
 
 __all__ = ["GRID", "LIMIT", "UpdateCode", "blocks", "round_to_grid", "update_code"]
 
