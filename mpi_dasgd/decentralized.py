@@ -18,8 +18,8 @@ from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.transport.board import FAILED, FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
 __all__ = ["Decentralized"]
 
@@ -82,7 +82,9 @@ class Decentralized:
             launch.setting_up()
             environment = world.start()
             environment.abort_on_exception()
-        from mpi_dasgd.transport.rma import RmaEndpoint  # not before: it would start MPI itself
+        from mpi_dasgd.transport.rma.endpoint import (
+            RmaEndpoint,  # not before: it would start MPI itself
+        )
 
         if config is None:
             config = _configure(algorithm, graph, codec, samples, seconds)

@@ -26,10 +26,10 @@ from mpi_dasgd.staleness.version_vectors import SetStaleness
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.trace import Trace
+from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.network import Clock, Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
-from mpi_dasgd.transport.words import READY
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
 from mpi_dasgd.virtual_rank import VirtualRank
 
 __all__ = ["Simulation", "simulate"]

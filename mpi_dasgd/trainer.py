@@ -31,7 +31,7 @@ from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
-from mpi_dasgd.transport.board import FAILED, LEFT
+from mpi_dasgd.transport.membership import FAILED, LEFT
 
 __all__ = ["Trainer", "train"]
 

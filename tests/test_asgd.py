@@ -19,8 +19,8 @@ from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.simulate import Simulation
 from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.storage.schema import APPLIED
-from mpi_dasgd.transport.network import Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Network
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 N = 16  # workers; rank 0 is the server

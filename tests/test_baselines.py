@@ -18,8 +18,8 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation, simulate
 from mpi_dasgd.transport.endpoint import Posting
 from mpi_dasgd.transport.inbox import Arrival, Inbox
-from mpi_dasgd.transport.network import Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Network
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 LEARN = Path(__file__).parent / "transport" / "baselines.py"

@@ -17,8 +17,8 @@ from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import Message, NoCodec, Outcome
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.transport.network import Clock, Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 pytestmark = pytest.mark.mpi
 

@@ -19,7 +19,7 @@ from mpi_dasgd.simulate import Simulation
 from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import Posting
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 ROUGH = ("simulation.latency=0.7", "transport.inbox_slots=1", "simulation.slow_ranks=[0]")

@@ -16,16 +16,16 @@ from ranks import run_ranks
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import Unreachable
-from mpi_dasgd.transport.board import LEFT, Board
+from mpi_dasgd.transport.control_words import CLAIMED, FREE, READY
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.endpoint import Pairing
-from mpi_dasgd.transport.far import FarRanks
-from mpi_dasgd.transport.hands import Hands
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.network import Clock, Network
+from mpi_dasgd.transport.membership import LEFT, Board
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.words import CLAIMED, FREE, READY
+from mpi_dasgd.transport.rma.progress_context import Hands
+from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.remote_peers import FarRanks
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
 SILENCE = 1.5

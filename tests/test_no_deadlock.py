@@ -13,8 +13,8 @@ from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.algorithms.catalogue import kinds
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation
-from mpi_dasgd.transport.network import Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Network
 
 EVENTS = 100_000
 

@@ -12,9 +12,9 @@ from mpi_dasgd import config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation, simulate
 from mpi_dasgd.tasks.convex import BreastCancer
+from mpi_dasgd.transport.control_words import HEAD
 from mpi_dasgd.transport.publication import Claim, Publication
-from mpi_dasgd.transport.virtual import VirtualEndpoint
-from mpi_dasgd.transport.words import HEAD
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 SLOW = "simulation.slow_ranks=[0]"

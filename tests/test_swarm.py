@@ -17,7 +17,7 @@ from mpi_dasgd.algorithms.phases import Phases
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation
-from mpi_dasgd.transport.words import HEAD
+from mpi_dasgd.transport.control_words import HEAD
 
 SWARM = "algorithm.name=swarm"
 BLOCKING = "algorithm.variant=blocking"

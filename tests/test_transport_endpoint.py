@@ -12,8 +12,8 @@ from ranks import rank_counts, run_ranks
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.transport.endpoint import Reading
-from mpi_dasgd.transport.network import Clock, Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 PROGRAM = Path(__file__).parent / "transport" / "endpoint.py"
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8, notes=2)

@@ -14,11 +14,8 @@ import pytest
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import MpiDasgdError
-from mpi_dasgd.transport import board
-from mpi_dasgd.transport.board import FAILED, FINISHED, LEFT, RUNNING, Board
-from mpi_dasgd.transport.courier import Courier
-from mpi_dasgd.transport.network import Clock, Network
-from mpi_dasgd.transport.words import (
+from mpi_dasgd.transport import membership
+from mpi_dasgd.transport.control_words import (
     BEAT,
     CLAIMED,
     FREE,
@@ -33,6 +30,9 @@ from mpi_dasgd.transport.words import (
     holder_of,
     word,
 )
+from mpi_dasgd.transport.membership import FAILED, FINISHED, LEFT, RUNNING, Board
+from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
 
@@ -87,7 +87,7 @@ def test_board_shows_what_others_report() -> None:
 
 def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
     network = make_network(6)
     boards = [Board(network, rank, 6, silence=1.0) for rank in range(6)]
     boards[2].announce(FINISHED)
@@ -106,7 +106,7 @@ def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
     network = make_network(2)
     watcher = Board(network, 0, 2, silence=1.0)
     for _ in range(4):

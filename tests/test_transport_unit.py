@@ -7,13 +7,13 @@ import pytest
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, word
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import meet
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.virtual import VirtualEndpoint
-from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, word
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 SLOTS = 4
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)

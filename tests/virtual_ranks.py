@@ -14,9 +14,9 @@ from mpi_dasgd.algorithms.base import Exchange
 from mpi_dasgd.codecs import NoCodec
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.simulate import simulate
-from mpi_dasgd.transport.network import Clock, Network
-from mpi_dasgd.transport.virtual import VirtualEndpoint
-from mpi_dasgd.transport.words import READY
+from mpi_dasgd.transport.control_words import READY
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 

@@ -12,7 +12,7 @@ import numpy as np
 from mpi_dasgd.codecs.message import Message
 from mpi_dasgd.codecs.none import NoCodec
 from mpi_dasgd.kernels.pair_average import pair_average
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 __all__ = ["Side"]
 

@@ -192,7 +192,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     from mpi_dasgd.bench.meeting import serve_until_all_come
     from mpi_dasgd.bench.operations import Side
     from mpi_dasgd.codecs.none import NoCodec
-    from mpi_dasgd.transport.rma import RmaEndpoint
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
     codec = NoCodec(nbytes // 4, np.dtype(np.float32))
     own = comm.Dup()

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 from mpi_dasgd.bench.meeting import serve_until_all_come
 from mpi_dasgd.doctor.check import FAILS, OK, Check
-from mpi_dasgd.transport.courier import Courier
+from mpi_dasgd.transport.rma.progress_thread import Courier
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpi_dasgd.transport.words import Words
+    from mpi_dasgd.transport.control_words import Words
 
 __all__ = ["check", "count_up"]
 
 _SECONDS = (
-    3.0  # without its hint (`transport/windows.py`) Open MPI lost 1.5 swaps a second over TCP
+    3.0  # without its hint (`transport/rma/windows.py`) Open MPI lost 1.5 swaps a second over TCP
 )
 _PROGRESS = (
     5e-5  # seconds between calls into MPI: other nodes' swaps come in the middle of the owner's

@@ -19,9 +19,9 @@ from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpi_dasgd.transport.atomics import NodeWords
-    from mpi_dasgd.transport.windows import WindowSlots, WindowWords
-    from mpi_dasgd.transport.words import Words
+    from mpi_dasgd.transport.control_words import Words
+    from mpi_dasgd.transport.rma.shared_memory import NodeWords
+    from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
     from mpi_dasgd.world import World
 
 __all__ = ["checks"]
@@ -41,8 +41,8 @@ def checks(environment: World) -> list[Check]:
 
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.kernels import native
-    from mpi_dasgd.transport.atomics import NodeWords
-    from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+    from mpi_dasgd.transport.rma.shared_memory import NodeWords
+    from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
     comm = environment.comm
     near, far = peers(comm)
@@ -165,7 +165,7 @@ def _transport(comm: MPI.Intracomm) -> Iterator[None]:
     """Have the real transport, with its thread, in the background. Collective."""
     from mpi_dasgd import topology
     from mpi_dasgd.codecs.none import NoCodec
-    from mpi_dasgd.transport.rma import RmaEndpoint
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
     own = comm.Dup()
     layout = NoCodec(1024, np.dtype(np.float32)).layout

@@ -159,7 +159,7 @@ def _exchange(environment: World) -> Check:
     from mpi_dasgd import topology
     from mpi_dasgd.bench.meeting import serve_until_all_come
     from mpi_dasgd.codecs.none import NoCodec
-    from mpi_dasgd.transport.rma import RmaEndpoint
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
     comm = environment.comm.Dup()
     codec = NoCodec(1024, np.dtype(np.float32))

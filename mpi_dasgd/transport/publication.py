@@ -13,9 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.control_words import (
+    CLAIMED,
+    FREE,
+    HEAD,
+    READY,
+    WordMap,
+    Words,
+    holder_of,
+    word,
+)
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.slots import Slots
-from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, READY, WordMap, Words, holder_of, word
+from mpi_dasgd.transport.payload_slots import Slots
 
 __all__ = ["Claim", "Publication"]
 

@@ -30,8 +30,8 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
 from mpi_dasgd.codecs import Codec, Message, NoCodec, Outcome
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.transport.board import FINISHED, RUNNING
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 GRID = np.float32(2.0**-8)
 

@@ -19,7 +19,7 @@ from ranks import parallel_assert
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 COMM = MPI.COMM_WORLD
 OTHERS = [rank for rank in range(COMM.size) if rank != COMM.rank]

@@ -6,9 +6,9 @@ import time
 from typing import NamedTuple
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, READY, holder_of, word
 from mpi_dasgd.transport.inbox import Arrival, Inbox, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
-from mpi_dasgd.transport.words import CLAIMED, FREE, HEAD, READY, holder_of, word
 
 __all__ = ["FAULTS", "Fault"]
 

@@ -20,8 +20,8 @@ from mpi_dasgd import topology
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.network import Clock, Network
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.virtual.network import Clock, Network
 
 __all__ = ["MOVES", "play"]
 

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from transport.ledger import Ledger, fill, layout, staging
 
 from mpi_dasgd import topology
-from mpi_dasgd.transport.board import FINISHED, RUNNING
 from mpi_dasgd.transport.endpoint import Pairing
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 
 class Rank:

@@ -9,8 +9,8 @@ from transport.ledger import Ledger, fill, staging
 
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.inbox import Inbox, Reservation
+from mpi_dasgd.transport.payload_slots import Slots
 from mpi_dasgd.transport.publication import Claim, Publication
-from mpi_dasgd.transport.slots import Slots
 
 __all__ = ["Player"]
 

@@ -25,13 +25,13 @@ from transport.ledger import Ledger, layout
 from transport.player import Player
 
 from mpi_dasgd.kernels import native
-from mpi_dasgd.transport.atomics import NodeWords
+from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.windows import WindowSlots, WindowWords
-from mpi_dasgd.transport.words import WordMap
+from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.shared_memory import NodeWords
+from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
 
 class Rank:

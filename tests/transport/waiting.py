@@ -21,8 +21,8 @@ from mpi4py import MPI
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import Exchange
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.transport.board import FINISHED, RUNNING
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 ELEMENTS = 2048
 NAMES = {"bipartite": "adpsgd", "blocking": "swarm"}

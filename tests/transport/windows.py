@@ -20,11 +20,11 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.doctor.contention import count_up
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
-from mpi_dasgd.transport import windows
-from mpi_dasgd.transport.atomics import NodeWords
-from mpi_dasgd.transport.board import LEFT
-from mpi_dasgd.transport.rma import RmaEndpoint
-from mpi_dasgd.transport.windows import WindowSlots, WindowWords
+from mpi_dasgd.transport.membership import LEFT
+from mpi_dasgd.transport.rma import windows
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.shared_memory import NodeWords
+from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
 SLOTS = 3
 SECONDS = 5.0  # without the window's hint Open MPI lost 14 and 16 swaps of 680,000 in 10

@@ -10,8 +10,8 @@ from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.network import Network, Until
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.virtual.network import Network, Until
 
 __all__ = ["VirtualEndpoint"]
 

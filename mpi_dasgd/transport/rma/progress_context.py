@@ -10,9 +10,9 @@ import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.rma.progress_thread import Courier
 
 __all__ = ["Hands", "Views"]
 

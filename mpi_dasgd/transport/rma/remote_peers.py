@@ -15,14 +15,14 @@ import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import Unreachable
-from mpi_dasgd.transport.board import Board
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.endpoint import Pairing, Posting, Reading, meet
-from mpi_dasgd.transport.hands import Hands, Views
 from mpi_dasgd.transport.inbox import Reservation
+from mpi_dasgd.transport.membership import Board
+from mpi_dasgd.transport.payload_slots import Slots
 from mpi_dasgd.transport.publication import Claim
-from mpi_dasgd.transport.slots import Slots
+from mpi_dasgd.transport.rma.progress_context import Hands, Views
+from mpi_dasgd.transport.rma.progress_thread import Courier
 
 __all__ = ["FarRanks"]
 

@@ -16,18 +16,18 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.atomics import NodeWords
-from mpi_dasgd.transport.board import LEFT, Board
+from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.courier import Courier
 from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
-from mpi_dasgd.transport.far import FarRanks
-from mpi_dasgd.transport.hands import Hands
 from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.membership import LEFT, Board
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.sums import Sums
-from mpi_dasgd.transport.windows import WindowSlots, WindowWords
-from mpi_dasgd.transport.words import WordMap
+from mpi_dasgd.transport.rma.allreduce import Sums
+from mpi_dasgd.transport.rma.progress_context import Hands
+from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.remote_peers import FarRanks
+from mpi_dasgd.transport.rma.shared_memory import NodeWords
+from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
 __all__ = ["RmaEndpoint"]
 

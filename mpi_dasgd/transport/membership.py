@@ -6,7 +6,15 @@ import time
 from collections.abc import Container, Iterable
 
 from mpi_dasgd.errors import Unreachable
-from mpi_dasgd.transport.words import BEAT, GRADIENTS, LAST, SAMPLES, SPOKESMAN, STATUS, Words
+from mpi_dasgd.transport.control_words import (
+    BEAT,
+    GRADIENTS,
+    LAST,
+    SAMPLES,
+    SPOKESMAN,
+    STATUS,
+    Words,
+)
 
 __all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.control_words import READY, WordMap
 from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.words import READY, WordMap
 
 __all__ = ["Clock", "Network", "Sum", "Until"]
 
