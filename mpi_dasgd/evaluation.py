@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd.parameters import FlatParameters
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
 
 __all__ = ["Evaluator", "Snapshots"]

@@ -24,9 +24,9 @@ from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.progress import Progress
 from mpi_dasgd.state import restore, save_state
 from mpi_dasgd.storage.checkpoint import Checkpoints
-from mpi_dasgd.storage.directory import prepare
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.results import consolidate
+from mpi_dasgd.storage.run_directory import prepare
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
 from mpi_dasgd.tasks import data as tasks

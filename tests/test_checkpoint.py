@@ -21,7 +21,7 @@ import pytest
 from mpi_dasgd import trainer
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 
 SAVER = """
 import sys

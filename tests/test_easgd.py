@@ -15,7 +15,7 @@ from mpi_dasgd.config.schema import Evaluation
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.evaluation import Snapshots
 from mpi_dasgd.simulate import Simulation
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.trainer import Trainer
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"

@@ -27,7 +27,7 @@ from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file
 from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.trainer import Trainer
 

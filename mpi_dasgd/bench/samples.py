@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.files import atomic
+from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.schema import LIBVER
 

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.checkpoint_files import (
     array_digest,
     file_digest,
@@ -24,10 +25,9 @@ from mpi_dasgd.storage.checkpoint_files import (
     steps_with_manifest,
     write_manifest,
 )
-from mpi_dasgd.storage.files import atomic
 from mpi_dasgd.storage.restore import good_steps, load
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, LIBVER
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 
 __all__ = ["Checkpoints", "good_steps", "load"]
 

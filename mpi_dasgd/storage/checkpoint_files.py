@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from mpi_dasgd.storage.files import atomic
+from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import h5py
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.files import atomic
+from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.schema import LIBVER
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.files import atomic
+from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.runfile import RankRecord, rank_path, read_run_file
 from mpi_dasgd.storage.schema import (
     CONSENSUS,

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, KINDS, LIBVER, TABLES
-from mpi_dasgd.storage.writer import writer
+from mpi_dasgd.storage.writer_thread import writer
 
 __all__ = ["RankRecord", "RunFile", "rank_path", "read_run_file"]
 

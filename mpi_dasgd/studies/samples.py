@@ -156,7 +156,7 @@ def write(samples: Samples, path: Path) -> Path:
     """
     import h5py
 
-    from mpi_dasgd.storage.files import atomic
+    from mpi_dasgd.storage.atomic_file import atomic
     from mpi_dasgd.storage.provenance import provenance
     from mpi_dasgd.storage.schema import LIBVER
 
