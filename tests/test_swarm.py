@@ -13,7 +13,7 @@ from ranks import rank_counts, run_ranks
 from virtual_ranks import JOB, Fixed, Ranks, effective_step, run
 
 from mpi_dasgd import codecs, config
-from mpi_dasgd.algorithms.phases import Phases
+from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulate import Simulation

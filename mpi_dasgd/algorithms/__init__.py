@@ -6,7 +6,6 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
 from mpi_dasgd.algorithms.adpsgd_pull import PullADPSGD
 from mpi_dasgd.algorithms.allreduce import AllReduce
-from mpi_dasgd.algorithms.alone import Alone
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.algorithms.base import Algorithm, Exchange, Local, partners
 from mpi_dasgd.algorithms.dasgd import DASGD
@@ -14,6 +13,7 @@ from mpi_dasgd.algorithms.dpsgd import DPSGD
 from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.algorithms.local_sgd import LocalSGD
 from mpi_dasgd.algorithms.minibatch import MiniBatch
+from mpi_dasgd.algorithms.no_communication import Alone
 from mpi_dasgd.algorithms.osgp import OSGP
 from mpi_dasgd.algorithms.sgp import SGP
 from mpi_dasgd.algorithms.swarm import Swarm

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["ADPSGD"]

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, Exchange, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError

@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS
-from mpi_dasgd.algorithms.pulling import PullExchange
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
+from mpi_dasgd.algorithms.pull_averaging import PullExchange
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["PullADPSGD"]

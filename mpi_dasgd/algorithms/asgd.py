@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mpi_dasgd.algorithms.base import APPLIED, Exchange, Local
-from mpi_dasgd.algorithms.jobs import FAREWELL, Job, Outbox, fill
 from mpi_dasgd.algorithms.server import ServerAlgorithm
+from mpi_dasgd.algorithms.work_queue import FAREWELL, Job, Outbox, fill
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange, Local
-from mpi_dasgd.algorithms.pairing import announce
+from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.algorithms.server import ServerAlgorithm
 from mpi_dasgd.transport.endpoint import Pending, Reading
 

@@ -36,8 +36,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
-from mpi_dasgd.algorithms.phases import Phases
+from mpi_dasgd.algorithms.local_phase import Phases
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["Swarm"]

@@ -33,8 +33,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 
 from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, Exchange, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS, PairExchange
-from mpi_dasgd.algorithms.phases import Phases
+from mpi_dasgd.algorithms.local_phase import Phases
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.control_words import FREE, READY
 from mpi_dasgd.transport.endpoint import Pairing, Pending
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.algorithms.pairing import PAIR_CODECS
-from mpi_dasgd.algorithms.phases import Phases
-from mpi_dasgd.algorithms.pulling import PullExchange
+from mpi_dasgd.algorithms.local_phase import Phases
+from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
+from mpi_dasgd.algorithms.pull_averaging import PullExchange
 from mpi_dasgd.transport.endpoint import Pending
 
 __all__ = ["PullSwarm"]

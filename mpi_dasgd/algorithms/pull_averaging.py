@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, Exchange
-from mpi_dasgd.algorithms.pairing import announce
+from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.codecs import Codec, Message, Outcome
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, Reading
