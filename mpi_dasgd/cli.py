@@ -165,7 +165,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _simulate(options: argparse.Namespace) -> int:
     from mpi_dasgd import config
-    from mpi_dasgd.simulate import simulate
+    from mpi_dasgd.simulation.simulator import simulate
 
     figures = simulate(config.load(options.config, options.overrides))
     if options.json:

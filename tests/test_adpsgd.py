@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 
 SLOW = "simulation.slow_ranks=[0]"
 AVERAGE, GRADIENT = "algorithm.order=average", "algorithm.order=gradient"

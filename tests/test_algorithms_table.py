@@ -14,7 +14,7 @@ from mpi_dasgd.algorithms import ALGORITHMS, catalogue
 from mpi_dasgd.algorithms.catalogue import Sizes, evaluate
 from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 
 SYMBOLS = {"M": 100.0, "P": 400.0, "n": 8.0, "H": 2.0, "r": 3.0}
 RANKS = 8

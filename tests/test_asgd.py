@@ -16,7 +16,7 @@ from test_train import _train
 from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.storage.schema import APPLIED
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint

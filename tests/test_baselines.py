@@ -15,7 +15,7 @@ from mpi_dasgd import config, topology
 from mpi_dasgd.algorithms import osgp, push_sum
 from mpi_dasgd.algorithms.push_sum import ONE, PushSum, rotation
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulation, simulate
 from mpi_dasgd.transport.endpoint import Posting
 from mpi_dasgd.transport.inbox import Arrival, Inbox
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint

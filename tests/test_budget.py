@@ -13,7 +13,7 @@ from mpi_dasgd import config, topology
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.config import consistency
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 
 SETTINGS = [
     ("allreduce", "complete", []),

@@ -13,7 +13,7 @@ from mpi_dasgd.codecs import CODECS, Codec, Message, Settings
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.simulate import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulation, simulate
 
 LOSSY = [name for name in CODECS if name != "none"]
 F32 = np.dtype(np.float32)

@@ -15,7 +15,7 @@ from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.codecs.error_feedback import GRID, round_to_grid, update_code
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import Posting

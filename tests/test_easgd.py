@@ -14,7 +14,7 @@ from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.config.schema import Evaluation
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.evaluation import Snapshots
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.trainer import Trainer
 

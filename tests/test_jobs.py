@@ -11,7 +11,7 @@ from ranks import ROOT, run_ranks
 from mpi_dasgd import algorithms, config
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.storage.schema import APPLIED, INITIATED
 
 JOBS = sorted((ROOT / "jobs" / "digits").glob("*.toml"))

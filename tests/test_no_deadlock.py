@@ -12,7 +12,7 @@ from mpi_dasgd import config
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.algorithms.catalogue import kinds
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
 

@@ -87,4 +87,4 @@ def test_reports_load_neither_mpi_nor_torch_nor_cuda() -> None:
 
 
 def test_algorithms_and_simulator_load_no_mpi() -> None:
-    assert not {"mpi4py", "cupy"} & _loaded_by("import mpi_dasgd.simulate")
+    assert not {"mpi4py", "cupy"} & _loaded_by("import mpi_dasgd.simulation.simulator")

@@ -10,7 +10,7 @@ import pytest
 
 from mpi_dasgd import config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulation, simulate
 from mpi_dasgd.tasks.convex import BreastCancer
 from mpi_dasgd.transport.control_words import HEAD
 from mpi_dasgd.transport.publication import Claim, Publication

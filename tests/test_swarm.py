@@ -16,7 +16,7 @@ from mpi_dasgd import codecs, config
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.transport.control_words import HEAD
 
 SWARM = "algorithm.name=swarm"

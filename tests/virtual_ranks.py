@@ -13,7 +13,7 @@ from mpi_dasgd.algorithms import partners
 from mpi_dasgd.algorithms.base import Exchange
 from mpi_dasgd.codecs import NoCodec
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.simulate import simulate
+from mpi_dasgd.simulation.simulator import simulate
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network

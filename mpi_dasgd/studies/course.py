@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.simulate import Simulation
+from mpi_dasgd.simulation.simulator import Simulation
 
 __all__ = ["Course", "configure", "reached", "settled", "vary"]
 

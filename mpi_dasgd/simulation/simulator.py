@@ -21,16 +21,16 @@ from mpi_dasgd.algorithms.base import (
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.lr_schedule import Schedule, delay_rule
-from mpi_dasgd.replay import RecordedTimes, recorded_times
+from mpi_dasgd.simulation.local_optimizer import VirtualRank
+from mpi_dasgd.simulation.recorded_times import RecordedTimes, recorded_times
+from mpi_dasgd.simulation.trace import Trace
 from mpi_dasgd.staleness.version_vectors import SetStaleness
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
-from mpi_dasgd.trace import Trace
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network
-from mpi_dasgd.virtual_rank import VirtualRank
 
 __all__ = ["Simulation", "simulate"]
 

@@ -1,0 +1,1 @@
+"""The algorithms, unchanged, on virtual ranks and a virtual clock."""
