@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpi_dasgd.decentralized import Decentralized
     from mpi_dasgd.storage.model import load_model
+    from mpi_dasgd.training.decentralized import Decentralized
 
 __all__ = ["Decentralized", "__version__", "load_model"]
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import on first use: commands that need no MPI or torch do not load them."""
     if name == "Decentralized":
-        from mpi_dasgd.decentralized import Decentralized
+        from mpi_dasgd.training.decentralized import Decentralized
 
         return Decentralized
     if name == "load_model":

@@ -141,7 +141,7 @@ def _train(options: argparse.Namespace) -> int:
     launch.enable_stack_dump()
     environment = world.start()
     environment.abort_on_exception()
-    from mpi_dasgd import trainer
+    from mpi_dasgd.training import trainer
 
     return environment.run(lambda: trainer.train(settings, environment))
 

@@ -18,10 +18,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mpi_dasgd import trainer
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
 from mpi_dasgd.storage.writer_thread import writer
+from mpi_dasgd.training import trainer
 
 SAVER = """
 import sys

@@ -13,10 +13,10 @@ from mpi_dasgd import config
 from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.config.schema import Evaluation
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.evaluation import Snapshots
 from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.storage.writer_thread import writer
-from mpi_dasgd.trainer import Trainer
+from mpi_dasgd.training.evaluator import Snapshots
+from mpi_dasgd.training.trainer import Trainer
 
 JOB = Path(__file__).parents[1] / "jobs" / "sim_quadratic.toml"
 WORKS = "algorithm.server_works=true"

@@ -272,7 +272,7 @@ def kill_rank_1(mpi, tmp_path, monkeypatch):
 
 
 # Before MPI starts, and after it.
-@pytest.mark.parametrize("module", ["mpi4py", "mpi_dasgd.trainer"])
+@pytest.mark.parametrize("module", ["mpi4py", "mpi_dasgd.training.trainer"])
 def test_rank_killed_before_training_ends_the_others(kill_rank_1, module, tmp_path, capfd):
     code = kill_rank_1(module, "train", "jobs/train.toml", f"run.directory={tmp_path}")
     err = capfd.readouterr().err

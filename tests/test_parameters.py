@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.parameters import PADDING, FlatParameters
+from mpi_dasgd.training.flat_parameters import PADDING, FlatParameters
 
 
 def _model() -> nn.Module:

@@ -17,19 +17,19 @@ import torch
 import xarray as xr
 
 from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.conclusion import Outputs, conclude
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.evaluation import Evaluator, Snapshots
-from mpi_dasgd.local import TorchLocal
-from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file
 from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
-from mpi_dasgd.trainer import Trainer
+from mpi_dasgd.training.evaluator import Evaluator, Snapshots
+from mpi_dasgd.training.finalize import Outputs, conclude
+from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.local_optimizer import TorchLocal
+from mpi_dasgd.training.trainer import Trainer
 
 MILESTONES = 12
 
@@ -474,7 +474,9 @@ def test_the_trainer_says_who_is_dead_and_whose_buffers_were_trained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("mpi_dasgd.trainer.conclude", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(
+        "mpi_dasgd.training.trainer.conclude", lambda *_, **options: asked.update(options)
+    )
     rank = object.__new__(Trainer)
     vars(rank).update(
         directory=tmp_path, size=4, model=None, evaluator=None, config=Config(),

@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd import straggler
-from mpi_dasgd.conclusion import conclude
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.evaluation import Evaluator, Snapshots
-from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
+from mpi_dasgd.training.evaluator import Evaluator, Snapshots
+from mpi_dasgd.training.finalize import conclude
+from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.world import expected_ranks
 
 __all__ = ["DdpTrainer", "tcp_bytes_sent"]
@@ -36,7 +36,7 @@ _CALIBRATION = 0.5  # seconds to measure a gradient for
 class DdpTrainer:
     """One rank of a DDP job on this machine; it needs no MPI, only the launcher's numbers.
 
-    Weights, batches, recording and snapshots are those of `mpi_dasgd.trainer.Trainer`. A slowed rank
+    Weights, batches, recording and snapshots are those of `mpi_dasgd.training.trainer.Trainer`. A slowed rank
     works or sleeps before the gradient that it shares. How long it sleeps is measured before the
     training, since DDP's gradient contains the wait for the others.
 

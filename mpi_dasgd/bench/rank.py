@@ -85,7 +85,7 @@ def main(algorithm: str, file: str) -> int:
 
 
 def _train(config: Config, environment: world.World) -> int:
-    from mpi_dasgd.trainer import Trainer
+    from mpi_dasgd.training.trainer import Trainer
 
     trainer = Trainer(config, environment)
     meter = Meter(time.monotonic() - trainer.training.elapsed)

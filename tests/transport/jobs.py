@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from mpi_dasgd import config, trainer, world
+from mpi_dasgd import config, world
+from mpi_dasgd.training import trainer
 
 
 def main() -> None:

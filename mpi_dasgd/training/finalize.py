@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import PeerLost
-from mpi_dasgd.evaluation import Evaluator, Snapshots
-from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.storage.model import save_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
+from mpi_dasgd.training.evaluator import Evaluator, Snapshots
+from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["Outputs", "conclude"]
 

@@ -15,14 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from mpi_dasgd import algorithms, launch, straggler, world
 from mpi_dasgd.algorithms import Exchange
-from mpi_dasgd.conclusion import Outputs, conclude
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.decentralized import Decentralized
 from mpi_dasgd.errors import Diverged, PeerLost, UserError
-from mpi_dasgd.evaluation import Evaluator, Snapshots
-from mpi_dasgd.local import TorchLocal
-from mpi_dasgd.progress import Progress
-from mpi_dasgd.state import restore, save_state
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.results import consolidate
@@ -31,6 +25,12 @@ from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
+from mpi_dasgd.training.decentralized import Decentralized
+from mpi_dasgd.training.evaluator import Evaluator, Snapshots
+from mpi_dasgd.training.finalize import Outputs, conclude
+from mpi_dasgd.training.local_optimizer import TorchLocal
+from mpi_dasgd.training.progress_line import Progress
+from mpi_dasgd.training.state_dict import restore, save_state
 from mpi_dasgd.transport.membership import FAILED, LEFT
 
 __all__ = ["Trainer", "train"]

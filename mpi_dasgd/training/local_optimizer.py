@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 
-from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["TorchLocal"]
 

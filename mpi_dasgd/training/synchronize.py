@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.training.flat_parameters import FlatParameters
 
 if TYPE_CHECKING:
     from mpi4py import MPI

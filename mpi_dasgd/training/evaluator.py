@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpi_dasgd.parameters import FlatParameters
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
+from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["Evaluator", "Snapshots"]
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from mpi_dasgd import algorithms, codecs, collective, launch, topology, world
+from mpi_dasgd import algorithms, codecs, launch, topology, world
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.config import consistency
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.local import TorchLocal
 from mpi_dasgd.lr_schedule import Schedule, delay_rule
-from mpi_dasgd.parameters import FlatParameters
+from mpi_dasgd.training import synchronize
+from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.local_optimizer import TorchLocal
 from mpi_dasgd.transport.endpoint import Pending
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
@@ -119,7 +120,7 @@ class Decentralized:
                 world.say(f"warning: {warning}")
             self._in_step = kind.in_step(config.algorithm)
             consistency.check(config, kind.name, self._in_step)
-        collective.share(environment.comm, self.parameters)
+        synchronize.share(environment.comm, self.parameters)
         self.local = TorchLocal(optimizer, self.parameters)
         transport = config.transport
         self.endpoint = RmaEndpoint(
@@ -346,7 +347,7 @@ class Decentralized:
         """
         ranks = self.algorithm.model_ranks(self.size)
         workers = self.algorithm.workers(self.size, self._config.algorithm)
-        collective.average(self.world.comm, self.parameters, ranks, workers)
+        synchronize.average(self.world.comm, self.parameters, ranks, workers)
 
     @property
     def counters(self) -> dict[str, float]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpi_dasgd.decentralized import Decentralized
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint import good_steps, load
+from mpi_dasgd.training.decentralized import Decentralized
 
 __all__ = ["restore", "save_state"]
 
