@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mpi_dasgd import cli, config, studies
-from mpi_dasgd.studies import course, linear
-from mpi_dasgd.studies.samples import Samples, exponent, read, spread, write
+from mpi_dasgd.studies import linear_theory, trajectory
+from mpi_dasgd.studies.dataset import Samples, exponent, read, spread, write
 
 _MEASURED: dict[str, Samples] = {}
 
@@ -79,9 +79,9 @@ def test_disagreement_of_swarm_grows_like_h_by_noise_and_h_squared_by_drift() ->
 
 def test_the_linear_analysis_is_that_of_random_pair_averages() -> None:
     for size in (2, 7):  # one initiator's noise, averaged by all equally
-        complete = linear.laplacian("complete", size, None, 0)
-        assert linear.noise(complete) == pytest.approx(((size - 1) / size) ** 2)
-    ring = linear.laplacian("ring", 6, None, 0)
+        complete = linear_theory.laplacian("complete", size, None, 0)
+        assert linear_theory.noise(complete) == pytest.approx(((size - 1) / size) ** 2)
+    ring = linear_theory.laplacian("ring", 6, None, 0)
     rng = np.random.default_rng(1)
     x = np.zeros((6, 400))  # columns are independent runs of the same meetings' law
     total = 0.0
@@ -92,9 +92,9 @@ def test_the_linear_analysis_is_that_of_random_pair_averages() -> None:
         x[i] += rng.normal(size=400)
         x -= x.mean(0)
         total += np.square(x).sum() / x.size if event >= 1000 else 0.0
-    assert linear.noise(ring) == pytest.approx(total / 3000, rel=0.05)
+    assert linear_theory.noise(ring) == pytest.approx(total / 3000, rel=0.05)
     minima = rng.normal(size=(6, 3))
-    models, pull = linear.drift(ring, 0.1, minima - minima.mean(0))
+    models, pull = linear_theory.drift(ring, 0.1, minima - minima.mean(0))
     np.testing.assert_allclose(ring @ models / 2, 0.1 * pull, atol=1e-12)
 
 
@@ -201,7 +201,7 @@ def test_without_matplotlib_the_samples_are_kept(
 ) -> None:
     path = write(_samples("speedup"), tmp_path / "a.h5")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "mpi_dasgd.studies.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "mpi_dasgd.studies.plotting", raising=False)
     monkeypatch.delattr(studies, "figure", raising=False)
     assert cli.main(["study", "speedup", "--samples", str(path), "--out", str(tmp_path)]) == 2
     assert "mpi_dasgd[report]" in capsys.readouterr().err
@@ -212,18 +212,18 @@ def test_studies_load_plots_only_when_needed() -> None:
         for node in ast.parse(path.read_text()).body:  # of the module itself, not of its functions
             if isinstance(node, ast.Import | ast.ImportFrom) and path.stem != "figure":
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                assert not {"figure", "matplotlib", "h5py", "mpi_dasgd.studies.figure"} & names
+                assert not {"figure", "matplotlib", "h5py", "mpi_dasgd.studies.plotting"} & names
 
 
 def test_when_a_course_reaches_a_level_and_when_it_settles() -> None:
     x = np.arange(5.0)
     values = np.array([100.0, 1.0, 100.0, 1.0, 1.0])
-    assert course.reached(x, values, 10.0) == pytest.approx(0.5)
-    assert course.settled(x, values, 10.0) == pytest.approx(2.5)
-    assert course.settled(x, values, 0.5) is None
-    assert course.reached(x, values, 0.5) is None
-    assert course.settled(x, np.array([1, 1, 1, 1, np.nan]), 10.0) is None
-    assert course.reached(x, values, 200.0) == 0
+    assert trajectory.reached(x, values, 10.0) == pytest.approx(0.5)
+    assert trajectory.settled(x, values, 10.0) == pytest.approx(2.5)
+    assert trajectory.settled(x, values, 0.5) is None
+    assert trajectory.reached(x, values, 0.5) is None
+    assert trajectory.settled(x, np.array([1, 1, 1, 1, np.nan]), 10.0) is None
+    assert trajectory.reached(x, values, 200.0) == 0
 
 
 def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
@@ -234,12 +234,12 @@ def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
         "simulation.slow_factor": 100,
         "budget.samples": 300,
     }
-    run = course.Course(course.configure(keys), 30)
+    run = trajectory.Course(trajectory.configure(keys), 30)
     # 3 gradients a unit of time; the slow one, at 100, is the 301st and not waited for
     assert run.counts[-1] == 300 and run.times[-1] == pytest.approx(100)
     assert len(run.means) == len(run.counts) == len(run.slopes) == 11
     first = run.distances[0]
-    short = course.Course(course.configure(keys), 30, until=first / 2)
+    short = trajectory.Course(trajectory.configure(keys), 30, until=first / 2)
     assert short.distances[-1] <= first / 2 < short.distances[-2]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from mpi_dasgd.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from mpi_dasgd.studies.samples import Samples, Summary
+    from mpi_dasgd.studies.dataset import Samples, Summary
 
 __all__ = ["DIRECTORY", "STUDIES", "Study", "find", "run", "table"]
 
@@ -85,7 +85,7 @@ def run(
     study = find(name)
     if seeds is not None and seeds < 1:
         raise UserError(f"study {name}: --seeds must be at least 1, got {seeds}")
-    from mpi_dasgd.studies.samples import read, write
+    from mpi_dasgd.studies.dataset import read, write
 
     folder = Path(out or DIRECTORY)
     try:

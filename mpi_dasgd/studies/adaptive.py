@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.course import Course, configure, settled, vary
-from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Course, configure, settled, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -151,7 +151,7 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """Excess loss against time at the smaller rate: a row for each slow-down."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     names, slow = samples["algorithm"].tolist(), samples["slowdown"].tolist()
 
@@ -161,10 +161,10 @@ def draw(samples: Samples, path: Path) -> Path:
                 axis = axes[j * len(names) + i]
                 for k, rule in enumerate(samples["rule"].tolist()):
                     course = samples["excess"][i, j, k, 0].T
-                    figure.band(axis, samples["moment"], course, k, rule, points=False)
+                    plotting.band(axis, samples["moment"], course, k, rule, points=False)
                 axis.axhline(EPSILON, color="#66717d", lw=0.8, ls=":")
                 axis.set(yscale="log", xlabel="time", title=f"{name}, one rank {slowdown}x slower")
                 axis.set(ylabel="f(mean of the others) - f(optimum)")
         axes[0].legend(loc="upper right")
 
-    return figure.draw(path, panels, len(names), len(slow))
+    return plotting.draw(path, panels, len(names), len(slow))

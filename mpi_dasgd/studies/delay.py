@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.course import Course, configure, reached, settled, vary
-from mpi_dasgd.studies.samples import (
+from mpi_dasgd.studies.dataset import (
     Axis,
     Samples,
     Summary,
@@ -33,6 +32,7 @@ from mpi_dasgd.studies.samples import (
     measure,
     spread,
 )
+from mpi_dasgd.studies.trajectory import Course, configure, reached, settled, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -156,7 +156,7 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """One panel for each criterion but `reached`."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     late = _largest_delay(samples)
     courses = list(_courses(samples).items())[:3]
@@ -164,11 +164,11 @@ def draw(samples: Samples, path: Path) -> Path:
     def panels(axes: Any) -> None:
         for axis, (name, course) in zip(axes, courses, strict=True):
             for i, rule in enumerate(samples["rule"].tolist()):
-                figure.band(axis, late, course[i], i, rule)
+                plotting.band(axis, late, course[i], i, rule)
             first = float(spread(course)[1][0, 0])
-            figure.theory(axis, late, first * np.sqrt(late / late[0]), "~ sqrt(tau_max)")
+            plotting.theory(axis, late, first * np.sqrt(late / late[0]), "~ sqrt(tau_max)")
             axis.set(xscale="log", yscale="log", xlabel="largest delay tau_max, in gradients")
             axis.set(ylabel="gradients", title=name)
             axis.legend(loc="upper left")
 
-    return figure.draw(path, panels, 3)
+    return plotting.draw(path, panels, 3)

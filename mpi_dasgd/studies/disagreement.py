@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies import linear
-from mpi_dasgd.studies.course import Course, configure, vary
-from mpi_dasgd.studies.samples import (
+from mpi_dasgd.studies import linear_theory
+from mpi_dasgd.studies.dataset import (
     Axis,
     Samples,
     Summary,
@@ -33,6 +32,7 @@ from mpi_dasgd.studies.samples import (
     measure,
     spread,
 )
+from mpi_dasgd.studies.trajectory import Course, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -85,7 +85,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         return {
             "disagreement": run.spread[len(run.spread) // 2 :].mean(),
             "predicted": predict(graph, rate, steps, seed, minima),
-            "relaxation": linear.relaxations(_laplacian(graph, seed)).max(),
+            "relaxation": linear_theory.relaxations(_laplacian(graph, seed)).max(),
         }
 
     graphs = ["complete"] if quick else list(PHASES)
@@ -111,7 +111,7 @@ def samples(seeds: int, quick: bool) -> Samples:
 
 
 def _laplacian(graph: str, seed: int) -> np.ndarray:
-    return linear.laplacian(graph, RANKS, 4 if graph == "random_regular" else None, seed)
+    return linear_theory.laplacian(graph, RANKS, 4 if graph == "random_regular" else None, seed)
 
 
 def predict(graph: str, rate: float, steps: int, seed: int, minima: np.ndarray) -> float:
@@ -124,11 +124,11 @@ def predict(graph: str, rate: float, steps: int, seed: int, minima: np.ndarray) 
         minima: b_i, (n, d); all zero: noise.
     """
     laplacian = _laplacian(graph, seed)
-    spread = linear.noise(laplacian)
+    spread = linear_theory.noise(laplacian)
     if not minima.any():
         variance = rate**2 * steps * STRENGTH**2 * DIMENSION
         return variance * (spread + (steps - 1) / (2 * steps) * (1 - 1 / RANKS))
-    models, pull = linear.drift(laplacian, rate * steps, minima)
+    models, pull = linear_theory.drift(laplacian, rate * steps, minima)
     now = models + rate * (steps - 1) / 2 * pull
     return float(
         np.square(now).sum(1).mean() + np.square(rate * steps * pull).sum(1).mean() * spread
@@ -162,7 +162,7 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """Against H, eta and r / lambda_2, one row for each kind."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     rates, steps = samples["rate"], samples["steps"]
     rate, step = rates.tolist().index(MIDDLE), steps.tolist().index(MIDDLE_H)
@@ -173,15 +173,15 @@ def draw(samples: Samples, path: Path) -> Path:
             value = samples["disagreement"][i]
             row = axes[3 * i : 3 * i + 3]
             for j, graph in enumerate(samples["graph"].tolist()):
-                figure.band(row[0], steps, value[j, rate], j, graph)
-                figure.band(row[1], rates, value[j, :, step], j, graph)
+                plotting.band(row[0], steps, value[j, rate], j, graph)
+                plotting.band(row[1], rates, value[j, :, step], j, graph)
                 place = relaxation[i, j, rate, step, None]
-                figure.band(row[2], place, value[j, rate, step, None], j, graph)
+                plotting.band(row[2], place, value[j, rate, step, None], j, graph)
             first = value[0, rate, step].mean()
-            figure.theory(row[0], steps, first * (steps / MIDDLE_H) ** 2, "~ H^2")
-            figure.theory(row[1], rates, first * (rates / MIDDLE) ** 2, "~ eta^2")
+            plotting.theory(row[0], steps, first * (steps / MIDDLE_H) ** 2, "~ H^2")
+            plotting.theory(row[1], rates, first * (rates / MIDDLE) ** 2, "~ eta^2")
             x = relaxation[i, :, rate, step]
-            figure.theory(row[2], x, first * (x / x[0]) ** 2, "~ (r / lambda_2)^2")
+            plotting.theory(row[2], x, first * (x / x[0]) ** 2, "~ (r / lambda_2)^2")
             predicted = spread(samples["predicted"])[1][i, :, rate, step]
             row[2].plot(x, predicted, "x", color="#66717d", label="linear analysis")
             names = f"H, eta = {MIDDLE:g}", f"eta, H = {MIDDLE_H}", "r / lambda_2"
@@ -189,7 +189,7 @@ def draw(samples: Samples, path: Path) -> Path:
                 axis.set(xscale="log", yscale="log", xlabel=name, title=f"{kind}")
                 axis.set(ylabel="mean |x_i - mean|^2")
                 axis.legend(loc="upper left", fontsize=7)
-            figure.ticks(row[0].xaxis, steps)
-            figure.ticks(row[1].xaxis, rates)
+            plotting.ticks(row[0].xaxis, steps)
+            plotting.ticks(row[1].xaxis, rates)
 
-    return figure.draw(path, panels, 3, 2)
+    return plotting.draw(path, panels, 3, 2)

@@ -21,8 +21,8 @@ import numpy as np
 from mpi_dasgd.algorithms import Exchange
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.lr_schedule import delay_rule
-from mpi_dasgd.studies.course import Course, configure, vary
-from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Course, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -142,19 +142,19 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """Bias against slow-down, one panel for each way to choose clients."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:
         k = samples["slowdown"]
         for i, (axis, clients) in enumerate(zip(axes, samples["clients"].tolist(), strict=True)):
             for j, rule in enumerate(samples["rule"].tolist()):
-                figure.band(axis, k, samples["bias"][i, j], j, rule)
+                plotting.band(axis, k, samples["bias"][i, j], j, rule)
                 closed = spread(samples["by_steps"])[1][i, j]
-                figure.theory(axis, k, closed, "sum w_i b_i / sum w_i" if j == 0 else "")
+                plotting.theory(axis, k, closed, "sum w_i b_i / sum w_i" if j == 0 else "")
             axis.set(xscale="log", yscale="log", xlabel="slow-down of 4 of 16 workers")
             title = "whoever is free" if clients == "free" else "drawn uniformly"
             axis.set(ylabel="|x - optimum|^2", title=f"Next point to: {title}")
-            figure.ticks(axis.xaxis, k)
+            plotting.ticks(axis.xaxis, k)
             axis.legend(loc="upper left")
 
-    return figure.draw(path, panels, 2)
+    return plotting.draw(path, panels, 2)

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.course import Course, configure, vary
-from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Course, configure, vary
 from mpi_dasgd.tasks.convex import BreastCancer
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -115,7 +115,7 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """Excess loss of the mean model and of the ranks' own, and accuracy, against H."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     shown = {
         "excess": "Excess loss of the mean model",
@@ -126,12 +126,12 @@ def draw(samples: Samples, path: Path) -> Path:
     def panels(axes: Any) -> None:
         for axis, (name, title) in zip(axes, shown.items(), strict=True):
             for i, codec in enumerate(samples["codec"].tolist()):
-                figure.band(axis, samples["steps"], samples[name][i], i, codec)
+                plotting.band(axis, samples["steps"], samples[name][i], i, codec)
             axis.set(xscale="log", xlabel="local steps H", title=title)
-            figure.ticks(axis.xaxis, samples["steps"])
+            plotting.ticks(axis.xaxis, samples["steps"])
             axis.set(ylabel=samples.variables[name].meaning)
             if name.startswith("excess"):
                 axis.set(yscale="log")
             axis.legend(loc="upper left" if name.startswith("excess") else "lower left")
 
-    return figure.draw(path, panels, 3)
+    return plotting.draw(path, panels, 3)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd import algorithms
-from mpi_dasgd.studies.course import Course, configure, vary
-from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure
+from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure
+from mpi_dasgd.studies.trajectory import Course, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -107,21 +107,21 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """One panel for each law of the times."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:
         for j, (axis, compute) in enumerate(zip(axes, samples["compute"].tolist(), strict=True)):
             k = samples["slowdown"]
             for i, algorithm in enumerate(samples["algorithm"].tolist()):
                 rate = (samples["gradients"] / samples["time"])[i, j]
-                figure.band(axis, k, rate, i, algorithm)
+                plotting.band(axis, k, rate, i, algorithm)
             fine = np.geomspace(k[0], k[-1], 100)
-            figure.theory(axis, fine, WORKERS / fine, "n / k and n - 1 + 1 / k")
-            figure.theory(axis, fine, WORKERS - 1 + 1 / fine, "")
+            plotting.theory(axis, fine, WORKERS / fine, "n / k and n - 1 + 1 / k")
+            plotting.theory(axis, fine, WORKERS - 1 + 1 / fine, "")
             axis.set(xscale="log", yscale="log", xlabel="slow-down of one of 16 workers")
             axis.set(ylabel="gradients per unit of time", title=f"{compute} times")
-            figure.ticks(axis.xaxis, k)
-            figure.ticks(axis.yaxis, np.array([0.2, 0.5, 1, 2, 5, 10, 15]))
+            plotting.ticks(axis.xaxis, k)
+            plotting.ticks(axis.yaxis, np.array([0.2, 0.5, 1, 2, 5, 10, 15]))
         axes[0].legend(loc="lower left", ncols=2, fontsize=7)
 
-    return figure.draw(path, panels, len(samples["compute"]))
+    return plotting.draw(path, panels, len(samples["compute"]))

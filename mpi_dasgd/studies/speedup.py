@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd import algorithms
-from mpi_dasgd.studies.course import Course, configure, reached, vary
-from mpi_dasgd.studies.samples import (
+from mpi_dasgd.studies.dataset import (
     Axis,
     Samples,
     Summary,
@@ -32,6 +31,7 @@ from mpi_dasgd.studies.samples import (
     measure,
     spread,
 )  # fmt: skip
+from mpi_dasgd.studies.trajectory import Course, configure, reached, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -143,7 +143,7 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """Time to epsilon with c = 1, and speed-up with the best c."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     fixed, (tuned, _) = _fixed(samples), _best(samples)
     ranks = samples["ranks"]
@@ -151,15 +151,15 @@ def draw(samples: Samples, path: Path) -> Path:
     def panels(axes: Any) -> None:
         for i, algorithm in enumerate(samples["algorithm"].tolist()):
             one = spread(tuned)[1][i, 0]
-            figure.band(axes[0], ranks, fixed[i], i, algorithm)
-            figure.band(axes[1], ranks, one / tuned[i], i, algorithm)
-        figure.theory(axes[0], ranks, theory(ranks), "theory, ~ 1 / n")
-        figure.theory(axes[1], ranks, ranks, "n")
+            plotting.band(axes[0], ranks, fixed[i], i, algorithm)
+            plotting.band(axes[1], ranks, one / tuned[i], i, algorithm)
+        plotting.theory(axes[0], ranks, theory(ranks), "theory, ~ 1 / n")
+        plotting.theory(axes[1], ranks, ranks, "n")
         axes[0].set(ylabel="units of time", title="Time to epsilon, noise floor at epsilon / 2")
         axes[1].set(ylabel="time of one rank / time", title="Speed-up, rate tuned for each n")
         for axis, place in zip(axes, ("upper right", "upper left"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="ranks n")
-            figure.ticks(axis.xaxis, ranks)
+            plotting.ticks(axis.xaxis, ranks)
             axis.legend(loc=place)
 
-    return figure.draw(path, panels, 2)
+    return plotting.draw(path, panels, 2)

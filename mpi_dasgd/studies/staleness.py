@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.course import Course, configure, vary
-from mpi_dasgd.studies.samples import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Course, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -122,18 +122,18 @@ def summary(samples: Samples) -> Summary:
 
 def draw(samples: Samples, path: Path) -> Path:
     """One panel for each problem."""
-    from mpi_dasgd.studies import figure
+    from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:
         for i, (axis, problem) in enumerate(zip(axes, samples["problem"].tolist(), strict=True)):
             for j, latency in enumerate(samples["latency"].tolist()):
                 stale = np.median(samples["s_avg"][i, j])
                 label = f"S_avg {stale:.3g} (latency {latency:g})"
-                figure.band(
+                plotting.band(
                     axis, samples["count"], samples["slope"][i, j].T, j, label, points=False
                 )
             axis.set(yscale="log", xlabel="gradients of all ranks", title=problem)
             axis.set(ylabel="|grad f(mean)|^2 / first")
             axis.legend(loc="upper right")
 
-    return figure.draw(path, panels, len(samples["problem"]))
+    return plotting.draw(path, panels, len(samples["problem"]))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from mpi_dasgd.analysis import style
-from mpi_dasgd.studies.samples import spread
+from mpi_dasgd.studies.dataset import spread
 
 __all__ = ["Axes", "band", "draw", "theory", "ticks"]
 
