@@ -14,10 +14,10 @@ import pytest
 from ranks import ROOT
 
 from mpi_dasgd import bench
-from mpi_dasgd.bench import kernel, workload, yardsticks
-from mpi_dasgd.bench.samples import quartiles, read_samples
-from mpi_dasgd.bench.workload import OPERATIONS, Models, Work
-from mpi_dasgd.bench.yardsticks import UNFUSED, Gpu, cuda_device
+from mpi_dasgd.bench import kernel, kernel_workload, rooflines
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.rooflines import UNFUSED, Gpu, cuda_device
+from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import cpu, native
 from mpi_dasgd.kernels.encoded import BITS, Step
@@ -172,7 +172,7 @@ def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, na
             assert written == expected, (op, isa)
             for part in expected:  # all of it
                 codes = getattr(work, part.split(".")[0]).codes
-                assert (codes != workload._RUBBISH).mean() > 0.9, (op, isa)
+                assert (codes != kernel_workload._RUBBISH).mean() > 0.9, (op, isa)
     cpu.use_instruction_set(SETS[0])
 
 
@@ -203,7 +203,7 @@ def test_a_kernel_that_computes_rubbish_fails(
 def test_separate_passes_that_compute_rubbish_fail(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(yardsticks.UNFUSED, "exchange", ("decode", "statistics", "move"))
+    monkeypatch.setitem(rooflines.UNFUSED, "exchange", ("decode", "statistics", "move"))
     with pytest.raises(MpiDasgdError, match=r"exchange_unfused with .* is wrong"):
         bench.run("kernel", ["--sizes", "5000", "--rounds", "1", "--out", str(tmp_path)])
 

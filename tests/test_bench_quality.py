@@ -12,9 +12,9 @@ import pytest
 from mpi_dasgd import bench
 from mpi_dasgd.bench import detection, quality
 from mpi_dasgd.bench.bias import biases
+from mpi_dasgd.bench.codec_error import METHODS, errors, models
 from mpi_dasgd.bench.gossip import PHASES, RANKS, Setting, gossip
-from mpi_dasgd.bench.pair import METHODS, errors, models
-from mpi_dasgd.bench.samples import read_samples
+from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.codecs import CODECS
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import lattice

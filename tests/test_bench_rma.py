@@ -14,7 +14,7 @@ from ranks import ROOT, mpi_library, run_ranks
 
 from mpi_dasgd import bench
 from mpi_dasgd.bench import rma
-from mpi_dasgd.bench.samples import quartiles, read_samples, samples_path, write_samples
+from mpi_dasgd.bench.sample_store import quartiles, read_samples, samples_path, write_samples
 from mpi_dasgd.errors import UserError
 
 IN_PLACE = {"publish", "read", "put", "average", "exchange"}

@@ -24,7 +24,7 @@ from mpi_dasgd.bench.measurement import (
     cores,
     within,
 )
-from mpi_dasgd.bench.samples import read_samples
+from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.bench.training import (
     FULL,
     QUICK,
@@ -261,7 +261,7 @@ def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
         config = Measurement(Cell("T1", 2, "c4"), algorithm, 0, 1.0).config(directory)
         file = directory / "config.json"
         file.write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "mpi_dasgd.bench.rank", algorithm, str(file)]
+        command = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank", algorithm, str(file)]
         assert launch.run(command, 2, timeout=120, env={"OMP_NUM_THREADS": "1"}).code == 0
         records = [read_run_file(rank_path(config.run_directory, rank)) for rank in range(2)]
         steps = {record.counters["steps"] for record in records}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpi_dasgd.bench.pair import message, models, open_pair
+from mpi_dasgd.bench.codec_error import message, models, open_pair
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BITS, BUCKET, Coded
 

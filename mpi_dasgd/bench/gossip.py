@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_dasgd import codecs
-from mpi_dasgd.bench.pair import message
+from mpi_dasgd.bench.codec_error import message
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.kernels.encoded import BUCKET
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.bench import machine
-from mpi_dasgd.bench.samples import DIRECTORY, quartiles, samples_path, write_samples
-from mpi_dasgd.bench.workload import OPERATIONS, Models, Work
-from mpi_dasgd.bench.yardsticks import Cpu, Gpu, Lane, cuda_device
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.rooflines import Cpu, Gpu, Lane, cuda_device
+from mpi_dasgd.bench.sample_store import DIRECTORY, quartiles, samples_path, write_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError, nearest
 from mpi_dasgd.kernels import cpu, native
 from mpi_dasgd.kernels.encoded import BITS

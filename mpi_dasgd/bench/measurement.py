@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from mpi_dasgd import launch
-from mpi_dasgd.bench.rank import cpu_path
+from mpi_dasgd.bench.measured_rank import cpu_path
 from mpi_dasgd.config import load
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import MpiDasgdError, UserError
@@ -205,7 +205,13 @@ def measure(measurement: Measurement) -> Result:
         log = directory / "log"
         with log.open("w") as output:
             outcome = launch.run(
-                [sys.executable, "-m", "mpi_dasgd.bench.rank", measurement.algorithm, str(file)],
+                [
+                    sys.executable,
+                    "-m",
+                    "mpi_dasgd.bench.measured_rank",
+                    measurement.algorithm,
+                    str(file),
+                ],
                 measurement.cell.ranks,
                 needs_all=True,
                 timeout=measurement.expected_seconds + GRACE,

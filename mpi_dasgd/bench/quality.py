@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpi_dasgd.bench.bias import biases
+from mpi_dasgd.bench.codec_error import METHODS, errors
 from mpi_dasgd.bench.detection import cases, detection
 from mpi_dasgd.bench.gossip import LAWS, PHASES, Setting, gossip
-from mpi_dasgd.bench.pair import METHODS, errors
-from mpi_dasgd.bench.samples import DIRECTORY, samples_path, write_samples
+from mpi_dasgd.bench.sample_store import DIRECTORY, samples_path, write_samples
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.kernels import native
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpi_dasgd import launch, world
 from mpi_dasgd.bench import machine
-from mpi_dasgd.bench.samples import DIRECTORY, quartiles, samples_path, write_samples
+from mpi_dasgd.bench.sample_store import DIRECTORY, quartiles, samples_path, write_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     """
     from mpi_dasgd import topology
     from mpi_dasgd.bench.meeting import serve_until_all_come
-    from mpi_dasgd.bench.operations import Side
+    from mpi_dasgd.bench.rma_operations import Side
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 

@@ -27,7 +27,7 @@ from mpi_dasgd.bench.measurement import (
     cores,
     measure,
 )
-from mpi_dasgd.bench.samples import samples_path, write_samples
+from mpi_dasgd.bench.sample_store import samples_path, write_samples
 from mpi_dasgd.config.schema import Codec
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.world import say

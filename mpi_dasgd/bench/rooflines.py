@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.bench.workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import cpu, lattice, reference
 

@@ -1,4 +1,4 @@
-"""One rank of a measured job: ``python -m mpi_dasgd.bench.rank ALGORITHM CONFIG.json``."""
+"""One rank of a measured job: ``python -m mpi_dasgd.bench.measured_rank ALGORITHM CONFIG.json``."""
 
 from __future__ import annotations
 
