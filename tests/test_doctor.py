@@ -16,7 +16,7 @@ from hosts import Hosts
 from ranks import ROOT, mpi_library, run_ranks
 
 from mpi_dasgd import doctor
-from mpi_dasgd.doctor import local
+from mpi_dasgd.doctor import environment
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 
@@ -115,7 +115,7 @@ def test_ranks_that_do_not_end_are_a_finding(
 
 def test_a_directory_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/proc")
-    check = local._hdf5()
+    check = environment._hdf5()
     assert check.verdict == "fails"
     assert "/proc" in check.text and "run.directory" in check.text
 
@@ -123,7 +123,7 @@ def test_a_directory_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatc
 def test_a_small_container_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64 << 20, 0, 64 << 20))
-    check = local._shared_memory()
+    check = environment._shared_memory()
     assert check.verdict == "warning"
     assert "--shm-size" in check.text
 
@@ -131,7 +131,7 @@ def test_a_small_container_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None
 def test_kernels_that_were_not_built_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(native, "status", lambda: "NumPy kernels (why)")
-    check = local._kernels()
+    check = environment._kernels()
     assert check.verdict == "warning"
     assert check.text.startswith("NumPy kernels (why)")
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 
 from mpi_dasgd import launch, world
-from mpi_dasgd.doctor import local
+from mpi_dasgd.doctor import environment
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.launch import mpiexec
@@ -40,7 +40,7 @@ def run(ranks: int, *, as_json: bool = False) -> int:
     started, rank = world.expected_ranks()
     if started > 1:
         return _in_these_ranks(rank, as_json)
-    return _print([*_job(ranks), *local.checks()], as_json)
+    return _print([*_job(ranks), *environment.checks()], as_json)
 
 
 def _in_these_ranks(rank: int, as_json: bool) -> int:
@@ -50,25 +50,27 @@ def _in_these_ranks(rank: int, as_json: bool) -> int:
 
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
     try:
-        environment = world.start()
+        started = world.start()
     except UserError as error:
         return (
-            _print([Check("mpi", FAILS, str(error)), *local.checks()], as_json) if rank == 0 else 1
+            _print([Check("mpi", FAILS, str(error)), *environment.checks()], as_json)
+            if rank == 0
+            else 1
         )
     except SystemExit:  # rank 0 says why
         return 1
-    environment.abort_on_exception()
+    started.abort_on_exception()
     library: list[Check] = []
-    if environment.rank == 0:
+    if started.rank == 0:
         library = _library(needs_launcher=False)
     path = library[0].values.get("path", "") if library else ""
-    checks = [*library, *probe.checks(environment, str(path))]
+    checks = [*library, *probe.checks(started, str(path))]
     faulthandler.cancel_dump_traceback_later()
     code = 0
-    if environment.rank == 0:
-        code = _print([*checks, *local.checks()], as_json)
-    serve_until_all_come(environment.comm)
-    return int(environment.comm.bcast(code))
+    if started.rank == 0:
+        code = _print([*checks, *environment.checks()], as_json)
+    serve_until_all_come(started.comm)
+    return int(started.comm.bcast(code))
 
 
 def _library(needs_launcher: bool) -> list[Check]:

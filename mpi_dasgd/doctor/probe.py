@@ -55,13 +55,13 @@ def checks(environment: World, library: str) -> list[Check]:
         environment: the ranks.
         library: file of the MPI library, or "".
     """
-    from mpi_dasgd.doctor import measure
+    from mpi_dasgd.doctor import network_checks
 
     found = [_ranks(environment), _windows(environment)]
     if environment.comm.bcast(any(check.verdict == FAILS for check in found)):
         return found
     if environment.size > 1:
-        found += [_exchange(environment), *measure.checks(environment)]
+        found += [_exchange(environment), *network_checks.checks(environment)]
     else:
         text = "one rank has no one to talk to: run the doctor with 2 ranks or more"
         found.append(Check("exchange", WARNING, text))
