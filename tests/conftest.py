@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hosts import Hosts, isolated_hosts
-from ranks import CI, MPIS, mpi_library, rank_counts
 
 from mpi_dasgd.launch import mpiexec
+from tests.support.fake_hosts import Hosts, isolated_hosts
+from tests.support.mpi_ranks import CI, MPIS, mpi_library, rank_counts
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Rules, each for a reason measured or read in the standard:
 * one `Lock_all` for the whole life; `Flush` after every operation whose result is needed;
 * payload is flushed before the swap that announces it: the standard orders neither;
 * `acc_single_intrinsic`, or Open MPI's osc/rdma swaps a word of its own node by plain loads and stores,
-  behind a lock that swaps from other nodes do not take: some of 10^5 are lost (`tests/transport/windows.py`);
+  behind a lock that swaps from other nodes do not take: some of 10^5 are lost (`tests/programs/windows.py`);
 * `Win.Create` never for ranks of one node (sends are 15 to 60 times slower): they share memory.
 """
 

@@ -1,0 +1,82 @@
+"""Every algorithm on the virtual clock, every message and question with a random delay of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from mpi_dasgd import config
+from mpi_dasgd.algorithms import Algorithm
+from mpi_dasgd.algorithms.catalogue import kinds
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Network
+from tests.support.virtual_ranks import JOB
+
+EVENTS = 100_000
+
+
+class _InOrder(VirtualEndpoint):
+    """Messages of one sender do not overtake each other, as on windows."""
+
+    def __init__(self, network: Network, rank: int) -> None:
+        super().__init__(network, rank)
+        self._last = 0.0
+
+    def _later(self, event: Callable[[], None]) -> None:
+        clock = self._network.clock
+        self._last = max(self._last, clock.now + self._network.transfer)
+        self._on_the_way += 1
+
+        def arrive() -> None:
+            self._on_the_way -= 1
+            event()
+
+        clock.after(self._last - clock.now, arrive)
+
+
+@pytest.fixture
+def random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the latency of the network finds another one, exponential of mean 0.2 steps."""
+    dice = random.Random(1)
+    latency = property(lambda network: dice.expovariate(5.0), lambda network, value: None)
+    monkeypatch.setattr(Network, "latency", latency, raising=False)
+
+
+@pytest.mark.usefixtures("random_delays")
+@pytest.mark.parametrize("ranks", [7, 8])
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: f"{kind.name} {kind.variant}".strip())
+def test_no_deadlock_and_no_wait(kind: type[Algorithm], ranks: int) -> None:
+    """All ranks go on, odd and even; those that claim to wait for nobody, and no others, never yield."""
+    overrides = [
+        f"algorithm.name={kind.name}", f"simulation.ranks={ranks}", "simulation.slow_ranks=[-1]",
+        "simulation.slow_factor=5", "simulation.compute=exponential", "simulation.dimension=1",
+        "simulation.gradients=off", f"budget.samples={EVENTS}",
+    ]  # fmt: skip
+    if kind.variant:
+        overrides.append(f"algorithm.variant={kind.variant}")
+    if kind.variant == "bipartite":
+        overrides.append("topology.graph=ring")
+    elif kind.name in ("sgp", "osgp"):
+        overrides.append("topology.graph=exponential")
+    settings = config.load(JOB, overrides)
+    if kind.variant == "bipartite" and ranks % 2:
+        with pytest.raises(UserError, match="odd circle"):
+            Simulation(settings, _InOrder)
+        return
+    simulation = Simulation(settings, _InOrder)
+    for algorithm in simulation.algorithms:
+        algorithm.start()
+    for rank in range(ranks):
+        simulation._begin(rank)
+    workers = [local for local in simulation.locals if local.algorithm and local.algorithm.computes]
+    halfway = 0
+    for event in range(EVENTS):
+        assert simulation.clock.advance(), f"all ranks wait after {event} events"
+        if event == EVENTS // 2:
+            halfway = min(local.step for local in workers)
+    assert min(local.step for local in workers) > 1.5 * halfway > 0
+    assert (simulation.waits == 0) == kind.waits.startswith("never")

@@ -1,0 +1,319 @@
+"""`bench kernel`: its figures follow from its raw samples, and what it computes is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpi_dasgd import bench
+from mpi_dasgd.bench import kernel, kernel_workload, rooflines
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.rooflines import UNFUSED, Gpu, cuda_device
+from mpi_dasgd.bench.sample_store import quartiles, read_samples
+from mpi_dasgd.errors import MpiDasgdError, UserError
+from mpi_dasgd.kernels import cpu, native
+from mpi_dasgd.kernels.encoded import BITS, Step
+from tests.support.mpi_ranks import ROOT
+
+NATIVE = native.load() is not None
+needs_native = pytest.mark.skipif(not NATIVE, reason=native.status())
+needs_no_gpu = pytest.mark.skipif(cuda_device()[0] is not None, reason="there is a CUDA device")
+SETS = cpu.instruction_sets() if NATIVE else []
+
+TRAFFIC = {  # bytes an element with 8 bits: float32 read, codes read, float32 written, codes written
+    "encode": 4 + 0 + 0 + 1,
+    "encode_nearest": 4 + 0 + 0 + 1,
+    "apply": 4 + 1 + 4 + 0,
+    "exchange": 4 + 1 + 4 + 1,
+    "merge": 4 + 1 + 4 + 0,
+    "merge_subtract": 4 + 1 + 4 + 0,
+    "merge_forward": 4 + 1 + 4 + 1,
+    "sgd_encode": 12 + 0 + 8 + 1,
+    "fused": 4 + 2 + 4 + 2,
+    "exchange_unfused": (4 + 1 + 4) + 8 + (8 + 1) + (4 + 1 + 4),
+    "merge_forward_unfused": (4 + 1 + 4) + 8 + 12 + (4 + 1),
+    "memcpy": 8,
+    "triad": 12,
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> dict[str, Any]:
+    assert bench.run("kernel", ["--json", "--out", str(out), *arguments]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+@needs_native
+@needs_no_gpu
+def test_figures_follow_from_the_raw_samples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = run(capsys, tmp_path, "--sizes", "5000", "2Ki", "--rounds", "2")
+    rows = report["rows"]
+    for elements in (5000, 2048):
+        here = {(r["op"], r["backend"], r["bits"]) for r in rows if r["elements"] == elements}
+        codec = {entry for entry in here if entry[2]}
+        expected = set()
+        for bits in BITS:
+            for op in OPERATIONS if bits == 8 else kernel.MAIN:
+                expected |= {(op, backend, bits) for backend in (*SETS, "numpy")}
+                expected |= {(f"{op}_unfused", backend, bits) for backend in SETS if op in UNFUSED}
+        assert codec == expected
+        assert {op for op, _, bits in here if not bits} == {"memcpy", "triad"}
+        assert len(here) == len([r for r in rows if r["elements"] == elements])
+    columns, attributes = read_samples(report["samples"])
+    assert attributes["bench"] == "kernel" and attributes["threads"] == 1
+    assert {"load_before", "clock", "cpu_model", "numpy"} < set(attributes)
+    for row in rows:
+        here = columns["warm_up"] == 0
+        for name in ("op", "backend", "bits", "elements"):
+            here &= columns[name] == row[name]
+        seconds = columns["seconds"][here]
+        yardstick = [columns[f"yardstick_{when}_seconds"][here] for when in ("before", "after")]
+        assert seconds.size == row["samples"] == 2
+        assert row["median_ms"] == pytest.approx(np.median(seconds) * 1e3)
+        assert row["min_ms"] == pytest.approx(seconds.min() * 1e3)
+        nbytes = row["elements"] * row["bytes_per_element"]
+        assert row["gb_per_s"] == pytest.approx(nbytes / np.median(seconds) / 1e9)
+        if not row["bits"]:
+            assert row["ratio_to_trivial"] is row["ratio_to_fused"] is None
+            continue
+        unfused = row["op"].endswith("_unfused")
+        ratios = quartiles(seconds / np.mean(yardstick, axis=0))
+        assert row["ratio_to_fused" if unfused else "ratio_to_trivial"] == pytest.approx(
+            ratios.median
+        )
+        assert row["ratio_to_trivial" if unfused else "ratio_to_fused"] is None
+        assert (row["ratio_q1"], row["ratio_q3"]) == pytest.approx((ratios.q1, ratios.q3))
+        assert row["ratio_of_min"] == pytest.approx(seconds.min() / np.min(yardstick))
+        if row["bits"] == 8:
+            assert row["bytes_per_element"] == TRAFFIC[row["op"]], row["op"]
+
+
+@needs_native
+def test_choices(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = "--sizes 1Mi --bits 4 16 --backends numpy SSE2 --ops apply exchange --threads 2"
+    if "SSE2" not in SETS:
+        arguments = arguments.replace("SSE2", SETS[-1])
+    rows = run(capsys, tmp_path, *arguments.split(), "--rounds", "1")["rows"]
+    found = [(r["op"], r["backend"], r["bits"]) for r in rows if r["bits"]]
+    expected = {
+        (op, b, bits)
+        for op in ("apply", "exchange")
+        for b in ("numpy", SETS[-1])
+        for bits in (4, 16)
+    }
+    expected |= {("exchange_unfused", SETS[-1], bits) for bits in (4, 16)}
+    assert set(found) == expected and len(found) == len(expected)
+    assert {r["threads"] for r in rows} == {2}
+    assert {r["bytes_per_element"] for r in rows if r["op"] == "exchange"} == {9, 12}
+    assert cpu.instruction_sets()[0] in native.load().mpd_instruction_set().decode()  # as before
+
+
+@needs_native
+def test_exchange_is_not_far_from_memory_bandwidth(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--sizes", "2M", "--bits", "8", "--backends", SETS[0], "--ops", "exchange"]
+    rows = run(capsys, tmp_path, *arguments, "--rounds", "9")["rows"]
+    (fused,) = [row for row in rows if row["op"] == "exchange"]
+    if SETS[0].startswith("AVX"):
+        assert fused["ratio_to_trivial"] < 8, fused
+
+
+@needs_native
+def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
+    command = "-m mpi_dasgd bench kernel --sizes 1000 --rounds 1 --ops encode exchange --bits 8"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("native kernels (") and "load: " in lines[0]
+    assert lines[1].split()[:3] == ["op", "backend", "bits"]
+    (samples,) = (tmp_path / "bench-results").iterdir()
+    assert lines[-1] == f"raw samples: bench-results/{samples.name}"
+
+
+# --- what it computes ---
+
+
+@needs_native
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["trivial", "streamed"])
+def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, name: str) -> None:
+    work = Work.make(Models.make(5 * 1024), bits)
+    models = work.models
+    for isa in SETS:
+        cpu.use_instruction_set(isa)
+        for op, operation in OPERATIONS.items():
+            work.restore()
+            before = {part: array.tobytes() for part, array, _ in work._results()}
+            step = operation.step(work)
+            cpu.yardstick(step, name, np.zeros_like(models.x))()
+            written = {
+                part for part, array, _ in work._results() if array.tobytes() != before[part]
+            }
+            outputs = {"reply": step.reply, "published": step.published}
+            expected = {f"{part}.codes" for part, out in outputs.items() if out is not None}
+            assert written == expected, (op, isa)
+            for part in expected:  # all of it
+                codes = getattr(work, part.split(".")[0]).codes
+                assert (codes != kernel_workload._RUBBISH).mean() > 0.9, (op, isa)
+    cpu.use_instruction_set(SETS[0])
+
+
+@needs_native
+def test_a_kernel_that_computes_rubbish_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared = cpu.prepared
+
+    def wrong(step: Step) -> Any:
+        right = prepared(step)
+
+        def call() -> None:
+            right()
+            step.x[-1] += 1
+
+        return call
+
+    monkeypatch.setattr(cpu, "prepared", wrong)
+    with pytest.raises(MpiDasgdError, match=r"merge with . bits and 5000 elements on .*x is wrong"):
+        bench.run(
+            "kernel", ["--sizes", "5000", "--rounds", "1", "--ops", "merge", "--out", str(tmp_path)]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_native
+def test_separate_passes_that_compute_rubbish_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(rooflines.UNFUSED, "exchange", ("decode", "statistics", "move"))
+    with pytest.raises(MpiDasgdError, match=r"exchange_unfused with .* is wrong"):
+        bench.run("kernel", ["--sizes", "5000", "--rounds", "1", "--out", str(tmp_path)])
+
+
+@needs_native
+def test_a_large_model_is_compared_in_parts() -> None:
+    work = Work.make(Models.make(40 * 64 * 1024 + 17), 8)
+    firsts = work._blocks()
+    assert len(firsts) == 16 and {0, 40 * 64} < set(firsts)
+    operation = OPERATIONS["fused"]
+    work.restore()
+    cpu.run(operation.step(work))
+    work.check(operation)
+    work.models.x[-1] += 1
+    with pytest.raises(MpiDasgdError, match="x is wrong from bucket 2560 on"):
+        work.check(operation)
+
+
+class Pointer:
+    """Device memory, in NumPy."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = np.zeros(nbytes, np.uint8)
+
+    def __add__(self, offset: int) -> Pointer:
+        moved = Pointer(0)
+        moved.memory = self.memory[offset:]
+        return moved
+
+    def copy_from_device_async(self, source: Pointer, nbytes: int) -> None:
+        assert nbytes <= source.memory.size
+        self.memory[:nbytes] = source.memory[:nbytes]
+
+
+class Event:
+    """One of a device that is done when it is asked for the first time."""
+
+    asked = 0
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    @property
+    def done(self) -> bool:
+        Event.asked += 1
+        return Event.asked == 1
+
+
+@needs_native
+def test_lanes_of_a_gpu_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(
+        Device=lambda: SimpleNamespace(attributes={"L2CacheSize": 100_000}),
+        Event=Event,
+        alloc=Pointer,
+        get_elapsed_time=lambda begin, end: 4.0,
+    )
+    fake = SimpleNamespace(cuda=cuda, asarray=np.array, empty=np.empty, zeros=np.zeros)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(Gpu, "_PLUG", 1000)
+    host = Work.make(Models.make(3000), 8)
+    gpu = Gpu(host.models)
+    lanes = [*gpu.memory(), *gpu.lanes(host, list(OPERATIONS))]
+    assert len(lanes) == 1 + len(OPERATIONS)
+    assert len(gpu.models) == 1 + int(2 * 100_000 / (5 * 3000))  # of encode, which touches least
+    for lane in lanes:
+        lane.prepare()
+        launches = max(gpu._sets(lane.traffic * 3000), 8)
+        assert lane.run() == pytest.approx(4e-3 / launches)
+        lane.yardstick()
+        lane.check()
+    assert gpu.plugs == 8  # the device had waited, once
+    gpu.models[0].x.fill(np.nan)
+    lane.run()
+    with pytest.raises(MpiDasgdError, match="buckets were rejected while time was taken"):
+        lane.check()
+
+
+# --- arguments ---
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "64KB"], "'64KB' is not a number of elements"),
+        (["--sizes", "0"], "'0' is not a number of elements"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--ops", "exchang"], "'exchang' is not known; did you mean 'exchange'"),
+        (["--backends", "AVX"], "'AVX' is not known"),
+        (["--sizes", "1000000M"], "give smaller --sizes"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench.run("kernel", arguments)
+
+
+@needs_native
+@needs_no_gpu
+@pytest.mark.parametrize("option", ["--backend", "--backends"])
+def test_no_gpu(option: str) -> None:
+    with pytest.raises(UserError, match="there is no CUDA device here"):
+        bench.run("kernel", [option, "cuda"])
+
+
+def test_without_native_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: None)
+    with pytest.raises(UserError, match="yardsticks are part of what is missing"):
+        bench.run("kernel", [])

@@ -1,0 +1,273 @@
+"""`bench training`: what is measured in which order, how shares are computed, and real jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpi_dasgd import bench, launch
+from mpi_dasgd.bench.ddp import tcp_bytes_sent
+from mpi_dasgd.bench.measurement import (
+    Cell,
+    JobFailed,
+    Measurement,
+    Result,
+    common_windows,
+    cores,
+    within,
+)
+from mpi_dasgd.bench.sample_store import read_samples
+from mpi_dasgd.bench.training import (
+    FULL,
+    QUICK,
+    Plan,
+    check_comparable,
+    columns,
+    summarize,
+    table,
+)
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.runfile import rank_path, read_run_file
+from tests.support.mpi_ranks import ROOT, missing, mpi_library
+
+PARAMETERS = 9_930  # of T1
+CELL = Cell("T1", 2, "s10")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks find this checkout and MPICH."""
+    library = mpi_library("mpich")
+    if library is None:
+        missing("no library of MPICH: `make test` installs it")
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(library))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+def result(
+    algorithm: str,
+    repeat: int,
+    rate: float,
+    *,
+    cell: Cell = CELL,
+    seconds_to_worst: float = 1.0,
+    loss: float = 2.3,
+) -> Result:
+    """A measurement of 20 s in which two ranks made `rate` samples/s together and used 10 s CPU."""
+    return Result(
+        measurement=Measurement(cell, algorithm, repeat, 22.0),
+        edges=np.linspace(2.0, 22.0, 21),
+        samples=np.outer([0.75, 0.25], np.full(20, rate)),
+        cpu_s=np.full((2, 20), 0.25),
+        busy_s=np.full(20, 0.75),
+        bytes_per_step=np.nan if algorithm == "allreduce" else 100.0,
+        seconds_to_mean=0.5,
+        seconds_to_worst=seconds_to_worst,
+        first_losses=(loss, 2.2),
+    )
+
+
+def test_plan_measures_every_combination_beside_its_reference() -> None:
+    plan = Plan(["T1", "T3"], [2, 4], ["none", "c4"], ["ddp", "adpsgd", "ddp"], repeats=3)
+    measurements = list(plan.measurements())
+    assert len(measurements) == 2 * 2 * 2 * 3 * 3
+    assert set(Counter((m.cell, m.algorithm, m.repeat) for m in measurements).values()) == {1}
+    for first in range(0, len(measurements), 3):
+        together = measurements[first : first + 3]
+        assert len({(m.cell, m.repeat) for m in together}) == 1, "compared, but far apart in time"
+        assert {m.algorithm for m in together} == {"alone", "ddp", "adpsgd"}
+    positions = Counter((m.algorithm, n % 3) for n, m in enumerate(measurements))
+    assert set(positions.values()) == {8}, (
+        "every algorithm is first, second and third equally often"
+    )
+
+
+def test_full_and_quick_plan() -> None:
+    assert [str(cell) for cell in Plan(**QUICK).cells] == ["T1 n=2 none", "T1 n=2 s10"]
+    measurements = list(Plan(**FULL).measurements())
+    assert len(measurements) == 3 * 2 * 5 * 4 * 3
+    for measurement in measurements:
+        assert measurement.expected_seconds > measurement.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["T4"]}, "--tasks: 'T4' is not known"),
+        ({"algorithms": ["adpsdg"]}, "did you mean 'adpsgd'"),
+        ({"stragglers": ["x10"]}, "--stragglers: 'x10'"),
+        ({"stragglers": ["s0"]}, "--stragglers: 's0'"),
+        ({"ranks": [2, 1]}, "--ranks: needs 2 or more, got 1"),
+        ({"repeats": 0}, "--repeats"),
+        ({"seconds": 0.0}, "--seconds"),
+    ],
+)
+def test_plan_refuses(change: dict[str, object], message: str) -> None:
+    good = {"tasks": ["T1"], "ranks": [2], "stragglers": ["none"], "algorithms": ["ddp"]}
+    with pytest.raises(UserError, match=message):
+        Plan(**{**good, "repeats": 1, **change})  # type: ignore[arg-type]
+
+
+def test_configuration_of_a_measurement(tmp_path: Path) -> None:
+    def config(task: str, straggler: str, algorithm: str, repeat: int = 0):  # type: ignore[no-untyped-def]
+        return Measurement(Cell(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
+
+    sleeping, working = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler
+    assert (sleeping.kind, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
+    assert (working.kind, working.factor, working.mode) == ("constant", 4, "work")
+    assert config("T1", "none", "alone").straggler.kind == "none"
+    assert config("T1", "none", "alone").evaluation.points == 200, "one in 0.02 s"
+    assert config("T2", "none", "alone").evaluation.points == 1, "noise cannot be learnt"
+    assert config("T1", "s10", "adpsgd", 1).run.seed != config("T1", "s10", "adpsgd", 0).run.seed
+    for task in ("T1", "T2", "T3"):  # the same problem but for the algorithm
+        ours, rival = (config(task, "s4", name).model_dump() for name in ("alone", "ddp"))
+        del ours["algorithm"], rival["algorithm"]
+        assert ours == rival
+
+
+def test_shares_are_of_the_same_repeat() -> None:
+    # The machine is half as fast in the second repeat: the share of medians would be 0.62.
+    results = [result("alone", n, rate) for n, rate in enumerate((1000.0, 500.0, 800.0))]
+    results += [result("adpsgd", n, rate) for n, rate in enumerate((500.0, 450.0, 800.0))]
+    alone, adpsgd = summarize(results)
+    assert alone["share_of_alone"] == 1.0 and alone["share_spread"] == 0.0
+    assert adpsgd["samples_per_s"] == pytest.approx(500.0)
+    assert adpsgd["share_of_alone"] == pytest.approx(0.9)
+    assert adpsgd["share_spread"] == pytest.approx(0.5)
+    assert adpsgd["cpu_busy"] == pytest.approx(0.5 / cores())
+    assert adpsgd["cpu_others"] == pytest.approx(0.25 / cores())
+
+
+def test_shares_are_of_the_same_cell() -> None:
+    quick, slow = Cell("T1", 2, "none"), Cell("T1", 4, "none")
+    results = [result("alone", 0, 1000.0, cell=quick), result("ddp", 0, 500.0, cell=quick)]
+    results += [result("alone", 0, 100.0, cell=slow), result("ddp", 0, 90.0, cell=slow)]
+    results += [result("ddp", 1, 90.0, cell=slow)]  # its reference failed
+    rows = {(row["ranks"], row["algorithm"]): row for row in summarize(results)}
+    assert rows[2, "ddp"]["share_of_alone"] == pytest.approx(0.5)
+    assert rows[4, "ddp"]["share_of_alone"] == pytest.approx(0.9)
+    assert rows[4, "ddp"]["share_spread"] is None
+
+
+def test_what_was_not_reached_or_counted_is_null() -> None:
+    reached = (1.0, np.inf, 3.0)
+    results = [result("alone", n, 1.0, seconds_to_worst=s) for n, s in enumerate(reached)]
+    results += [result("allreduce", n, 1.0, seconds_to_worst=np.inf) for n in range(3)]
+    alone, allreduce = summarize(results)
+    assert alone["seconds_to_95_worst"] == 3.0, "the median, with one that took for ever"
+    assert allreduce["seconds_to_95_worst"] is None
+    assert allreduce["bytes_per_step"] is None
+    json.dumps([alone, allreduce], allow_nan=False)
+    assert [len(line) for line in table([alone, allreduce])] == [119] * 3
+    assert table([allreduce])[1].split()[-1] == "-"
+
+
+def test_raw_samples_hold_every_window() -> None:
+    found = columns([result("alone", 0, 1000.0), result("ddp", 0, 500.0)])
+    assert {len(values) for values in found.values()} == {2 * 2 * 20}
+    ddp = np.array(found["algorithm"]) == "ddp"
+    assert np.array(found["samples"])[ddp].sum() == pytest.approx(500.0 * 20)
+
+
+def test_different_beginnings_are_not_compared() -> None:
+    check_comparable(
+        [result("alone", 0, 1.0), result("ddp", 0, 1.0), result("ddp", 1, 1.0, loss=2.4)]
+    )
+    with pytest.raises(ValueError, match="alone and ddp did not begin alike"):
+        check_comparable([result("alone", 0, 1.0), result("ddp", 0, 1.0, loss=2.4)])
+
+
+def test_windows_lie_where_all_ranks_train() -> None:
+    fast, slow = 0.002 * np.arange(1, 2501), 0.02 * np.arange(1, 211)  # to 5.0 s and 4.2 s
+    edges = common_windows([fast, slow], 0.5)
+    assert (edges[0], edges[-1]) == (0.5, slow[-1])
+    samples = sum(within(edges, times, 32 * np.arange(1, len(times) + 1)) for times in (fast, slow))
+    np.testing.assert_allclose(samples / np.diff(edges), 32 / 0.002 + 32 / 0.02)
+    late = 3.0 + slow
+    assert common_windows([fast, late], 0.5)[0] == late[0], "not before a rank's first step"
+    with pytest.raises(JobFailed, match="--seconds"):
+        common_windows([fast, np.array([0.4, 4.9])], 0.5)
+
+
+def test_tcp_bytes_are_counted() -> None:
+    before = tcp_bytes_sent()
+    if before is None:
+        pytest.skip("this kernel does not count them")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        server.accept()[0] as other,
+    ):
+        client.sendall(bytes(50_000))
+        left = 50_000
+        while left:
+            left -= len(other.recv(left))
+        assert tcp_bytes_sent() - before == 50_000  # type: ignore[operator]
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("environment")
+def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Speeds are not judged here: the machine may be doing anything."""
+    arguments = (
+        "--tasks T1 --ranks 2 --stragglers s10 --algorithms adpsgd,ddp --seconds 2 --repeats 1"
+    )
+    code = bench.run("training", [*arguments.split(), "--json", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "3 measurements, about" in err.splitlines()[0]
+    answer = json.loads(out)
+    rows = {row["algorithm"]: row for row in answer["rows"]}
+    assert set(rows) == {"alone", "adpsgd", "ddp"}
+    for row in rows.values():
+        assert (row["task"], row["ranks"], row["straggler"]) == ("T1", 2, "s10")
+        assert row["samples_per_s"] > 0
+        assert 0.01 < row["share_of_alone"] < 20
+        assert row["share_spread"] is None
+        assert 0 < row["cpu_busy"] <= 1.05
+        assert row["cpu_others"] >= 0
+        for kind in ("mean", "worst"):
+            assert row[f"seconds_to_95_{kind}"] is None or 0 < row[f"seconds_to_95_{kind}"] < 5
+    assert rows["alone"]["bytes_per_step"] == 0
+    assert 4 * PARAMETERS < rows["ddp"]["bytes_per_step"] < 1.1 * 4 * PARAMETERS
+    assert 0 < rows["adpsgd"]["bytes_per_step"] < 2.2 * 4 * PARAMETERS
+    found, attributes = read_samples(answer["samples"])
+    assert attributes["bench"] == "training" and len(found["samples"]) == 3 * 2 * 20
+    mine = found["algorithm"] == "ddp"
+    seconds = found["end_s"][mine].max() - found["begin_s"][mine].min()
+    rate = found["samples"][mine].sum() / seconds
+    assert rate == pytest.approx(rows["ddp"]["samples_per_s"])
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("environment")
+def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
+    """Averaging gradients has one outcome: the losses of DDP are those of our all-reduce.
+
+    The straggler computes here, so that gradients computed for nothing would show if they counted.
+    """
+    losses = []
+    for algorithm in ("allreduce", "ddp"):
+        directory = tmp_path / algorithm
+        directory.mkdir()
+        config = Measurement(Cell("T1", 2, "c4"), algorithm, 0, 1.0).config(directory)
+        file = directory / "config.json"
+        file.write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank", algorithm, str(file)]
+        assert launch.run(command, 2, timeout=120, env={"OMP_NUM_THREADS": "1"}).code == 0
+        records = [read_run_file(rank_path(config.run_directory, rank)) for rank in range(2)]
+        steps = {record.counters["steps"] for record in records}
+        assert len(steps) == 1, "ranks that go in step"
+        losses.append([record.tables["train"]["loss"] for record in records])
+    compared = min(30, *(len(rank) for both in losses for rank in both))
+    assert compared > 5
+    ours, rivals = (np.array([rank[:compared] for rank in both]) for both in losses)
+    np.testing.assert_allclose(rivals, ours, rtol=1e-3)

@@ -1,0 +1,96 @@
+"""The kernels on a real GPU, with CuPy and with torch: the same bits as on the CPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.kernels import cuda, lattice, reference
+from mpi_dasgd.kernels.encoded import BITS, FOUND, Coded, buckets_of
+from tests.support.lattice_cases import cases, outcomes
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def cupy() -> ModuleType:
+    module: ModuleType = pytest.importorskip("cupy")
+    if not module.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return module
+
+
+@pytest.mark.parametrize("nearest", [False, True], ids=["dither", "nearest"])
+@pytest.mark.parametrize("bits", BITS)
+def test_same_bits_as_the_reference(cupy: ModuleType, bits: int, nearest: bool) -> None:
+    def device(array: np.ndarray) -> Any:
+        return cupy.asarray(array.view(np.uint8)).view(array.dtype)  # of FOUND, too
+
+    def host(array: Any) -> np.ndarray:
+        return cupy.asnumpy(array.view(np.uint8)).view(array.dtype)
+
+    for case in cases(bits, nearest):
+        expected = outcomes(case, reference.run)
+        found = outcomes(case, cuda.run, device, host)
+        assert not [name for name in found if found[name] != expected[name]], case
+
+
+@pytest.mark.parametrize("size", [25_000_000, 2**29 + 5])  # the second one is longer than 2 GiB
+def test_large_models(cupy: ModuleType, size: int) -> None:
+    x = cupy.random.default_rng(1).standard_normal(size, dtype=np.float32)
+    y = x + cupy.random.default_rng(2).standard_normal(size, dtype=np.float32) * np.float32(1e-3)
+    assert y.dtype == np.float32
+    theirs, reply, published = (Coded.empty(size, 8, seed, xp=cupy) for seed in (1, 2, 3))
+    for message in (theirs, published):
+        message.scales[:] = 1e-4
+    start = cupy.asnumpy(y)
+    found = cupy.zeros(buckets_of(size) * FOUND.itemsize, np.uint8).view(FOUND)
+    lattice.encode(x, theirs)
+    lattice.fused(y, (), theirs, 0.5, reply, published, found=found)
+    codes, scales, checks = map(cupy.asnumpy, (theirs.codes, theirs.scales, theirs.checks))
+    expected = Coded(size, 8, codes, scales, checks, seed=1)
+    back, forward = Coded.empty(size, 8, seed=2), Coded.empty(size, 8, seed=3)
+    forward.scales[:] = 1e-4
+    lattice.fused(start, (), expected, 0.5, back, forward, threads=8)
+    assert np.array_equal(start.view(np.uint32), cupy.asnumpy(y).view(np.uint32))
+    for host, device in ((back, reply), (forward, published)):
+        assert np.array_equal(host.codes, cupy.asnumpy(device.codes))
+        assert np.array_equal(host.scales, cupy.asnumpy(device.scales))
+        assert np.array_equal(host.checks, cupy.asnumpy(device.checks))
+    assert not cupy.asnumpy(found.view(np.uint32))[::4].any()  # nothing was rejected
+
+
+@pytest.mark.parametrize("way", ["dlpack", "cuda_array_interface"])
+def test_torch_tensors_in_place_on_torchs_stream(cupy: ModuleType, way: str) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch was built without CUDA")
+    rng = np.random.default_rng(3)
+    size = 1_000_000
+    x = rng.normal(size=size).astype(np.float32)
+    y = x + rng.uniform(-1e-2, 1e-2, size).astype(np.float32)
+    theirs = Coded.empty(size, 8, seed=4)
+    theirs.scales[:] = 1e-3
+    lattice.encode(x, theirs)
+    stream = torch.cuda.Stream()
+    source = torch.from_numpy(y).cuda()
+    tensor = torch.zeros(size, device="cuda", requires_grad=True)
+    message = Coded(
+        size, 8, *map(cupy.asarray, (theirs.codes, theirs.scales, theirs.checks)), theirs.seed
+    )
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        torch.cuda._sleep(100_000_000)  # were the kernel on another stream, it would be there first
+        with torch.no_grad():
+            tensor.copy_(source)
+        detached = tensor.detach()
+        array = cupy.from_dlpack(detached) if way == "dlpack" else cupy.asarray(detached)
+        assert array.data.ptr == tensor.data_ptr()
+        lattice.exchange(array, message, 0.5)
+        result = tensor.detach().clone()
+    stream.synchronize()
+    lattice.exchange(y, theirs, 0.5)
+    assert np.array_equal(result.cpu().numpy().view(np.uint32), y.view(np.uint32))

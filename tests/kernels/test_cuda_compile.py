@@ -1,0 +1,159 @@
+"""The CUDA kernels compile, for three generations of GPUs, to what they are meant to be.
+
+NVRTC and the disassembler come from PyPI (extra ``dev``); neither a GPU nor its driver is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from mpi_dasgd.kernels import cuda
+from mpi_dasgd.kernels.encoded import BITS
+from tests.support.mpi_ranks import missing
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+OPTIONS = (*cuda.OPTIONS, "-ftz=true", "--device-as-default-execution-space")
+"""Ours, and what CuPy 14 adds to them after that."""
+ACCESSES = {  # of 16 bytes: loads and stores
+    "encode": (8, 0),
+    "sgd_encode": (24, 16),
+    "apply": (8, 8),
+    "exchange": (8, 8),
+    "merge": (8, 8),
+    "merge_forward": (8, 8),
+    "fused": (8, 8),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the assembler reports of a kernel, and how often it has each instruction."""
+
+    name: str
+    registers: int
+    report: str
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """Return the number of instructions whose name matches from its beginning."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Kernel]]:
+    """All kernels of each architecture, compiled as CuPy will."""
+    nvrtc = _nvrtc()
+    jobs = [(architecture, bits) for architecture in ARCHITECTURES for bits in BITS]
+    folder = tmp_path_factory.mktemp("cubin")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda job: list(_compile(nvrtc, folder, *job)), jobs)
+        result: dict[int, list[Kernel]] = {architecture: [] for architecture in ARCHITECTURES}
+        for (architecture, _), some in zip(jobs, found, strict=True):
+            result[architecture] += some
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_fit_into_the_registers(
+    kernels: dict[int, list[Kernel]], architecture: int
+) -> None:
+    for kernel in kernels[architecture]:
+        assert kernel.registers <= 128, kernel  # 2 blocks of 256 threads on a multiprocessor
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel.report
+        assert not kernel.count("LDL|STL"), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vectors_pass_once_and_16_bytes_at_a_time(
+    kernels: dict[int, list[Kernel]], architecture: int
+) -> None:
+    expected = {f"mpd_{name}_{bits}": count for name, count in ACCESSES.items() for bits in BITS}
+    found = {
+        k.name: (k.count(r"LDG\.E\.128"), k.count(r"STG\.E\.128")) for k in kernels[architecture]
+    }
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_warps_go_their_own_way(kernels: dict[int, list[Kernel]], architecture: int) -> None:
+    for kernel in kernels[architecture]:
+        assert not kernel.count(r"BAR|ATOM|RED\.|LDS|STS"), kernel
+        assert kernel.count("REDUX"), kernel
+        assert "smem" not in kernel.report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_flushed_or_contracted(
+    kernels: dict[int, list[Kernel]], architecture: int
+) -> None:
+    for kernel in kernels[architecture]:
+        reciprocals = kernel.count(r"MUFU\.RCP")  # whose iteration has both, to no harm
+        assert kernel.count(r"F\w+\.FTZ") <= reciprocals, kernel
+        assert kernel.count("FFMA") <= 2 * reciprocals, kernel
+        assert kernel.count("FADD|FMUL") >= 64
+
+
+def _compile(nvrtc: ctypes.CDLL, folder: Path, architecture: int, bits: int) -> Iterator[Kernel]:
+    options = [*OPTIONS, f"-DMPD_BITS={bits}", f"--gpu-architecture=sm_{architecture}"]
+    options.append("--ptxas-options=-v")
+    program = ctypes.c_void_p()
+    source = cuda.source().encode()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"lattice.cu", 0, None, None)
+    texts = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    status = nvrtc.nvrtcCompileProgram(program, len(options), texts)
+    log = _output(nvrtc, "ProgramLog", program).decode()
+    assert status == 0, log
+    cubin = folder / f"sm_{architecture}_{bits}.cubin"
+    cubin.write_bytes(_output(nvrtc, "CUBIN", program))
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    disassembler = _files("nvidia-cuda-nvdisasm", r"nvdisasm(\.exe)?")[0]
+    done = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True)
+    parts = re.split(r"^\.text\.(\w+):$", done.stdout, flags=re.MULTILINE)
+    code = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for report in log.split("Compiling entry function '")[1:]:
+        name = report.partition("'")[0]
+        registers = re.search(r"Used (\d+) registers", report)
+        assert registers is not None, report
+        instructions = re.findall(
+            r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", code[name], re.MULTILINE
+        )
+        yield Kernel(name, int(registers[1]), report, Counter(instructions))
+
+
+def _output(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    assert not nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    assert not nvrtc[f"nvrtcGet{what}"](program, buffer)
+    return buffer.raw
+
+
+def _nvrtc() -> ctypes.CDLL:
+    """Load the compiler, after what it would not find by itself."""
+    for library in _files("nvidia-cuda-nvrtc", r"libnvrtc-builtins\.so[.\d]*"):
+        ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(_files("nvidia-cuda-nvrtc", r"libnvrtc\.so[.\d]*")[0]))
+
+
+def _files(package: str, name: str) -> list[Path]:
+    """Return the files of an installed package that have this name."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        missing(f"{package} is not installed: `make test` installs it")
+    return [Path(str(file.locate())) for file in files if re.fullmatch(name, file.name)]

@@ -1,0 +1,184 @@
+"""The CUDA kernels, run on the CPU (``cuda_shim.h``), give the same bits as the reference.
+
+All of the GPU's path is exercised but CuPy and the device: the Python that describes a step to the
+kernels, too. Run as a program, it is its own helper: ``test_cuda_shim.py LIBRARY`` does a part of
+the comparison with that library, which the sanitizers watch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels import cuda, reference
+from mpi_dasgd.kernels.encoded import BITS, Coded, Step
+from tests.support.lattice_cases import Case, cases, outcomes
+from tests.support.mpi_ranks import ROOT, missing
+
+SHAPES = ((1, 32), (2, 96), (64, 256))
+"""Grids and blocks that kernels are launched with, instead of those for a real device."""
+
+
+class DeviceArray(np.ndarray):
+    """A NumPy array that says where it lies as CuPy's do."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.__array_interface__["data"][0])
+
+
+class FakeCupy:
+    """What `mpi_dasgd.kernels.cuda` asks of CuPy, on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.shape: tuple[int, int] | None = None  # None: as asked for
+        self.launched: list[str] = []
+        device = SimpleNamespace(attributes={"MultiProcessorCount": 1})
+        self.cuda = SimpleNamespace(Device=lambda: device)
+
+    def RawModule(self, code: str, options: tuple[str, ...]) -> FakeCupy:  # noqa: N802
+        assert "--fmad=false" in options
+        assert '#include "' not in code
+        return self
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        kernel = getattr(self.library, name)
+
+        def launch(grid: tuple[int], block: tuple[int], args: tuple[np.ndarray]) -> None:
+            (step,) = args
+            assert step.nbytes == self.library.mpd_step_bytes()
+            self.launched.append(name)
+            shape = self.shape or (*grid, *block)
+            self.library.mpd_launch(kernel, ctypes.c_void_p(step.ctypes.data), *shape)
+
+        return launch
+
+
+def build(library: Path, *flags: str) -> None:
+    """Compile ``lattice.cu`` for the CPU, as it is."""
+    if shutil.which("g++") is None:
+        missing("no g++")
+    command = ["g++", "-O2", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-fPIC", "-shared", *flags, "-o", str(library)]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "support" / "cuda_driver.cpp")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def install(fake: FakeCupy) -> None:
+    """Put it in CuPy's place."""
+    sys.modules["cupy"] = fake  # type: ignore[assignment]
+    cuda._kernel.cache_clear()
+    cuda._module.cache_clear()
+
+
+def compare(case: Case, expected: dict[str, bytes]) -> None:
+    """Assert that the kernels' results are those of the reference."""
+    found = outcomes(case, cuda.run, lambda array: array.copy().view(DeviceArray))
+    assert list(found) == list(expected)
+    assert not [name for name in found if found[name] != expected[name]], case
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("shim") / "lattice.so"
+    build(library)
+    return library
+
+
+@pytest.fixture
+def fake(library: Path) -> Iterator[FakeCupy]:
+    before = sys.modules.get("cupy")
+    fake = FakeCupy(library)
+    install(fake)
+    yield fake
+    del sys.modules["cupy"]
+    if before is not None:
+        sys.modules["cupy"] = before
+    cuda._kernel.cache_clear()
+    cuda._module.cache_clear()
+
+
+@pytest.mark.parametrize("nearest", [False, True], ids=["dither", "nearest"])
+@pytest.mark.parametrize("bits", BITS)
+def test_same_bits_as_the_reference(fake: FakeCupy, bits: int, nearest: bool) -> None:
+    for i, case in enumerate(cases(bits, nearest)):
+        fake.shape = SHAPES[i % len(SHAPES)]
+        compare(case, outcomes(case, reference.run))
+    names = ("encode", "sgd_encode", "apply", "exchange", "merge", "merge_forward", "fused")
+    assert {f"mpd_{name}_{bits}" for name in names} <= set(fake.launched)
+
+
+def test_the_grid_does_not_show(fake: FakeCupy) -> None:
+    *_, case, _ = cases(8, False)
+    expected = outcomes(case, reference.run)
+    for fake.shape in (None, *SHAPES):
+        compare(case, expected)
+
+
+def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
+    library = tmp_path / "lattice.so"
+    sanitizers = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    build(library, *sanitizers, "-O0", "-g")  # -O2 takes longer to compile than it saves
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    env = {
+        **os.environ,
+        "LD_PRELOAD": runtime,  # before Python's allocations, so that NumPy's are watched as well
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, str(library)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "runtime error" not in done.stderr, done.stderr
+    assert done.stdout.strip() == "same bits"
+
+
+def test_arrays_that_are_not_aligned_are_refused(fake: FakeCupy) -> None:
+    def on_device(dtype: Any, size: int, offset: int = 0) -> Any:
+        return np.zeros(size + offset, dtype).view(DeviceArray)[offset:]
+
+    coded = Coded(1024, 8, on_device("u1", 1024), on_device("f4", 1), on_device("u4", 1))
+    step = Step(on_device("f4", 1024, offset=1))
+    step.published = coded
+    with pytest.raises(UserError, match="x: expected memory aligned to 16 bytes, got .* 4 bytes"):
+        cuda.run(step)
+    step = Step(on_device("f4", 1024))
+    step.published = Coded(1024, 8, on_device("u1", 1024, offset=2), coded.scales, coded.checks)
+    with pytest.raises(
+        UserError, match="codes: expected memory aligned to 4 bytes, got .* 2 bytes"
+    ):
+        cuda.run(step)
+    assert not fake.launched
+
+
+if __name__ == "__main__":
+    install(FakeCupy(Path(sys.argv[1])))
+    for bits in BITS:
+        for case in cases(bits, nearest=bits == 8, sizes=(1, 1023, 1025)):
+            compare(case, outcomes(case, reference.run))
+    print("same bits")

@@ -1,0 +1,458 @@
+"""How jobs are started, how they end, and what is said about it; on one host and on fake hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpi_dasgd import launch
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.launch import Outcome, mpiexec
+from tests.support.fake_hosts import Hosts
+from tests.support.mpi_ranks import ROOT, mpi_library, run_ranks
+
+pytestmark = pytest.mark.mpi
+
+START = """
+import os, signal, sys, time
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+rank, size = comm.rank, comm.size
+"""
+
+
+@pytest.fixture(scope="module")
+def mpich() -> mpiexec.Library:
+    return mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library("mpich"))})
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("codes", "first", "launcher", "ended_by", "verdict"),
+    [
+        ((0, 0), None, 0, None, 0),
+        ((0, 0), None, 9, None, 0),  # the launcher's status says nothing
+        ((0, 137, 0), 1, 0, None, 0),  # one was killed, the others finished
+        ((137,), 0, 0, None, 137),  # nobody finished
+        ((137, 139), 1, 0, None, 139),  # nobody finished: the first
+        ((1, 2, 137), 0, 0, None, 2),  # bad input comes before everything
+        ((143, 3, 1), 2, 0, None, 3),
+        ((0, 7, 137), 1, 0, None, 7),  # a failure, not only a loss
+        ((143, 5, 4), 2, 0, None, 4),  # the first one
+        ((None, None), None, 7, None, 7),  # aborted: the launcher has the code
+        ((None, 0), None, 0, None, 1),  # not known is not good
+        ((0, None), None, 3, None, 3),
+        ((137, 137), 0, 0, "timeout", 124),
+        ((0, 0), None, 0, "timeout", 124),
+        ((143, 0), 0, 0, signal.SIGTERM, 143),
+        ((0, 0), None, 0, signal.SIGINT, 0),  # the program handled it
+        ((143, 139, 143), 1, 0, "loss", 139),  # the lost one, not those that were ended after it
+        ((1, 137, 0), 1, 0, "loss", 137),
+    ],
+)
+def test_verdict(codes, first, launcher, ended_by, verdict):
+    outcome = Outcome(codes, first, launcher, ended_by)
+    assert outcome.code == verdict
+    assert (outcome.describe() == "") == (set(codes) == {0} and ended_by is None)
+
+
+def test_description_names_the_lost_rank():
+    assert Outcome((0, 137, 0), 1, 0, None).describe() == (
+        "warning: rank 1 killed by SIGKILL; ranks 0, 2 ended with exit code 0"
+    )
+    assert Outcome((143, 137, 143), 1, 0, "loss").describe() == (
+        "rank 1 killed by SIGKILL before the others could do without it, so they were ended: "
+        "ranks 0, 2 killed by SIGTERM"
+    )
+
+
+# --- what a rank is given, and how it ends ---
+
+
+def test_ranks_get_what_they_need(mpi, n_ranks):
+    program = START + (
+        "assert size == int(os.environ['MPI_DASGD_RANKS']), size\n"
+        "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN\n"
+        "sys.stdout.write(f\"rank {rank} {sys.argv[1]} {os.environ['EXTRA']}\\n\")\n"
+    )
+    done = run_ranks(n_ranks, program, "two words", mpi=mpi, env={"EXTRA": "a b"})
+    assert sorted(done.stdout.splitlines()) == [f"rank {r} two words a b" for r in range(n_ranks)]
+    assert done.codes == [0] * n_ranks
+    assert done.message == ""
+
+
+@pytest.mark.parametrize(("code", "other", "verdict"), [(2, 3, 2), (3, 0, 3), (5, 0, 5)])
+def test_exit_codes(mpi, code, other, verdict):
+    program = START + "comm.Barrier(); os._exit([0, int(sys.argv[1]), int(sys.argv[2])][rank])"
+    done = run_ranks(3, program, str(code), str(other), mpi=mpi, check=False)
+    assert done.codes == [0, code, other]
+    assert done.code == verdict
+    assert f"rank 1 ended with exit code {code}" in done.message
+
+
+def test_survivors_of_a_killed_rank_finish(mpi):
+    program = START + (
+        "comm.Barrier()\n"
+        "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(1); sys.stdout.write(f'{rank} finished\\n'); sys.stdout.flush(); os._exit(0)\n"
+    )
+    done = run_ranks(3, program, mpi=mpi, timeout=30)
+    assert done.codes == [0, 137, 0]
+    assert done.code == 0
+    assert done.message.startswith("warning: rank 1 killed by SIGKILL")
+    assert sorted(done.stdout.splitlines()) == ["0 finished", "2 finished"]
+
+
+def test_exception_ends_all_ranks_within_seconds(mpi):
+    program = START + "if rank == 1: raise ValueError('this one')\ntime.sleep(50)"
+    done = run_ranks(3, program, mpi=mpi, timeout=40, check=False)
+    assert done.code == 1
+    assert "ValueError: this one" in done.stderr
+    assert done.seconds < 15
+
+
+def test_failure_before_mpi_starts_ends_the_others():
+    """Nobody calls MPI_Abort, and the others wait in MPI_Init."""
+    program = "import os\nif os.environ['PMI_RANK'] == '1': os._exit(6)\n" + START
+    done = run_ranks(2, program, timeout=40, check=False)
+    assert done.code == 6
+    assert done.seconds < 15
+
+
+def test_time_limit_shows_the_stacks_of_all_ranks(mpi):
+    program = START + (
+        "def stuck():\n    comm.Barrier()\n"
+        "def stopped():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "def asleep():\n    time.sleep(50)\n"
+        "[stuck, asleep, stopped][rank]()\n"
+    )
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as failure:
+        run_ranks(3, program, mpi=mpi, timeout=4)
+    assert time.monotonic() - start < 15
+    text = str(failure.value)
+    stacks = text.split("--- stacks of rank ")[1:]
+    assert [stack[0] for stack in stacks] == ["0", "1", "2"]
+    assert "in stuck" in stacks[0]
+    assert "in asleep" in stacks[1]
+    assert "none" in stacks[2]  # a stopped process cannot answer, but it is killed
+    assert "ranks [137, 137, 137]" in text
+
+
+def _start(directory: Path, program: str, n: int) -> subprocess.Popen[str]:
+    """Start ranks without waiting for them."""
+    (directory / "program.py").write_text(program)
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "mpi_ranks.py"),
+        "rank",
+        "program.py",
+    ]
+    env = {"MPI4PY_LIBMPI": str(mpi_library("mpich"))}
+    request = {"command": command, "n": n, "timeout": 40, "env": env}
+    (directory / "request").write_text(json.dumps(request))
+    helper = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "mpi_ranks.py"),
+        "launch",
+        str(directory),
+    ]
+    return subprocess.Popen(helper, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("handler", "codes", "verdict"),
+    [
+        ("lambda *_: os._exit(0)", [0, 0], 0),
+        ("signal.SIG_DFL", [143, 143], 143),
+        ("signal.SIG_IGN", [137, 137], 143),
+    ],
+)
+def test_signal_is_passed_on(tmp_path, handler, codes, verdict):
+    program = START + (
+        f"signal.signal(signal.SIGTERM, {handler})\n"
+        "comm.Barrier(); sys.stdout.write('ready\\n'); sys.stdout.flush()\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    helper = _start(tmp_path, program, 2)
+    assert helper.stdout is not None
+    assert [helper.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    helper.send_signal(signal.SIGTERM)
+    if "IGN" in handler:  # those that do not heed it are killed later, or at the second one
+        time.sleep(0.5)
+        assert helper.poll() is None
+        helper.send_signal(signal.SIGTERM)
+    assert helper.wait(timeout=8) == 0
+    helper.stdout.close()
+    answer = json.loads((tmp_path / "answer").read_text())
+    assert answer["codes"] == codes
+    assert answer["code"] == verdict
+
+
+def test_threads_share_the_cores(monkeypatch, mpich):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
+
+    def threads(n: int, **options: str) -> str:
+        return mpiexec.prepare(n, **options).environment["OMP_NUM_THREADS"]
+
+    assert threads(4) == "3"
+    assert threads(16) == "1"
+    assert threads(8, hosts="a:4,b:4") == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert threads(4) == "7"
+
+
+def test_launch_runs_a_command(capfd, mpich, monkeypatch):
+    monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert launch.launch(2, ["train", "jobs/train.toml", "nonsense=1"]) == 2
+    err = capfd.readouterr().err
+    assert "nonsense" in err
+    assert "mpi-dasgd launch" not in err  # the program says why, and nothing is added
+
+
+def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    example = (ROOT / "examples" / "own_loop.py").read_text()
+    assert "samples=60_000" in example
+    script = tmp_path / "own_loop.py"
+    script.write_text(example.replace("samples=60_000", "samples=12_000"))
+    assert launch.launch(2, [str(script)]) == 0
+    found = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", capfd.readouterr().out)
+    assert found is not None
+    assert 12_000 <= int(found[1]) < 13_000
+    assert float(found[2]) > 85
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"expected one of train, doctor, bench, or a Python script \(\*\.py\)"),
+        (["trian", "jobs/train.toml"], r"got 'trian'; did you mean 'train'\?"),
+        (["python", "examples/own_loop.py"], r"got 'python'"),
+        (["nowhere.py"], r"there is no script nowhere\.py"),
+    ],
+)
+def test_launch_refuses_other_words(arguments, message):
+    with pytest.raises(UserError, match=message):
+        launch.launch(2, arguments)
+
+
+# --- ranks that are killed while the others cannot do without them ---
+
+# Kills a rank at the import of a module; Python imports this by itself at its start.
+SITECUSTOMIZE = """
+import os, signal, sys
+class Killer:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["KILL_AT"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
+    sys.meta_path.insert(0, Killer())
+"""
+
+
+@pytest.fixture
+def kill_rank_1(mpi, tmp_path, monkeypatch):
+    """Function that runs `launch.launch` and kills rank 1 at the import of a module."""
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library(mpi)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch, "_FAILURE_GRACE", 1.0)
+
+    def run(module: str, *arguments: str) -> int:
+        monkeypatch.setenv("KILL_AT", module)
+        return launch.launch(2, arguments, timeout=50)
+
+    return run
+
+
+# Before MPI starts, and after it.
+@pytest.mark.parametrize("module", ["mpi4py", "mpi_dasgd.training.trainer"])
+def test_rank_killed_before_training_ends_the_others(kill_rank_1, module, tmp_path, capfd):
+    code = kill_rank_1(module, "train", "jobs/train.toml", f"run.directory={tmp_path}")
+    err = capfd.readouterr().err
+    assert code == 137, err
+    assert "rank 1 killed by SIGKILL before the others could do without it" in err
+
+
+OWN_SCRIPT = """
+import sys, time, torch, mpi_dasgd
+from importlib.util import find_spec
+if sys.argv[1] == "before": find_spec("nothing")
+model = torch.nn.Linear(2, 2)
+training = mpi_dasgd.Decentralized(model, torch.optim.SGD(model.parameters(), lr=0.1))
+if sys.argv[1] == "after": find_spec("nothing")
+time.sleep(2.5)
+print("goes on", flush=True)
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("mpi", ["mpich"], indirect=True)
+@pytest.mark.parametrize(("moment", "verdict"), [("before", 137), ("after", 0)])
+def test_own_script_needs_all_ranks_until_decentralized_is_made(
+    kill_rank_1, moment, verdict, tmp_path, capfd
+):
+    script = tmp_path / "own.py"
+    script.write_text(OWN_SCRIPT)
+    code = kill_rank_1("nothing", str(script), moment)
+    captured = capfd.readouterr()
+    assert code == verdict, captured.err
+    assert captured.out == ("goes on\n" if moment == "after" else "")
+
+
+@pytest.mark.parametrize("mpi", ["mpich"], indirect=True)
+def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path, capfd):
+    script = tmp_path / "own.py"
+    script.write_text("import colorsys; import time; time.sleep(2.5); print('goes on')")
+    assert kill_rank_1("colorsys", str(script)) == 0
+    assert capfd.readouterr().out == "goes on\n"
+
+
+# --- the launcher ---
+
+
+def test_launcher_belongs_to_the_library(mpi):
+    library = mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library(mpi))})
+    found = Path(mpiexec.find_launcher(library))
+    assert library.family.extra == mpi
+    assert found.parent == Path(library.path).parent.parent / "bin"
+
+
+def test_launcher_of_another_mpi_is_refused(mpi, mpich, monkeypatch, tmp_path):
+    if mpi == "mpich":
+        other = mpiexec.Library("Open MPI v5.0.11", "")
+        launcher = mpiexec.find_launcher(mpich)
+    else:
+        other = mpich
+        launcher = str(mpi_library(mpi).parent.parent / "bin" / "mpirun")
+    with pytest.raises(UserError, match="does not belong to"):
+        mpiexec.find_launcher(other, launcher)
+    # Nor is it taken from PATH.
+    monkeypatch.setenv("PATH", str(Path(launcher).parent))
+    with pytest.raises(UserError, match=rf"mpi_dasgd\[{other.family.extra}\]"):
+        mpiexec.find_launcher(mpiexec.Library(other.version, str(tmp_path / "lib/libmpi.so")))
+
+
+def test_launcher_is_found_in_path(mpich, monkeypatch):
+    folder = Path(mpiexec.find_launcher(mpich)).parent
+    monkeypatch.setenv("PATH", f"/nowhere:{folder}")
+    elsewhere = mpiexec.Library(mpich.version, "/nowhere/lib/libmpi.so.12")
+    assert mpiexec.find_launcher(elsewhere) == str(folder / "mpiexec")
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (0, {}, "at least 1, got 0"),
+        (4, {"hosts": "a:1,b:2"}, "room for 3 ranks, but -n is 4"),
+        (2, {"hosts": "a:x,b:2"}, "host:ranks"),
+        (2, {"launcher": "/nowhere/mpiexec"}, "not an executable"),
+        (2, {"env": {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}}, "cannot load an MPI library"),
+    ],
+)
+def test_bad_arguments(n, options, message):
+    with pytest.raises(UserError, match=message):
+        launch.run(["true"], n, **options)
+
+
+def test_unknown_library_is_refused():
+    with pytest.raises(UserError, match=r"Intel.*srun"):
+        _ = mpiexec.Library("Intel(R) MPI Library 2021.12", "/opt/lib/libmpi.so.12").family
+
+
+# --- several hosts ---
+
+WINDOW = f"""{START}
+import numpy as np
+win = MPI.Win.Allocate(1000 * 8, 8, comm=comm)
+win.Lock_all(MPI.MODE_NOCHECK)
+own = np.frombuffer(win.tomemory(), "i8")
+"""
+
+
+def test_windows_between_hosts(mpi, two_hosts: Hosts):
+    program = WINDOW + (
+        "assert comm.Split_type(MPI.COMM_TYPE_SHARED).size == 2\n"
+        "sent = np.full(1000, 10 + rank); got = np.zeros(1000, 'i8')\n"
+        "comm.Barrier()\n"
+        "peer = (rank + 2) % 4\n"  # on the other host
+        "win.Put(sent, peer); win.Flush(peer)\n"
+        "comm.Barrier()\n"
+        "win.Sync(); assert (own == 10 + peer).all(), own\n"
+        "win.Get(got, peer); win.Flush(peer)\n"
+        "assert (got == 10 + rank).all(), got\n"
+        "sys.stdout.write(f'{rank} {os.uname().nodename}\\n')\n"
+        "win.Unlock_all(); win.Free()\n"
+    )
+    done = run_ranks(4, program, mpi=mpi, hosts=two_hosts)
+    expected = [f"{rank} {two_hosts.names[rank // 2]}" for rank in range(4)]
+    assert sorted(done.stdout.splitlines()) == expected
+
+
+def test_target_outside_mpi_stalls_the_origin(mpi, two_hosts: Hosts):
+    """Why there is a courier: over TCP nothing completes unless the target calls into MPI.
+
+    The probe must be on a communicator that spans the hosts: MPICH makes no progress over the
+    network for COMM_SELF.
+    """
+    program = f"""{WINDOW}
+import threading
+own[0] = 0
+def probe(until):
+    while time.monotonic() < until:
+        comm.Iprobe()
+        time.sleep(0.0005)
+for helped in (False, True):
+    comm.Barrier()
+    if rank == 0:
+        time.sleep(0.3)
+        one = np.ones(1, "i8"); old = np.zeros(1, "i8")
+        start = time.monotonic()
+        win.Fetch_and_op(one, old, 1, 0, MPI.SUM); win.Flush(1)
+        sys.stdout.write(str(time.monotonic() - start) + "\\n")
+    else:
+        thread = threading.Thread(target=probe, args=(time.monotonic() + 1.5,))
+        if helped: thread.start()
+        time.sleep(1.5)
+        if helped: thread.join()
+comm.Barrier()
+win.Unlock_all(); win.Free()
+"""
+    done = run_ranks(2, program, mpi=mpi, hosts=two_hosts)
+    alone, helped = map(float, done.stdout.split())
+    assert alone > 0.9  # the rest of the target's 1.5 s
+    assert helped < 0.4
+
+
+def test_killed_rank_on_another_host(two_hosts: Hosts):
+    """Not with Open MPI: a socket that closes ends its ranks, whatever their error handlers."""
+    program = START + (
+        "comm.Barrier()\n"
+        "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(1); os._exit(0)\n"
+    )
+    done = run_ranks(2, program, hosts=two_hosts, timeout=30)
+    assert done.codes == [0, 137]
+    assert done.code == 0
+
+
+def test_time_limit_reaches_other_hosts(mpi, two_hosts: Hosts):
+    with pytest.raises(AssertionError, match=r"ranks \[137, 137\]") as failure:
+        run_ranks(2, START + "time.sleep(50)", mpi=mpi, hosts=two_hosts, timeout=4)
+    assert str(failure.value).count("program.py") == 2

@@ -1,0 +1,152 @@
+"""MPI start-up: devices, the trap of n separate jobs, and that one failing rank ends them all at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mpi_dasgd.world import choose_device, expected_ranks
+from tests.support.mpi_ranks import ROOT, mpi_library, rank_counts, run_ranks
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (0, ["cpu", "cpu", "cpu"]),
+        (1, ["cuda:0", "cuda:0", "cuda:0"]),  # each process sees its own
+        (2, ["cuda:0", "cuda:1", "cuda:0"]),
+    ],
+)
+def test_device_of_a_rank(visible: int, devices: list[str]) -> None:
+    assert [choose_device(rank, visible) for rank in range(3)] == devices
+
+
+def test_what_launchers_say() -> None:
+    assert expected_ranks({}) == (1, 0)
+    assert expected_ranks({"PMI_SIZE": "4", "PMI_RANK": "2"}) == (4, 2)
+    assert expected_ranks({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}) == (3, 1)
+    assert expected_ranks({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}) == (8, 7)
+    assert expected_ranks({"SLURM_NTASKS": "8"}) == (1, 0)  # sbatch, not srun
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("n", rank_counts(2, 4))
+def test_ranks_find_each_other(n: int) -> None:
+    run_ranks(
+        n,
+        f"""
+        from mpi_dasgd import world
+        w = world.start()
+        assert (w.size, w.node_size, w.nodes, w.node_rank) == ({n}, {n}, 1, w.rank)
+        from mpi4py import MPI
+        assert w.comm != MPI.COMM_WORLD
+        assert sorted(w.comm.allgather(w.rank)) == list(range({n}))
+        """,
+    )
+
+
+@pytest.mark.mpi
+def test_separate_one_rank_jobs_are_refused_once() -> None:
+    """What a launcher of another MPI does: every process is a world of its own."""
+    program = "from mpi_dasgd.cli import main; import sys; sys.exit(main(['train', sys.argv[1]]))"
+    errors = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "MPI_DASGD_RANKS": "2", "OMPI_COMM_WORLD_RANK": str(rank),
+            "PYTHONPATH": str(ROOT), "MPI4PY_LIBMPI": str(mpi_library("mpich")),
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(ROOT / "jobs" / "train.toml")],
+            env=environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        errors.append(done.stderr)
+    assert "started 2 ranks, but this process sees 1" in errors[0]
+    assert "MPICH" in errors[0] and "Traceback" not in errors[0]
+    assert errors[1] == ""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_an_uncaught_exception_ends_all_ranks_and_is_said_once(where: str) -> None:
+    done = run_ranks(
+        3,
+        """
+        import sys, threading, time
+        from mpi_dasgd import world
+        w = world.start()
+        w.abort_on_exception()
+        w.comm.Barrier()
+
+        def fail():
+            raise ZeroDivisionError("on purpose")
+
+        def body():
+            if w.rank == 1:
+                if sys.argv[1] == "main":
+                    fail()
+                threading.Thread(target=fail).start()
+            time.sleep(50)
+            return 0
+
+        sys.exit(w.run(body))
+        """,
+        where,
+        check=False,
+        timeout=40,
+    )
+    assert done.code == 1
+    assert done.seconds < 20
+    assert done.stderr.count("ZeroDivisionError: on purpose") == 1
+    assert "rank 1 failed and ends the job" in done.stderr
+
+
+@pytest.mark.mpi
+def test_bad_input_of_one_rank_ends_all_with_one_message() -> None:
+    done = run_ranks(
+        3,
+        """
+        import sys
+        from mpi_dasgd import world
+        from mpi_dasgd.errors import UserError
+        w = world.start()
+
+        def body():
+            with w.together():
+                if w.rank == 2:
+                    raise UserError("file x: expected y")
+            return 0
+
+        sys.exit(w.run(body))
+        """,
+        check=False,
+    )
+    assert done.code == 2
+    assert done.codes == [2, 2, 2]
+    assert done.stderr.count("error: file x: expected y (rank 2)") == 1
+
+
+@pytest.mark.mpi
+def test_own_scripts_refuse_different_models_with_one_message() -> None:
+    done = run_ranks(
+        2,
+        """
+        import torch, mpi_dasgd
+        from mpi_dasgd import world
+        w = world.start()
+        w.abort_on_exception()
+        model = torch.nn.Linear(2, 2 + w.rank)
+        import sys
+        try:
+            mpi_dasgd.Decentralized(model, torch.optim.SGD(model.parameters(), lr=1), environment=w)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+        """,
+        check=False,
+    )
+    assert done.code == 2
+    assert done.stderr.count("the ranks must have the same model") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+"""Conservation of the sum of all models by `ADPSGD` on real windows, under stragglers.
+
+What changes the sum on purpose is written down exactly: instead of a gradient, every step adds a
+known change that keeps the models apart. (Else they would agree after some dozens of exchanges, and
+a lost delta would be too small to be missed.) After the end, which is that of `Decentralized`, no
+delta is on its way: the models must add up to what they were plus all changes.
+
+Exact: models are multiples of 2^-8 and the codec rounds deltas to such, so that no addition rounds
+and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs that
+quantize. Rank 0 prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mpi_dasgd import codecs, topology
+from mpi_dasgd.algorithms.adpsgd import ADPSGD
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
+from mpi_dasgd.codecs import Codec, Message, NoCodec, Outcome
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+
+GRID = np.float32(2.0**-8)
+
+
+class GridCodec(NoCodec):
+    """Like `none`, but deltas are rounded to multiples of `GRID`: then no addition rounds."""
+
+    def exchange(
+        self,
+        x: np.ndarray,
+        arrived: Sequence[Message],
+        theirs: Message | None,
+        weight: float,
+        reply: Message | None,
+        published: Message | None,
+    ) -> Outcome:
+        for message in arrived:
+            x += message.payload
+        if theirs is not None and reply is not None:
+            delta = np.trunc(np.float32(weight) / GRID * (theirs.payload - x)) * GRID
+            x += delta
+            reply.payload[:] = -delta
+        if published is not None:
+            published.payload[:] = x
+        return Outcome()
+
+
+class Drops(NoCodec):
+    """A mistake: now and then a delta is not sent."""
+
+    _calls = 0
+
+    def exchange(self, x, arrived, theirs, weight, reply, published) -> Outcome:  # type: ignore[no-untyped-def]
+        outcome = super().exchange(x, arrived, theirs, weight, reply, published)
+        self._calls += reply is not None
+        if reply is not None and self._calls % 100 == 99:
+            reply.payload[:] = 0
+        return outcome
+
+
+MODES = {"exact": GridCodec, "float": NoCodec, "drops": Drops}
+
+
+class Local:
+    """A rank's training without gradients: every step pulls the model back and adds noise.
+
+    Attributes:
+        change: float64 sum of all that the steps have changed.
+        largest: largest absolute value of an element so far.
+    """
+
+    def __init__(
+        self, x: np.ndarray, rng: np.random.Generator, dice: random.Random, exact: bool
+    ) -> None:
+        self.step = 0
+        self.gradient = np.zeros(0)
+        self.change = np.zeros(x.size)
+        self.largest = 0.0
+        self._x = x
+        self._exact = exact
+        self._noise = [_values(rng, x.size, exact) for _ in range(8)]
+        self._dice = dice
+
+    def update(self, factor: float = 1.0) -> None:
+        """One step."""
+        before = self._x.copy()
+        pull = np.float32(0.125) * before
+        if self._exact:
+            pull = np.trunc(pull / GRID) * GRID
+        self._x -= pull
+        self._x += self._dice.choice(self._noise)
+        # The difference of two float32 of like size is exact in float64.
+        self.change += self._x.astype(np.float64) - before
+        both = max(np.abs(before).max(), np.abs(self._x).max())
+        self.largest = max(self.largest, float(both))
+
+
+def _values(rng: np.random.Generator, elements: int, exact: bool) -> np.ndarray:
+    """Random float32, or random multiples of `GRID` of up to 1."""
+    if exact:
+        return rng.integers(-256, 257, elements).astype(np.float32) * GRID
+    return rng.normal(size=elements).astype(np.float32)
+
+
+def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
+    """Exchange, drain, and compare the sums. Collective."""
+    rng = np.random.default_rng([options.seed, comm.rank])
+    dice = random.Random(1000 * options.seed + comm.rank)
+    x = _values(rng, options.elements, mode == "exact")
+    codec: Codec = (
+        MODES[mode](x.size, x.dtype)
+        if mode in MODES
+        else codecs.make(codecs.Settings(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
+    )
+    endpoint = RmaEndpoint(
+        comm, codec.layout, topology.build("complete", comm.size), path=options.path, silence=60.0
+    )
+    kinds: list[int] = []
+
+    def record(exchange: Exchange) -> None:
+        kinds.append(exchange.kind)
+
+    algorithm = ADPSGD(endpoint, codec, x, Settings(tries=options.tries), dice, record)
+    local = Local(x, rng, dice, mode == "exact")
+    before = x.astype(np.float64)
+    algorithm.start()
+    comm.Barrier()
+
+    board = endpoint.board
+    begun = time.monotonic()
+    waits = 0
+    initiated = 0
+    while board.total < options.exchanges and time.monotonic() - begun < options.limit:
+        local.step += 1
+        waits += sum(1 for _ in algorithm.step(local))
+        initiated = kinds.count(INITIATED) if local.step % 16 == 0 else initiated
+        board.report(initiated)
+        endpoint.look()
+        # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
+        time.sleep(0.02 if dice.random() < 0.001 else dice.expovariate(1e4 / (1 + comm.rank)))
+    enough = board.total >= options.exchanges
+
+    for pending in algorithm.leave():
+        while not pending.done():
+            time.sleep(0.0002)
+    while not endpoint.delivered():
+        time.sleep(0.0002)
+    board.announce(FINISHED)
+    while RUNNING in board.status:
+        endpoint.look()
+        algorithm.absorb(local.step)
+        time.sleep(0.001)
+    algorithm.absorb(local.step)
+    path = endpoint.path
+    endpoint.close()
+
+    error = x.astype(np.float64) - before - local.change
+    total = np.zeros_like(error)
+    comm.Allreduce(error, total)
+    exchanges = comm.allreduce(kinds.count(INITIATED))
+    largest = comm.allreduce(local.largest, MPI.MAX)
+    return {
+        "exchanges": exchanges,
+        "absorbed": comm.allreduce(kinds.count(ABSORBED)),
+        "enough": comm.allreduce(enough, MPI.LAND),
+        "waits": comm.allreduce(waits),
+        "largest": largest,
+        "error": float(np.abs(total).max()),
+        # Each exchange rounds two additions, each by half an eps of a result below `largest`.
+        "tolerance": float(exchanges * np.finfo(np.float32).eps * largest),
+        "rejected": comm.allreduce(codec.counters.get("buckets_rejected", 0)),
+        "corrupt": comm.allreduce(codec.counters.get("buckets_corrupt", 0)),
+        "nbytes": comm.allreduce(endpoint.totals().bytes_sent),
+        "message": codec.layout.nbytes,
+        "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
+        "seconds": time.monotonic() - begun,
+        "path": path,
+    }
+
+
+def main() -> None:
+    """Check conservation in each mode that is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
+    parser.add_argument("--elements", type=int, default=10_224, help="of a model, float32")
+    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--tries", type=int, default=4, help="neighbours tried for one exchange")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("modes", nargs="+", choices=[*MODES, *codecs.CODECS])
+    options = parser.parse_args()
+    comm = MPI.COMM_WORLD
+    reports = {mode: run(comm, options, mode) for mode in options.modes}
+    if comm.rank == 0:
+        print(json.dumps(reports), flush=True)
+
+
+if __name__ == "__main__":
+    main()

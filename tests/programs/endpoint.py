@@ -1,0 +1,186 @@
+"""What algorithms use of an endpoint beside the pair exchange, on real windows. Run by
+`test_transport_endpoint`.
+
+Each case is a function of a fresh endpoint on ranks that are all neighbours; all ranks run them all, on
+each path that is named.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+from mpi4py import MPI
+
+from mpi_dasgd import topology
+from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from tests.support.mpi_ranks import parallel_assert
+
+COMM = MPI.COMM_WORLD
+OTHERS = [rank for rank in range(COMM.size) if rank != COMM.rank]
+LAYOUT = Layout(
+    codec=0, elements=2000, payload_dtype=np.dtype(np.float64), payload_items=2000, notes=3
+)
+VERSIONS, MESSAGES = 60, 60
+LIMIT = 20.0  # seconds for anything to happen
+
+
+def wait(done: Callable[[], bool], what: str) -> None:
+    """Wait until something is done, or fail."""
+    deadline = time.monotonic() + LIMIT
+    while not done():
+        assert time.monotonic() < deadline, f"rank {COMM.rank}: no {what}"
+        time.sleep(1e-4)
+
+
+def write(message: Message, value: int) -> None:
+    """Fill a message with what `whole` knows."""
+    message.payload[:] = value + COMM.rank / 64
+    message.notes[:] = [value, -value, COMM.rank]
+    message.stamp(rank=COMM.rank, step=value, time_ns=0)
+
+
+def whole(message: Message, rank: int) -> int:
+    """Return the value of a message of `rank`; -1 if not all of it is of one value."""
+    value = message.header.step
+    good = (message.payload == value + rank / 64).all() and message.header.rank == rank
+    return value if good and message.notes.tolist() == [value, -value, rank] else -1
+
+
+def publish(endpoint: RmaEndpoint, value: int) -> None:
+    message = endpoint.publication.reserve()
+    assert message is not None
+    write(message, value)
+    endpoint.publication.publish()
+
+
+def newest(endpoint: RmaEndpoint) -> bool:
+    """A publication that is read is whole, never older than the one before, in the end the last."""
+    seen = dict.fromkeys(OTHERS, 0)
+    good = True
+
+    def look(rank: int) -> None:
+        nonlocal good
+        reading = endpoint.read(rank)
+        wait(reading.done, f"answer of {rank}")
+        if reading.message is None:
+            good &= seen[rank] == 0
+            return
+        value = whole(reading.message, rank)
+        good &= value >= seen[rank]
+        seen[rank] = value
+
+    for rank in OTHERS:
+        look(rank)
+    good &= not any(seen.values())  # nothing was published yet
+    COMM.Barrier()
+    for value in range(1, VERSIONS + 1):
+        publish(endpoint, value)
+        look(OTHERS[value % len(OTHERS)])
+    COMM.Barrier()
+    for rank in OTHERS:
+        look(rank)
+    return good and set(seen.values()) == {VERSIONS}
+
+
+def version(endpoint: RmaEndpoint) -> bool:
+    """A given version is there once it is published, whoever is first, and is that one."""
+    good = True
+    for value in range(1, VERSIONS + 1):
+        time.sleep(1e-3 * ((value + COMM.rank) % 3))
+        publish(endpoint, value)
+        for rank in OTHERS:
+            reading: Pending = (ask := endpoint.read(rank, value))
+            wait(reading.done, f"version {value} of {rank}")
+            good &= ask.message is not None and whole(ask.message, rank) == value
+    return good
+
+
+def post(endpoint: RmaEndpoint) -> bool:
+    """What is posted arrives exactly once and in order; a full inbox says so, and nobody waits."""
+    sent, received = dict.fromkeys(OTHERS, 0), defaultdict(list)
+
+    def send(rank: int) -> bool:
+        posting = endpoint.post(rank)
+        if posting is None:
+            return False
+        write(posting.message, sent[rank])
+        endpoint.deliver(posting)
+        sent[rank] += 1
+        return True
+
+    def receive() -> None:
+        for arrival in endpoint.inbox.receive():
+            received[arrival.sender].append(whole(arrival.message, arrival.sender))
+            endpoint.inbox.free(arrival)
+
+    for rank in OTHERS:
+        while send(rank):  # nobody receives: the inbox, or the way to it, fills up
+            assert sent[rank] < MESSAGES, "a full inbox took more"
+    filled = max(sent.values()) <= 4  # slots of an inbox
+    COMM.Barrier()
+    deadline = time.monotonic() + LIMIT
+    while min(sent.values()) < MESSAGES:
+        assert time.monotonic() < deadline, f"rank {COMM.rank}: sent {sent}"
+        if not sum(send(rank) for rank in OTHERS if sent[rank] < MESSAGES):
+            time.sleep(1e-4)
+        receive()
+
+    def complete() -> bool:
+        receive()
+        return endpoint.delivered() and all(len(received[r]) == MESSAGES for r in OTHERS)
+
+    wait(complete, f"all messages: { ({rank: len(got) for rank, got in received.items()}) }")
+    COMM.Barrier()
+    receive()
+    return filled and all(received[rank] == list(range(MESSAGES)) for rank in OTHERS)
+
+
+def until(endpoint: RmaEndpoint) -> bool:
+    """A wait for words ends when they change, not before."""
+    everyone = range(COMM.size)
+    counted = endpoint.until(lambda: endpoint.gradients() == COMM.size, everyone)
+    arrived = endpoint.until(lambda: endpoint.inbox.waiting)
+    good = not counted.done() and not arrived.done()
+    COMM.Barrier()
+    endpoint.count(1)
+    wait(counted.done, "gradients")
+    posting = endpoint.post(OTHERS[0])
+    assert posting is not None
+    write(posting.message, 0)
+    endpoint.deliver(posting)
+    if COMM.rank < 2:  # rank 0 is the first other of all but itself
+        wait(arrived.done, "message")
+    wait(endpoint.delivered, "delivery")
+    return good
+
+
+def gradients(endpoint: RmaEndpoint) -> bool:
+    """Each rank's newest count is known to all."""
+    own = 10 * (COMM.rank + 1)
+    for count in (1, own - 1, own):
+        endpoint.count(count)
+    expected = [10 * (rank + 1) for rank in range(COMM.size)]
+    wait(lambda: endpoint.gradients() == sum(expected), "sum of the counts")
+    return [endpoint.gradients_of(rank) for rank in range(COMM.size)] == expected
+
+
+def main() -> None:
+    """Run all cases on each path."""
+    graph = topology.build("complete", COMM.size)
+    for path in sys.argv[1:]:
+        for case in (newest, version, post, until, gradients):
+            endpoint = RmaEndpoint(COMM, LAYOUT, graph, path=path)
+            COMM.Barrier()
+            good = case(endpoint)
+            endpoint.close()
+            parallel_assert(COMM, good, f"{case.__name__}, {path}")
+
+
+if __name__ == "__main__":
+    main()

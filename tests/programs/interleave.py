@@ -1,0 +1,196 @@
+"""Publication and Inbox under a scheduler: one thread a rank, one step at a time, in any order.
+
+A step is one operation on a word, or half a payload. So every interleaving of the protocols that the
+steps allow can be played, and a schedule repeats exactly.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from mpi_dasgd import topology
+from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.virtual.network import Clock, Network
+from tests.programs.ledger import Ledger, layout
+from tests.programs.player import Player
+
+__all__ = ["MOVES", "play"]
+
+RANKS = 3
+MOVES = ("publish", "claim", "release", "read", "send", "receive")
+_ELEMENTS = 4
+
+
+class Stage:
+    """Lets one of several threads take one step at a time.
+
+    Args:
+        choices: which thread is next, of those that have not ended; modulo their number.
+    """
+
+    def __init__(self, choices: Iterator[int]) -> None:
+        self._choices = choices
+        self._turns: dict[threading.Thread, threading.Semaphore] = {}
+        self._back = threading.Semaphore(0)
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Give the stage away until chosen again; before and after the play, do nothing."""
+        turn = self._turns.get(threading.current_thread())
+        if turn is not None:
+            self._back.release()
+            turn.acquire()
+
+    def play(self, parts: Sequence[Callable[[], None]]) -> None:
+        """Play all parts to their end, each in its own thread."""
+        threads = [threading.Thread(target=self._act, args=(part,), daemon=True) for part in parts]
+        self._turns = {thread: threading.Semaphore(0) for thread in threads}
+        for thread in threads:
+            thread.start()
+        alive = threads
+        while alive:
+            self._turns[alive[next(self._choices) % len(alive)]].release()
+            self._back.acquire()
+            alive = [thread for thread in alive if thread in self._turns]
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _act(self, part: Callable[[], None]) -> None:
+        thread = threading.current_thread()
+        self._turns[thread].acquire()
+        try:
+            part()
+        except BaseException as error:  # shown by `play`
+            self._error = error
+        del self._turns[thread]
+        self._back.release()
+
+
+class Memory:
+    """Words and slots of all ranks as one of them sees them, with a step before each access.
+
+    Args:
+        stage: whose steps these are.
+        network: the memory.
+        rank: who looks at it.
+        near: whether other ranks' slots are in place, or must be got and put.
+    """
+
+    def __init__(self, stage: Stage, network: Network, rank: int, near: bool) -> None:
+        self._stage = stage
+        self._network = network
+        self._rank = rank
+        self._near = near
+
+    def read(self, rank: int, index: int) -> int:
+        self._stage.wait()
+        return self._network.read(rank, index)
+
+    def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
+        self._stage.wait()
+        return self._network.swap(rank, index, expected, new)
+
+    def at(self, rank: int, index: int) -> Message | None:
+        return self._network.at(rank, index) if self._near or rank == self._rank else None
+
+    def get(self, rank: int, index: int, out: Message) -> None:
+        self._copy(self._network.at(rank, index), out)
+
+    def put(self, rank: int, index: int, message: Message) -> None:
+        self._copy(message, self._network.at(rank, index))
+
+    def _copy(self, source: Message, out: Message) -> None:
+        # The header goes with the second half: the halves differ in any case.
+        half = out.buffer.size - out.payload.nbytes // 2
+        for part in (slice(half, None), slice(0, half)):
+            self._stage.wait()
+            out.buffer[part] = source.buffer[part]
+
+    def sync(self) -> None:
+        self._stage.wait()
+
+
+def play(
+    scripts: Sequence[Sequence[str]],
+    choices: Iterator[int],
+    seed: int = 0,
+    *,
+    near: bool = False,
+    slots: int = 4,
+    publication: type[Publication] = Publication,
+    inbox: type[Inbox] = Inbox,
+) -> tuple[Counter[str], Counter[str]]:
+    """Play a script for each rank, then let all receive what is left.
+
+    Args:
+        scripts: for each rank a list of `MOVES`.
+        choices: the schedule; goes on for ever.
+        seed: of the choice of partners.
+        near: see `Memory`.
+        slots: of a publication and of an inbox.
+        publication, inbox: the protocols to play.
+
+    Returns:
+        What was found, and what was done.
+    """
+    network = Network(
+        Clock(),
+        layout(_ELEMENTS),
+        topology.build("complete", RANKS),
+        publication_slots=slots,
+        inbox_slots=slots,
+    )
+    stage = Stage(choices)
+    players = []
+    for rank in range(RANKS):
+        memory = Memory(stage, network, rank, near)
+        shared = memory, memory, network.where, rank, Counters()
+        players.append(
+            Player(
+                publication(*shared, held=slots - 2),
+                inbox(*shared),
+                memory,
+                Ledger(rank, RANKS, 2 * max(map(len, scripts))),
+                _ELEMENTS,
+                random.Random(seed + rank),
+                stage.wait,
+            )
+        )
+
+    def act(player: Player, script: Sequence[str]) -> None:
+        for move in script:
+            if move in ("publish", "release", "receive"):
+                getattr(player, move)()
+            else:
+                getattr(player, move)(player.other())
+
+    stage.play(
+        [partial(act, player, script) for player, script in zip(players, scripts, strict=True)]
+    )
+    ledgers = [player.ledger for player in players]
+    for player in players:
+        while player.claims:
+            player.release()
+        while player.receive():
+            pass
+    sent = np.array([ledger.sent for ledger in ledgers])
+    found: Counter[str] = Counter()
+    done: Counter[str] = Counter()
+    served = np.sum([ledger.served for ledger in ledgers], axis=0)
+    found["served twice"] = int((served > 1).sum())
+    for ledger in ledgers:
+        ledger.lost(sent)
+        found.update(ledger.found)
+        done.update(ledger.done)
+    return +found, done

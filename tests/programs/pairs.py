@@ -1,0 +1,184 @@
+"""Stress of `RmaEndpoint` as algorithms use it: pair, complete or abandon, and the end of a run.
+
+Each rank publishes, pairs with whom it can and sends a stamped message back, until all ranks
+together have exchanged often enough. The end is that of `Decentralized`: no barrier, but notices on
+the board. Rank 0 prints what was found and done as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from mpi_dasgd import topology
+from mpi_dasgd.transport.endpoint import Pairing
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from tests.programs.ledger import Ledger, fill, layout, staging
+
+
+class Rank:
+    """One rank of the stress.
+
+    Args:
+        comm: communicator of all ranks.
+        options: arguments of the program.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, options: argparse.Namespace) -> None:
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.options = options
+        self.most = 50 * options.exchanges  # versions of a rank, many of which nobody claims
+        self.ledger = Ledger(self.rank, self.size, self.most)
+        self.random = random.Random(1000 * options.seed + self.rank)
+        self.endpoint = RmaEndpoint(
+            comm,
+            layout(options.elements),
+            topology.build("complete", self.size),
+            path=options.path,
+            silence=60.0,
+        )
+        self.pairing: Pairing | None = None
+        self.out = staging(options.elements)
+        self.slept = not (options.sleep and self.rank == self.size - 1)
+        self.asleep = (0.0, 0.0)
+        self.touched: list[float] = []  # when a read of the last rank was complete
+
+    def run(self) -> dict:
+        """Exchange until all have done so often enough, then return what all ranks found."""
+        endpoint, board = self.endpoint, self.endpoint.board
+        self.publish()
+        self.comm.Barrier()
+        begun = time.monotonic()
+        deadline = begun + self.options.limit
+        while board.total < self.options.exchanges and time.monotonic() < deadline:
+            self.turn()
+        self.ledger.found["stalled"] += board.total < self.options.exchanges
+        while self.pairing is not None and not self.pairing.settled:
+            time.sleep(0.0005)
+        if self.pairing is not None:
+            endpoint.abandon(self.pairing)
+        while not endpoint.delivered():
+            time.sleep(0.0005)
+        board.announce(FINISHED)
+        while RUNNING in board.status:
+            endpoint.look()
+            self.receive()
+            self.read()
+            time.sleep(0.0005)
+        self.receive()
+        seconds = time.monotonic() - begun
+        endpoint.close()
+        found, done = self.ledger.balance(self.comm)
+        sleep = self.comm.bcast(self.asleep, root=self.size - 1)
+        totals = self.comm.gather(dataclasses.asdict(endpoint.totals()))
+        during = sum(sleep[0] < moment < sleep[1] for moment in self.touched)
+        return {
+            "found": dict(found),
+            "done": dict(done),
+            "counters": {k: sum(t[k] for t in totals) for k in totals[0]} if totals else {},
+            "touched": self.comm.allreduce(during),
+            "seconds": seconds,
+            "path": endpoint.path,
+        }
+
+    def turn(self) -> None:
+        """One turn of the loop, in the order of `ADPSGD`."""
+        endpoint, chance = self.endpoint, self.random.random
+        self.receive()
+        if self.pairing is None:
+            neighbours = list(endpoint.neighbours())
+            self.random.shuffle(neighbours)
+            self.pairing = endpoint.pair(neighbours)
+        if self.pairing.settled:
+            self.conclude(self.pairing)
+            self.pairing = None
+        elif chance() < 0.5:
+            time.sleep(1e-4)  # a rank that waits for its courier computes gradients
+        self.publish()
+        if chance() < 0.2:
+            self.read()
+        endpoint.board.report(self.ledger.done["sent"])
+        endpoint.look()
+        if not self.slept and 4 * endpoint.board.total > self.options.exchanges:
+            self.slept = True
+            begun = time.monotonic()
+            time.sleep(self.options.sleep)
+            self.asleep = begun, time.monotonic()
+
+    def rest(self) -> None:
+        """Rest in the middle of a slot, mostly not at all."""
+        if self.random.random() < self.options.pause:
+            time.sleep(0.0005)
+
+    def publish(self) -> None:
+        """Publish the next version, if there is a slot."""
+        message = self.endpoint.publication.reserve()
+        if message is not None and self.ledger.published < self.most:
+            fill(message, self.rank, self.ledger.version(), self.rest)
+            self.endpoint.publication.publish()
+            self.ledger.publish()
+
+    def conclude(self, pairing: Pairing) -> None:
+        """Check the partner's publication and answer it, or give it back."""
+        claim, theirs, reply = pairing.claim, pairing.theirs, pairing.reply
+        if claim is None or theirs is None or reply is None:
+            self.ledger.done["alone"] += 1
+            time.sleep(5e-5)  # on few cores the others need this one
+            return
+        self.ledger.claim(claim, theirs)
+        if self.random.random() < 0.1:
+            fill(reply, self.rank, self.ledger.cancelled(), self.rest)
+            self.ledger.held(claim, theirs)
+            self.endpoint.abandon(pairing)
+            self.ledger.done["abandoned"] += 1
+        else:
+            fill(reply, self.rank, self.ledger.message(claim.rank), self.rest)
+            self.ledger.held(claim, theirs)
+            self.endpoint.complete(pairing)
+            self.ledger.send(claim.rank)
+
+    def receive(self) -> None:
+        """Take the messages that have arrived."""
+        for arrival in self.endpoint.inbox.receive():
+            self.ledger.arrived(arrival.sender, arrival.message)
+            self.endpoint.inbox.free(arrival)
+
+    def read(self) -> None:
+        """Copy the newest version of another rank, unclaimed."""
+        other = self.random.choice([rank for rank in range(self.size) if rank != self.rank])
+        if self.endpoint.publication.read(other, self.out):
+            self.ledger.read(other, self.out)
+        if other == self.size - 1:
+            self.touched.append(time.monotonic())
+
+
+def main() -> None:
+    """Stress the endpoint."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
+    parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
+    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")
+    parser.add_argument("--sleep", type=float, default=0.0, help="seconds without a call of MPI")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all of it")
+    parser.add_argument("--seed", type=int, default=0)
+    comm = MPI.COMM_WORLD
+    report = Rank(comm, parser.parse_args()).run()
+    if comm.rank == 0:
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

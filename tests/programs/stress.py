@@ -1,0 +1,209 @@
+"""Stress of Publication and Inbox by real processes, at random and as fast as they go.
+
+    mpi-dasgd's launcher, or mpiexec -n 4 python tests/programs/stress.py --publications 100000
+
+All ranks publish, read, claim, send, cancel and receive in a loop until their shares of the
+publications and messages are done. Owners rest in mid-slot, receivers let their inbox fill up, and
+the last rank makes no MPI call for a while. Rank 0 prints what was found and done as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from mpi_dasgd.kernels import native
+from mpi_dasgd.transport.control_words import WordMap
+from mpi_dasgd.transport.counters import Counters
+from mpi_dasgd.transport.inbox import Inbox
+from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.shared_memory import NodeWords
+from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
+from tests.programs.faults import FAULTS
+from tests.programs.ledger import Ledger, layout
+from tests.programs.player import Player
+
+
+class Rank:
+    """One rank of the stress.
+
+    Args:
+        comm: communicator of all ranks.
+        options: arguments of the program.
+        publication, inbox: the protocols to stress.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        options: argparse.Namespace,
+        publication: type[Publication] = Publication,
+        inbox: type[Inbox] = Inbox,
+    ) -> None:
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.options = options
+        self.publications = -(-options.publications // self.size)
+        self.messages = -(-options.messages // self.size)
+        self.ledger = Ledger(self.rank, self.size, max(self.publications, self.messages) + 1)
+        self.counters = Counters()
+        where = WordMap(options.slots, options.slots)
+        node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
+        library = native.load()
+        self.words: NodeWords | WindowWords
+        if options.words == "node" and library is not None:
+            self.words = NodeWords(comm, where.count, library)
+        else:
+            self.words = WindowWords(comm, where.count)
+        self.slots = WindowSlots(
+            comm, node, layout(options.elements), 2 * options.slots, options.path
+        )
+        node.Free()
+        shared = self.words, self.slots, where, self.rank, self.counters
+        self.player = Player(
+            publication(*shared, held=options.slots - 2),
+            inbox(*shared),
+            self.slots,
+            self.ledger,
+            options.elements,
+            random.Random(1000 * options.seed + self.rank),
+            self.rest,
+        )
+        self.deaf = 0  # turns for which nothing is received
+        self.asleep = (0.0, 0.0)
+        self.touched: list[float] = []  # when a read of the last rank was complete
+        self.longest = 0.0
+
+    def run(self) -> dict:
+        """Do this rank's share, wait for the others, and return what all ranks found."""
+        courier = None
+        if len(self.slots.near) < self.size:
+            sys.setswitchinterval(0.0005)
+            courier = Courier(lambda: None, 1.0, self.comm.Iprobe)
+        self.comm.Barrier()
+        begun = time.monotonic()
+        deadline = begun + self.options.limit
+        while not self.through() and time.monotonic() < deadline:
+            self.turn()
+        self.ledger.found["stalled"] += not self.through()
+        while self.player.claims:
+            self.player.release()
+        everyone = self.comm.Ibarrier()
+        while not everyone.Test():
+            self.player.receive()
+            self.read(self.player.other())
+            time.sleep(0.0005)
+        seconds = time.monotonic() - begun
+        while self.player.receive():
+            pass
+        for owner, version in enumerate(self.comm.allgather(self.ledger.published)):
+            if owner != self.rank:
+                self.player.read(owner)
+                self.ledger.newest(owner, version)
+        self.comm.Barrier()
+        if courier is not None:
+            courier.check()
+            courier.close()
+        found, done = self.ledger.balance(self.comm)
+        sleeps = self.comm.bcast(self.asleep, root=self.size - 1)
+        during = sum(sleeps[0] < moment < sleeps[1] for moment in self.touched)
+        report = {
+            "found": dict(found),
+            "done": dict(done),
+            "refusals": self.comm.allreduce(self.counters.refusals),
+            "taken": self.comm.allreduce(self.counters.taken),
+            "retries": self.comm.allreduce(self.counters.retries),
+            "skipped": self.comm.allreduce(self.counters.publications_skipped),
+            "touched": self.comm.allreduce(during),
+            "longest": self.comm.allreduce(self.longest, MPI.MAX),
+            "seconds": seconds,
+            "path": self.slots.describe,
+            "words": type(self.words).__name__,
+        }
+        self.slots.close()
+        self.words.close()
+        return report
+
+    def through(self) -> bool:
+        """Whether this rank's share is done."""
+        mine = self.ledger
+        return mine.published >= self.publications and mine.done["sent"] >= self.messages
+
+    def turn(self) -> None:
+        """One turn of the loop: a little of everything."""
+        player, chance = self.player, self.player.dice.random
+        if self.ledger.published < self.publications:
+            player.publish()
+        if self.ledger.done["sent"] < self.messages and not player.send(player.other()):
+            time.sleep(5e-5)  # on few cores the receiver needs this one
+        if chance() < self.options.pause / 10:
+            self.deaf = 20
+        if self.deaf:
+            self.deaf -= 1
+        else:
+            player.receive()
+        if chance() < 0.5:
+            player.claim(player.other())
+        if chance() < 0.3:
+            self.read(player.other())
+        if len(player.claims) > 2 or chance() < 0.5:
+            player.release()
+        third = 3 * self.ledger.published > self.publications
+        if third and self.rank == self.size - 1 and not self.asleep[1]:
+            begun = time.monotonic()
+            time.sleep(self.options.sleep)
+            self.asleep = begun, time.monotonic()
+
+    def rest(self) -> None:
+        """Rest in the middle of a slot, mostly not at all."""
+        if self.player.dice.random() < self.options.pause:
+            time.sleep(0.0005)
+
+    def read(self, other: int) -> None:
+        """Copy the newest version of another rank, and note when."""
+        begun = time.monotonic()
+        self.player.read(other)
+        ended = time.monotonic()
+        self.longest = max(self.longest, ended - begun)
+        if other == self.size - 1:
+            self.touched.append(ended)
+
+
+def main() -> None:
+    """Stress the protocols, or each faulty one that is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--publications", type=int, default=20_000, help="of all ranks together")
+    parser.add_argument("--messages", type=int, default=20_000, help="of all ranks together")
+    parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
+    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--words", default="window", choices=("window", "node"))
+    parser.add_argument("--slots", type=int, default=4, help="of a publication, and of an inbox")
+    parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")
+    parser.add_argument("--sleep", type=float, default=0.0, help="seconds without a call of MPI")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all of it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fault", choices=FAULTS, action="append", default=[])
+    options = parser.parse_args()
+    comm = MPI.COMM_WORLD
+    reports = {
+        name: Rank(comm, options, FAULTS[name].publication, FAULTS[name].inbox).run()
+        for name in options.fault
+    }
+    report = reports or Rank(comm, options).run()
+    if comm.rank == 0:
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

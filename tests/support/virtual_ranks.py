@@ -1,0 +1,120 @@
+"""Virtual ranks of one algorithm without a driver: a test says who makes a step, and sees every vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_dasgd import algorithms, config, topology
+from mpi_dasgd.algorithms import partners
+from mpi_dasgd.algorithms.base import Exchange
+from mpi_dasgd.codecs import NoCodec
+from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.simulation.simulator import simulate
+from mpi_dasgd.transport.control_words import READY
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
+
+JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
+
+
+def run(*overrides: str) -> dict[str, Any]:
+    """The figures of one simulation of `jobs/sim_quadratic.toml`."""
+    return simulate(config.load(JOB, ["simulation.dimension=2", *overrides]))
+
+
+def effective_step(*overrides: str, seeds: int = 2) -> float:
+    """Mean over seeds."""
+    found = [run(f"run.seed={seed}", *overrides)["effective_step"] for seed in range(1, seeds + 1)]
+    return float(np.mean(found))
+
+
+class Local:
+    """A gradient of 1 in every coordinate, unless a test says otherwise, at a rate of 1."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.step = 0
+        self.gradient = np.ones_like(x)
+        self._x = x
+
+    def update(self, factor: float = 1.0) -> None:
+        """One step."""
+        self._x -= factor * self.gradient
+
+
+class Ranks:
+    """All ranks of one algorithm on one graph, without latency.
+
+    Args:
+        models: shape (n, d), float64; a rank each.
+        settings: section ``algorithm``.
+        graph: over n ranks; None: complete.
+    """
+
+    def __init__(
+        self, models: np.ndarray, settings: Settings, graph: topology.Topology | None = None
+    ) -> None:
+        self.models = models
+        size, elements = models.shape
+        codec = NoCodec(elements, models.dtype)
+        self.network = Network(Clock(), codec.layout, graph or topology.build("complete", size))
+        self.records: list[Exchange] = []
+        kind = algorithms.find(settings.name, settings.variant)
+        self.locals = [Local(x) for x in models]
+        self.algorithms = [
+            kind(
+                VirtualEndpoint(self.network, rank),
+                codec,
+                x,
+                settings,
+                partners(1, rank),
+                self.records.append,
+            )
+            for rank, x in enumerate(models)
+        ]
+        for algorithm in self.algorithms:
+            algorithm.start()
+
+    def step(self, rank: int) -> bool:
+        """One step of a rank; return False, with the step given up, where it would have to wait."""
+        local = self.locals[rank]
+        local.step += 1
+        return next(iter(self.algorithms[rank].step(local)), None) is None
+
+    def refresh(self) -> None:
+        """Bring all deltas home, and publish all models anew: then any pair may be next."""
+        for algorithm, local in zip(self.algorithms, self.locals, strict=True):
+            algorithm.absorb(local.step)
+            algorithm.restart(local.step)
+
+    def now(self) -> np.ndarray:
+        """The vectors that exchanges move, with what is on its way to them."""
+        where = self.network.where
+        found = np.array([algorithm.mass() for algorithm in self.algorithms])
+        for rank, algorithm in enumerate(self.algorithms):
+            for slot, index in enumerate(where.inbox):
+                if self.network.read(rank, index) & 3 == READY:
+                    message = self.network.at(rank, len(where.publication) + slot)
+                    found[rank] += algorithm.mass_of(message)
+        return found
+
+
+class Fixed:
+    """A source of random choices that always answers with the same partner."""
+
+    def __init__(self, partner: int) -> None:
+        self._partner = partner
+
+    def sample(self, population: Sequence[int], count: int) -> list[int]:
+        return [self._partner]
+
+    def choice(self, population: Sequence[int]) -> int:
+        return self._partner
+
+
+def gamma(models: np.ndarray) -> float:
+    """sum_i |x_i - mean|^2."""
+    return float(np.square(models - models.mean(0)).sum())

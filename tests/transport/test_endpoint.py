@@ -1,0 +1,254 @@
+"""What algorithms use of an endpoint beside the pair exchange: reads, posts, waits, counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpi_dasgd import topology
+from mpi_dasgd.codecs import Layout
+from mpi_dasgd.transport.endpoint import Reading
+from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from mpi_dasgd.transport.virtual.network import Clock, Network
+from tests.support.fake_hosts import Hosts
+from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
+
+PROGRAM = ROOT / "tests" / "programs" / "endpoint.py"
+LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8, notes=2)
+
+
+def make_endpoints(**options: float) -> list[VirtualEndpoint]:
+    network = Network(Clock(), LAYOUT, topology.build("complete", 3), **options)
+    return [VirtualEndpoint(network, rank) for rank in range(3)]
+
+
+def clock_of(endpoint: VirtualEndpoint) -> Clock:
+    return endpoint._network.clock
+
+
+def publish(endpoint: VirtualEndpoint, value: int) -> None:
+    message = endpoint.publication.reserve()
+    assert message is not None
+    message.payload[:] = value
+    message.notes[:] = [value, -value]
+    message.stamp(rank=endpoint.rank, step=value, time_ns=0)
+    endpoint.publication.publish()
+
+
+def value_of(reading: Reading) -> int:
+    """Value of a publication, all of whose parts must be of it."""
+    message = reading.message
+    assert reading.settled and message is not None
+    value = message.header.step
+    assert (message.payload == value).all() and message.notes.tolist() == [value, -value]
+    return value
+
+
+def send(endpoint: VirtualEndpoint, rank: int, value: int) -> bool:
+    posting = endpoint.post(rank)
+    if posting is None:
+        return False
+    posting.message.payload[:] = value
+    posting.message.stamp(rank=endpoint.rank, step=value, time_ns=0)
+    endpoint.deliver(posting)
+    return True
+
+
+def receive(endpoint: VirtualEndpoint) -> list[tuple[int, int]]:
+    """Sender and value of all that has come; freed."""
+    arrivals = endpoint.inbox.receive()
+    values = [(arrival.sender, arrival.message.header.step) for arrival in arrivals]
+    for arrival in arrivals:
+        endpoint.inbox.free(arrival)
+    return values
+
+
+def advance(endpoint: VirtualEndpoint, until: float) -> None:
+    """Let virtual time pass."""
+    clock = clock_of(endpoint)
+    clock.after(until - clock.now, lambda: None)
+    while clock.now < until:
+        clock.advance()
+
+
+# Reads
+
+
+def test_a_read_is_a_copy_of_the_newest() -> None:
+    owner, reader, other = make_endpoints()
+    nothing = reader.read(0)
+    assert nothing.done() and nothing.message is None
+    publish(owner, 1)
+    publish(owner, 2)
+    reading = reader.read(0)
+    assert value_of(reading) == 2
+    for value in range(3, 12):
+        publish(owner, value)  # through all slots
+    assert value_of(reading) == 2
+    assert value_of(other.read(0)) == value_of(reader.read(0)) == 11
+    assert reader.counters.bytes_received == 2 * LAYOUT.nbytes
+
+
+def test_a_claim_does_not_hide_a_publication() -> None:
+    owner, reader, other = make_endpoints()
+    publish(owner, 1)
+    assert other.publication.claim(0) is not None
+    assert value_of(reader.read(0)) == 1
+
+
+def test_a_read_takes_the_question_and_the_answer_their_time() -> None:
+    owner, reader, _ = make_endpoints(latency=1.0, bandwidth=LAYOUT.nbytes / 2)
+    publish(owner, 1)
+    reading = reader.read(0)
+    advance(reader, 0.9)
+    publish(owner, 2)  # before the question arrives
+    advance(reader, 1.1)
+    publish(owner, 3)
+    advance(reader, 3.9)
+    assert not reading.done()
+    advance(reader, 4.1)  # a latency there, and back that and two for the bytes
+    assert value_of(reading) == 2
+
+
+@pytest.mark.parametrize("latency", [0.0, 1.0])
+def test_a_version_settles_when_it_is_there(latency: float) -> None:
+    owner, reader, _ = make_endpoints(latency=latency)
+    woken: list[int] = []
+    first = reader.read(0, 1)
+    second = reader.read(0, 2)
+    clock_of(reader).after(0.0, lambda: None)
+    assert not first.done()
+    reader._network.notify(second, lambda: woken.append(value_of(second)))
+    publish(owner, 1)
+    advance(reader, 5.0)
+    assert value_of(first) == 1 and not second.done() and not woken
+    publish(owner, 2)
+    assert value_of(first) == 1, "the version before is still there"
+    advance(reader, 10.0)
+    assert value_of(second) == 2 and woken == [2]
+    late = reader.read(0, 2)
+    advance(reader, 15.0)
+    assert value_of(late) == 2
+
+
+def test_a_version_that_is_gone_is_an_error() -> None:
+    owner, reader, _ = make_endpoints()
+    for value in range(1, 6):
+        publish(owner, value)
+    with pytest.raises(RuntimeError, match="version 1 of rank 0 was overwritten"):
+        reader.read(0, 1)
+
+
+# Posts
+
+
+def test_a_full_inbox_refuses_and_loses_nothing() -> None:
+    receiver, sender, other = make_endpoints(inbox_slots=3)
+    assert send(sender, 0, 1) and send(other, 0, 5) and send(sender, 0, 2)
+    assert not send(sender, 0, 3) and not send(other, 0, 6)
+    assert (sender.counters.refusals, other.counters.refusals) == (1, 1)
+    assert sorted(receive(receiver)) == [(1, 1), (1, 2), (2, 5)]
+    assert send(sender, 0, 3)
+    assert receive(receiver) == [(1, 3)]
+    assert receive(receiver) == []
+    assert sender.counters.messages == 3 and receiver.counters.absorbed == 4
+    assert sender.counters.bytes_sent == 3 * LAYOUT.nbytes
+
+
+def test_messages_arrive_in_order_after_their_time() -> None:
+    receiver, sender, other = make_endpoints(latency=1.0)
+    got: list[tuple[int, int]] = []
+    for value in range(20):
+        while not send(sender, 0, value):
+            assert not sender.delivered() or receiver.inbox.waiting
+            advance(sender, clock_of(sender).now + 0.5)
+            got += receive(receiver)
+        send(other, 0, 100 + value)  # takes slots away, if there is one
+    assert not sender.delivered() and receive(receiver) == []
+    advance(sender, clock_of(sender).now + 2.0)
+    assert sender.delivered()
+    got += receive(receiver)
+    assert [value for rank, value in got if rank == 1] == list(range(20))
+    others = [value for rank, value in got if rank == 2]
+    assert others == sorted(set(others)) and len(others) == other.counters.messages
+
+
+def test_what_was_not_delivered_does_not_arrive() -> None:
+    receiver, sender, _ = make_endpoints()
+    posting = sender.post(0)
+    assert posting is not None
+    assert not receiver.inbox.waiting and receive(receiver) == []
+    assert send(sender, 0, 2) and receive(receiver) == [(1, 2)]
+
+
+# Waits
+
+
+def test_a_wait_ends_once_when_a_word_makes_its_condition_true() -> None:
+    receiver, sender, _ = make_endpoints(latency=1.0)
+    woken: list[float] = []
+    arrival = receiver.until(lambda: receiver.inbox.waiting)
+    assert not arrival.done()
+    receiver._network.notify(arrival, lambda: woken.append(clock_of(receiver).now))
+    publish(receiver, 1)  # a word of its own that matters not
+    advance(receiver, 3.0)
+    assert not woken
+    assert send(sender, 0, 1) and send(sender, 0, 2)
+    assert not arrival.done()
+    advance(receiver, 9.0)
+    assert arrival.done() and woken == [4.0]
+
+
+def test_a_wait_for_words_of_others() -> None:
+    waiter, one, two = make_endpoints()
+    woken: list[str] = []
+    both = waiter.until(
+        lambda: all(waiter.publication.locate(rank, 1) is not None for rank in (1, 2)), (1, 2)
+    )
+    waiter._network.notify(both, lambda: woken.append("both"))
+    publish(one, 1)
+    advance(waiter, 1.0)
+    assert not both.done() and not woken
+    publish(two, 1)
+    assert both.done()
+    advance(waiter, 2.0)
+    assert woken == ["both"]
+
+
+def test_a_wait_for_what_is_so_already() -> None:
+    waiter = make_endpoints()[0]
+    woken: list[str] = []
+    nothing = waiter.until(lambda: True)
+    assert nothing.done()
+    waiter._network.notify(nothing, lambda: woken.append("now"))
+    assert not woken, "not before the call returns"
+    advance(waiter, 0.1)
+    assert woken == ["now"]
+
+
+# Counts
+
+
+def test_gradients_are_counted_over_all_ranks() -> None:
+    endpoints = make_endpoints()
+    assert [endpoint.gradients() for endpoint in endpoints] == [0, 0, 0]
+    for endpoint, counts in zip(endpoints, ((1, 2, 3), (1,), (5, 7)), strict=True):
+        for count in counts:
+            endpoint.count(count)
+    assert [endpoint.gradients() for endpoint in endpoints] == [11, 11, 11]
+    assert [endpoints[0].gradients_of(rank) for rank in range(3)] == [3, 1, 7]
+
+
+# Real windows
+
+
+def test_on_windows(mpi: str) -> None:
+    """Every case of the program, in place and by Get and Put."""
+    run_ranks(*rank_counts(3), PROGRAM, "auto", "remote", mpi=mpi, timeout=90)
+
+
+def test_between_hosts(two_hosts: Hosts) -> None:
+    """With a neighbour on the own host and two on the other."""
+    run_ranks(4, PROGRAM, "auto", hosts=two_hosts, timeout=90)

@@ -1,0 +1,57 @@
+"""Publication and Inbox in every order of their steps, and with mistakes that must come out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.programs.faults import FAULTS
+from tests.programs.interleave import MOVES, RANKS, play
+
+SCRIPTS = st.tuples(*[st.lists(st.sampled_from(MOVES), min_size=8, max_size=12)] * RANKS)
+SCHEDULES = st.lists(st.integers(0, RANKS - 1), min_size=150, max_size=150)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCRIPTS, SCHEDULES, st.integers(0, 999), st.booleans(), st.integers(3, 4))
+def test_no_interleaving_breaks_the_protocols(
+    scripts: tuple[list[str], ...], schedule: list[int], seed: int, near: bool, slots: int
+) -> None:
+    choices = itertools.chain(schedule, itertools.cycle(range(RANKS)))
+    found, _ = play(scripts, choices, seed, near=near, slots=slots)
+    assert not found
+
+
+def dice_forever(dice: random.Random) -> Iterator[int]:
+    while True:
+        yield dice.randrange(RANKS)
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_some_interleaving_shows_each_mistake(fault: str | None) -> None:
+    """That the test above can fail: a protocol with a mistake is found out by 1000 plays at most."""
+    for seed in range(100 if fault is None else 1000):
+        dice = random.Random(seed)
+        scripts = [dice.choices(MOVES, k=12) for _ in range(RANKS)]
+        near = dice.random() < 0.5
+        if fault is None:
+            found, done = play(scripts, dice_forever(dice), seed, near=near)
+            assert not found and done["published"] and done["received"] == done["sent"]
+            continue
+        broken = FAULTS[fault]
+        found, _ = play(
+            scripts,
+            dice_forever(dice),
+            seed,
+            near=near,
+            publication=broken.publication,
+            inbox=broken.inbox,
+        )
+        if any(found[sign] for sign in broken.signs):
+            return
+    assert fault is None, f"{fault}: not found"

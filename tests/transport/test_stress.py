@@ -1,0 +1,130 @@
+"""The transport under stress by real processes: on one host, in place and not, and between hosts.
+
+MPI_DASGD_TEST_STRESS=100000 does so many publications and messages between hosts too (minutes).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpi_dasgd.kernels import native
+from tests.programs.faults import FAULTS
+from tests.support.fake_hosts import Hosts
+from tests.support.mpi_ranks import ROOT, missing, rank_counts, run_ranks
+
+PROGRAMS = ROOT / "tests" / "programs"
+BETWEEN_HOSTS = int(os.environ.get("MPI_DASGD_TEST_STRESS", 0))
+LIMIT = max(60, BETWEEN_HOSTS // 150)  # seconds: a few ms an operation
+
+
+def report_of(n: int, program: str, *args: str, **options: Any) -> Any:
+    """Run a program on `n` ranks and return what rank 0 reports."""
+    return json.loads(run_ranks(n, PROGRAMS / program, *args, **options).stdout)
+
+
+def assert_clean(report: Any, publications: int, messages: int) -> None:
+    """Nothing torn, lost, twice, or out of order, and enough of everything done."""
+    assert report["found"] == {}
+    done = report["done"]
+    assert done["published"] >= publications
+    assert done["sent"] == done["received"] >= messages
+    assert done["claimed"] > messages / 50 and done["read"] > messages / 10
+    assert done["cancelled"] > messages / 50
+
+
+@pytest.mark.parametrize(
+    ("default", "path", "words", "count"),
+    [
+        (4, "auto", "node", 100_000),
+        (3, "auto", "window", 30_000),
+        (2, "remote", "window", 30_000),
+    ],
+)
+def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> None:
+    if words == "node" and native.load() is None:
+        missing(f"native library: {native.status()}")
+    (n,) = rank_counts(default)
+    count = count if mpi == "mpich" else min(count, 30_000)
+    args = f"--path {path} --words {words} --publications {count} --messages {count} --sleep 2"
+    report = report_of(n, "stress.py", *args.split(), mpi=mpi, timeout=90)
+    assert_clean(report, count, count)
+    assert report["path"] == {"auto": "in place", "remote": "Get and Put"}[path]
+    assert report["words"] == {"node": "NodeWords", "window": "WindowWords"}[words]
+    assert report["refusals"] > 100 and report["skipped"] > 10, "no inbox or publication was full"
+    assert report["touched"] > 100, "a rank without a call of MPI held the others up"
+    assert report["longest"] < 1.5
+
+
+@pytest.mark.parametrize("path", ["auto", "remote"])
+def test_pairs_on_one_host(mpi: str, path: str) -> None:
+    """The same through `RmaEndpoint`, its courier and its end without a barrier."""
+    (n,) = rank_counts(3)
+    args = ["--path", path, "--exchanges", "10000", "--sleep", "1"]
+    report = report_of(n, "pairs.py", *args, mpi=mpi, timeout=90)
+    assert_pairs(report, 10_000)
+    assert report["touched"] > 20
+
+
+def assert_pairs(report: Any, exchanges: int) -> None:
+    assert report["found"] == {}
+    done, counters = report["done"], report["counters"]
+    assert done["sent"] == done["received"] >= exchanges
+    assert done["abandoned"] > exchanges / 20
+    assert done["claimed"] == done["sent"] + done["abandoned"]
+    counts = {"messages": "sent", "absorbed": "received", "publications": "published"}
+    for name, count in counts.items():
+        assert counters[name] == done[count]
+
+
+@pytest.mark.timeout(LIMIT + 120)
+def test_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+    # With two ranks a host, Open MPI makes operations over TCP wait for seconds (no fault of ours).
+    n = 4 if mpi == "mpich" else 2
+    count = BETWEEN_HOSTS or 10_000
+    args = f"--publications {count} --messages {count} --sleep 1 --limit {LIMIT}".split()
+    report = report_of(n, "stress.py", *args, mpi=mpi, hosts=two_hosts, timeout=LIMIT + 60)
+    assert_clean(report, count, count)
+    assert report["path"] == "in place within a node, Get and Put between nodes"
+    assert report["touched"] > 0, "a rank without a call of MPI held the others up"
+
+
+def test_pairs_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+    n, count = {"mpich": (4, 1000), "openmpi": (2, 150)}[mpi]
+    args = ["--exchanges", str(count), "--sleep", "1"]
+    report = report_of(n, "pairs.py", *args, mpi=mpi, hosts=two_hosts, timeout=90)
+    assert_pairs(report, count)
+    assert report["touched"] > 0
+
+
+@functools.cache
+def mistakes(mpi: str) -> Any:
+    """What the stress says of each protocol with a mistake."""
+    args = ["--publications", "1000", "--messages", "1000", "--pause", "0.05", "--limit", "10"]
+    names = [part for name in FAULTS for part in ("--fault", name)]
+    return report_of(2, "stress.py", *args, *names, mpi=mpi, timeout=110)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stress_finds_mistakes(mpi: str, fault: str) -> None:
+    """That the tests above can fail."""
+    found = mistakes(mpi)[fault]["found"]
+    assert any(found.get(sign, 0) for sign in FAULTS[fault].signs), found
+
+
+@pytest.mark.parametrize("cases", ["sizes pieces closed silent", "endpoint"])
+def test_windows(mpi: str, cases: str) -> None:
+    run_ranks(2, PROGRAMS / "windows.py", *cases.split(), mpi=mpi, timeout=30)
+
+
+def test_no_swap_is_lost_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+    run_ranks(2, PROGRAMS / "windows.py", "contended", mpi=mpi, hosts=two_hosts, timeout=60)
+
+
+def test_path_node_needs_one_host(two_hosts: Hosts) -> None:
+    run_ranks(2, PROGRAMS / "windows.py", "node", hosts=two_hosts, timeout=30)
