@@ -93,7 +93,7 @@ def compile_library(compiler: list[str], build: Path, library: Path) -> None:
     """
     flags = ["-std=c++17", *(HERE / FLAGS).read_text(encoding="utf-8").split(), "-fPIC"]
     sources = sorted((HERE / KERNELS / "cpu").glob("*.cpp"))
-    of_sets = [source for source in sources if source.stem in ("lattice", "yardstick")]
+    of_sets = [source for source in sources if source.stem in ("lattice", "roofline")]
     objects, known = [], []
     for line in ("base", *(HERE / SETS).read_text(encoding="utf-8").splitlines()):
         name, *more = line.split()

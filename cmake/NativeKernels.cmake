@@ -6,7 +6,7 @@ file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/cxx_flags.txt MPI_DASGD_CXX_FLAGS)
 file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/instruction_sets.txt MPI_DASGD_INSTRUCTION_SETS)
 set(CPU ${PROJECT_SOURCE_DIR}/mpi_dasgd/kernels/cpu)
 
-add_library(_native MODULE ${CPU}/atomics.cpp ${CPU}/dispatch.cpp ${CPU}/pair_average.cpp)
+add_library(_native MODULE ${CPU}/control_words.cpp ${CPU}/dispatch.cpp ${CPU}/pair_average.cpp)
 target_compile_features(_native PRIVATE cxx_std_17)
 target_compile_options(_native PRIVATE ${MPI_DASGD_CXX_FLAGS})
 target_link_libraries(_native PRIVATE Threads::Threads)
@@ -14,7 +14,7 @@ set_target_properties(_native PROPERTIES PREFIX "" SUFFIX ".so")
 
 # Once for each instruction set that the compiler knows; dispatch.cpp chooses among them.
 function(add_lattice name)
-  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp ${CPU}/yardstick.cpp)
+  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp ${CPU}/roofline.cpp)
   set_target_properties(lattice_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_compile_features(lattice_${name} PRIVATE cxx_std_17)
   target_compile_definitions(lattice_${name} PRIVATE MPD_ISA=${name})

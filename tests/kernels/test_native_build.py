@@ -90,7 +90,7 @@ def test_wheel_has_the_library(wheel):
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(kernels).startswith("native kernels (")
     assert not (kernels / "_native_failure.txt").exists()
-    for source in ("pair_average.cpp", "yardstick.cpp", "yardstick.h"):
+    for source in ("pair_average.cpp", "roofline.cpp", "roofline.h"):
         assert (kernels / "cpu" / source).exists()
     names = [path.name for path in (tree.parent / "wheels").iterdir()]
     assert [name.split("-")[:2] for name in names] == [["mpi_dasgd", mpi_dasgd.__version__]]

@@ -4,8 +4,8 @@
 #include <thread>
 #include <vector>
 
-#include "lattice.h"
-#include "yardstick.h"
+#include "fused_step.h"
+#include "roofline.h"
 
 #define MPD_DECLARE(isa)                                                                 \
   extern "C" void mpd_buckets_##isa(const MpdStep*, int64_t first, int64_t last);        \

@@ -4,7 +4,7 @@
 // Compiled once for each instruction set with MPD_ISA naming it; dispatch.cpp chooses when the program runs.
 #include <cstring>
 
-#include "codes.h"
+#include "encoded.h"
 
 #define MPD_NAME2(isa) mpd_buckets_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "stream.h"
+#include "streaming_store.h"
 
 namespace {
 

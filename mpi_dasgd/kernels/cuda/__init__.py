@@ -66,7 +66,7 @@ def run(step: Step) -> None:
 def source() -> str:
     """Return all of the source as one text, so that CuPy's cache on disk notices an edited header."""
     text = (_HERE / "lattice.cu").read_text()
-    for header in ("lane.h", "../lattice.h"):
+    for header in ("lane.h", "../lattice_math.h"):
         text = text.replace(f'#include "{header}"', (_HERE / header).read_text())
     return text
 

@@ -5,7 +5,7 @@
 #ifndef MPD_CUDA_LANE_H
 #define MPD_CUDA_LANE_H
 
-#include "../lattice.h"
+#include "../lattice_math.h"
 
 #define MPD_DEVICE static __device__ __forceinline__
 

@@ -2,12 +2,12 @@
 // arithmetic, and the codec's work in separate passes over whole arrays, each as plain as a library has it.
 //
 // Compiled once for each instruction set with MPD_ISA naming it, as lattice.cpp is.
-#include "yardstick.h"
+#include "roofline.h"
 
 #include <cstring>
 
-#include "codes.h"
-#include "stream.h"
+#include "encoded.h"
+#include "streaming_store.h"
 
 #define MPD_NAME2(isa) mpd_yardstick_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)

@@ -3,8 +3,8 @@
 #define MPD_CPU_CODES_H
 #include <type_traits>
 
-#include "../lattice.h"
-#include "lattice.h"
+#include "../lattice_math.h"
+#include "fused_step.h"
 
 namespace {
 

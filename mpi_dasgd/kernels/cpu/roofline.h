@@ -1,7 +1,7 @@
 // What `bench kernel` measures the lattice codec against. Python mirrors the enum in kernels/cpu/__init__.py.
 #ifndef MPD_CPU_YARDSTICK_H
 #define MPD_CPU_YARDSTICK_H
-#include "lattice.h"
+#include "fused_step.h"
 
 enum MpdPass : int32_t {
   kTrivial,    // the traffic of a step with next to no arithmetic
