@@ -15,11 +15,9 @@ import numpy as np
 from mpi_dasgd.codecs.base import Outcome, Seeds
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
 __all__ = ["BFloat16Codec", "Float16Codec", "PlainCodec", "QsgdCodec"]
-
-_BUCKET = 1024
-_BLOCK = 16 * _BUCKET  # elements: some such blocks stay in a 1 MiB cache
 
 
 class PlainCodec(ABC):
@@ -70,8 +68,8 @@ class PlainCodec(ABC):
             if message is not None:
                 _ = message.header  # refuses what is none of this codec
         square = 0.0
-        for start in range(0, x.size, _BLOCK):
-            v = x[start : start + _BLOCK]
+        for start in range(0, x.size, CACHE_BLOCK):
+            v = x[start : start + CACHE_BLOCK]
             for delta in arrived:
                 v += self._unpack(delta, start, v.size)
             if theirs is not None:
@@ -145,21 +143,21 @@ class QsgdCodec(PlainCodec):
     name = "qsgd8"
 
     def __init__(self, elements: int, dtype: np.dtype, seeds: Seeds) -> None:
-        buckets = -(-elements // _BUCKET)
+        buckets = -(-elements // BUCKET)
         items = np.dtype(np.uint8)
-        layout = Layout(3, elements, items, buckets * _BUCKET, scales=2 * buckets)
+        layout = Layout(3, elements, items, buckets * BUCKET, scales=2 * buckets)
         super().__init__(elements, dtype, layout)
         self._buckets = buckets
         self._rng = np.random.Generator(np.random.SFC64(seeds.draw()))
 
     def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
-        rows = -(-x.size // _BUCKET)
-        values = np.empty((rows, _BUCKET), np.float32)
+        rows = -(-x.size // BUCKET)
+        values = np.empty((rows, BUCKET), np.float32)
         values.reshape(-1)[: x.size] = x
         values.reshape(-1)[x.size :] = x[-1:]  # the extremes stay what they are
         least = values.min(1)
         step = (values.max(1) - least) / np.float32(255)
-        first = start // _BUCKET
+        first = start // BUCKET
         out.scales[first : first + rows] = least
         out.scales[self._buckets + first :][:rows] = step
         values -= least[:, None]
@@ -169,9 +167,9 @@ class QsgdCodec(PlainCodec):
         out.payload[start : start + values.size] = values.reshape(-1).astype(np.uint8)
 
     def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
-        rows = -(-count // _BUCKET)
-        first = start // _BUCKET
-        codes = message.payload[start : start + rows * _BUCKET].reshape(rows, _BUCKET)
+        rows = -(-count // BUCKET)
+        first = start // BUCKET
+        codes = message.payload[start : start + rows * BUCKET].reshape(rows, BUCKET)
         values = codes.astype(np.float32)
         values *= message.scales[self._buckets + first :][:rows, None]
         values += message.scales[first : first + rows, None]

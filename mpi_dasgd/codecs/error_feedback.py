@@ -28,13 +28,12 @@ import numpy as np
 from mpi_dasgd.codecs.base import Codec
 from mpi_dasgd.codecs.elementwise import BFloat16Codec, QsgdCodec
 from mpi_dasgd.codecs.message import Message
+from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
 __all__ = ["GRID", "LIMIT", "UpdateCode", "blocks", "round_to_grid", "update_code"]
 
 GRID = 2.0**-40
 LIMIT = 2.0**12
-_BUCKET = 1024
-_BLOCK = 16 * _BUCKET  # elements: some such blocks stay in a 1 MiB cache
 _LARGEST = 127
 
 
@@ -48,8 +47,8 @@ def round_to_grid(values: np.ndarray) -> np.ndarray:
 
 def blocks(elements: int) -> Iterator[slice]:
     """Yield the parts of a vector that are dealt with at a time."""
-    for start in range(0, elements, _BLOCK):
-        yield slice(start, min(start + _BLOCK, elements))
+    for start in range(0, elements, CACHE_BLOCK):
+        yield slice(start, min(start + CACHE_BLOCK, elements))
 
 
 class UpdateCode(ABC):
@@ -104,21 +103,21 @@ class _Buckets(UpdateCode):
     """8-bit codes times a unit for each bucket."""
 
     def read(self, message: Message, part: slice) -> np.ndarray:
-        first, last = part.start // _BUCKET, -(-part.stop // _BUCKET)
-        codes = message.payload[first * _BUCKET : last * _BUCKET].view(np.int8)
-        values = codes.reshape(-1, _BUCKET) * message.scales[first:last, None].astype(np.float64)
+        first, last = part.start // BUCKET, -(-part.stop // BUCKET)
+        codes = message.payload[first * BUCKET : last * BUCKET].view(np.int8)
+        values = codes.reshape(-1, BUCKET) * message.scales[first:last, None].astype(np.float64)
         return values.reshape(-1)[: part.stop - part.start]
 
     def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
-        first, last = part.start // _BUCKET, -(-part.stop // _BUCKET)
-        values = np.zeros((last - first, _BUCKET))
+        first, last = part.start // BUCKET, -(-part.stop // BUCKET)
+        values = np.zeros((last - first, BUCKET))
         values.reshape(-1)[: owed.size] = owed
         largest = np.abs(values).max(1)
         # 24 bits of a multiple of the grid are one again, whether rounded up or down
         unit = (np.ceil(largest / (_LARGEST * GRID)) * GRID).astype(np.float32)
         values /= np.where(unit > 0, unit, 1).astype(np.float64)[:, None]
         codes = np.rint(values, out=values).astype(np.int8)
-        out.payload[first * _BUCKET : last * _BUCKET] = codes.reshape(-1).view(np.uint8)
+        out.payload[first * BUCKET : last * BUCKET] = codes.reshape(-1).view(np.uint8)
         out.scales[first:last] = unit
 
 

@@ -8,11 +8,24 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["BITS", "BUCKET", "FOUND", "Coded", "Step", "buckets_of", "code_dtype", "codes_of"]
+__all__ = [
+    "BITS",
+    "BUCKET",
+    "CACHE_BLOCK",
+    "FOUND",
+    "Coded",
+    "Step",
+    "buckets_of",
+    "code_dtype",
+    "codes_of",
+]
 
 BITS = (4, 8, 16)
 BUCKET = 1024
-"""Elements that share a scale and a check."""
+"""Elements that share a scale and a checksum; models are padded to a multiple of it."""
+
+CACHE_BLOCK = 16 * BUCKET
+"""Elements that NumPy loops process at a time: five float32 blocks stay in a 1 MiB cache."""
 
 FOUND = np.dtype([("rejected", "u4"), ("max_d2", "u4"), ("sum_d2", "u8")])
 """What a bucket's codes say: whether it was rejected, and the largest and the sum of the squared

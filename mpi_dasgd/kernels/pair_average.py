@@ -13,10 +13,9 @@ from functools import cache
 import numpy as np
 
 from mpi_dasgd.kernels import native
+from mpi_dasgd.kernels.encoded import CACHE_BLOCK
 
 __all__ = ["pair_average", "pair_average_numpy"]
-
-_BLOCK = 16384  # elements: five such blocks stay in a 1 MiB cache
 
 
 def pair_average(
@@ -85,8 +84,8 @@ def pair_average_numpy(
 ) -> None:
     """NumPy twin of `pair_average`: the oracle of its tests and what runs without a compiler."""
     scale = x.dtype.type(weight)
-    for start in range(0, x.size, _BLOCK):
-        part = slice(start, start + _BLOCK)
+    for start in range(0, x.size, CACHE_BLOCK):
+        part = slice(start, start + CACHE_BLOCK)
         v = x[part]
         for delta in arrived:
             v += delta[part]

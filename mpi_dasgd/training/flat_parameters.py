@@ -7,10 +7,9 @@ import torch
 import xxhash
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.encoded import BUCKET
 
 __all__ = ["FlatParameters"]
-
-PADDING = 1024  # elements: a bucket of the quantizing codecs
 
 
 class FlatParameters:
@@ -46,7 +45,7 @@ class FlatParameters:
             raise UserError(f"model: parameters are on several devices ({devices}), expected one")
         self._parameters = [p for _, p in named]
         self.size = sum(p.numel() for p in self._parameters)
-        padded = -(-self.size // PADDING) * PADDING
+        padded = -(-self.size // BUCKET) * BUCKET
         self._flat = torch.zeros(padded, device=devices.pop())
         self._gradient = torch.zeros_like(self._flat)
         self._gradient_views = []

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_parameters import PADDING, FlatParameters
+from mpi_dasgd.kernels.encoded import BUCKET
+from mpi_dasgd.training.flat_parameters import FlatParameters
 
 
 def _model() -> nn.Module:
@@ -21,7 +22,7 @@ def test_parameters_are_views_of_the_vector() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     flat = FlatParameters(model)
     assert flat.size == sum(p.numel() for p in before)
-    assert flat.host.size % PADDING == 0 and not flat.host[flat.size :].any()
+    assert flat.host.size % BUCKET == 0 and not flat.host[flat.size :].any()
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
     flat.host[:] = 1
