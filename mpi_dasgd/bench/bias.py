@@ -9,7 +9,7 @@ import numpy as np
 
 from mpi_dasgd.bench.codec_error import message, models, open_pair
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.encoded import BITS, BUCKET, Coded
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, EncodedVector
 
 __all__ = ["Bias", "biases"]
 
@@ -70,13 +70,15 @@ def _exchanges(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
 def _merges(bits: int, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
     theirs, _ = open_pair(f"lattice{bits}", x, y, seed)
     publication = message(theirs)
-    coded = Coded(x.size, bits, publication.payload, publication.scales, publication.checks)
+    encoded = EncodedVector(
+        x.size, bits, publication.payload, publication.scales, publication.checks
+    )
 
     def draw() -> np.ndarray:
         theirs.encode(x, publication)
-        coded.seed = publication.seed
+        encoded.seed = publication.seed
         moved = y.copy()
-        lattice.merge(moved, coded, 1.0)
+        lattice.merge(moved, encoded, 1.0)
         return moved.astype(np.float64) - x
 
     return draw

@@ -12,7 +12,7 @@ from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, buckets_of
+from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVector, buckets_of
 
 __all__ = [
     "GAMMA",
@@ -123,7 +123,10 @@ def _other_scale(method: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:
         scales = np.exp2(np.ceil(np.log2(scales)))
     else:
         scales[:] = scales.max()
-    reply, found = Coded.empty(x.size, 8, seed + 1), np.zeros(buckets_of(x.size), FOUND)
+    reply, found = (
+        EncodedVector.empty(x.size, 8, seed + 1),
+        np.zeros(buckets_of(x.size), BUCKET_STATS),
+    )
     lattice.exchange(y, _encoded(x, scales, seed), 0.5, reply, found)
     lattice.apply(x, reply)
     return int(found["rejected"].sum())
@@ -131,7 +134,7 @@ def _other_scale(method: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:
 
 def _merge(x: np.ndarray, y: np.ndarray, seed: int, *, subtract: bool) -> int:
     """Each side averages with the other's publication, and tells it nothing."""
-    scales, found = _scales(x, y), np.zeros(buckets_of(x.size), FOUND)
+    scales, found = _scales(x, y), np.zeros(buckets_of(x.size), BUCKET_STATS)
     of_x, of_y = _encoded(x, scales, seed), _encoded(y, scales, seed + 1)
     lattice.merge(y, of_x, 0.5, found, subtract_dither=subtract)
     lattice.merge(x, of_y, 0.5, subtract_dither=subtract)
@@ -146,11 +149,11 @@ def _scales(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return scales
 
 
-def _encoded(x: np.ndarray, scales: np.ndarray, seed: int) -> Coded:
-    coded = Coded.empty(x.size, 8, seed)
-    coded.scales[:] = scales
-    lattice.encode(x, coded)
-    return coded
+def _encoded(x: np.ndarray, scales: np.ndarray, seed: int) -> EncodedVector:
+    encoded = EncodedVector.empty(x.size, 8, seed)
+    encoded.scales[:] = scales
+    lattice.encode(x, encoded)
+    return encoded
 
 
 def _rms(values: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
-from mpi_dasgd.kernels.encoded import BITS, BUCKET, FOUND, Coded
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, BUCKET_STATS, EncodedVector
 
 __all__ = ["Case", "cases", "detection"]
 
@@ -69,17 +69,17 @@ def _case(rng: np.random.Generator, bits: int, law: str, operation: str) -> Case
     deviation = scales * (half / rng.uniform(_NARROWEST, _WIDEST, _BLOCK)).astype(np.float32)
     y = x + _LAWS[law](rng, shape) * deviation[:, None]
 
-    coded = Coded.empty(x.size, bits, int(rng.integers(2**64, dtype=np.uint64)))
-    coded.scales[:] = scales
-    lattice.encode(x.reshape(-1), coded)
-    found = np.zeros(_BLOCK, FOUND)
+    encoded = EncodedVector.empty(x.size, bits, int(rng.integers(2**64, dtype=np.uint64)))
+    encoded.scales[:] = scales
+    lattice.encode(x.reshape(-1), encoded)
+    found = np.zeros(_BLOCK, BUCKET_STATS)
     if operation == "exchange":
-        lattice.exchange(y.reshape(-1).copy(), coded, 0.5, None, found)
+        lattice.exchange(y.reshape(-1).copy(), encoded, 0.5, None, found)
     else:
-        lattice.merge(y.reshape(-1).copy(), coded, 0.5, found)
+        lattice.merge(y.reshape(-1).copy(), encoded, 0.5, found)
     rejected = found["rejected"] != 0
 
-    dither = _dither(coded.seed)
+    dither = _dither(encoded.seed)
     apart = _points(x, scales, dither) - _points(
         y, scales, dither if operation == "exchange" else None
     )
@@ -108,7 +108,7 @@ _LAWS = {"gauss": _gauss, "laplace": _laplace}
 
 
 def _dither(seed: int) -> np.ndarray:
-    return reference._dither(reference._keys(seed, np.arange(_BLOCK, dtype=np.uint64)))
+    return reference.dither(reference.bucket_keys(seed, np.arange(_BLOCK, dtype=np.uint64)))
 
 
 def _points(x: np.ndarray, scales: np.ndarray, dither: np.ndarray | None) -> np.ndarray:

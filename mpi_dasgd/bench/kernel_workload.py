@@ -13,10 +13,10 @@ from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
 from mpi_dasgd.kernels.encoded import (
     BUCKET,
-    FOUND,
+    BUCKET_STATS,
     Array,
-    Coded,
-    Step,
+    EncodedVector,
+    FusedStep,
     buckets_of,
     codes_of,
 )
@@ -25,7 +25,8 @@ __all__ = ["OPERATIONS", "Models", "Operation", "Work"]
 
 _DISTANCE = 1e-3  # of the models, in each element at most
 _RUBBISH = 77  # where results will be
-_CHECKED = 16  # blocks of 64 buckets that are compared with the reference; all of a small model
+_BLOCK = 64  # buckets that are compared at a time
+_CHECKED = 16  # blocks that are compared with the reference; all of a small model
 
 
 class Models:
@@ -65,23 +66,27 @@ class Work:
 
     Args:
         models: of this device; shared with other numbers of bits.
-        theirs: publication of a partner, in host memory.
+        partner_model: publication of a partner, in host memory.
         delta: of a partner, in host memory.
         threads: of every step.
     """
 
-    def __init__(self, models: Models, theirs: Coded, delta: Coded, threads: int = 1) -> None:
+    def __init__(
+        self, models: Models, partner_model: EncodedVector, delta: EncodedVector, threads: int = 1
+    ) -> None:
         self.models, self.threads = models, threads
-        self.elements, self.bits = models.origin.size, theirs.bits
-        self.received = (theirs, delta)
-        self.theirs, self.delta = (self._here(coded) for coded in self.received)
+        self.elements, self.bits = models.origin.size, partner_model.bits
+        self.received = (partner_model, delta)
+        self.partner_model, self.delta = (self._here(encoded) for encoded in self.received)
         xp = models.xp
-        self.reply = Coded.empty(self.elements, self.bits, 3, xp=xp)
-        self.published = p = Coded.empty(self.elements, self.bits, 4, xp=xp)
-        p.scales[:] = self.theirs.scales
-        self.nearest = Coded(self.elements, self.bits, p.codes, p.scales, p.checks, 5, nearest=True)
-        self.found, self.arrived_found = (
-            xp.zeros(buckets_of(self.elements) * FOUND.itemsize, np.uint8).view(FOUND)
+        self.reply_delta = EncodedVector.empty(self.elements, self.bits, 3, xp=xp)
+        self.publication = p = EncodedVector.empty(self.elements, self.bits, 4, xp=xp)
+        p.scales[:] = self.partner_model.scales
+        self.nearest = EncodedVector(
+            self.elements, self.bits, p.codes, p.scales, p.checksums, 5, nearest=True
+        )
+        self.stats, self.delta_stats = (
+            xp.zeros(buckets_of(self.elements) * BUCKET_STATS.itemsize, np.uint8).view(BUCKET_STATS)
             for _ in range(2)
         )
         self.restore()
@@ -90,16 +95,16 @@ class Work:
     def make(cls, models: Models, bits: int, threads: int = 1) -> Work:
         """Return the work in host memory; other devices take theirs from it."""
         elements = models.origin.size
-        theirs = Coded.empty(elements, bits, 1)
+        partner_model = EncodedVector.empty(elements, bits, 1)
         # Both sides of an exchange stay within reach, even with a delta absorbed before.
-        theirs.scales[:] = 4 * _DISTANCE / (2 ** (bits - 1) - 3)
+        partner_model.scales[:] = 4 * _DISTANCE / (2 ** (bits - 1) - 3)
         partner = _uniform(np.random.default_rng(bits), elements, _DISTANCE)
         partner += models.origin
-        lattice.encode(partner, theirs, threads=threads)
-        delta = Coded.empty(elements, bits, 2)
+        lattice.encode(partner, partner_model, threads=threads)
+        delta = EncodedVector.empty(elements, bits, 2)
         partner[:] = models.origin
-        lattice.exchange(partner, theirs, 0.5, delta, threads=threads)
-        return cls(models, theirs, delta, threads)
+        lattice.exchange(partner, partner_model, 0.5, delta, threads=threads)
+        return cls(models, partner_model, delta, threads)
 
     def on(self, models: Models) -> Work:
         """Return the same work on another device, where `models` lie."""
@@ -109,16 +114,16 @@ class Work:
         """Set everything that operations change back to the beginning, and results to rubbish."""
         self.models.restore()
         self.models.velocity[:] = self.models.x
-        for message in (self.reply, self.published):
+        for message in (self.reply_delta, self.publication):
             message.codes[:] = _RUBBISH
-            message.checks[:] = _RUBBISH
-        self.reply.scales[:] = _RUBBISH
-        for found in (self.found, self.arrived_found):
-            found.view(np.uint32)[:] = _RUBBISH
+            message.checksums[:] = _RUBBISH
+        self.reply_delta.scales[:] = _RUBBISH
+        for stats in (self.stats, self.delta_stats):
+            stats.view(np.uint32)[:] = _RUBBISH
 
-    def step(self) -> Step:
+    def step(self) -> FusedStep:
         """Return a step that does nothing yet."""
-        return Step(self.models.x, self.threads)
+        return FusedStep(self.models.x, self.threads)
 
     def check(self, operation: Operation, without: str = "") -> None:
         """Compare all results of an operation on restored arrays with the reference, bit for bit.
@@ -130,21 +135,18 @@ class Work:
         Raises:
             MpiDasgdError: the results are wrong.
         """
-        found = {name: _host(array) for name, array, _ in self._results()}
+        computed = {name: _host(array) for name, array, _ in self._results()}
         for first in self._blocks():
             part = self._part(first)
             step = operation.step(part)
-            block = reference._Block(step, 0)
-            block.numbers += np.uint64(first)
-            with np.errstate(all="ignore"):
-                block.run()
+            reference.run(step, first_bucket=first)
             for name, expected, items in part._results():
-                here = found[name][first * items : first * items + expected.size]
+                here = computed[name][first * items : first * items + expected.size]
                 if name != without and expected.tobytes() != here.tobytes():
                     raise MpiDasgdError(
                         f"{name} is wrong from bucket {first} on: other bits than the NumPy reference's"
                     )
-            if step.theirs is not None and part.found["rejected"].any():
+            if step.partner_model is not None and part.stats["rejected"].any():
                 raise MpiDasgdError(f"buckets from {first} on were rejected: the data is no good")
 
     def check_sound(self) -> None:
@@ -153,14 +155,13 @@ class Work:
         Raises:
             MpiDasgdError: one was.
         """
-        rejected = _host(self.found)["rejected"] == 1
+        rejected = _host(self.stats)["rejected"] == 1
         if rejected.any():
             raise MpiDasgdError(f"{rejected.sum()} buckets were rejected while time was taken")
 
     def _blocks(self) -> list[int]:
         """Return first buckets of the blocks to compare: among them the first and the last ones."""
-        size = reference._BLOCK
-        firsts = range(0, buckets_of(self.elements), size)
+        firsts = range(0, buckets_of(self.elements), _BLOCK)
         if len(firsts) <= _CHECKED:
             return list(firsts)
         rng = np.random.default_rng()
@@ -168,34 +169,44 @@ class Work:
 
     def _part(self, first: int) -> Work:
         """Return the work on the buckets of one block, on copies in host memory."""
-        here = slice(first * BUCKET, (first + reference._BLOCK) * BUCKET)
+        here = slice(first * BUCKET, (first + _BLOCK) * BUCKET)
         models = Models(self.models.origin[here], self.models.host_gradient[here])
-        theirs, delta = (_part(coded, first, models.origin.size) for coded in self.received)
-        return Work(models, theirs, delta)
+        partner_model, delta = (
+            _part(encoded, first, models.origin.size) for encoded in self.received
+        )
+        return Work(models, partner_model, delta)
 
-    def _here(self, coded: Coded) -> Coded:
+    def _here(self, encoded: EncodedVector) -> EncodedVector:
         copy = self.models.xp.asarray
-        codes, scales, checks = copy(coded.codes), copy(coded.scales), copy(coded.checks)
-        return Coded(coded.elements, coded.bits, codes, scales, checks, coded.seed, coded.nearest)
+        codes, scales, checksums = (
+            copy(encoded.codes),
+            copy(encoded.scales),
+            copy(encoded.checksums),
+        )
+        return EncodedVector(
+            encoded.elements, encoded.bits, codes, scales, checksums, encoded.seed, encoded.nearest
+        )
 
     def _results(self) -> Iterator[tuple[str, Array, int]]:
         """Yield everything that operations write: name, array, and its items in a bucket."""
         yield "x", self.models.x, BUCKET
         yield "velocity", self.models.velocity, BUCKET
-        yield "found", self.found, 1
-        yield "arrived_found", self.arrived_found, 1
-        for name in ("reply", "published"):
+        yield "stats", self.stats, 1
+        yield "delta_stats", self.delta_stats, 1
+        for name in ("reply_delta", "publication"):
             message = getattr(self, name)
             yield f"{name}.codes", message.codes, codes_of(BUCKET, self.bits)
             yield f"{name}.scales", message.scales, 1
-            yield f"{name}.checks", message.checks, 1
+            yield f"{name}.checksums", message.checksums, 1
 
 
-def _part(coded: Coded, first: int, elements: int) -> Coded:
-    items, buckets = codes_of(BUCKET, coded.bits), buckets_of(elements)
+def _part(encoded: EncodedVector, first: int, elements: int) -> EncodedVector:
+    items, buckets = codes_of(BUCKET, encoded.bits), buckets_of(elements)
     here = slice(first, first + buckets)
-    codes = coded.codes[first * items : (first + buckets) * items]
-    return Coded(elements, coded.bits, codes, coded.scales[here], coded.checks[here], coded.seed)
+    codes = encoded.codes[first * items : (first + buckets) * items]
+    return EncodedVector(
+        elements, encoded.bits, codes, encoded.scales[here], encoded.checksums[here], encoded.seed
+    )
 
 
 def _host(array: Any) -> np.ndarray:
@@ -217,57 +228,61 @@ class Operation:
 
     floats: int
     codes: int
-    parts: Callable[[Work, Step], None]
+    parts: Callable[[Work, FusedStep], None]
 
     def traffic(self, bits: int) -> float:
-        """Bytes that it reads and writes, an element; without scales and checks, .008 more."""
+        """Bytes that it reads and writes, an element; without scales and checksums, .008 more."""
         return self.floats + self.codes * bits / 8
 
-    def step(self, work: Work) -> Step:
+    def step(self, work: Work) -> FusedStep:
         """Return it as a step on the arrays of `work`."""
         step = work.step()
         self.parts(work, step)
-        step.check()
+        step.validate()
         return step
 
 
-def _encode(work: Work, step: Step) -> None:
-    step.published = work.published
+def _encode(work: Work, step: FusedStep) -> None:
+    step.publication = work.publication
 
 
-def _encode_nearest(work: Work, step: Step) -> None:
-    step.published = work.nearest
+def _encode_nearest(work: Work, step: FusedStep) -> None:
+    step.publication = work.nearest
 
 
-def _apply(work: Work, step: Step) -> None:
-    step.arrived, step.arrived_found = (work.delta,), (work.arrived_found,)
+def _apply(work: Work, step: FusedStep) -> None:
+    step.deltas, step.delta_stats = (work.delta,), (work.delta_stats,)
 
 
-def _exchange(work: Work, step: Step) -> None:
-    step.theirs, step.found, step.reply = work.theirs, work.found, work.reply
+def _exchange(work: Work, step: FusedStep) -> None:
+    step.partner_model, step.stats, step.reply_delta = (
+        work.partner_model,
+        work.stats,
+        work.reply_delta,
+    )
 
 
-def _merge(work: Work, step: Step) -> None:
-    step.theirs, step.found, step.merge = work.theirs, work.found, 1
+def _merge(work: Work, step: FusedStep) -> None:
+    step.partner_model, step.stats, step.merge = work.partner_model, work.stats, 1
 
 
-def _merge_subtract(work: Work, step: Step) -> None:
+def _merge_subtract(work: Work, step: FusedStep) -> None:
     _merge(work, step)
     step.merge = 2
 
 
-def _merge_forward(work: Work, step: Step) -> None:
+def _merge_forward(work: Work, step: FusedStep) -> None:
     _merge(work, step)
     _encode(work, step)
 
 
-def _sgd_encode(work: Work, step: Step) -> None:
+def _sgd_encode(work: Work, step: FusedStep) -> None:
     step.velocity, step.gradient = work.models.velocity, work.models.gradient
-    step.rate, step.momentum, step.decay = 1e-3, 0.9, 1e-4
+    step.lr, step.momentum, step.weight_decay = 1e-3, 0.9, 1e-4
     _encode(work, step)
 
 
-def _fused(work: Work, step: Step) -> None:
+def _fused(work: Work, step: FusedStep) -> None:
     _apply(work, step)
     _exchange(work, step)
     _encode(work, step)

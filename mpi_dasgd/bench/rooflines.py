@@ -161,15 +161,15 @@ class Cpu:
 
     def _check(self, work: Work, op: str, once: Seconds, fused: bool) -> None:
         step = OPERATIONS[op].step(work)
-        if step.theirs is not None and fused:
+        if step.partner_model is not None and fused:
             work.check_sound()
         work.restore()
         once()
-        work.check(OPERATIONS[op], without="" if fused else "found")
+        work.check(OPERATIONS[op], without="" if fused else "stats")
         if not fused:  # their statistics are of floating point numbers
             distance = np.square(self.room[:1024] - work.models.origin[:1024]).max()
-            unit = np.float32(1) / np.square(work.theirs.scales[0])
-            if work.found["max_d2"][0] != np.uint32(distance * unit):
+            unit = np.float32(1) / np.square(work.partner_model.scales[0])
+            if work.stats["max_d2"][0] != np.uint32(distance * unit):
                 raise MpiDasgdError("the statistics of the separate passes are wrong")
 
 
@@ -265,7 +265,7 @@ class Gpu:
 
     def _check(self, work: Work, op: str, launch: Call) -> None:
         step = OPERATIONS[op].step(work)
-        if step.theirs is not None:
+        if step.partner_model is not None:
             work.check_sound()
         work.restore()
         launch()

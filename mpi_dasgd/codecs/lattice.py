@@ -18,7 +18,15 @@ from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.config.schema import Codec as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Coded, Step, buckets_of, code_dtype, codes_of
+from mpi_dasgd.kernels.encoded import (
+    BUCKET,
+    BUCKET_STATS,
+    EncodedVector,
+    FusedStep,
+    buckets_of,
+    code_dtype,
+    codes_of,
+)
 
 __all__ = ["LatticeCodec"]
 
@@ -63,8 +71,8 @@ class LatticeCodec:
         self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
         self._threads = settings.threads
         self._seeds = seeds
-        self._found = np.zeros(buckets, FOUND)
-        self._arrived_found: list[np.ndarray] = []
+        self._stats = np.zeros(buckets, BUCKET_STATS)
+        self._delta_stats: list[np.ndarray] = []
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x` to `out`."""
@@ -84,49 +92,49 @@ class LatticeCodec:
         Raises:
             MpiDasgdError: a message is none of this codec, model size and version.
         """
-        step = Step(x, self._threads)
-        step.arrived = tuple(map(self._received, arrived))
-        step.arrived_found = self._founds(len(arrived))
+        step = FusedStep(x, self._threads)
+        step.deltas = tuple(map(self._received, arrived))
+        step.delta_stats = self._stats_of_deltas(len(arrived))
         step.weight = weight
         if theirs is not None:
-            step.theirs, step.found = self._received(theirs), self._found
+            step.partner_model, step.stats = self._received(theirs), self._stats
             if reply is not None:
-                step.reply = self._new(reply)
+                step.reply_delta = self._new(reply)
         if published is not None:
-            step.published = self._new(published)
+            step.publication = self._new(published)
             self.scale.scales(x, published.scales)
         lattice.backend_of(x).run(step)
-        for message, found in zip(arrived, step.arrived_found, strict=True):
+        for message, found in zip(arrived, step.delta_stats, strict=True):
             self._observe_delta(message, found, weight)
         return Outcome() if theirs is None else self._observe(theirs)
 
-    def _view(self, message: Message) -> Coded:
-        view: Coded | None = message.view
+    def _view(self, message: Message) -> EncodedVector:
+        view: EncodedVector | None = message.view
         if view is None:
-            view = message.view = Coded(
+            view = message.view = EncodedVector(
                 self.layout.elements, self._bits, message.payload, message.scales, message.checks,
                 nearest=self._nearest,
             )  # fmt: skip
         return view
 
-    def _received(self, message: Message) -> Coded:
+    def _received(self, message: Message) -> EncodedVector:
         view = self._view(message)
         view.seed = message.header.seed
         return view
 
-    def _new(self, message: Message) -> Coded:
+    def _new(self, message: Message) -> EncodedVector:
         view = self._view(message)
         view.seed = message.seed = self._seeds.draw()
         return view
 
-    def _founds(self, count: int) -> tuple[np.ndarray, ...]:
-        while len(self._arrived_found) < count:
-            self._arrived_found.append(np.zeros_like(self._found))
-        return tuple(self._arrived_found[:count])
+    def _stats_of_deltas(self, count: int) -> tuple[np.ndarray, ...]:
+        while len(self._delta_stats) < count:
+            self._delta_stats.append(np.zeros_like(self._stats))
+        return tuple(self._delta_stats[:count])
 
     def _observe(self, theirs: Message) -> Outcome:
         """Learn from an exchange that this rank has begun."""
-        found, scales = self._found, theirs.scales
+        found, scales = self._stats, theirs.scales
         rejected, count = found["rejected"], 0
         if rejected.any():
             count = int(rejected.sum())

@@ -31,7 +31,7 @@ class NoCodec:
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x` to `out`."""
-        pair_average(x, published=out.payload)
+        pair_average(x, publication=out.payload)
 
     def exchange(
         self,

@@ -1,4 +1,4 @@
-"""Coded vectors: where the lattice codes of a model or a delta lie, and what is found in them."""
+"""Vectors in lattice codes, and one fused pass over a model: what all backends take as arguments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mpi_dasgd.errors import UserError
 __all__ = [
     "BITS",
     "BUCKET",
+    "BUCKET_STATS",
     "CACHE_BLOCK",
-    "FOUND",
-    "Coded",
-    "Step",
+    "EncodedVector",
+    "FusedStep",
     "buckets_of",
     "code_dtype",
     "codes_of",
@@ -22,16 +22,21 @@ __all__ = [
 
 BITS = (4, 8, 16)
 BUCKET = 1024
-"""Elements that share a scale and a checksum; models are padded to a multiple of it."""
+"""Elements that share a scale and a checksum; models are padded to a multiple of it.
+
+``layout.h`` has the same constant; a test asks the library for it."""
 
 CACHE_BLOCK = 16 * BUCKET
 """Elements that NumPy loops process at a time: five float32 blocks stay in a 1 MiB cache."""
 
-FOUND = np.dtype([("rejected", "u4"), ("max_d2", "u4"), ("sum_d2", "u8")])
-"""What a bucket's codes say: whether it was rejected, and the largest and the sum of the squared
-distances in units of the scale (0 if rejected). Integers, so that no order of summation shows."""
+BUCKET_STATS = np.dtype([("rejected", "u4"), ("max_d2", "u4"), ("sum_d2", "u8")])
+"""Statistics of a bucket's codes, ``MpdBucketStats`` of ``layout.h``.
 
-Array = Any  # of NumPy or CuPy
+`rejected` is 1 if the bucket failed its checksum or its range. `max_d2` and `sum_d2` are the largest
+and the sum of the squared distances in units of the scale, 0 if rejected. They are integers, so that
+the result does not depend on the order of summation."""
+
+Array = Any  # NumPy or CuPy
 
 
 def buckets_of(elements: int) -> int:
@@ -40,33 +45,36 @@ def buckets_of(elements: int) -> int:
 
 
 def code_dtype(bits: int) -> np.dtype:
-    """Return the type in which codes are stored; two codes of 4 bits share a byte."""
+    """Return the dtype in which codes are stored; two 4-bit codes share a byte."""
     return np.dtype(np.uint16 if bits == 16 else np.uint8)
 
 
 def codes_of(elements: int, bits: int) -> int:
-    """Return how many items of `code_dtype` hold the codes of a vector."""
+    """Return the number of items of `code_dtype` that hold the codes of a vector."""
     return buckets_of(elements) * (BUCKET // 2 if bits == 4 else BUCKET)
 
 
-class Coded:
-    """A vector as lattice codes: views of memory that somebody else owns.
+class EncodedVector:
+    """A model (publication) or a delta in lattice codes: views of memory owned by the caller.
 
     Args:
         elements: length of the vector.
-        bits: 4, 8 or 16 bits a code.
-        codes: shape (`codes_of`,), `code_dtype`.
-        scales: float32, shape (buckets,). For a delta they are its units: signed, 0 where the
+        bits: 4, 8 or 16 bits per code.
+        codes: codes, shape (`codes_of`,), `code_dtype`; their order is drawn in ``layout.h``.
+        scales: float32, shape (buckets,). In a delta they are its units: signed, and 0 where the
             bucket was rejected.
-        checks: uint32, shape (buckets,).
-        seed: of the message, unsigned 64 bits: what is random and what is checked depends on it.
-        nearest: codes are rounded to the nearest, instead of with dither (unbiased).
+        checksums: uint32, shape (buckets,).
+        seed: seed of the message, unsigned 64 bits; its dither and its checksums depend on it.
+        nearest: whether codes are rounded to the nearest instead of with dither (unbiased).
 
     Raises:
-        UserError: an array has another shape, type or layout.
+        UserError: an array has another shape, dtype or memory layout.
+
+    Attributes:
+        native: description of the arrays that a backend keeps from call to call, or None.
     """
 
-    __slots__ = ("bits", "checks", "codes", "elements", "native", "nearest", "scales", "seed")
+    __slots__ = ("bits", "checksums", "codes", "elements", "native", "nearest", "scales", "seed")
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class Coded:
         bits: int,
         codes: Array,
         scales: Array,
-        checks: Array,
+        checksums: Array,
         seed: int = 0,
         nearest: bool = False,
     ) -> None:
@@ -83,21 +91,21 @@ class Coded:
         buckets = buckets_of(elements)
         require("codes", codes, code_dtype(bits), codes_of(elements, bits))
         require("scales", scales, np.dtype(np.float32), buckets)
-        require("checks", checks, np.dtype(np.uint32), buckets)
+        require("checksums", checksums, np.dtype(np.uint32), buckets)
         self.elements = elements
         self.bits = bits
         self.codes = codes
         self.scales = scales
-        self.checks = checks
+        self.checksums = checksums
         self.seed = seed
         self.nearest = nearest
-        self.native: Any = None  # how a backend describes these arrays, kept from call to call
+        self.native: Any = None
 
     @classmethod
     def empty(
         cls, elements: int, bits: int, seed: int = 0, nearest: bool = False, xp: Any = np
-    ) -> Coded:
-        """Return one with memory of its own, zeros, of NumPy or of the module `xp` (CuPy)."""
+    ) -> EncodedVector:
+        """Return a vector of zeros with its own memory, allocated by the module `xp` (NumPy, CuPy)."""
         buckets = buckets_of(elements)
         return cls(
             elements,
@@ -110,61 +118,82 @@ class Coded:
         )
 
 
-class Step:
-    """Everything that one pass over a model may do; see `mpi_dasgd.kernels.lattice`."""
+class FusedStep:
+    """Everything that one pass over a model may do; None or empty leaves that part out.
+
+    The parts are done in the order of the attributes below. `mpi_dasgd.kernels.lattice` has the
+    formulas.
+
+    Args:
+        x: model, float32, shape (elements,); changed in place.
+        threads: number of CPU threads that share the buckets; the result does not depend on it.
+
+    Attributes:
+        velocity, gradient: float32, shape (elements,): one SGD step with `lr`, `momentum` and
+            `weight_decay`; the velocity is changed in place.
+        deltas: deltas to apply, in this order.
+        delta_stats: statistics of each delta, `BUCKET_STATS`, shape (buckets,) each; written.
+        partner_model: publication to exchange or merge with.
+        weight: share of the distance to move, in (0, 1].
+        merge: 0 exchanges on the lattice, 1 averages with the decoded model, 2 does so with the
+            dither subtracted.
+        stats: statistics of `partner_model`, `BUCKET_STATS`, shape (buckets,); written.
+        reply_delta: receives the partner's delta, in an exchange.
+        publication: receives the codes of the new model; its scales are given.
+    """
 
     __slots__ = (
-        "arrived", "arrived_found", "decay", "found", "gradient", "merge", "momentum",
-        "published", "rate", "reply", "theirs", "threads", "velocity", "weight", "x",
+        "delta_stats", "deltas", "gradient", "lr", "merge", "momentum", "partner_model",
+        "publication", "reply_delta", "stats", "threads", "velocity", "weight", "weight_decay", "x",
     )  # fmt: skip
 
     def __init__(self, x: Array, threads: int = 1) -> None:
         self.x = x
         self.threads = threads
-        self.arrived: tuple[Coded, ...] = ()
-        self.arrived_found: tuple[Array, ...] = ()
-        self.theirs: Coded | None = None
-        self.weight = 0.5
-        self.merge = 0  # 0: exchange; 1: plain average; 2: plain average, dither subtracted
-        self.found: Array | None = None
-        self.reply: Coded | None = None
         self.velocity: Array | None = None
         self.gradient: Array | None = None
-        self.rate = self.momentum = self.decay = 0.0
-        self.published: Coded | None = None
+        self.lr = self.momentum = self.weight_decay = 0.0
+        self.deltas: tuple[EncodedVector, ...] = ()
+        self.delta_stats: tuple[Array, ...] = ()
+        self.partner_model: EncodedVector | None = None
+        self.weight = 0.5
+        self.merge = 0
+        self.stats: Array | None = None
+        self.reply_delta: EncodedVector | None = None
+        self.publication: EncodedVector | None = None
 
     @property
     def bits(self) -> int:
-        """Bits of the codes, the same in all messages."""
-        messages = (*self.arrived, self.theirs, self.reply, self.published)
+        """Bits per code, the same in all messages."""
+        messages = (*self.deltas, self.partner_model, self.reply_delta, self.publication)
         return next((m.bits for m in messages if m is not None), 8)
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse arrays and messages that do not belong together.
 
         Raises:
-            UserError: says which, what was expected, and what came.
+            UserError: names the argument, what was expected, and what was given.
         """
         require("x", self.x, np.dtype(np.float32), writable=True)
         size, bits = self.x.size, self.bits
-        named = {"theirs": self.theirs, "reply": self.reply, "published": self.published}
-        named |= {f"arrived[{i}]": delta for i, delta in enumerate(self.arrived)}
-        for name, message in named.items():
+        written = ("reply_delta", "publication")
+        messages = {name: getattr(self, name) for name in ("partner_model", *written)}
+        messages |= {f"deltas[{i}]": delta for i, delta in enumerate(self.deltas)}
+        for name, message in messages.items():
             if message is not None and (message.elements, message.bits) != (size, bits):
                 raise UserError(
                     f"{name}: expected codes of {size} elements with {bits} bits, got "
                     f"{message.elements} elements with {message.bits} bits"
                 )
-        for name in ("reply", "published"):
-            message = named[name]
+        for name in written:
+            message = messages[name]
             if message is not None and not _writable(message.codes):
                 raise UserError(
                     f"{name}: expected memory that can be written, got a read-only view"
                 )
-        buckets = buckets_of(size)
-        for name, array in (("found", self.found), *(("found", a) for a in self.arrived_found)):
+        for array in (self.stats, *self.delta_stats):
             if array is not None:
-                require(name, array, FOUND, buckets, writable=True)
+                require("stats", array, BUCKET_STATS, buckets_of(size), writable=True)
         for name, array in (("velocity", self.velocity), ("gradient", self.gradient)):
             if array is not None:
                 require(name, array, np.dtype(np.float32), size, writable=name == "velocity")
@@ -180,12 +209,12 @@ def require(
     """Refuse an array that the kernels cannot take.
 
     Raises:
-        UserError: it is not 1-D, contiguous, aligned, of this type and size, or is read-only.
+        UserError: it is not 1-D, contiguous, aligned, of this dtype and size, or is read-only.
     """
     expected = f"{name}: expected a 1-D, contiguous array of {dtype}"
     if getattr(array, "dtype", None) != dtype or array.ndim != 1:
-        what = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else type(array)
-        raise UserError(f"{expected}, got {what}")
+        given = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else type(array)
+        raise UserError(f"{expected}, got {given}")
     if size is not None and array.size != size:
         raise UserError(f"{expected} of size {size}, got {array.size} elements")
     if not array.flags.c_contiguous:

@@ -1,4 +1,4 @@
-"""The library of compiled kernels, opened with ctypes; see ``setup.py`` for how it comes about."""
+"""Loader of the library of compiled kernels, which ``setup.py`` builds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def status() -> str:
-    """Say in words which kernels are in use, and if they are not the native ones, why."""
+    """Return in words which kernels are in use, and if they are not the native ones, why."""
     return _open()[1]
 
 

@@ -1,4 +1,4 @@
-"""Absorb deltas, average with a partner, write reply and publication: one pass over the model.
+"""Fused pair averaging of unquantized models: absorb deltas, average, write reply and publication.
 
 The native library does it in one pass over memory; without it NumPy does the same in cache-sized
 blocks. Both give the same bits: every operation is rounded once, in the same order.
@@ -20,43 +20,47 @@ __all__ = ["pair_average", "pair_average_numpy"]
 
 def pair_average(
     x: np.ndarray,
-    arrived: Sequence[np.ndarray] = (),
-    theirs: np.ndarray | None = None,
+    deltas: Sequence[np.ndarray] = (),
+    partner_model: np.ndarray | None = None,
     weight: float = 0.5,
-    reply: np.ndarray | None = None,
-    published: np.ndarray | None = None,
+    reply_delta: np.ndarray | None = None,
+    publication: np.ndarray | None = None,
 ) -> None:
-    """Do ``x += sum(arrived)``, ``d = weight * (theirs - x)``, ``x += d``, ``reply = -d``, ``published = x``.
+    """Average `x` with a partner's model and write both results of the exchange::
+
+        x += sum(deltas)
+        d = weight * (partner_model - x)
+        x += d;  reply_delta = -d;  publication = x
+
+    Both sides of an exchange move by exactly the same amounts, so that the sum of all models is
+    conserved up to the rounding of the additions (pair exchange of AD-PSGD, Lian et al. 2018).
 
     Args:
         x: own model, 1-D float32 or float64, contiguous; changed in place.
-        arrived: deltas to absorb first, in this order; shape and type of `x`.
-        theirs: the partner's published model, or None if there is no partner.
+        deltas: deltas to absorb first, in this order; shape and dtype of `x`.
+        partner_model: the model that the partner published, or None without a partner.
         weight: share of the distance to move.
-        reply: receives ``-d``, or None.
-        published: receives the new `x`, or None.
-
-    Both sides of an exchange move by exactly the same amounts, so that the sum of all models is
-    conserved to the rounding of the additions (design of the pair exchange; AD-PSGD, Lian et al. 2018).
+        reply_delta: receives ``-d``, or None.
+        publication: receives the new `x`, or None.
     """
     run = _native(x.dtype.char)
     if run is None:
-        pair_average_numpy(x, arrived, theirs, weight, reply, published)
+        pair_average_numpy(x, deltas, partner_model, weight, reply_delta, publication)
         return
     run(
         _address(x),
         x.size,
-        (ctypes.c_void_p * len(arrived))(*map(_address, arrived)),
-        len(arrived),
-        _address(theirs),
+        (ctypes.c_void_p * len(deltas))(*map(_address, deltas)),
+        len(deltas),
+        _address(partner_model),
         weight,
-        _address(reply),
-        _address(published),
+        _address(reply_delta),
+        _address(publication),
     )
 
 
 def _address(array: np.ndarray | None) -> int | None:
-    """Where an array lies; ``array.ctypes.data`` would make an object for each call."""
+    """Return the address of an array's memory; ``array.ctypes.data`` creates an object per call."""
     return None if array is None else array.__array_interface__["data"][0]
 
 
@@ -76,24 +80,24 @@ def _native(char: str) -> Callable[..., None] | None:
 
 def pair_average_numpy(
     x: np.ndarray,
-    arrived: Sequence[np.ndarray] = (),
-    theirs: np.ndarray | None = None,
+    deltas: Sequence[np.ndarray] = (),
+    partner_model: np.ndarray | None = None,
     weight: float = 0.5,
-    reply: np.ndarray | None = None,
-    published: np.ndarray | None = None,
+    reply_delta: np.ndarray | None = None,
+    publication: np.ndarray | None = None,
 ) -> None:
-    """NumPy twin of `pair_average`: the oracle of its tests and what runs without a compiler."""
+    """Do what `pair_average` does in NumPy: its test oracle, and the fallback without a compiler."""
     scale = x.dtype.type(weight)
     for start in range(0, x.size, CACHE_BLOCK):
         part = slice(start, start + CACHE_BLOCK)
         v = x[part]
-        for delta in arrived:
+        for delta in deltas:
             v += delta[part]
-        if theirs is not None:
-            d = theirs[part] - v
+        if partner_model is not None:
+            d = partner_model[part] - v
             d *= scale
             v += d
-            if reply is not None:
-                np.negative(d, out=reply[part])
-        if published is not None:
-            published[part] = v
+            if reply_delta is not None:
+                np.negative(d, out=reply_delta[part])
+        if publication is not None:
+            publication[part] = v

@@ -19,7 +19,7 @@ from mpi_dasgd.bench.rooflines import UNFUSED, Gpu, cuda_device
 from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import cpu, native
-from mpi_dasgd.kernels.encoded import BITS, Step
+from mpi_dasgd.kernels.encoded import BITS, FusedStep
 from tests.support.mpi_ranks import ROOT
 
 NATIVE = native.load() is not None
@@ -167,7 +167,7 @@ def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, na
             written = {
                 part for part, array, _ in work._results() if array.tobytes() != before[part]
             }
-            outputs = {"reply": step.reply, "published": step.published}
+            outputs = {"reply_delta": step.reply_delta, "publication": step.publication}
             expected = {f"{part}.codes" for part, out in outputs.items() if out is not None}
             assert written == expected, (op, isa)
             for part in expected:  # all of it
@@ -182,7 +182,7 @@ def test_a_kernel_that_computes_rubbish_fails(
 ) -> None:
     prepared = cpu.prepared
 
-    def wrong(step: Step) -> Any:
+    def wrong(step: FusedStep) -> Any:
         right = prepared(step)
 
         def call() -> None:

@@ -18,7 +18,7 @@ from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.codecs import CODECS
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import lattice
-from mpi_dasgd.kernels.encoded import BITS, Coded
+from mpi_dasgd.kernels.encoded import BITS, EncodedVector
 
 NAMES = ("failing", "sound", "undetected", "false_alarms")
 
@@ -91,7 +91,9 @@ def test_detection_counts_every_kind() -> None:
 def test_detection_sees_a_check_that_lies(
     sound: bool, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lying(y: np.ndarray, theirs: Coded, weight: float, reply: None, found: np.ndarray) -> None:
+    def lying(
+        y: np.ndarray, theirs: EncodedVector, weight: float, reply: None, found: np.ndarray
+    ) -> None:
         found["rejected"] = not sound
 
     monkeypatch.setattr(lattice, "exchange", lying)

@@ -22,7 +22,7 @@ import pytest
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cuda, reference
-from mpi_dasgd.kernels.encoded import BITS, Coded, Step
+from mpi_dasgd.kernels.encoded import BITS, EncodedVector, FusedStep
 from tests.support.lattice_cases import Case, cases, outcomes
 from tests.support.mpi_ranks import ROOT, missing
 
@@ -162,13 +162,15 @@ def test_arrays_that_are_not_aligned_are_refused(fake: FakeCupy) -> None:
     def on_device(dtype: Any, size: int, offset: int = 0) -> Any:
         return np.zeros(size + offset, dtype).view(DeviceArray)[offset:]
 
-    coded = Coded(1024, 8, on_device("u1", 1024), on_device("f4", 1), on_device("u4", 1))
-    step = Step(on_device("f4", 1024, offset=1))
-    step.published = coded
+    encoded = EncodedVector(1024, 8, on_device("u1", 1024), on_device("f4", 1), on_device("u4", 1))
+    step = FusedStep(on_device("f4", 1024, offset=1))
+    step.publication = encoded
     with pytest.raises(UserError, match="x: expected memory aligned to 16 bytes, got .* 4 bytes"):
         cuda.run(step)
-    step = Step(on_device("f4", 1024))
-    step.published = Coded(1024, 8, on_device("u1", 1024, offset=2), coded.scales, coded.checks)
+    step = FusedStep(on_device("f4", 1024))
+    step.publication = EncodedVector(
+        1024, 8, on_device("u1", 1024, offset=2), encoded.scales, encoded.checksums
+    )
     with pytest.raises(
         UserError, match="codes: expected memory aligned to 4 bytes, got .* 2 bytes"
     ):

@@ -15,7 +15,14 @@ from hypothesis.extra import numpy as arrays
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cpu, lattice, native, reference
-from mpi_dasgd.kernels.encoded import BITS, BUCKET, FOUND, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import (
+    BITS,
+    BUCKET,
+    BUCKET_STATS,
+    EncodedVector,
+    FusedStep,
+    buckets_of,
+)
 from tests.support.lattice_cases import Case, cases, outcomes
 
 NATIVE = native.load() is not None
@@ -34,8 +41,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use_instruction_set(SETS[0])
 
 
-def _with_threads(count: int) -> Callable[[Step], None]:
-    def run(step: Step) -> None:
+def _with_threads(count: int) -> Callable[[FusedStep], None]:
+    def run(step: FusedStep) -> None:
         step.threads = count
         cpu.run(step)
 
@@ -132,11 +139,13 @@ def _pair(bits: int, share: float, size: int = 20_000, seed: int = 0) -> tuple[n
     return x.astype(np.float32), y.astype(np.float32), scales
 
 
-def _message(x: np.ndarray, bits: int, scales: np.ndarray, seed: int, nearest: bool) -> Coded:
-    coded = Coded.empty(x.size, bits, seed, nearest)
-    coded.scales[:] = scales
-    lattice.encode(x, coded)
-    return coded
+def _message(
+    x: np.ndarray, bits: int, scales: np.ndarray, seed: int, nearest: bool
+) -> EncodedVector:
+    encoded = EncodedVector.empty(x.size, bits, seed, nearest)
+    encoded.scales[:] = scales
+    lattice.encode(x, encoded)
+    return encoded
 
 
 @bits_of
@@ -151,11 +160,11 @@ def test_both_sides_move_by_exactly_the_same_amounts(
     y = x + (rng.integers(-6, 7, x.size) / 2.0**4).astype(np.float32)
     weight = 2.0 ** round(np.log2(weight))
     scales = np.full(buckets_of(x.size), 2.0**-4, np.float32)
-    theirs = _message(x, bits, scales, 3, nearest)
-    reply = Coded.empty(x.size, bits, 4, nearest)
+    partner_model = _message(x, bits, scales, 3, nearest)
+    reply_delta = EncodedVector.empty(x.size, bits, 4, nearest)
     before_x, before_y = x.copy(), y.copy()
-    lattice.exchange(y, theirs, weight, reply)
-    lattice.apply(x, reply)
+    lattice.exchange(y, partner_model, weight, reply_delta)
+    lattice.apply(x, reply_delta)
     np.testing.assert_array_equal(y - before_y, before_x - x)
     assert (y != before_y).mean() > 0.5
 
@@ -163,11 +172,11 @@ def test_both_sides_move_by_exactly_the_same_amounts(
 @bits_of
 def test_the_sum_is_conserved_within_a_rounding_an_element(bits: int) -> None:
     x, y, scales = _pair(bits, 0.9)
-    reply = Coded.empty(x.size, bits, 4)
+    reply_delta = EncodedVector.empty(x.size, bits, 4)
     total = x.astype(np.float64) + y
     largest = np.maximum(np.abs(x), np.abs(y))
-    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply)
-    lattice.apply(x, reply)
+    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply_delta)
+    lattice.apply(x, reply_delta)
     error = np.abs(x.astype(np.float64) + y - total)
     bound = np.spacing(np.maximum(largest, np.maximum(np.abs(x), np.abs(y))))
     assert (error <= bound).all()
@@ -177,9 +186,9 @@ def test_the_sum_is_conserved_within_a_rounding_an_element(bits: int) -> None:
 @rounding
 def test_the_error_of_a_move_is_below_one_step_of_the_lattice(bits: int, nearest: bool) -> None:
     x, y, scales = _pair(bits, 1 - 2.0 ** (2 - bits))
-    before, found = y.astype(np.float64), np.zeros(buckets_of(x.size), FOUND)
-    lattice.exchange(y, _message(x, bits, scales, 3, nearest), 0.5, None, found)
-    assert not found["rejected"].any()
+    before, stats = y.astype(np.float64), np.zeros(buckets_of(x.size), BUCKET_STATS)
+    lattice.exchange(y, _message(x, bits, scales, 3, nearest), 0.5, None, stats)
+    assert not stats["rejected"].any()
     error = (y - before) - 0.5 * (x - before)
     rounding_errors = 2 * np.spacing(np.abs(x).max())
     assert (np.abs(error) <= 0.5 * np.repeat(scales, BUCKET)[: x.size] + rounding_errors).all()
@@ -196,10 +205,13 @@ def test_equal_models_stay_as_they_are(bits: int) -> None:
 @bits_of
 def test_statistics_are_those_of_the_integers_that_moved(bits: int) -> None:
     x, y, scales = _pair(bits, 0.9)
-    found, reply = np.zeros(buckets_of(x.size), FOUND), Coded.empty(x.size, bits, 1)
-    arrived = np.zeros_like(found)
+    stats, reply_delta = (
+        np.zeros(buckets_of(x.size), BUCKET_STATS),
+        EncodedVector.empty(x.size, bits, 1),
+    )
+    of_delta = np.zeros_like(stats)
     before = y.copy()
-    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply, found)
+    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply_delta, stats)
     unit = 0.5 * np.repeat(scales, BUCKET)[: x.size].astype(np.float64)
     moved = np.zeros(buckets_of(x.size) * BUCKET)
     moved[: x.size] = np.round((y.astype(np.float64) - before) / unit)
@@ -207,10 +219,10 @@ def test_statistics_are_those_of_the_integers_that_moved(bits: int) -> None:
     # The scales are so large beside the roundings of y that the integers can be told from it.
     exact = np.repeat(scales > 1e-5, BUCKET).reshape(-1, BUCKET)[:, 0]
     assert exact.any()
-    np.testing.assert_array_equal(found["sum_d2"][exact], squares.sum(1)[exact])
-    np.testing.assert_array_equal(found["max_d2"][exact], squares.max(1)[exact])
-    lattice.apply(x, reply, arrived)
-    np.testing.assert_array_equal(arrived, found)
+    np.testing.assert_array_equal(stats["sum_d2"][exact], squares.sum(1)[exact])
+    np.testing.assert_array_equal(stats["max_d2"][exact], squares.max(1)[exact])
+    lattice.apply(x, reply_delta, of_delta)
+    np.testing.assert_array_equal(of_delta, stats)
 
 
 @bits_of
@@ -221,12 +233,12 @@ def test_rounding_at_random_is_unbiased(bits: int) -> None:
     scales, rounds = np.full(1, 1e-2, np.float32), 4000
     moves, decoded = np.zeros(BUCKET), np.zeros(BUCKET)
     for seed in range(rounds):
-        theirs = _message(x, bits, scales, seed * 977, False)
+        partner_model = _message(x, bits, scales, seed * 977, False)
         mine = y.copy()
-        lattice.exchange(mine, theirs, 0.5)
+        lattice.exchange(mine, partner_model, 0.5)
         moves += mine.astype(np.float64) - y
         mine = y.copy()
-        lattice.merge(mine, theirs, 1.0)
+        lattice.merge(mine, partner_model, 1.0)
         decoded += mine
     # Standard deviation of one rounding is at most scale / 2: mean of so many within 5 sigma.
     bound = 5 * 0.5 * 1e-2 / np.sqrt(rounds)
@@ -238,8 +250,8 @@ def test_rounding_at_random_is_unbiased(bits: int) -> None:
 @pytest.mark.parametrize("subtract", [False, True])
 def test_merge_decodes_within_a_step_and_less_if_dither_is_subtracted(subtract: bool) -> None:
     x, y, scales = _pair(8, 0.9)
-    theirs = _message(x, 8, scales, 5, False)
-    lattice.merge(y, theirs, 1.0, subtract_dither=subtract)
+    partner_model = _message(x, 8, scales, 5, False)
+    lattice.merge(y, partner_model, 1.0, subtract_dither=subtract)
     error = (y.astype(np.float64) - x) / np.repeat(scales, BUCKET)[: x.size]
     good = np.repeat(scales > 1e-4, BUCKET)[: x.size]
     assert np.abs(error[good]).max() < (0.51 if subtract else 1.01)
@@ -249,23 +261,30 @@ def test_merge_decodes_within_a_step_and_less_if_dither_is_subtracted(subtract: 
 
 def test_fused_is_the_same_as_one_after_the_other() -> None:
     x, y, scales = _pair(8, 0.5)
-    theirs = _message(x, 8, scales, 5, False)
-    deltas = [Coded.empty(x.size, 8, 10 + i) for i in range(2)]
+    partner_model = _message(x, 8, scales, 5, False)
+    deltas = [EncodedVector.empty(x.size, 8, 10 + i) for i in range(2)]
     for delta in deltas:
-        lattice.exchange(y.copy(), theirs, 0.25, delta)
+        lattice.exchange(y.copy(), partner_model, 0.25, delta)
 
     def results(fuse: bool) -> list[bytes]:
-        mine, reply = y.copy(), Coded.empty(x.size, 8, 20)
-        out = Coded.empty(x.size, 8, 21)
+        mine, reply_delta = y.copy(), EncodedVector.empty(x.size, 8, 20)
+        out = EncodedVector.empty(x.size, 8, 21)
         out.scales[:] = scales
         if fuse:
-            lattice.fused(mine, deltas, theirs, 0.5, reply, out)
+            lattice.fused(mine, deltas, partner_model, 0.5, reply_delta, out)
         else:
             for delta in deltas:
                 lattice.apply(mine, delta)
-            lattice.exchange(mine, theirs, 0.5, reply)
+            lattice.exchange(mine, partner_model, 0.5, reply_delta)
             lattice.encode(mine, out)
-        parts = (mine, reply.codes, reply.scales, reply.checks, out.codes, out.checks)
+        parts = (
+            mine,
+            reply_delta.codes,
+            reply_delta.scales,
+            reply_delta.checksums,
+            out.codes,
+            out.checksums,
+        )
         return [part.tobytes() for part in parts]
 
     assert results(True) == results(False)
@@ -277,13 +296,13 @@ def test_sgd_and_encode_are_a_step_of_torch_and_its_codes() -> None:
     rng = np.random.default_rng(0)
     parameter = torch.nn.Parameter(torch.from_numpy(x.copy()))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.01)
-    velocity, out = np.zeros_like(x), Coded.empty(x.size, 8, 1)
+    velocity, out = np.zeros_like(x), EncodedVector.empty(x.size, 8, 1)
     out.scales[:] = scales
     for _ in range(3):
         gradient = rng.normal(size=x.size).astype(np.float32)
         parameter.grad = torch.from_numpy(gradient.copy())
         optimizer.step()
-        lattice.sgd_encode(x, velocity, gradient, out, rate=0.1, momentum=0.9, decay=0.01)
+        lattice.sgd_encode(x, velocity, gradient, out, lr=0.1, momentum=0.9, weight_decay=0.01)
     np.testing.assert_allclose(x, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
     assert out.codes.tobytes() == _message(x, 8, scales, 1, False).codes.tobytes()
 
@@ -297,27 +316,27 @@ def test_what_cannot_be_decoded_is_left_alone_on_both_sides(bits: int) -> None:
     y[BUCKET + 5] += scales[1] * 2 ** (bits - 1) * 1.5
     y[3 * BUCKET : 4 * BUCKET] += scales[3] * np.float32(2.0 ** (bits + 1))
     before_x, before_y = x.copy(), y.copy()
-    found, reply = np.zeros(8, FOUND), Coded.empty(x.size, bits, 4)
-    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply, found)
-    lattice.apply(x, reply)
-    assert found["rejected"].tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
-    assert (reply.scales == 0).tolist() == [bool(r) for r in found["rejected"]]
+    stats, reply_delta = np.zeros(8, BUCKET_STATS), EncodedVector.empty(x.size, bits, 4)
+    lattice.exchange(y, _message(x, bits, scales, 3, False), 0.5, reply_delta, stats)
+    lattice.apply(x, reply_delta)
+    assert stats["rejected"].tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert (reply_delta.scales == 0).tolist() == [bool(r) for r in stats["rejected"]]
     for bucket in range(8):
         part = slice(bucket * BUCKET, (bucket + 1) * BUCKET)
-        moved = not found["rejected"][bucket]
+        moved = not stats["rejected"][bucket]
         assert (x[part] != before_x[part]).any() == moved
         assert (y[part] != before_y[part]).any() == moved
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
-@pytest.mark.parametrize("side", ["theirs", "mine"])
+@pytest.mark.parametrize("side", ["partner_model", "mine"])
 def test_a_diverged_model_does_not_spread(value: float, side: str) -> None:
     x, y, scales = _pair(8, 0.5, size=3 * BUCKET)
-    (x if side == "theirs" else y)[BUCKET + 7] = value
-    found = np.zeros(3, FOUND)
+    (x if side == "partner_model" else y)[BUCKET + 7] = value
+    stats = np.zeros(3, BUCKET_STATS)
     before = y.copy()
-    lattice.exchange(y, _message(x, 8, scales, 3, False), 0.5, None, found)
-    assert found["rejected"].tolist() == [0, 1, 0]
+    lattice.exchange(y, _message(x, 8, scales, 3, False), 0.5, None, stats)
+    assert stats["rejected"].tolist() == [0, 1, 0]
     np.testing.assert_array_equal(y[BUCKET : 2 * BUCKET], before[BUCKET : 2 * BUCKET])
 
 
@@ -329,18 +348,18 @@ def test_a_stale_or_torn_message_fails_its_check(bits: int, what: str) -> None:
     old = _message(x, bits, scales, 3, False)
     x += np.float32(1e-6) * scales.repeat(BUCKET)
     new = _message(x, bits, scales, 4, False)
-    delta_old, delta_new = (Coded.empty(x.size, bits, seed) for seed in (5, 6))
+    delta_old, delta_new = (EncodedVector.empty(x.size, bits, seed) for seed in (5, 6))
     lattice.exchange(y.copy(), old, 0.5, delta_old)
     lattice.exchange(y.copy(), new, 0.5, delta_new)
     for before, after, run in (
-        (old, new, lambda message, found: lattice.exchange(y.copy(), message, 0.5, None, found)),
-        (delta_old, delta_new, lambda message, found: lattice.apply(x.copy(), message, found)),
+        (old, new, lambda message, stats: lattice.exchange(y.copy(), message, 0.5, None, stats)),
+        (delta_old, delta_new, lambda message, stats: lattice.apply(x.copy(), message, stats)),
     ):
-        found = np.zeros(64, FOUND)
-        run(after, found)
-        assert not found["rejected"].any()
+        stats = np.zeros(64, BUCKET_STATS)
+        run(after, stats)
+        assert not stats["rejected"].any()
         if what == "stale":
-            after.codes[:], after.checks[:] = before.codes, before.checks
+            after.codes[:], after.checksums[:] = before.codes, before.checksums
         elif what == "torn":
             per = after.codes.size // 64
             for bucket in range(64):
@@ -350,13 +369,13 @@ def test_a_stale_or_torn_message_fails_its_check(bits: int, what: str) -> None:
             after.scales *= np.float32(1 + 2.0**-20)
         else:
             after.seed += 1
-        run(after, found)
-        assert found["rejected"].all()
+        run(after, stats)
+        assert stats["rejected"].all()
 
 
 def test_no_two_wrong_elements_cancel_in_the_check() -> None:
     """A failed decoding is wrong by k 2^b in an element, its fold by k (2^b + 1): two must not cancel."""
-    weights = reference._WEIGHTS.astype(np.int64)
+    weights = reference.POSITION_WEIGHTS.astype(np.int64)
     for first in range(1, 9):
         for second in range(1, 9):
             a, b = first * weights % 2**32, second * weights % 2**32
@@ -381,7 +400,7 @@ def test_no_failure_goes_unseen_and_nothing_sound_is_rejected() -> None:
 
 def test_wrong_arrays_are_refused_with_a_message() -> None:
     x, y, scales = _pair(8, 0.5, size=3000)
-    theirs = _message(x, 8, scales, 3, False)
+    partner_model = _message(x, 8, scales, 3, False)
     read_only = y.copy()
     read_only.flags.writeable = False
     wrong: list[tuple[np.ndarray, str]] = [
@@ -394,29 +413,31 @@ def test_wrong_arrays_are_refused_with_a_message() -> None:
     ]
     for array, words in wrong:
         with pytest.raises(UserError, match=words):
-            lattice.exchange(array, theirs)
+            lattice.exchange(array, partner_model)
     with pytest.raises(UserError, match="NumPy or CuPy"):
         lattice.backend_of([1.0])
     for weight in (0.0, -0.5, 1.5, float("nan")):
         with pytest.raises(UserError, match="weight"):
-            lattice.exchange(y, theirs, weight)
+            lattice.exchange(y, partner_model, weight)
 
 
 def test_wrong_messages_are_refused_with_a_message() -> None:
     x, y, scales = _pair(8, 0.5, size=3000)
-    theirs = _message(x, 8, scales, 3, False)
-    with pytest.raises(UserError, match="reply: expected codes of 3000 elements with 8 bits"):
-        lattice.exchange(y, theirs, 0.5, Coded.empty(3000, 4))
+    partner_model = _message(x, 8, scales, 3, False)
+    with pytest.raises(UserError, match="reply_delta: expected codes of 3000 elements with 8 bits"):
+        lattice.exchange(y, partner_model, 0.5, EncodedVector.empty(3000, 4))
     with pytest.raises(UserError, match="bits: expected 4, 8 or 16, got 5"):
-        Coded.empty(10, 5)
+        EncodedVector.empty(10, 5)
     with pytest.raises(UserError, match="codes.*of size 3072"):
-        Coded(3000, 8, np.zeros(3000, np.uint8), theirs.scales, theirs.checks)
-    with pytest.raises(UserError, match="found"):
-        lattice.exchange(y, theirs, 0.5, None, np.zeros(3, np.int64))
-    frozen = Coded.empty(3000, 8)
+        EncodedVector(
+            3000, 8, np.zeros(3000, np.uint8), partner_model.scales, partner_model.checksums
+        )
+    with pytest.raises(UserError, match="stats"):
+        lattice.exchange(y, partner_model, 0.5, None, np.zeros(3, np.int64))
+    frozen = EncodedVector.empty(3000, 8)
     frozen.codes.flags.writeable = False
-    with pytest.raises(UserError, match="reply.*read-only"):
-        lattice.exchange(y, theirs, 0.5, frozen)
+    with pytest.raises(UserError, match="reply_delta.*read-only"):
+        lattice.exchange(y, partner_model, 0.5, frozen)
 
 
 @needs_native

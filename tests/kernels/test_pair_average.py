@@ -25,52 +25,52 @@ def _models(count: int, size: int, dtype: type, seed: int = 0) -> list[np.ndarra
 def test_native_library_and_numpy_agree_bit_for_bit(
     dtype: type, size: int, arrivals: int, partner: bool
 ) -> None:
-    x, theirs, *arrived = _models(2 + arrivals, size, dtype)
+    x, partner_model, *deltas = _models(2 + arrivals, size, dtype)
     if size > 3:
-        x[0], theirs[1], x[2] = np.inf, np.nan, 1e-40  # what a diverging run holds
+        x[0], partner_model[1], x[2] = np.inf, np.nan, 1e-40  # what a diverging run holds
     results = []
     for run in (pair_average, pair_average_numpy):
-        mine, reply, published = x.copy(), np.zeros_like(x), np.zeros_like(x)
+        mine, reply_delta, publication = x.copy(), np.zeros_like(x), np.zeros_like(x)
         with np.errstate(all="ignore"):
             run(
                 mine,
-                arrived,
-                theirs if partner else None,
+                deltas,
+                partner_model if partner else None,
                 0.5,
-                reply if partner else None,
-                published,
+                reply_delta if partner else None,
+                publication,
             )
-        results.append((mine.tobytes(), reply.tobytes(), published.tobytes()))
+        results.append((mine.tobytes(), reply_delta.tobytes(), publication.tobytes()))
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
 def test_meaning(run: object) -> None:
-    x, theirs, one, two = _models(4, 5000, np.float64)
-    mine, reply, published = x.copy(), np.empty_like(x), np.empty_like(x)
-    run(mine, [one, two], theirs, 0.25, reply, published)  # type: ignore[operator]
+    x, partner_model, one, two = _models(4, 5000, np.float64)
+    mine, reply_delta, publication = x.copy(), np.empty_like(x), np.empty_like(x)
+    run(mine, [one, two], partner_model, 0.25, reply_delta, publication)  # type: ignore[operator]
     absorbed = x + one + two
-    np.testing.assert_array_equal(reply, -(0.25 * (theirs - absorbed)))
-    np.testing.assert_array_equal(mine, absorbed - reply)
-    np.testing.assert_array_equal(published, mine)
+    np.testing.assert_array_equal(reply_delta, -(0.25 * (partner_model - absorbed)))
+    np.testing.assert_array_equal(mine, absorbed - reply_delta)
+    np.testing.assert_array_equal(publication, mine)
 
 
 @pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
 def test_outputs_may_be_left_out(run: object) -> None:
-    x, theirs = _models(2, 2000, np.float32)
+    x, partner_model = _models(2, 2000, np.float32)
     mine = x.copy()
     run(mine)  # type: ignore[operator]
     np.testing.assert_array_equal(mine, x)
-    run(mine, (), theirs)  # type: ignore[operator]
-    np.testing.assert_array_equal(mine, x + np.float32(0.5) * (theirs - x))
+    run(mine, (), partner_model)  # type: ignore[operator]
+    np.testing.assert_array_equal(mine, x + np.float32(0.5) * (partner_model - x))
 
 
 def test_an_exchange_conserves_the_sum_exactly_where_addition_is_exact() -> None:
     rng = np.random.default_rng(1)
     mine, partner = (rng.integers(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
     total = mine + partner
-    reply = np.empty_like(mine)
-    pair_average(mine, (), partner, 0.5, reply)
-    pair_average(partner, [reply])
+    reply_delta = np.empty_like(mine)
+    pair_average(mine, (), partner, 0.5, reply_delta)
+    pair_average(partner, [reply_delta])
     np.testing.assert_array_equal(mine + partner, total)
     np.testing.assert_array_equal(mine, partner)

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.kernels import reference
-from mpi_dasgd.kernels.encoded import BUCKET, FOUND, Array, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import (
+    BUCKET,
+    BUCKET_STATS,
+    Array,
+    EncodedVector,
+    FusedStep,
+    buckets_of,
+)
 
 SIZES = (0, 1, 1023, 1024, 1025, 5000)
 USABLE = (
@@ -55,7 +62,7 @@ def cases(bits: int, nearest: bool, sizes: Sequence[int] = SIZES) -> Iterator[Ca
 
 def outcomes(
     case: Case,
-    run: Callable[[Step], None],
+    run: Callable[[FusedStep], None],
     device: Callable[[np.ndarray], Array] = np.copy,
     host: Callable[[Array], np.ndarray] = np.asarray,
 ) -> dict[str, bytes]:
@@ -71,9 +78,9 @@ def outcomes(
     results: dict[str, bytes] = {}
     for name, step in _steps(case):
         step = _map(step, device)
-        step.check()
+        step.validate()
         run(step)
-        loose = bool(step.arrived) or step.velocity is not None
+        loose = bool(step.deltas) or step.velocity is not None
         for part, array in _arrays(step):
             value = host(array)
             if loose and part in ("x", "velocity"):
@@ -99,7 +106,7 @@ def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
         [np.nan, np.inf, -np.inf, 1e-40, -1e-45, 3.4e38, -3.4e38, 2.0**22, -(2.0**22)], np.float32
     )
     nans = np.array([0x7FA00001, 0xFFC12345, 0xFF800001], np.uint32).view(np.float32)
-    below = np.nextafter(np.float32(2**22), np.float32(0))  # about the largest that can be coded
+    below = np.nextafter(np.float32(2**22), np.float32(0))  # about the largest that can be encoded
     values = np.concatenate([values, nans, [below, -below]])
     scales = np.concatenate(
         [
@@ -132,89 +139,97 @@ def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
     return x, y, s
 
 
-def _steps(case: Case) -> Iterator[tuple[str, Step]]:
+def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
     """Yield everything that can be done, with its name; memory is NumPy's."""
     buckets = buckets_of(case.x.size)
 
-    def found() -> np.ndarray:
-        return np.full(buckets, 77, FOUND)
+    def stats() -> np.ndarray:
+        return np.full(buckets, 77, BUCKET_STATS)
 
-    def step(vector: np.ndarray, **parts: Any) -> Step:
-        made = Step(vector.copy())
+    def step(vector: np.ndarray, **parts: Any) -> FusedStep:
+        made = FusedStep(vector.copy())
         for part, value in parts.items():
             assert hasattr(made, part)
             setattr(made, part, value)
         return made
 
-    def blank(seed: int) -> Coded:
+    def blank(seed: int) -> EncodedVector:
         """A message to be written, with the scales of the case and rubbish where codes will be."""
-        coded = Coded.empty(case.x.size, case.bits, seed, case.nearest)
-        coded.codes[:] = 77
-        coded.checks[:] = 77
-        coded.scales[:] = case.scales
-        return coded
+        encoded = EncodedVector.empty(case.x.size, case.bits, seed, case.nearest)
+        encoded.codes[:] = 77
+        encoded.checksums[:] = 77
+        encoded.scales[:] = case.scales
+        return encoded
 
-    theirs = blank(case.seed)
-    reference.run(step(case.x, published=theirs))
+    partner_model = blank(case.seed)
+    reference.run(step(case.x, publication=partner_model))
     deltas = [blank(case.seed + 1 + i & (1 << 64) - 1) for i in range(6)]
     for i, delta in enumerate(deltas):
         weight = 0.5 / (i + 1)
-        reference.run(step(case.y, theirs=theirs, weight=weight, reply=delta))
+        reference.run(step(case.y, partner_model=partner_model, weight=weight, reply_delta=delta))
     with np.errstate(invalid="ignore"):
         velocity, gradient = (case.x[::-1] * np.float32(c) for c in (0.125, 0.5))
-    sgd = {"gradient": gradient, "rate": 0.1, "momentum": 0.9, "decay": 1e-3}
-    bad, bad_delta = _tampered(theirs), _tampered(deltas[0])
+    sgd = {"gradient": gradient, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+    bad, bad_delta = _tampered(partner_model), _tampered(deltas[0])
 
-    yield "encode", step(case.x, published=blank(1 << 63))
-    for name, message in (("", theirs), (" tampered", bad)):
-        both = {"theirs": message, "found": found()}
-        yield f"exchange{name}", step(case.y, **both, reply=blank(2))
-        yield f"exchange alone{name}", step(case.y, theirs=message, weight=0.3)
+    yield "encode", step(case.x, publication=blank(1 << 63))
+    for name, message in (("", partner_model), (" tampered", bad)):
+        both = {"partner_model": message, "stats": stats()}
+        yield f"exchange{name}", step(case.y, **both, reply_delta=blank(2))
+        yield f"exchange alone{name}", step(case.y, partner_model=message, weight=0.3)
         yield f"merge{name}", step(case.y, **both, merge=1, weight=0.7)
         yield f"merge, subtract{name}", step(case.y, **both, merge=2, weight=1.0)
-        yield f"merge, forward{name}", step(case.y, **both, merge=1, published=blank(3))
-        yield f"merge, subtract, forward{name}", step(case.y, **both, merge=2, published=blank(3))
-    yield "apply", step(case.x, arrived=(deltas[0],), arrived_found=(found(),))
-    yield "apply alone", step(case.x, arrived=(deltas[1],))
-    yield "apply tampered", step(case.x, arrived=(bad_delta,), arrived_found=(found(),))
-    yield "sgd, encode", step(case.x, velocity=velocity, **sgd, published=blank(4))
+        yield f"merge, forward{name}", step(case.y, **both, merge=1, publication=blank(3))
+        yield f"merge, subtract, forward{name}", step(case.y, **both, merge=2, publication=blank(3))
+    yield "apply", step(case.x, deltas=(deltas[0],), delta_stats=(stats(),))
+    yield "apply alone", step(case.x, deltas=(deltas[1],))
+    yield "apply tampered", step(case.x, deltas=(bad_delta,), delta_stats=(stats(),))
+    yield "sgd, encode", step(case.x, velocity=velocity, **sgd, publication=blank(4))
     yield "sgd", step(case.x, velocity=velocity, **sgd)
     for count in (1, 2, 4, 6):
-        arrived = (*deltas[1:count], bad_delta)
-        founds = tuple(found() for _ in arrived)
-        yield f"fused, {count} arrived", step(
-            case.y, arrived=arrived, arrived_found=founds, theirs=theirs, reply=blank(5),
-            found=found(), published=blank(6),
+        received = (*deltas[1:count], bad_delta)
+        received_stats = tuple(stats() for _ in received)
+        yield f"fused, {count} deltas", step(
+            case.y, deltas=received, delta_stats=received_stats, partner_model=partner_model,
+            reply_delta=blank(5), stats=stats(), publication=blank(6),
         )  # fmt: skip
-    yield "fused without theirs", step(case.y, arrived=(deltas[2],), published=blank(7))
-    yield "fused without arrived", step(case.y, theirs=theirs, reply=blank(8), published=blank(9))
-    yield "fused, only moved", step(case.y, arrived=tuple(deltas[:2]), theirs=theirs)
+    yield "fused without partner_model", step(case.y, deltas=(deltas[2],), publication=blank(7))
+    yield (
+        "fused without deltas",
+        step(case.y, partner_model=partner_model, reply_delta=blank(8), publication=blank(9)),
+    )
+    yield "fused, only moved", step(case.y, deltas=tuple(deltas[:2]), partner_model=partner_model)
     yield "everything", step(
-        case.y, velocity=velocity, **sgd, arrived=tuple(deltas[:5]), theirs=theirs, merge=2,
-        found=found(), published=blank(10),
+        case.y, velocity=velocity, **sgd, deltas=tuple(deltas[:5]), partner_model=partner_model, merge=2,
+        stats=stats(), publication=blank(10),
     )  # fmt: skip
     other = blank(11)
     other.nearest = not case.nearest
-    yield "published otherwise", step(case.y, theirs=theirs, reply=blank(12), published=other)
+    yield (
+        "publication otherwise",
+        step(case.y, partner_model=partner_model, reply_delta=blank(12), publication=other),
+    )
 
 
-def _tampered(message: Coded) -> Coded:
+def _tampered(message: EncodedVector) -> EncodedVector:
     """A copy with a wrong bit in its codes, one in its last check, and odd scales in buckets 1 to 3."""
     copy = _map(message, np.copy)
-    if copy.checks.size:
+    if copy.checksums.size:
         copy.codes[(copy.codes.size - 1) * 7 // 10] ^= 1 << 3
-        copy.checks[-1] ^= np.uint32(1 << 31)
-        for bucket, scale in zip(range(1, copy.checks.size), (np.inf, np.nan, -2.0), strict=False):
+        copy.checksums[-1] ^= np.uint32(1 << 31)
+        for bucket, scale in zip(
+            range(1, copy.checksums.size), (np.inf, np.nan, -2.0), strict=False
+        ):
             copy.scales[bucket] = scale  # sealed anew: only the scale is wrong
-            copy.codes.reshape(copy.checks.size, -1)[bucket] = 0
-            key = reference._keys(copy.seed, np.array([bucket], np.uint64))
-            check = reference._check(np.uint32(0), copy.scales[bucket : bucket + 1], key)
-            copy.checks[bucket] = check[0]
+            copy.codes.reshape(copy.checksums.size, -1)[bucket] = 0
+            key = reference.bucket_keys(copy.seed, np.array([bucket], np.uint64))
+            right = reference.checksum(np.uint32(0), copy.scales[bucket : bucket + 1], key)
+            copy.checksums[bucket] = right[0]
     return copy
 
 
-_ARRAYS = ("x", "velocity", "gradient", "found")
-_MESSAGES = ("theirs", "reply", "published")
+_ARRAYS = ("x", "velocity", "gradient", "stats")
+_MESSAGES = ("partner_model", "reply_delta", "publication")
 
 
 def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
@@ -223,29 +238,29 @@ def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
         return device(value)
     if isinstance(value, tuple):
         return tuple(_map(item, device) for item in value)
-    if isinstance(value, Coded):
-        arrays = (device(a) for a in (value.codes, value.scales, value.checks))
-        return Coded(value.elements, value.bits, *arrays, value.seed, value.nearest)
-    if isinstance(value, Step):
-        step = Step(device(value.x), value.threads)
-        for name in Step.__slots__:
+    if isinstance(value, EncodedVector):
+        arrays = (device(a) for a in (value.codes, value.scales, value.checksums))
+        return EncodedVector(value.elements, value.bits, *arrays, value.seed, value.nearest)
+    if isinstance(value, FusedStep):
+        step = FusedStep(device(value.x), value.threads)
+        for name in FusedStep.__slots__:
             if name != "x":
                 setattr(step, name, _map(getattr(value, name), device))
         return step
     return value
 
 
-def _arrays(step: Step) -> Iterator[tuple[str, Array]]:
+def _arrays(step: FusedStep) -> Iterator[tuple[str, Array]]:
     """All arrays of a step, with their names; what is only read, too, for it must stay as it was."""
     for name in _ARRAYS:
         if getattr(step, name) is not None:
             yield name, getattr(step, name)
     messages = [(name, getattr(step, name)) for name in _MESSAGES]
-    messages += [(f"arrived[{i}]", delta) for i, delta in enumerate(step.arrived)]
+    messages += [(f"deltas[{i}]", delta) for i, delta in enumerate(step.deltas)]
     for name, message in messages:
         if message is not None:
             yield f"{name}.codes", message.codes
             yield f"{name}.scales", message.scales
-            yield f"{name}.checks", message.checks
-    for i, array in enumerate(step.arrived_found):
-        yield f"arrived_found[{i}]", array
+            yield f"{name}.checksums", message.checksums
+    for i, array in enumerate(step.delta_stats):
+        yield f"delta_stats[{i}]", array

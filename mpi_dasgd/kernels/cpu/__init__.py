@@ -9,7 +9,7 @@ from functools import cache, partial
 import numpy as np
 
 from mpi_dasgd.kernels import native
-from mpi_dasgd.kernels.encoded import Coded, Step
+from mpi_dasgd.kernels.encoded import EncodedVector, FusedStep
 
 __all__ = ["PASSES", "instruction_sets", "prepared", "run", "use_instruction_set", "yardstick"]
 
@@ -26,7 +26,7 @@ class _Message(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("checks", ctypes.c_void_p),
+        ("checksums", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),
         ("nearest", ctypes.c_int64),
     )
@@ -39,35 +39,35 @@ class _Step(ctypes.Structure):
         ("bits", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("elements", ctypes.c_int64),
-        ("arrived", ctypes.c_void_p),
-        ("arrived_found", ctypes.c_void_p),
-        ("arrivals", ctypes.c_int64),
-        ("theirs", ctypes.c_void_p),
+        ("deltas", ctypes.c_void_p),
+        ("delta_stats", ctypes.c_void_p),
+        ("delta_count", ctypes.c_int64),
+        ("partner_model", ctypes.c_void_p),
         ("weight", ctypes.c_float),
         ("merge", ctypes.c_int32),
-        ("found", ctypes.c_void_p),
-        ("reply", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+        ("reply_delta", ctypes.c_void_p),
         ("velocity", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
-        ("rate", ctypes.c_float),
+        ("lr", ctypes.c_float),
         ("momentum", ctypes.c_float),
-        ("decay", ctypes.c_float),
+        ("weight_decay", ctypes.c_float),
         ("threads", ctypes.c_int32),
-        ("published", ctypes.c_void_p),
+        ("publication", ctypes.c_void_p),
     )
 
 
-def run(step: Step) -> None:
+def run(step: FusedStep) -> None:
     """Do what `step` says; other Python threads run meanwhile."""
     _library().mpd_lattice_step(ctypes.byref(_call(step)))
 
 
-def prepared(step: Step) -> Callable[[], None]:
+def prepared(step: FusedStep) -> Callable[[], None]:
     """Return what does `step` each time it is called, as `run` does: for benchmarks of small models."""
     return partial(_library().mpd_lattice_step, ctypes.byref(_call(step)))
 
 
-def yardstick(step: Step, name: str, room: np.ndarray) -> Callable[[], None]:
+def yardstick(step: FusedStep, name: str, room: np.ndarray) -> Callable[[], None]:
     """Return what does one of `PASSES` over the arrays of a step each time it is called: for benchmarks.
 
     Args:
@@ -107,32 +107,32 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _call(step: Step) -> _Step:
-    count = len(step.arrived)
-    arrived = (ctypes.c_void_p * count)(*map(_message, step.arrived))
-    founds = (ctypes.c_void_p * count)(*map(_address, step.arrived_found or ()))
+def _call(step: FusedStep) -> _Step:
+    count = len(step.deltas)
+    deltas = (ctypes.c_void_p * count)(*map(_message, step.deltas))
+    stats = (ctypes.c_void_p * count)(*map(_address, step.delta_stats or ()))
     call = _Step(
-        step.bits, _address(step.x), step.x.size, ctypes.addressof(arrived),
-        ctypes.addressof(founds) if step.arrived_found else None, count, _message(step.theirs),
-        step.weight, step.merge, _address(step.found), _message(step.reply),
-        _address(step.velocity), _address(step.gradient), step.rate, step.momentum, step.decay,
-        step.threads, _message(step.published),
+        step.bits, _address(step.x), step.x.size, ctypes.addressof(deltas),
+        ctypes.addressof(stats) if step.delta_stats else None, count, _message(step.partner_model),
+        step.weight, step.merge, _address(step.stats), _message(step.reply_delta),
+        _address(step.velocity), _address(step.gradient), step.lr, step.momentum, step.weight_decay,
+        step.threads, _message(step.publication),
     )  # fmt: skip
-    call.alive = (arrived, founds, step)
+    call.alive = (deltas, stats, step)
     return call
 
 
-def _message(coded: Coded | None) -> int | None:
+def _message(encoded: EncodedVector | None) -> int | None:
     """Return the address of a message's description, which is made once."""
-    if coded is None:
+    if encoded is None:
         return None
-    native_message: _Message | None = coded.native
+    native_message: _Message | None = encoded.native
     if native_message is None:
-        native_message = coded.native = _Message(
-            _address(coded.codes), _address(coded.scales), _address(coded.checks)
+        native_message = encoded.native = _Message(
+            _address(encoded.codes), _address(encoded.scales), _address(encoded.checksums)
         )
-    native_message.seed = coded.seed
-    native_message.nearest = coded.nearest
+    native_message.seed = encoded.seed
+    native_message.nearest = encoded.nearest
     return ctypes.addressof(native_message)
 
 

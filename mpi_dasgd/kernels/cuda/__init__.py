@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.encoded import Array, Coded, Step, buckets_of
+from mpi_dasgd.kernels.encoded import Array, EncodedVector, FusedStep, buckets_of
 
 __all__ = ["run", "source"]
 
@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 _POINTER = np.uint64
 _MESSAGE = np.dtype(
     [
-        *((name, _POINTER) for name in ("codes", "scales", "checks")),
+        *((name, _POINTER) for name in ("codes", "scales", "checksums")),
         ("seed", np.uint64), ("nearest", np.int64),
     ],
     align=True,
@@ -36,9 +36,9 @@ _MESSAGE = np.dtype(
 _STEP = np.dtype(
     [
         ("x", _POINTER), ("elements", np.int64),
-        *((name, _MESSAGE) for name in ("theirs", "reply", "published")),
-        ("arrived", _MESSAGE, _ARRIVALS), ("arrived_found", _POINTER, _ARRIVALS),
-        *((name, _POINTER) for name in ("found", "velocity", "gradient")),
+        *((name, _MESSAGE) for name in ("partner_model", "reply_delta", "publication")),
+        ("deltas", _MESSAGE, _ARRIVALS), ("delta_stats", _POINTER, _ARRIVALS),
+        *((name, _POINTER) for name in ("stats", "velocity", "gradient")),
         *((name, np.float32) for name in ("weight", "rate", "momentum", "decay")),
         ("arrivals", np.int32), ("subtract", np.int32),
     ],
@@ -46,7 +46,7 @@ _STEP = np.dtype(
 )  # fmt: skip
 
 
-def run(step: Step) -> None:
+def run(step: FusedStep) -> None:
     """Put what `step` says on the current stream.
 
     Raises:
@@ -84,75 +84,75 @@ def _module(bits: int) -> Any:
     return cupy.RawModule(code=source(), options=(*OPTIONS, f"-DMPD_BITS={bits}"))
 
 
-def _calls(step: Step) -> Iterator[tuple[str, np.ndarray]]:
+def _calls(step: FusedStep) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the launches that make up a step, in order: the name of the kernel, and its argument."""
-    founds = step.arrived_found or (None,) * len(step.arrived)
-    arrived = list(zip(step.arrived, founds, strict=True))
-    theirs, published = step.theirs, step.published
-    merging = theirs is not None and step.merge != 0
+    stats_of_deltas = step.delta_stats or (None,) * len(step.deltas)
+    deltas = list(zip(step.deltas, stats_of_deltas, strict=True))
+    partner_model, publication = step.partner_model, step.publication
+    merging = partner_model is not None and step.merge != 0
     if step.velocity is not None:
-        alone = not arrived and theirs is None
-        yield "sgd_encode", _call(step, published=published if alone else None)
+        alone = not deltas and partner_model is None
+        yield "sgd_encode", _call(step, publication=publication if alone else None)
         if alone:
             return
-    while len(arrived) > (0 if merging else _ARRIVALS):
-        first, arrived = arrived[:_ARRIVALS], arrived[_ARRIVALS:]
+    while len(deltas) > (0 if merging else _ARRIVALS):
+        first, deltas = deltas[:_ARRIVALS], deltas[_ARRIVALS:]
         yield "apply" if len(first) == 1 else "fused", _call(step, first)
     if merging:
-        name = "merge" if published is None else "merge_forward"
-    elif len(arrived) + (theirs is not None) + (published is not None) > 1:
+        name = "merge" if publication is None else "merge_forward"
+    elif len(deltas) + (partner_model is not None) + (publication is not None) > 1:
         name = "fused"
-    elif arrived:
+    elif deltas:
         name = "apply"
-    elif theirs is not None:
+    elif partner_model is not None:
         name = "exchange"
-    elif published is not None:
+    elif publication is not None:
         name = "encode"
     else:
         return
-    yield name, _call(step, arrived, theirs, published)
+    yield name, _call(step, deltas, partner_model, publication)
 
 
 def _call(
-    step: Step,
-    arrived: Sequence[tuple[Coded, Array | None]] = (),
-    theirs: Coded | None = None,
-    published: Coded | None = None,
+    step: FusedStep,
+    deltas: Sequence[tuple[EncodedVector, Array | None]] = (),
+    partner_model: EncodedVector | None = None,
+    publication: EncodedVector | None = None,
 ) -> np.ndarray:
     """Return the argument of a kernel that does these parts of a step: a struct, passed by value."""
     call = np.zeros(1, _STEP)
     here = call[0]
     here["x"], here["elements"] = step.x.data.ptr, step.x.size
-    for i, (delta, found) in enumerate(arrived):
-        here["arrived"][i] = _message(delta)
-        here["arrived_found"][i] = _address(found)
-    here["arrivals"] = len(arrived)
-    if theirs is not None:
-        here["theirs"], here["found"] = _message(theirs), _address(step.found)
+    for i, (delta, stats) in enumerate(deltas):
+        here["deltas"][i] = _message(delta)
+        here["delta_stats"][i] = _address(stats)
+    here["arrivals"] = len(deltas)
+    if partner_model is not None:
+        here["partner_model"], here["stats"] = _message(partner_model), _address(step.stats)
         here["weight"], here["subtract"] = step.weight, step.merge == 2
-        if step.reply is not None and step.merge == 0:
-            here["reply"] = _message(step.reply)
+        if step.reply_delta is not None and step.merge == 0:
+            here["reply_delta"] = _message(step.reply_delta)
     if step.velocity is not None:
         here["velocity"], here["gradient"] = _address(step.velocity), _address(step.gradient)
-        here["rate"], here["momentum"], here["decay"] = step.rate, step.momentum, step.decay
-    if published is not None:
-        here["published"] = _message(published)
+        here["rate"], here["momentum"], here["decay"] = step.lr, step.momentum, step.weight_decay
+    if publication is not None:
+        here["publication"] = _message(publication)
     return call
 
 
-def _message(coded: Coded) -> tuple[int, ...]:
+def _message(encoded: EncodedVector) -> tuple[int, ...]:
     """Return a message as a value of `_MESSAGE`; its addresses are looked up once."""
-    if coded.native is None:
-        coded.native = tuple(map(_address, (coded.codes, coded.scales, coded.checks)))
-    return (*coded.native, coded.seed, coded.nearest)
+    if encoded.native is None:
+        encoded.native = tuple(map(_address, (encoded.codes, encoded.scales, encoded.checksums)))
+    return (*encoded.native, encoded.seed, encoded.nearest)
 
 
 def _address(array: Array | None) -> int:
     return 0 if array is None else array.data.ptr
 
 
-def _check_alignment(step: Step) -> None:
-    messages = (step.theirs, step.reply, step.published, *step.arrived)
+def _check_alignment(step: FusedStep) -> None:
+    messages = (step.partner_model, step.reply_delta, step.publication, *step.deltas)
     codes = [("codes", m.codes, 8 if m.bits == 16 else 4) for m in messages if m is not None]
     vectors = ((name, getattr(step, name), 16) for name in ("x", "velocity", "gradient"))
     for name, array, alignment in (*vectors, *codes):
