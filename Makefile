@@ -47,9 +47,10 @@ gpu-check: $(VENV)/.test  ## on a machine with a GPU: its tests and benchmark; C
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
 	$(BIN)/mpi-dasgd bench kernel --backend cuda $(ARGS)
 
-lint: $(VENV)/.test  ## ruff and mypy
+lint: $(VENV)/.test  ## ruff, mypy and codespell
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell $$(git ls-files)
 
 clean:  ## remove what was built; the environment (.venv) and the results (runs) stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,7 +38,8 @@ def tree(tmp_path: Path) -> Path:
 def copy_tree(directory: Path) -> Path:
     copy = directory / "tree"
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt"):
+    build_files = ("setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt")
+    for name in (*build_files, "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
     for name in ("cmake", "jobs", "mpi_dasgd"):
         ignored = shutil.ignore_patterns("_native*", "__pycache__")
@@ -94,6 +95,17 @@ def test_wheel_has_the_library(wheel):
         assert (kernels / "cpu" / source).exists()
     names = [path.name for path in (tree.parent / "wheels").iterdir()]
     assert [name.split("-")[:2] for name in names] == [["mpi_dasgd", mpi_dasgd.__version__]]
+
+
+def test_wheel_says_that_it_is_typed_and_under_which_licence(wheel):
+    _, (_, kernels) = wheel
+    package = kernels.parent
+    assert (package / "py.typed").exists()
+    (metadata,) = package.parent.glob("mpi_dasgd-*.dist-info")
+    text = (metadata / "METADATA").read_text()
+    assert "\nLicense-Expression: BSD-3-Clause\n" in text
+    assert "\nDescription-Content-Type: text/markdown\n" in text
+    assert (metadata / "licenses" / "LICENSE").exists()
 
 
 def symbols(kernels: Path) -> set[str]:
