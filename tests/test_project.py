@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+SOURCES = {".py", ".cpp", ".cu", ".h", ".sbatch", ".toml"}
+VARIABLE = re.compile(r"\bMPI_DASGD_[A-Z_]*[A-Z]\b")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -61,6 +63,16 @@ def test_the_change_log_ends_with_this_version() -> None:
 def test_the_licence_is_the_one_that_the_metadata_name() -> None:
     assert PYPROJECT["project"]["license"] == "BSD-3-Clause"
     assert "the mpi_dasgd developers" in (ROOT / "LICENSE").read_text()
+
+
+def test_every_environment_variable_stands_in_the_table_and_no_other() -> None:
+    """`cmake/` is left out: its variables of this prefix are CMake's own, not of the environment."""
+    sources = [ROOT / name for name in ("Makefile", "setup.py", ".ci/run")]
+    for folder in ("mpi_dasgd", "tests", "jobs", "examples"):
+        sources += [p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES]
+    read = {name for path in sources for name in VARIABLE.findall(path.read_text())}
+    text = (ROOT / "docs" / "environment.md").read_text()
+    assert set(re.findall(r"^\| `(MPI_DASGD_\w+)` \|", text, re.M)) == read
 
 
 def test_the_workflow_only_calls_the_ci_script() -> None:
