@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["ADPSGD"]
 
@@ -56,7 +56,7 @@ class ADPSGD(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pairs.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one exchange."""
         if local.step % self.settings.local_steps:
             local.update()  # 3
@@ -74,6 +74,6 @@ class ADPSGD(Algorithm):
         """Apply the deltas that have arrived, outside of a step."""
         self._pairs.absorb(self.x, step)
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """Give back what an exchange under way holds of a partner."""
         return self._pairs.leave()

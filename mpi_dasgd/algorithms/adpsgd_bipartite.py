@@ -37,8 +37,8 @@ from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.inbox import Arrival
+from mpi_dasgd.transport.endpoint import Request
+from mpi_dasgd.transport.inbox import ReceivedMessage
 
 __all__ = ["BipartiteADPSGD"]
 
@@ -80,10 +80,10 @@ class BipartiteADPSGD(Algorithm):
         assert colours is not None, "seen by check"
         self.active = bool(colours[self.endpoint.rank])
         self._asked: int | None = None  # active: who owes an answer
-        self._requests: list[Arrival] = []  # passive: not answered yet
+        self._requests: list[ReceivedMessage] = []  # passive: not answered yet
         self._step = 0
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient; an active rank asks after every `local_steps` of them."""
         self._step = local.step
         if self.settings.order == "gradient":
@@ -110,22 +110,22 @@ class BipartiteADPSGD(Algorithm):
         neighbours = endpoint.neighbours()
         tries = min(self.settings.tries, len(neighbours))
         for rank in self.rng.sample(neighbours, tries):
-            posting = endpoint.post(rank)
+            posting = endpoint.acquire_send_buffer(rank)
             if posting is not None:
                 self.codec.encode(self.x, posting.message)
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-                endpoint.deliver(posting)
+                endpoint.send(posting)
                 self._asked = rank
                 return
         endpoint.counters.skipped += 1
         self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, tries))
 
-    def _receive(self, step: int) -> Iterator[Pending]:
+    def _receive(self, step: int) -> Iterator[Request]:
         """Active: wait for the answer, if one is owed: x_i <- x_i + (x_j - x_i)/2."""
         inbox = self.endpoint.inbox
-        answer = self.endpoint.until(lambda: inbox.waiting or self._forsaken)
+        answer = self.endpoint.until(lambda: inbox.has_messages or self._forsaken)
         while self._asked is not None:
-            while not answer.done():
+            while not answer.test():
                 yield answer
             if not self._take(step) and self._forsaken:
                 self._asked = None  # j has died
@@ -158,7 +158,7 @@ class BipartiteADPSGD(Algorithm):
             header = request.message.header
             outcome = None
             if request.sender in endpoint.neighbours():  # else it has died
-                posting = endpoint.post(request.sender)
+                posting = endpoint.acquire_send_buffer(request.sender)
                 if posting is None:
                     self._requests.append(request)  # no way to answer now: when called again
                     continue
@@ -166,7 +166,7 @@ class BipartiteADPSGD(Algorithm):
                     self.x, (), request.message, self.settings.weight, posting.message, None
                 )
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-                endpoint.deliver(posting)
+                endpoint.send(posting)
             endpoint.inbox.free(request)
             if outcome is not None:
                 age = (endpoint.time_ns() - header.time_ns) * 1e-9
@@ -184,9 +184,9 @@ class BipartiteADPSGD(Algorithm):
     @property
     def drained(self) -> bool:
         """Whether nobody owes an answer, here or there."""
-        return self._asked is None and not self._requests and self.endpoint.delivered()
+        return self._asked is None and not self._requests and self.endpoint.is_flushed()
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """Active: wait for the last answer."""
         return self._receive(self._step)
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["PullADPSGD"]
 
@@ -56,7 +56,7 @@ class PullADPSGD(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pulls.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one average."""
         if local.step % self.settings.local_steps:
             local.update()  # 2

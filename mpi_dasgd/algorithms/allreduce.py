@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["AllReduce"]
 
@@ -27,11 +27,11 @@ class AllReduce(Algorithm):
     publishes = False
     receives = False
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """Both lines."""
         gradient = local.gradient
         total = self.endpoint.allreduce(gradient)  # 1
-        while not total.done():
+        while not total.test():
             yield total
         gradient /= self.endpoint.size
         local.update()  # 2

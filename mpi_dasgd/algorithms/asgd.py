@@ -34,8 +34,8 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.lr_schedule import delay_rule
 from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending, Posting
-from mpi_dasgd.transport.inbox import Arrival
+from mpi_dasgd.transport.endpoint import Request, SendBuffer
+from mpi_dasgd.transport.inbox import ReceivedMessage
 
 __all__ = ["ASGD"]
 
@@ -103,7 +103,7 @@ class ASGD(ServerAlgorithm):
         concurrency = self.settings.concurrency or len(workers)
         holders = workers[: min(concurrency, holding)]
         self._job = Job(self._first, self.endpoint.time_ns()) if rank in holders else None
-        self._jobs: deque[Arrival] = deque()  # a worker's next ones
+        self._jobs: deque[ReceivedMessage] = deque()  # a worker's next ones
         if rank != 0:
             return
         self.meter = DelayMeter(self._first)
@@ -116,7 +116,7 @@ class ASGD(ServerAlgorithm):
         for worker in holders:
             self.meter.start(worker)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """Line 4: send the gradient, take the next point."""
         if self.endpoint.rank == 0:
             yield from self._work(local)
@@ -126,8 +126,8 @@ class ASGD(ServerAlgorithm):
             self._job = None
         inbox = self.endpoint.inbox
         while not self._jobs:
-            arrival = self.endpoint.until(lambda: inbox.waiting)
-            while not arrival.done():
+            arrival = self.endpoint.until(lambda: inbox.has_messages)
+            while not arrival.test():
                 yield arrival
             self._jobs.extend(inbox.receive())
         point = self._jobs.popleft()
@@ -135,23 +135,23 @@ class ASGD(ServerAlgorithm):
         self._job = Job(*point.message.notes.tolist())
         inbox.free(point)
 
-    def _send(self, job: Job, gradient: np.ndarray | None, step: int) -> Iterator[Pending]:
+    def _send(self, job: Job, gradient: np.ndarray | None, step: int) -> Iterator[Request]:
         """Send a gradient, or a farewell, to the server; wait for room in its inbox."""
         endpoint = self.endpoint
-        posting: Posting | None = None
+        posting: SendBuffer | None = None
 
         def room() -> bool:
             nonlocal posting
-            posting = posting or endpoint.post(0)
+            posting = posting or endpoint.acquire_send_buffer(0)
             return posting is not None
 
         there = endpoint.until(room, (0,))
-        while not there.done():
+        while not there.test():
             yield there
         assert posting is not None
         fill(endpoint, posting, job, gradient, step)
 
-    def _work(self, local: Local) -> Iterator[Pending]:
+    def _work(self, local: Local) -> Iterator[Request]:
         """A gradient of the server's own: those that have arrived come first."""
         own = local.gradient.copy()
         self.serve(local)
@@ -161,7 +161,7 @@ class ASGD(ServerAlgorithm):
             self._apply(local, 0, job)
         while self._job is None:
             something = self.endpoint.until(self.called)
-            while not something.done():
+            while not something.test():
                 yield something
             self.serve(local)
 
@@ -236,7 +236,7 @@ class ASGD(ServerAlgorithm):
             while self._jobs:
                 self.endpoint.inbox.free(self._jobs.popleft())
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """A worker says farewell: nobody is to wait for it."""
         yield from super().leave()
         if self.endpoint.rank == 0:

@@ -21,7 +21,7 @@ from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Endpoint, Pending
+from mpi_dasgd.transport.endpoint import Endpoint, Request
 
 __all__ = [
     "ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "Algorithm", "Exchange", "Local", "partners",
@@ -259,7 +259,7 @@ class Algorithm(ABC):
         """Called when the model was replaced by that of a checkpoint, taken after `step`."""
 
     @abstractmethod
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One step: called when a gradient is ready."""
 
     def serve(self, local: Local) -> int:
@@ -274,7 +274,7 @@ class Algorithm(ABC):
         """Whether this rank has sent and received all that it must before it goes."""
         return True
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """Give back what is held of other ranks: called once, after the last step."""
         return iter(())
 

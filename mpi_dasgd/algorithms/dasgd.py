@@ -54,8 +54,8 @@ from mpi_dasgd.codecs.error_feedback import LIMIT
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
-from mpi_dasgd.transport.inbox import Arrival
+from mpi_dasgd.transport.endpoint import Request
+from mpi_dasgd.transport.inbox import ReceivedMessage
 
 __all__ = ["DASGD"]
 
@@ -113,7 +113,7 @@ class DASGD(Algorithm):
         everyone = self._relays or self._resumed
         return frozenset(range(self.endpoint.size) if everyone else ())
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """Apply one gradient, send it, and take in those of others."""
         if self._resumed:
             yield from self._agree()
@@ -140,7 +140,7 @@ class DASGD(Algorithm):
         """Links along which what comes from `sender` goes on."""
         return [link for j, link in self._links.items() if j != sender] if self._relays else []
 
-    def _advance(self, step: int, arrival: Arrival) -> None:
+    def _advance(self, step: int, arrival: ReceivedMessage) -> None:
         """V_i[k] <- V_sender[k] for the gradients that came with a message."""
         message, sender, ours = arrival.message, arrival.sender, self.versions
         theirs, header = message.notes[:-1], message.header
@@ -169,7 +169,7 @@ class DASGD(Algorithm):
         for link in self._links.values():
             if not (link.fresh or (rests and not self._knows_all(link))):
                 continue
-            posting = endpoint.post(link.rank)
+            posting = endpoint.acquire_send_buffer(link.rank)
             if posting is None:
                 continue  # no room: what is owed adds up
             message = posting.message
@@ -178,7 +178,7 @@ class DASGD(Algorithm):
             message.notes[:-1] = self.versions
             message.notes[-1] = link.told
             message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-            endpoint.deliver(posting)
+            endpoint.send(posting)
 
     def _settled(self, link: Link) -> bool:
         """Whether nothing is owed to `link`, nor to this rank by those for whom it relays."""
@@ -207,10 +207,10 @@ class DASGD(Algorithm):
         return (
             all(link.heard and link.told and self._knows_all(link) for link in links)
             and all(self.versions[k] >= endpoint.gradients_of(k) for k in sources)
-            and endpoint.delivered()
+            and endpoint.is_flushed()
         )
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """See that the replica can be drained: what is not finite would be owed for ever."""
         if self._resumed:
             yield from self._agree()
@@ -240,14 +240,14 @@ class DASGD(Algorithm):
         self.versions[self.endpoint.rank] = step
         self._resumed = True
 
-    def _agree(self) -> Iterator[Pending]:
+    def _agree(self) -> Iterator[Request]:
         """x_i <- the mean of all replicas, what is owed included; V_i[k] <- steps of k."""
         rank, size, elements = self.endpoint.rank, self.endpoint.size, self.x.size
         both = np.zeros(elements + size)
         both[:elements] = self._replica.share()
         both[elements + rank] = self.versions[rank]
         total = self.endpoint.allreduce(both)
-        while not total.done():
+        while not total.test():
             yield total
         self._replica.replace(both[:elements] / size)
         self.versions[:] = both[elements:]

@@ -31,7 +31,7 @@ from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["DPSGD"]
 
@@ -74,7 +74,7 @@ class DPSGD(Algorithm):
         """Publish what the checkpoint had published: one version more, on all ranks."""
         self._publish(step, self._loaded)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one average with all neighbours."""
         local.update()  # 3
         if local.step % self.settings.local_steps:
@@ -83,7 +83,7 @@ class DPSGD(Algorithm):
         self._add(-sum(self._weights), self._published)
         for rank, weight in zip(self._neighbours, self._weights, strict=True):
             reading = self.endpoint.read(rank, self._version)
-            while not reading.done():
+            while not reading.test():
                 yield reading
             # None: the neighbour is gone, and the driver ends the run.
             if reading.message is not None:

@@ -32,7 +32,7 @@ import numpy as np
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange, Local
 from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.algorithms.server import ServerAlgorithm
-from mpi_dasgd.transport.endpoint import Pending, Reading
+from mpi_dasgd.transport.endpoint import ReadRequest, Request
 
 __all__ = ["EASGD"]
 
@@ -64,13 +64,13 @@ class EASGD(ServerAlgorithm):
 
     def restart(self, step: int) -> None:
         """Publish a center that did not come out of a step."""
-        self._reading: Reading | None = None  # of the center, asked for at step _asked
+        self._reading: ReadRequest | None = None  # of the center, asked for at step _asked
         self._asked = self._absorbed = 0  # deltas that the center has taken in
         self._served = -1  # how many the center had that served this worker last
         if self.endpoint.rank == 0:
             self._publish()
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """Lines 1 to 3, and 4 on a server that works."""
         local.update()
         due = local.step % self.settings.local_steps == 0
@@ -93,13 +93,13 @@ class EASGD(ServerAlgorithm):
     def _exchange(self, step: int) -> None:
         """Lines 2 and 3, if the center is here."""
         reading, endpoint = self._reading, self.endpoint
-        if reading is None or not reading.settled:
+        if reading is None or not reading.is_settled:
             return
         self._reading = None
         center = reading.message
         header = None if center is None else center.header
         news = header is not None and header.step != self._served
-        posting = endpoint.post(0) if news else None
+        posting = endpoint.acquire_send_buffer(0) if news else None
         if header is None or posting is None:
             endpoint.counters.skipped += 1
             self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
@@ -107,7 +107,7 @@ class EASGD(ServerAlgorithm):
         outcome = self.codec.exchange(self.x, (), center, self.alpha, posting.message, None)
         now = endpoint.time_ns()
         posting.message.stamp(rank=endpoint.rank, step=step, time_ns=now)
-        endpoint.deliver(posting)
+        endpoint.send(posting)
         self._served = header.step
         age = (now - header.time_ns) * 1e-9
         nbytes = 2 * header.nbytes
@@ -144,7 +144,7 @@ class EASGD(ServerAlgorithm):
         if self.endpoint.rank == 0:
             self.serve(self.local)
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """A server that works ends with the center."""
         if self.center is not self.x:
             self.x[:] = self.center

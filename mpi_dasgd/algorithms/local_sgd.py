@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["LocalSGD"]
 
@@ -34,11 +34,11 @@ class LocalSGD(Algorithm):
     publishes = False
     receives = False
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One local step; every H of them the average."""
         local.update()  # 1
         if local.step % self.settings.local_steps == 0:  # 2
             total = self.endpoint.allreduce(self.x)
-            while not total.done():
+            while not total.test():
                 yield total
             self.x /= self.endpoint.size

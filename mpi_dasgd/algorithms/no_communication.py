@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, Local
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["Alone"]
 
@@ -22,7 +22,7 @@ class Alone(Algorithm):
     publishes = False
     receives = False
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """x_i <- x_i - eta g_i(x_i)."""
         local.update()
         return

@@ -30,7 +30,7 @@ from mpi_dasgd.algorithms.base import SKIPPED, Exchange, Local
 from mpi_dasgd.algorithms.push_sum import FLOOR, PushSum
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["OSGP"]
 
@@ -65,7 +65,7 @@ class OSGP(PushSum):
         self._due = (step // every + 1) * every  # exchange whose message is waited for next
         self._come: set[int] = set()  # exchanges from there on whose message has come
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient, all that has arrived, and after every `local_steps` gradients a message."""
         self._update(local)  # 1
         step = self._step = local.step
@@ -84,7 +84,7 @@ class OSGP(PushSum):
     def _send_if_room(self, step: int) -> None:
         neighbours = self.endpoint.neighbours()
         if neighbours and self.quanta >= FLOOR:
-            posting = self.endpoint.post(self.rng.choice(neighbours))
+            posting = self.endpoint.acquire_send_buffer(self.rng.choice(neighbours))
             if posting is not None:
                 self._send(posting, step)
                 return

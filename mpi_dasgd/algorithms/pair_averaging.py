@@ -22,8 +22,8 @@ import numpy as np
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
 from mpi_dasgd.codecs import Codec, Message, Outcome
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending
-from mpi_dasgd.transport.inbox import Arrival
+from mpi_dasgd.transport.endpoint import Endpoint, ExchangeRequest, Request
+from mpi_dasgd.transport.inbox import ReceivedMessage
 
 __all__ = ["PAIR_CODECS", "PairExchange", "announce"]
 
@@ -59,7 +59,7 @@ class PairExchange:
         self._settings = settings
         self._rng = rng
         self._record = record
-        self._pairing: Pairing | None = None  # asked for, and not settled when last seen
+        self._pairing: ExchangeRequest | None = None  # asked for, and not settled when last seen
         self._drawn: list[int] = []  # candidates of the next exchange, if drawn already
 
     def exchange(self, y: np.ndarray, step: int, *, publish: bool) -> None:
@@ -72,15 +72,15 @@ class PairExchange:
         """
         endpoint = self._endpoint
         arrivals = endpoint.inbox.receive()  # 1
-        pairing = self._pairing or endpoint.pair(self._draw())  # 2
+        pairing = self._pairing or endpoint.begin_exchange(self._draw())  # 2
         publication = endpoint.publication.reserve() if publish else None
-        settled = pairing.settled  # once: the courier may settle it at any moment
+        settled = pairing.is_settled  # once: the courier may settle it at any moment
         outcome = self._codec.exchange(  # 1, 3 and 4 in one pass
             y,
             [arrival.message for arrival in arrivals],
-            pairing.theirs if settled else None,
+            pairing.partner_model if settled else None,
             self._settings.weight,
-            pairing.reply if settled else None,
+            pairing.partner_delta if settled else None,
             publication,
         )
         self._free(arrivals, step)
@@ -91,8 +91,8 @@ class PairExchange:
         if late and settled:
             # The answer took longer than a moment: ask ahead, so that there is one at the next step.
             self._drawn = self._draw()
-            if self._drawn and not endpoint.immediate(self._drawn[0]):
-                self._pairing = endpoint.pair(self._draw())
+            if self._drawn and not endpoint.is_local(self._drawn[0]):
+                self._pairing = endpoint.begin_exchange(self._draw())
 
     def _draw(self) -> list[int]:
         """Candidates for one exchange, in the order in which they are tried."""
@@ -102,22 +102,29 @@ class PairExchange:
         neighbours = self._endpoint.neighbours()
         return self._rng.sample(neighbours, min(self._settings.tries, len(neighbours)))
 
-    def conclude(self, pairing: Pairing, step: int, outcome: Outcome) -> None:
+    def conclude(self, pairing: ExchangeRequest, step: int, outcome: Outcome) -> None:
         """Send the partner's delta, or record that no partner was found."""
         endpoint = self._endpoint
-        if pairing.theirs is None or pairing.reply is None:
+        if pairing.partner_model is None or pairing.partner_delta is None:
             endpoint.counters.skipped += 1
-            self._record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, pairing.failed))
+            self._record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, pairing.failed_attempts))
             return
-        header = pairing.theirs.header  # not after `complete`, which gives the slot back
+        header = pairing.partner_model.header  # not after `complete`, which gives the slot back
         now = endpoint.time_ns()
-        pairing.reply.stamp(rank=endpoint.rank, step=step, time_ns=now)
-        endpoint.complete(pairing)
-        nbytes = header.nbytes + pairing.reply.layout.nbytes
+        pairing.partner_delta.stamp(rank=endpoint.rank, step=step, time_ns=now)
+        endpoint.commit_exchange(pairing)
+        nbytes = header.nbytes + pairing.partner_delta.layout.nbytes
         age = (now - header.time_ns) * 1e-9
         self._record(
             Exchange(
-                step, header.rank, INITIATED, header.step, age, nbytes, pairing.failed, *outcome
+                step,
+                header.rank,
+                INITIATED,
+                header.step,
+                age,
+                nbytes,
+                pairing.failed_attempts,
+                *outcome,
             )
         )
 
@@ -136,7 +143,7 @@ class PairExchange:
             announce(self._endpoint, publication, step)
         return len(arrivals)
 
-    def _free(self, arrivals: list[Arrival], step: int) -> None:
+    def _free(self, arrivals: list[ReceivedMessage], step: int) -> None:
         """Give the slots of absorbed deltas back."""
         for arrival in arrivals:
             header = arrival.message.header
@@ -152,10 +159,10 @@ class PairExchange:
             announce(self._endpoint, publication, step)
         return publication is not None
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """Give back what an exchange under way holds of a partner."""
         if self._pairing is not None:
-            while not self._pairing.settled:
+            while not self._pairing.is_settled:
                 yield self._pairing
-            self._endpoint.abandon(self._pairing)
+            self._endpoint.abort_exchange(self._pairing)
             self._pairing = None

@@ -18,7 +18,7 @@ from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, Exchange
 from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.codecs import Codec, Message, Outcome
 from mpi_dasgd.config.schema import Algorithm as Settings
-from mpi_dasgd.transport.endpoint import Endpoint, Reading
+from mpi_dasgd.transport.endpoint import Endpoint, ReadRequest
 
 __all__ = ["PullExchange"]
 
@@ -44,7 +44,7 @@ class PullExchange:
         self._settings = settings
         self._rng = rng
         self._record = record
-        self._reading: Reading | None = None  # asked for, and not settled when last seen
+        self._reading: ReadRequest | None = None  # asked for, and not settled when last seen
         self._drawn: int | None = None  # neighbour of the next average, if drawn already
 
     def average(self, y: np.ndarray, step: int, *, publish: bool) -> None:
@@ -58,7 +58,7 @@ class PullExchange:
         endpoint = self._endpoint
         reading = self._reading or self._ask(self._draw())
         late = reading is self._reading
-        settled = reading.settled  # once: the courier may settle it at any moment
+        settled = reading.is_settled  # once: the courier may settle it at any moment
         theirs = reading.message if settled else None
         publication = endpoint.publication.reserve() if publish else None
         outcome = self._codec.exchange(y, (), theirs, self._settings.weight, None, publication)
@@ -69,7 +69,7 @@ class PullExchange:
         if late and settled:
             # The copy took longer than a moment: ask ahead, so that there is one at the next average.
             self._drawn = self._draw()
-            if self._drawn is not None and not endpoint.immediate(self._drawn):
+            if self._drawn is not None and not endpoint.is_local(self._drawn):
                 self._reading = self._ask(self._draw())
 
     def _draw(self) -> int | None:
@@ -78,11 +78,11 @@ class PullExchange:
         neighbours = self._endpoint.neighbours()
         return self._rng.choice(neighbours) if drawn is None and neighbours else drawn
 
-    def _ask(self, rank: int | None) -> Reading:
+    def _ask(self, rank: int | None) -> ReadRequest:
         if rank is not None:
             return self._endpoint.read(rank)
-        nobody = Reading(-1)
-        nobody.settled = True
+        nobody = ReadRequest(-1)
+        nobody.is_settled = True
         return nobody
 
     def _note(self, theirs: Message | None, step: int, outcome: Outcome) -> None:

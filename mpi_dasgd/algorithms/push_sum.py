@@ -25,7 +25,7 @@ from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending, Posting
+from mpi_dasgd.transport.endpoint import Request, SendBuffer
 
 __all__ = ["FLOOR", "ONE", "PushSum", "rotation"]
 
@@ -96,7 +96,7 @@ class PushSum(Algorithm):
         The sum of the weights is n again, and the mean of the models that of the checkpoint.
         """
         self.quanta = ONE
-        self._posting: Posting | None = None
+        self._posting: SendBuffer | None = None
 
     @property
     def mass_weight(self) -> float:
@@ -123,7 +123,7 @@ class PushSum(Algorithm):
         exchange = step // self.settings.local_steps - 1
         return (endpoint.rank + offsets[exchange % len(offsets)]) % endpoint.size
 
-    def _send(self, posting: Posting, step: int) -> None:
+    def _send(self, posting: SendBuffer, step: int) -> None:
         """Send half of the own mass, or a message without mass if there is too little of it."""
         share = self.quanta // 2 if self.quanta >= FLOOR else 0
         self.quanta -= share
@@ -131,13 +131,13 @@ class PushSum(Algorithm):
         self.codec.encode(self.x, message)
         message.notes[0] = share
         message.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
-        self.endpoint.deliver(posting)
+        self.endpoint.send(posting)
 
-    def _send_when_room(self, rank: int, step: int) -> Iterator[Pending]:
+    def _send_when_room(self, rank: int, step: int) -> Iterator[Request]:
         """Send to `rank`, waiting until its inbox has room."""
 
         def room() -> bool:
-            self._posting = self._posting or self.endpoint.post(rank)
+            self._posting = self._posting or self.endpoint.acquire_send_buffer(rank)
             return self._posting is not None
 
         yield from self._until(room, rank)
@@ -145,14 +145,15 @@ class PushSum(Algorithm):
         posting, self._posting = self._posting, None
         self._send(posting, step)
 
-    def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Pending]:
+    def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Request]:
         """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile."""
         endpoint = self.endpoint
         something = endpoint.until(
-            lambda: condition() or (self._open and endpoint.inbox.waiting), (endpoint.rank, *ranks)
+            lambda: condition() or (self._open and endpoint.inbox.has_messages),
+            (endpoint.rank, *ranks),
         )
         while not condition():
-            while not something.done():
+            while not something.test():
                 yield something
             if self._open:
                 self._receive()

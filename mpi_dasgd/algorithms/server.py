@@ -9,7 +9,7 @@ from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["ServerAlgorithm"]
 
@@ -39,7 +39,7 @@ class ServerAlgorithm(Algorithm):
         self.left = False
         self._seen = len(self.endpoint.neighbours())
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """From now on nobody is missed."""
         self.left = True
         return iter(())
@@ -62,7 +62,7 @@ class ServerAlgorithm(Algorithm):
 
     def called(self) -> bool:
         """Whether there is something to do for the server: a message, or a death."""
-        return self.endpoint.inbox.waiting or len(self.endpoint.neighbours()) != self._seen
+        return self.endpoint.inbox.has_messages or len(self.endpoint.neighbours()) != self._seen
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:

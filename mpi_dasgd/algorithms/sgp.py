@@ -33,7 +33,7 @@ from mpi_dasgd.algorithms.push_sum import PushSum
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import Algorithm as Settings
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["SGP"]
 
@@ -62,7 +62,7 @@ class SGP(PushSum):
         self._awaited = -1  # step whose message is to be used at once
         self._early: dict[int, Message] = {}  # copies of messages of later steps, by step
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one exchange."""
         self._update(local)  # 1
         step = self._step = local.step

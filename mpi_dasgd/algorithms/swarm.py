@@ -38,7 +38,7 @@ import numpy as np
 from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["Swarm"]
 
@@ -70,7 +70,7 @@ class Swarm(Algorithm):
         """Publish a live vector that did not come out of an interaction."""
         self._pairs.publish(self._live, step)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One local step, and at the end of a phase an interaction."""
         local.update()  # 1
         self._steps += 1
@@ -99,7 +99,7 @@ class Swarm(Algorithm):
         if self._pairs.absorb(self._live, step) and not self._steps:
             self._begin_phase()  # there is no progress yet that they would have to wait for
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """Give back what is held of a partner, and end the phase, so that the model is the live vector."""
         yield from self._pairs.leave()
         self._end_phase()

@@ -36,7 +36,7 @@ from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, Exchange, Local
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.control_words import FREE, READY
-from mpi_dasgd.transport.endpoint import Pairing, Pending
+from mpi_dasgd.transport.endpoint import ExchangeRequest, Request
 
 __all__ = ["BlockingSwarm"]
 
@@ -60,51 +60,53 @@ class BlockingSwarm(Algorithm):
         self._pairs = PairExchange(self.endpoint, self.codec, self.settings, self.rng, self.record)
         self._phases = Phases(self.settings, self.rng)
         self._finished = False
-        self._asked: Pairing | None = None  # finished: a look that has not been answered
+        self._asked: ExchangeRequest | None = None  # finished: a look that has not been answered
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One local step, and at the end of a phase a meeting."""
         local.update()
         if self._phases.ends(local.step):
             yield from self._meet(local.step)
 
-    def _meet(self, step: int) -> Iterator[Pending]:
+    def _meet(self, step: int) -> Iterator[Request]:
         """Steps a to e, until an average is made; none if all neighbours are gone."""
         publication = self.endpoint.publication
         while self.endpoint.neighbours():
-            yield from self._wait(lambda: publication.room)  # a partner gives its slot back last
+            yield from self._wait(
+                lambda: publication.has_free_slot
+            )  # a partner gives its slot back last
             self._pairs.publish(self.x, step)
             pairing = yield from self._look()
             if pairing is not None:
                 if self._withdraw(pairing):
                     self._average(pairing, step)
                     return
-                self.endpoint.abandon(pairing)
+                self.endpoint.abort_exchange(pairing)
             if (yield from self._answered(step)):
                 return
         self.endpoint.counters.skipped += 1
         self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
 
-    def _wait(self, condition: Callable[[], bool]) -> Iterator[Pending]:
+    def _wait(self, condition: Callable[[], bool]) -> Iterator[Request]:
         """Wait for own control words."""
         pending = self.endpoint.until(condition)
-        while not pending.done():
+        while not pending.test():
             yield pending
 
-    def _look(self) -> Generator[Pending, None, Pairing | None]:
+    def _look(self) -> Generator[Request, None, ExchangeRequest | None]:
         """Step b: return the offer that was claimed, or None if there is none, or the own one is taken."""
         neighbours = self.endpoint.neighbours()
         for rank in self.rng.sample(neighbours, len(neighbours)):
             if self.endpoint.publication.state[0] != READY:
                 break
-            pairing = self.endpoint.pair([rank])
-            while not pairing.settled:
+            pairing = self.endpoint.begin_exchange([rank])
+            while not pairing.is_settled:
                 yield pairing
-            if pairing.theirs is not None:
+            if pairing.partner_model is not None:
                 return pairing
         return None
 
-    def _withdraw(self, pairing: Pairing) -> bool:
+    def _withdraw(self, pairing: ExchangeRequest) -> bool:
         """Steps c and d: return whether to average with the rank whose offer was claimed."""
         publication, claim = self.endpoint.publication, pairing.claim
         assert claim is not None
@@ -112,23 +114,23 @@ class BlockingSwarm(Algorithm):
             return True
         state, holder = publication.state
         if state == FREE:  # released: after its delta was sent, or given back
-            return not self.endpoint.inbox.waiting
+            return not self.endpoint.inbox.has_messages
         return holder == claim.rank and self.endpoint.rank < claim.rank
 
-    def _average(self, pairing: Pairing, step: int) -> None:
+    def _average(self, pairing: ExchangeRequest, step: int) -> None:
         """Both move to their mean: x_i <- x_i + d, d = w (x_j - x_i); send -d to j."""
         outcome = self.codec.exchange(
-            self.x, (), pairing.theirs, self.settings.weight, pairing.reply, None
+            self.x, (), pairing.partner_model, self.settings.weight, pairing.partner_delta, None
         )
         self._pairs.conclude(pairing, step, outcome)
 
-    def _answered(self, step: int) -> Generator[Pending, None, bool]:
+    def _answered(self, step: int) -> Generator[Request, None, bool]:
         """Step e: return whether a delta has come; else the offer is void."""
         endpoint = self.endpoint
         while True:
             yield from self._wait(
                 lambda: (
-                    endpoint.inbox.waiting
+                    endpoint.inbox.has_messages
                     or endpoint.publication.state[0] == FREE
                     or not endpoint.neighbours()
                 )
@@ -145,18 +147,18 @@ class BlockingSwarm(Algorithm):
             return
         if self._asked is None:
             neighbours = self.endpoint.neighbours()
-            self._asked = self.endpoint.pair(self.rng.sample(neighbours, len(neighbours)))
-        if self._asked.settled:
-            if self._asked.theirs is not None:
+            self._asked = self.endpoint.begin_exchange(self.rng.sample(neighbours, len(neighbours)))
+        if self._asked.is_settled:
+            if self._asked.partner_model is not None:
                 self._average(self._asked, step)
             self._asked = None
 
     @property
     def drained(self) -> bool:
         """Whether this rank owes nobody a delta."""
-        return self._asked is None and self.endpoint.delivered()
+        return self._asked is None and self.endpoint.is_flushed()
 
-    def leave(self) -> Iterator[Pending]:
+    def leave(self) -> Iterator[Request]:
         """From now on meet those who still train."""
         self._finished = True
         return iter(())

@@ -23,7 +23,7 @@ from mpi_dasgd.algorithms.base import Algorithm, Local
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["PullSwarm"]
 
@@ -55,7 +55,7 @@ class PullSwarm(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pulls.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Pending]:
+    def step(self, local: Local) -> Iterator[Request]:
         """One local step, and at the end of a phase one average."""
         local.update()  # 1
         self._pulls.publish(self.x, local.step)  # 2

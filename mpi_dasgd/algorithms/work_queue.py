@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpi_dasgd.transport.endpoint import Endpoint, Posting
+from mpi_dasgd.transport.endpoint import Endpoint, SendBuffer
 
 __all__ = ["FAREWELL", "Job", "Outbox", "fill"]
 
@@ -26,7 +26,7 @@ FAREWELL = Job(-1, 0)
 
 
 def fill(
-    endpoint: Endpoint, posting: Posting, job: Job, vector: np.ndarray | None, step: int
+    endpoint: Endpoint, posting: SendBuffer, job: Job, vector: np.ndarray | None, step: int
 ) -> None:
     """Write a point, a gradient or a farewell to `posting`, and send it."""
     message = posting.message
@@ -34,7 +34,7 @@ def fill(
         message.payload[:] = vector
     message.notes[:] = job
     message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-    endpoint.deliver(posting)
+    endpoint.send(posting)
 
 
 class Outbox:
@@ -55,7 +55,7 @@ class Outbox:
 
     def send(self, worker: int, job: Job) -> None:
         """Send x, which is the point of `job`, to `worker`."""
-        posting = None if worker in self._waiting else self._endpoint.post(worker)
+        posting = None if worker in self._waiting else self._endpoint.acquire_send_buffer(worker)
         if posting is not None:
             fill(self._endpoint, posting, job, self._x, job.start)
             return
@@ -66,7 +66,7 @@ class Outbox:
     def send_waiting(self) -> None:
         """Send those for which there is room now."""
         for worker, points in list(self._waiting.items()):
-            while points and (posting := self._endpoint.post(worker)) is not None:
+            while points and (posting := self._endpoint.acquire_send_buffer(worker)) is not None:
                 job, point = points.popleft()
                 fill(self._endpoint, posting, job, point, job.start)
             if not points:

@@ -200,7 +200,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
         own,
         codec.layout,
         topology.build("complete", comm.size),
-        path="remote" if path == "remote" else "auto",
+        mode="remote" if path == "remote" else "auto",
         publication_slots=3,
         inbox_slots=2,  # in place one of them is reserved throughout
     )

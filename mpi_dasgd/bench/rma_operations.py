@@ -34,7 +34,7 @@ class Side:
     def __init__(self, endpoint: RmaEndpoint, codec: NoCodec, other: int) -> None:
         elements = codec.layout.elements
         self.endpoint, self.codec, self.other = endpoint, codec, other
-        self.in_place = endpoint.immediate(other)
+        self.in_place = endpoint.is_local(other)
         self.pattern = np.arange(elements, dtype=np.float32) % 65521
         self.x = self.pattern.copy()
         self.private = np.zeros_like(self.x)
@@ -87,9 +87,9 @@ class Side:
         }
         pairing = None
         if self.in_place:
-            pairing = self.endpoint.pair([self.other])
-            assert pairing.theirs is not None and pairing.reply is not None
-            theirs, reply = pairing.theirs.payload, pairing.reply.payload
+            pairing = self.endpoint.begin_exchange([self.other])
+            assert pairing.partner_model is not None and pairing.partner_delta is not None
+            theirs, reply = pairing.partner_model.payload, pairing.partner_delta.payload
             operations["average"] = lambda: self._average(theirs, None)
             operations["exchange"] = lambda: self._average(theirs, reply)
         samples: dict[str, list[float]] = {name: [] for name in operations}
@@ -104,7 +104,7 @@ class Side:
             for name in order:
                 samples[name].append(operations[name]())
         if pairing is not None:
-            self.endpoint.abandon(pairing)
+            self.endpoint.abort_exchange(pairing)
         return samples
 
     def _memcpy(self) -> float:
@@ -134,7 +134,7 @@ class Side:
         start = self.start()
         reservation = inbox.reserve(self.other)
         assert reservation is not None, "the inbox was emptied"
-        message = inbox.place(reservation)
+        message = inbox.view_of(reservation)
         if message is None:
             message = self.out
         else:

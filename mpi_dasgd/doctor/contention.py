@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mpi_dasgd.bench.meeting import serve_until_all_come
 from mpi_dasgd.doctor.check import FAILS, OK, Check
-from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,7 +51,7 @@ def count_up(comm: MPI.Intracomm, words: Words, other: int, seconds: float) -> t
     before = words.read(0, 0) if comm.rank == 0 else 0
     serve_until_all_come(comm)
     counted = 0
-    courier = Courier(lambda: None, 1.0, comm.Iprobe, _PROGRESS)
+    courier = ProgressThread(lambda: None, 1.0, comm.Iprobe, _PROGRESS)
     if comm.rank in (0, other):
         deadline = time.monotonic() + seconds
         seen = words.read(0, 0)

@@ -109,7 +109,7 @@ def _progress(
     comm: MPI.Intracomm, words: WindowWords, slots: WindowSlots, where: str, target: int
 ) -> Check:
     """Whether operations complete while the target is busy, alone and with the transport."""
-    message = slots.at(comm.rank, 0)
+    message = slots.view(comm.rank, 0)
     assert message is not None, "own slots are in place"
     operations: dict[str, Callable[[], object]] = {
         "fetch_and_op": lambda: words.read(target, 0),
@@ -219,15 +219,15 @@ def _bandwidth(
     comm: MPI.Intracomm, remote: WindowSlots, shared: WindowSlots | None, where: str, other: int
 ) -> Check:
     """Bandwidth of Put, Get and a copy in place, against memcpy in the same rounds."""
-    mine = remote.at(comm.rank, 0)
+    mine = remote.view(comm.rank, 0)
     assert mine is not None, "own slots are in place"
     mine.payload[:] = comm.rank
-    there = None if shared is None else shared.at(other, 0)
+    there = None if shared is None else shared.view(other, 0)
     if shared is not None and comm.rank == other:
-        own = shared.at(other, 0)
+        own = shared.view(other, 0)
         assert own is not None
         own.payload[:] = other
-        shared.sync()
+        shared.fence()
     serve_until_all_come(comm)
     samples: dict[str, list[float]] = {}
     wrong: list[str] = []

@@ -171,16 +171,16 @@ def _exchange(environment: World) -> Check:
     message.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
     endpoint.publication.publish()
     serve_until_all_come(environment.comm)
-    pairing = endpoint.pair([(comm.rank + 1) % comm.size])
-    while not pairing.done():
-        endpoint.look()
-    met = pairing.theirs is not None and pairing.reply is not None
-    if pairing.theirs is not None and pairing.reply is not None:
-        codec.exchange(x, (), pairing.theirs, 0.5, pairing.reply, None)
-        pairing.reply.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
-        endpoint.complete(pairing)
-    while not endpoint.delivered():
-        endpoint.look()
+    pairing = endpoint.begin_exchange([(comm.rank + 1) % comm.size])
+    while not pairing.test():
+        endpoint.refresh_membership()
+    met = pairing.partner_model is not None and pairing.partner_delta is not None
+    if pairing.partner_model is not None and pairing.partner_delta is not None:
+        codec.exchange(x, (), pairing.partner_model, 0.5, pairing.partner_delta, None)
+        pairing.partner_delta.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
+        endpoint.commit_exchange(pairing)
+    while not endpoint.is_flushed():
+        endpoint.refresh_membership()
     serve_until_all_come(environment.comm)
     for arrival in endpoint.inbox.receive():
         codec.exchange(x, [arrival.message], None, 0.5, None, None)
@@ -188,7 +188,7 @@ def _exchange(environment: World) -> Check:
     sums = environment.comm.allreduce(x.astype(np.float64))
     met_all = environment.comm.allreduce(int(met)) == comm.size
     right = met_all and bool((sums == comm.size * (comm.size - 1) / 2).all())
-    path = endpoint.path
+    path = endpoint.transfer_mode
     endpoint.close()
     comm.Free()
     if right:

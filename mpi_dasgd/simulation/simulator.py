@@ -28,7 +28,7 @@ from mpi_dasgd.staleness.version_vectors import SetStaleness
 from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.transport.control_words import READY
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network
 
@@ -192,10 +192,10 @@ class Simulation:
     def _moved(self) -> int:
         """Messages sent and received so far, those on their way counted apart."""
         counters = [endpoint.counters for endpoint in self.endpoints]
-        on_their_way = sum(not endpoint.delivered() for endpoint in self.endpoints)
+        on_their_way = sum(not endpoint.is_flushed() for endpoint in self.endpoints)
         return sum(c.messages + c.absorbed for c in counters) + on_their_way
 
-    def _leave(self, rest: Iterator[Pending]) -> None:
+    def _leave(self, rest: Iterator[Request]) -> None:
         for pending in rest:
             self.network.notify(pending, lambda: self._leave(rest))
             return
@@ -218,7 +218,7 @@ class Simulation:
         local.rate = self._rate(local)
         self.gradients += 1
         endpoint = self.endpoints[rank]
-        endpoint.count(local.step)
+        endpoint.report_gradients(local.step)
         if not self.algorithms[rank].rules_delays:
             delay = endpoint.gradients() - local.seen - 1
             local.rate *= self._rule(delay)
@@ -242,7 +242,7 @@ class Simulation:
         while self.algorithms[rank].serve(local):
             pass
 
-    def _drive(self, rank: int, step: Iterator[Pending]) -> None:
+    def _drive(self, rank: int, step: Iterator[Request]) -> None:
         """Go on with a step; where it must wait, have what it waits for come back here."""
         self.wait_time += self.clock.now - self._stuck.pop(rank, self.clock.now)
         for pending in step:
@@ -262,11 +262,11 @@ class Simulation:
     def _in_flight(self) -> np.ndarray:
         """Sum of the deltas that were sent and not absorbed."""
         total = np.zeros(self.models.shape[1])
-        where = self.network.where
+        where = self.network.word_map
         for rank in range(self.size):
             for slot, index in enumerate(where.inbox):
                 if self.network.read(rank, index) & 3 == READY:
-                    message = self.network.at(rank, len(where.publication) + slot)
+                    message = self.network.view(rank, len(where.publication) + slot)
                     total += self.algorithms[rank].mass_of(message)
         return total
 

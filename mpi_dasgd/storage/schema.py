@@ -132,8 +132,11 @@ RANKS: tuple[Column, ...] = (
     Column("messages", "i8", "1", "messages sent"),
     Column("bytes_sent", "i8", "bytes", "payload written to other ranks"),
     Column("bytes_received", "i8", "bytes", "payload read from other ranks"),
-    Column("retries", "i8", "1", "attempts that failed before an exchange"),
-    Column("refusals", "i8", "1", "sends refused because the inbox was full"),
+    Column(
+        "torn_reads", "i8", "1", "copies of a publication that was replaced meanwhile: made again"
+    ),
+    Column("claims_lost", "i8", "1", "claims that failed because another rank had the publication"),
+    Column("inbox_full", "i8", "1", "sends refused because the inbox was full"),
     Column("skipped", "i8", "1", "exchanges skipped because no partner was found"),
     Column("buckets_decoded", "i8", "buckets", "buckets of partners' models decoded"),
     Column("buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left alone"),

@@ -19,7 +19,7 @@ from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocal
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
 __all__ = ["Decentralized"]
@@ -127,11 +127,11 @@ class Decentralized:
             environment.comm,
             self.codec.layout,
             graph_of_ranks,
-            path=transport.path,
+            mode=transport.path,
             publication_slots=transport.publication_slots if kind.publishes else 0,
             inbox_slots=transport.inbox_slots if kind.receives else 0,
             progress_interval=transport.progress_interval,
-            silence=transport.silence,
+            heartbeat_timeout=transport.silence,
         )
         self.algorithm = kind(
             self.endpoint,
@@ -163,8 +163,8 @@ class Decentralized:
         self.local.step = steps
         self.samples = samples
         self._elapsed_before = elapsed
-        self.endpoint.board.report(samples)
-        self.endpoint.count(steps)
+        self.endpoint.membership.report_samples(samples)
+        self.endpoint.report_gradients(steps)
         self.algorithm.restart(steps)
 
     def resumed_at(self, steps: Sequence[int]) -> None:
@@ -178,7 +178,7 @@ class Decentralized:
                 f"run.resume: ranks of {self.algorithm.name!r} go in step, but their checkpoints are of "
                 f"steps {list(steps)}; begin anew"
             )
-        self.endpoint.board.gradients[:] = steps
+        self.endpoint.membership.gradients[:] = steps
         self._gradients_seen = sum(steps)
 
     @property
@@ -191,7 +191,7 @@ class Decentralized:
         """Samples that all ranks have processed, as far as this one has seen."""
         if self._in_step:
             return self.samples * self.size
-        return self.endpoint.board.total
+        return self.endpoint.membership.total_samples
 
     @property
     def progress(self) -> float:
@@ -207,7 +207,7 @@ class Decentralized:
     def finished(self) -> bool:
         """Whether the budget is spent."""
         if self._timed_in_step:
-            last = self.endpoint.board.last_step(0)
+            last = self.endpoint.membership.read_last_step(0)
             return 0 < last <= self.local.step
         return self.progress >= 1.0
 
@@ -235,7 +235,7 @@ class Decentralized:
         self.samples += samples
         local = self.local
         local.step += 1
-        self.endpoint.count(local.step)
+        self.endpoint.report_gradients(local.step)
         self.delay = max(0, self.endpoint.gradients() - self._gradients_seen - 1)
         local.factor = self._schedule.factor(self.progress)
         if not self.algorithm.rules_delays:
@@ -247,7 +247,7 @@ class Decentralized:
         for pending in self.algorithm.step(local):
             self._wait(pending)
         self.parameters.push()
-        self.endpoint.board.report(self.samples)
+        self.endpoint.membership.report_samples(self.samples)
         self._gradients_seen = self.endpoint.gradients()
         if time.monotonic() - self._looked > _LOOK:
             self._look()
@@ -255,10 +255,10 @@ class Decentralized:
 
     def _declare_last_step(self) -> None:
         """Tell all ranks, once, where to stop: beyond what any of them can have begun by now."""
-        board, local_steps = self.endpoint.board, self._config.algorithm.local_steps
-        if board.last_step(0) == 0:
+        board, local_steps = self.endpoint.membership, self._config.algorithm.local_steps
+        if board.read_last_step(0) == 0:
             exchange = -(-self.local.step // local_steps) * local_steps  # the next one of rank 0
-            board.stop_after(exchange + self._lead)
+            board.publish_last_step(exchange + self._lead)
 
     def serve(self) -> None:
         """Deal with what other ranks have sent: called instead of `step` where `computes` is false.
@@ -284,19 +284,19 @@ class Decentralized:
         return self.algorithm.computes
 
     def _look(self) -> None:
-        self.endpoint.look()
+        self.endpoint.refresh_membership()
         self._looked = time.monotonic()
-        board = self.endpoint.board
+        board = self.endpoint.membership
         if FAILED in board.status:
             raise PeerLost(f"rank {board.status.index(FAILED)} has failed")
         if missed := board.dead & self.algorithm.needs:
             raise PeerLost(f"rank {min(missed)} is gone, and {self.algorithm.name} needs it")
 
-    def _wait(self, pending: Pending | None, done: Callable[[], bool] | None = None) -> None:
+    def _wait(self, pending: Request | None, done: Callable[[], bool] | None = None) -> None:
         """Wait politely: give the core away, longer and longer, and mind the other ranks."""
         begun = time.perf_counter()
         pause = 0.0
-        done = done or (pending.done if pending is not None else None)
+        done = done or (pending.test if pending is not None else None)
         assert done is not None
         while not done():
             time.sleep(pause)
@@ -312,13 +312,13 @@ class Decentralized:
         Ranks do not wait for each other's training here but for the last messages; a rank that
         has died is not waited for. Called by `close`.
         """
-        board = self.endpoint.board
+        board = self.endpoint.membership
         if board.status[self.rank] != RUNNING:
             return
         for pending in self.algorithm.leave():
             self._wait(pending)
         self._wait(None, self._delivered)
-        board.announce(FINISHED)
+        board.publish_status(FINISHED)
         while not (self._quiet() and self.algorithm.drained):
             self.algorithm.absorb(self.local.step)
             time.sleep(0.001)
@@ -328,13 +328,13 @@ class Decentralized:
 
     def _delivered(self) -> bool:
         """Whether all that was sent has arrived; absorbs: ranks may wait for each other's room."""
-        if self.endpoint.delivered():
+        if self.endpoint.is_flushed():
             return True
         self.algorithm.absorb(self.local.step)
         return False
 
     def _quiet(self) -> bool:
-        board = self.endpoint.board
+        board = self.endpoint.membership
         return all(
             status != RUNNING or rank in board.dead for rank, status in enumerate(board.status)
         )
@@ -352,13 +352,13 @@ class Decentralized:
     @property
     def counters(self) -> dict[str, float]:
         """What transport, codec and algorithm did so far, by name; see `mpi_dasgd.transport.counters`."""
-        counts = dataclasses.asdict(self.endpoint.totals())
+        counts = dataclasses.asdict(self.endpoint.total_counters())
         return {**counts, **self.codec.counters, **self.algorithm.figures()}
 
     def fail(self) -> bool:
         """Tell the other ranks that this one has failed; return whether it is the first to do so."""
-        self.endpoint.board.announce(FAILED)
-        return self.endpoint.board.speak()
+        self.endpoint.membership.publish_status(FAILED)
+        return self.endpoint.membership.claim_error_report()
 
     def close(self) -> None:
         """Finish, and free the windows. Collective; later calls do nothing."""

@@ -31,7 +31,7 @@ from mpi_dasgd.training.finalize import Outputs, conclude
 from mpi_dasgd.training.local_optimizer import TorchLocal
 from mpi_dasgd.training.progress_line import Progress
 from mpi_dasgd.training.state_dict import restore, save_state
-from mpi_dasgd.transport.membership import FAILED, LEFT
+from mpi_dasgd.transport.membership import DEPARTED, FAILED
 
 __all__ = ["Trainer", "train"]
 
@@ -133,7 +133,7 @@ class Trainer:
             "local_rank": self.world.node_rank,
             "nodes": self.world.nodes,
             "mpi_library": self.world.library,
-            "transport": self.training.endpoint.path,
+            "transport": self.training.endpoint.transfer_mode,
             "parameters": self.training.parameters.size,
             "resumed_from_checkpoint": resumed or 0,
             **provenance(),
@@ -270,7 +270,7 @@ class Trainer:
             PeerLost: these files do not suffice.
         """
         self.progress.end(self._line())
-        board = self.training.endpoint.board
+        board = self.training.endpoint.membership
         if self.checkpoints:
             self.checkpoints.close(60.0, dead=lambda: tuple(board.dead))
         pause = 0.05
@@ -279,18 +279,18 @@ class Trainer:
             first = next(rank for rank in range(self.size) if rank not in board.dead)
             if self.rank == first:
                 self._conclude()
-            elif board.status[first] == LEFT:
+            elif board.status[first] == DEPARTED:
                 return
             elif FAILED in board.status:
                 raise PeerLost(f"rank {board.status.index(FAILED)} could not write the results")
             else:
                 time.sleep(pause)
                 pause = min(1.0, 1.25 * pause)
-                self.training.endpoint.look()
+                self.training.endpoint.refresh_membership()
 
     def _conclude(self) -> None:
         algorithm = self.training.algorithm
-        dead = sorted(self.training.endpoint.board.dead)
+        dead = sorted(self.training.endpoint.membership.dead)
         conclude(
             self.directory,
             range(self.size),
@@ -308,7 +308,7 @@ class Trainer:
 
     def _leave(self) -> int:
         """Free the windows, if all ranks live; the results are written."""
-        board = self.training.endpoint.board
+        board = self.training.endpoint.membership
         if not board.dead:
             try:
                 self.training.close()
@@ -316,7 +316,7 @@ class Trainer:
                 pass
             else:
                 return 0
-        board.announce(LEFT)
+        board.publish_status(DEPARTED)
         sys.stdout.flush()
         time.sleep(_FAREWELL)
         os._exit(0)  # MPI cannot be finalized without the dead
@@ -328,7 +328,7 @@ class Trainer:
         if first:
             world.say(f"error: {error}; the record so far is in {self.directory}")
             # Less than the 5 s after which `launch` ends whoever is left, once the others are gone.
-            dead = tuple(self.training.endpoint.board.dead)
+            dead = tuple(self.training.endpoint.membership.dead)
             consolidate(self.directory, timeout=4.0, dead=dead)
         sys.stdout.flush()
         sys.stderr.flush()

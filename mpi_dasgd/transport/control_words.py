@@ -8,32 +8,32 @@ from __future__ import annotations
 from typing import Protocol
 
 __all__ = [
-    "BEAT",
     "CLAIMED",
+    "ERROR_REPORTER",
     "FREE",
     "GRADIENTS",
     "HEAD",
-    "LAST",
+    "HEARTBEAT",
+    "LAST_STEP",
     "READY",
     "SAMPLES",
-    "SPOKESMAN",
     "STATUS",
     "WordMap",
     "Words",
-    "word",
+    "pack_slot_word",
 ]
 
 FREE, READY, CLAIMED = range(3)
 """States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
 
-BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, GRADIENTS, HEAD, _SLOTS = range(8)
+HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, HEAD, _SLOTS = range(8)
 """Indices of a rank's words: heartbeats, samples processed, status, last step, who says why the run
 failed (rank 0's word counts), gradients computed, newest publication."""
 
 MAX_RANKS = 1 << 20
 
 
-def word(state: int, holder: int = 0, version: int = 0) -> int:
+def pack_slot_word(state: int, holder: int = 0, version: int = 0) -> int:
     """Compose the word of a slot."""
     return version << 22 | holder << 2 | state
 

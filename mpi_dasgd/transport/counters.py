@@ -30,7 +30,7 @@ class Counters:
     absorbed: int = 0
     publications: int = 0
     publications_skipped: int = 0
-    taken: int = 0
-    refusals: int = 0
-    retries: int = 0
+    claims_lost: int = 0
+    inbox_full: int = 0
+    torn_reads: int = 0
     skipped: int = 0

@@ -15,17 +15,24 @@ from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
 
-__all__ = ["Endpoint", "Pairing", "Pending", "Posting", "Reading", "meet"]
+__all__ = [
+    "Endpoint",
+    "ExchangeRequest",
+    "ReadRequest",
+    "Request",
+    "SendBuffer",
+    "claim_and_reserve",
+]
 
 
-class Pending(Protocol):
+class Request(Protocol):
     """Something that completes later."""
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         """Return whether it is complete; never waits."""
 
 
-class Pairing:
+class ExchangeRequest:
     """One attempt to exchange with a neighbour: its publication pinned and a slot of its inbox reserved.
 
     Attributes:
@@ -37,26 +44,35 @@ class Pairing:
     """
 
     def __init__(self) -> None:
-        self.settled = False
-        self.failed = 0
-        self.theirs: Message | None = None
-        self.reply: Message | None = None
+        self.is_settled = False
+        self.failed_attempts = 0
+        self.partner_model: Message | None = None
+        self.partner_delta: Message | None = None
         self.claim: Claim | None = None
         self.reservation: Reservation | None = None
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         """Return whether the attempt has ended, as `Pending` has it."""
-        return self.settled
+        return self.is_settled
 
     def settle(
-        self, claim: Claim, reservation: Reservation, theirs: Message | None, reply: Message | None
+        self,
+        claim: Claim,
+        reservation: Reservation,
+        partner_model: Message | None,
+        partner_delta: Message | None,
     ) -> None:
         """End the attempt with a partner."""
-        self.claim, self.reservation, self.theirs, self.reply = claim, reservation, theirs, reply
-        self.settled = True
+        self.claim, self.reservation, self.partner_model, self.partner_delta = (
+            claim,
+            reservation,
+            partner_model,
+            partner_delta,
+        )
+        self.is_settled = True
 
 
-class Reading:
+class ReadRequest:
     """A publication asked for, to be read without a claim.
 
     Attributes:
@@ -66,17 +82,17 @@ class Reading:
     """
 
     def __init__(self, rank: int) -> None:
-        self.settled = False
+        self.is_settled = False
         self.rank = rank
         self.message: Message | None = None
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         """Return whether the attempt has ended, as `Pending` has it."""
-        return self.settled
+        return self.is_settled
 
 
 @dataclass(frozen=True)
-class Posting:
+class SendBuffer:
     """A message to be written for `rank`, then given to `Endpoint.deliver`."""
 
     rank: int
@@ -84,7 +100,9 @@ class Posting:
     reservation: Reservation | None = None
 
 
-def meet(publication: Publication, inbox: Inbox, rank: int) -> tuple[Claim, Reservation] | None:
+def claim_and_reserve(
+    publication: Publication, inbox: Inbox, rank: int
+) -> tuple[Claim, Reservation] | None:
     """Claim the publication of `rank` and a slot of its inbox, both or neither."""
     claim = publication.claim(rank)
     if claim is None:
@@ -119,23 +137,23 @@ class Endpoint(ABC):
         """Return the neighbours that live."""
 
     @abstractmethod
-    def pair(self, candidates: Sequence[int]) -> Pairing:
+    def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
         """Try to pair with one of `candidates`, in this order. Never waits: see `Pairing.settled`."""
 
     @abstractmethod
-    def immediate(self, rank: int) -> bool:
+    def is_local(self, rank: int) -> bool:
         """Return whether pairing with `rank` settles at once."""
 
     @abstractmethod
-    def complete(self, pairing: Pairing) -> None:
+    def commit_exchange(self, pairing: ExchangeRequest) -> None:
         """Deliver the reply of a settled pairing, then release the partner's publication."""
 
     @abstractmethod
-    def abandon(self, pairing: Pairing) -> None:
+    def abort_exchange(self, pairing: ExchangeRequest) -> None:
         """Give back what a settled pairing holds, without an exchange."""
 
     @abstractmethod
-    def read(self, rank: int, version: int | None = None) -> Reading:
+    def read(self, rank: int, version: int | None = None) -> ReadRequest:
         """Ask for the publication of `rank`, the newest or a given version. Never waits.
 
         The newest is a copy, whatever the owner does meanwhile; `Reading.message` is None if there
@@ -144,15 +162,15 @@ class Endpoint(ABC):
         """
 
     @abstractmethod
-    def post(self, rank: int) -> Posting | None:
+    def acquire_send_buffer(self, rank: int) -> SendBuffer | None:
         """Return a message to write for the inbox of `rank`, or None if there is no room. Never waits."""
 
     @abstractmethod
-    def deliver(self, posting: Posting) -> None:
+    def send(self, posting: SendBuffer) -> None:
         """Send what `post` returned, written and stamped: it arrives exactly once, in order."""
 
     @abstractmethod
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
         """Return what is done when `condition` holds.
 
         Args:
@@ -169,15 +187,15 @@ class Endpoint(ABC):
         """Return how many gradients `rank` has computed: all, once it is known to have finished."""
 
     @abstractmethod
-    def count(self, gradients: int) -> None:
+    def report_gradients(self, gradients: int) -> None:
         """Tell the others how many gradients this rank has computed."""
 
     @abstractmethod
-    def allreduce(self, array: np.ndarray) -> Pending:
+    def allreduce(self, array: np.ndarray) -> Request:
         """Replace `array` by its sum over all ranks, in place, by the time the result is done."""
 
     @abstractmethod
-    def delivered(self) -> bool:
+    def is_flushed(self) -> bool:
         """Return whether all that was completed or abandoned has reached the others."""
 
     @abstractmethod
@@ -185,5 +203,5 @@ class Endpoint(ABC):
         """Return the time, comparable between ranks, in nanoseconds."""
 
     @abstractmethod
-    def totals(self) -> Counters:
+    def total_counters(self) -> Counters:
         """Return the counts of all threads together."""

@@ -12,11 +12,19 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.transport.control_words import CLAIMED, FREE, READY, WordMap, Words, holder_of, word
+from mpi_dasgd.transport.control_words import (
+    CLAIMED,
+    FREE,
+    READY,
+    WordMap,
+    Words,
+    holder_of,
+    pack_slot_word,
+)
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.payload_slots import Slots
 
-__all__ = ["Arrival", "Inbox", "Reservation"]
+__all__ = ["Inbox", "ReceivedMessage", "Reservation"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Reservation:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ReceivedMessage:
     """A message in the own inbox, readable until `Inbox.free`."""
 
     sender: int
@@ -51,16 +59,16 @@ class Inbox:
         self,
         words: Words,
         slots: Slots,
-        where: WordMap,
+        word_map: WordMap,
         rank: int,
         counters: Counters,
         sent: defaultdict[int, int] | None = None,
     ) -> None:
         self._words = words
         self._slots = slots
-        self._where = where.inbox
-        self._first = len(
-            where.publication
+        self._word_indices = word_map.inbox
+        self._first_slot = len(
+            word_map.publication
         )  # payload slots of the inbox follow those of the publication
         self._rank = rank
         self._counters = counters
@@ -69,28 +77,31 @@ class Inbox:
 
     def reserve(self, rank: int) -> Reservation | None:
         """Claim a slot in the inbox of `rank`, or return None (counted) if all are taken."""
-        count = len(self._where)
-        mine = word(CLAIMED, self._rank)
+        count = len(self._word_indices)
+        mine = pack_slot_word(CLAIMED, self._rank)
         for i in range(count):
             slot = (self._rank + self._sent[rank] + i) % count
-            if self._words.swap(rank, self._where[slot], word(FREE), mine):
+            if self._words.swap(rank, self._word_indices[slot], pack_slot_word(FREE), mine):
                 return Reservation(rank, slot)
-        self._counters.refusals += 1
+        self._counters.inbox_full += 1
         return None
 
-    def place(self, reservation: Reservation) -> Message | None:
+    def view_of(self, reservation: Reservation) -> Message | None:
         """Return where the message goes, or None if it must be put from a staging area."""
-        return self._slots.at(reservation.rank, self._first + reservation.slot)
+        return self._slots.view(reservation.rank, self._first_slot + reservation.slot)
 
     def send(self, reservation: Reservation, message: Message) -> None:
         """Deliver `message`, which is in place already or a staging area, and set the slot ready."""
         rank, slot = reservation.rank, reservation.slot
         message.sequence = self._sent[rank]
-        if self._slots.at(rank, self._first + slot) is not message:
-            self._slots.put(rank, self._first + slot, message)
-        self._slots.sync()  # the payload must be there before a word says so
+        if self._slots.view(rank, self._first_slot + slot) is not message:
+            self._slots.put(rank, self._first_slot + slot, message)
+        self._slots.fence()  # the payload must be there before a word says so
         done = self._words.swap(
-            rank, self._where[slot], word(CLAIMED, self._rank), word(READY, self._rank)
+            rank,
+            self._word_indices[slot],
+            pack_slot_word(CLAIMED, self._rank),
+            pack_slot_word(READY, self._rank),
         )
         if done:  # else the receiver has given this rank up for dead and taken the slot back
             self._sent[rank] += 1
@@ -99,19 +110,21 @@ class Inbox:
 
     def cancel(self, reservation: Reservation) -> None:
         """Give a reserved slot back unused."""
-        mine = word(CLAIMED, self._rank)
-        self._words.swap(reservation.rank, self._where[reservation.slot], mine, word(FREE))
+        mine = pack_slot_word(CLAIMED, self._rank)
+        self._words.swap(
+            reservation.rank, self._word_indices[reservation.slot], mine, pack_slot_word(FREE)
+        )
 
-    def receive(self) -> list[Arrival]:
+    def receive(self) -> list[ReceivedMessage]:
         """Return the messages that have arrived, each sender's in its order; `free` them after use."""
-        ready: dict[tuple[int, int], Arrival] = {}
-        for slot, index in enumerate(self._where):
+        ready: dict[tuple[int, int], ReceivedMessage] = {}
+        for slot, index in enumerate(self._word_indices):
             value = self._words.read(self._rank, index)
             if value & 3 == READY:
-                self._slots.sync()
-                message = self._slots.at(self._rank, self._first + slot)
+                self._slots.fence()
+                message = self._slots.view(self._rank, self._first_slot + slot)
                 assert message is not None, "own slots are in place"
-                arrival = Arrival(holder_of(value), slot, message)
+                arrival = ReceivedMessage(holder_of(value), slot, message)
                 ready[arrival.sender, message.sequence] = arrival
         arrivals = []
         for sender, sequence in sorted(ready):
@@ -123,17 +136,19 @@ class Inbox:
         return arrivals
 
     @property
-    def waiting(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether a message has arrived and was not freed."""
-        return any(self._words.read(self._rank, index) & 3 == READY for index in self._where)
+        return any(self._words.read(self._rank, index) & 3 == READY for index in self._word_indices)
 
-    def free(self, arrival: Arrival) -> None:
+    def free(self, arrival: ReceivedMessage) -> None:
         """Give the slot of a message back to the senders."""
-        ready = word(READY, arrival.sender)
-        freed = self._words.swap(self._rank, self._where[arrival.slot], ready, word(FREE))
+        ready = pack_slot_word(READY, arrival.sender)
+        freed = self._words.swap(
+            self._rank, self._word_indices[arrival.slot], ready, pack_slot_word(FREE)
+        )
         assert freed, "only the owner frees a message"
 
-    def forget(self, rank: int) -> None:
+    def reclaim_from(self, rank: int) -> None:
         """Take back the slots that a dead rank reserved."""
-        for index in self._where:
-            self._words.swap(self._rank, index, word(CLAIMED, rank), word(FREE))
+        for index in self._word_indices:
+            self._words.swap(self._rank, index, pack_slot_word(CLAIMED, rank), pack_slot_word(FREE))

@@ -7,24 +7,24 @@ from collections.abc import Container, Iterable
 
 from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.control_words import (
-    BEAT,
+    ERROR_REPORTER,
     GRADIENTS,
-    LAST,
+    HEARTBEAT,
+    LAST_STEP,
     SAMPLES,
-    SPOKESMAN,
     STATUS,
     Words,
 )
 
-__all__ = ["FAILED", "FINISHED", "LEFT", "RUNNING", "Board"]
+__all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership"]
 
-RUNNING, FINISHED, FAILED, LEFT = range(4)
+RUNNING, FINISHED, FAILED, DEPARTED = range(4)
 """Status: training, through with training but still absorbing, failed, gone for good."""
 
-_LONGEST = 0.2  # seconds of silence that count between two looks
+_MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two looks
 
 
-class Board:
+class Membership:
     """This rank's notices, and the newest that it has seen of the others.
 
     Args:
@@ -34,35 +34,35 @@ class Board:
         silence: seconds without a heartbeat after which a rank counts as dead.
     """
 
-    def __init__(self, words: Words, rank: int, size: int, silence: float) -> None:
+    def __init__(self, words: Words, rank: int, size: int, heartbeat_timeout: float) -> None:
         self._words = words
         self._rank = rank
-        self._silence = silence
-        self._mine = {BEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST: 0, GRADIENTS: 0}
+        self._heartbeat_timeout = heartbeat_timeout
+        self._own_values = {HEARTBEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST_STEP: 0, GRADIENTS: 0}
         self.samples = [0] * size
         self.gradients = [0] * size
         self.status = [RUNNING] * size
         self.dead: set[int] = set()
-        self._beats = [-1] * size
-        self._quiet = [0.0] * size
-        self._watched = time.monotonic()
+        self._heartbeats = [-1] * size
+        self._silent_seconds = [0.0] * size
+        self._last_check = time.monotonic()
 
     def _set(self, index: int, value: int, words: Words | None = None) -> None:
-        if value != self._mine[index]:
-            (words or self._words).swap(self._rank, index, self._mine[index], value)
-            self._mine[index] = value
+        if value != self._own_values[index]:
+            (words or self._words).swap(self._rank, index, self._own_values[index], value)
+            self._own_values[index] = value
 
-    def report(self, samples: int) -> None:
+    def report_samples(self, samples: int) -> None:
         """Publish how many samples this rank has processed."""
         self._set(SAMPLES, samples)
         self.samples[self._rank] = samples
 
-    def count(self, gradients: int) -> None:
+    def report_gradients(self, gradients: int) -> None:
         """Publish how many gradients this rank has computed."""
         self._set(GRADIENTS, gradients)
         self.gradients[self._rank] = gradients
 
-    def recount(self, ranks: Iterable[int]) -> None:
+    def refresh_gradients(self, ranks: Iterable[int]) -> None:
         """Read how many gradients each of `ranks` has computed."""
         for rank in ranks:
             if rank != self._rank and rank not in self.dead:
@@ -71,25 +71,25 @@ class Board:
                 except Unreachable:
                     self.dead.add(rank)
 
-    def announce(self, status: int) -> None:
+    def publish_status(self, status: int) -> None:
         """Publish this rank's status."""
         self._set(STATUS, status)
         self.status[self._rank] = status
 
-    def speak(self) -> bool:
+    def claim_error_report(self) -> bool:
         """Return True for the first rank that asks: it alone says why the run failed."""
         try:
-            return self._words.swap(0, SPOKESMAN, 0, 1)
+            return self._words.swap(0, ERROR_REPORTER, 0, 1)
         except Unreachable:
             return True  # rank 0 is gone: better said twice than not at all
 
-    def stop_after(self, step: int) -> None:
+    def publish_last_step(self, step: int) -> None:
         """Publish which step is the last one."""
-        self._set(LAST, step)
+        self._set(LAST_STEP, step)
 
-    def last_step(self, rank: int) -> int:
+    def read_last_step(self, rank: int) -> int:
         """Read which step `rank` declared the last one; 0 if none yet."""
-        return self._words.read(rank, LAST)
+        return self._words.read(rank, LAST_STEP)
 
     def refresh(self, ranks: Iterable[int]) -> None:
         """Read samples and status of `ranks`."""
@@ -101,49 +101,56 @@ class Board:
                 except Unreachable:
                     self.dead.add(rank)
 
-    def beat(self, words: Words) -> None:
+    def send_heartbeat(self, words: Words) -> None:
         """Show that this rank lives."""
-        self._set(BEAT, self._mine[BEAT] + 1, words)
+        self._set(HEARTBEAT, self._own_values[HEARTBEAT] + 1, words)
 
-    def watch(self, ranks: Iterable[int], words: Words, avoided: Container[int] = ()) -> None:
+    def detect_failures(
+        self, ranks: Iterable[int], words: Words, quarantined: Container[int] = ()
+    ) -> None:
         """Read notices and heartbeats; a rank that is silent for too long is put in `dead`.
 
         Those of `avoided` are not read, and count as silent.
         """
         now = time.monotonic()
         # A time in which this rank itself did not run says nothing about the others.
-        waited = min(now - self._watched, _LONGEST)
-        self._watched = now
+        waited = min(now - self._last_check, _MAX_COUNTED_SILENCE)
+        self._last_check = now
         for rank in ranks:
             if rank == self._rank or rank in self.dead:
                 continue
             try:
-                beat = self._beats[rank] if rank in avoided else self._read(rank, words)
+                beat = self._heartbeats[rank] if rank in quarantined else self._read(rank, words)
             except Unreachable:
                 self.dead.add(rank)
                 continue
-            self._quiet[rank] = 0.0 if beat != self._beats[rank] else self._quiet[rank] + waited
-            self._beats[rank] = beat
-            if self._quiet[rank] > self._silence and self.status[rank] in (RUNNING, FINISHED):
+            self._silent_seconds[rank] = (
+                0.0 if beat != self._heartbeats[rank] else self._silent_seconds[rank] + waited
+            )
+            self._heartbeats[rank] = beat
+            if self._silent_seconds[rank] > self._heartbeat_timeout and self.status[rank] in (
+                RUNNING,
+                FINISHED,
+            ):
                 self.dead.add(rank)
 
     def _read(self, rank: int, words: Words) -> int:
         """Read the notices of `rank`; return its heartbeat."""
-        beat, status = words.read(rank, BEAT), words.read(rank, STATUS)
+        beat, status = words.read(rank, HEARTBEAT), words.read(rank, STATUS)
         self.gradients[rank] = words.read(rank, GRADIENTS)  # before a status says: all
         self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
         return beat
 
-    def missed(self, rank: int, seconds: float) -> None:
+    def add_silence(self, rank: int, seconds: float) -> None:
         """Count a time in which `rank` did not answer, and no other was asked, as its silence."""
-        self._quiet[rank] += seconds
-        self._watched = time.monotonic()
+        self._silent_seconds[rank] += seconds
+        self._last_check = time.monotonic()
 
-    def gone(self, rank: int) -> bool:
+    def is_unreachable(self, rank: int) -> bool:
         """Return whether nothing sent to `rank` will arrive any more."""
-        return rank in self.dead or self.status[rank] == LEFT
+        return rank in self.dead or self.status[rank] == DEPARTED
 
     @property
-    def total(self) -> int:
+    def total_samples(self) -> int:
         """Samples that all ranks have processed, as far as this rank has seen."""
         return sum(self.samples)

@@ -12,7 +12,7 @@ __all__ = ["Slots"]
 class Slots(Protocol):
     """The payload slots of all ranks: those of the publication first, then those of the inbox."""
 
-    def at(self, rank: int, index: int) -> Message | None:
+    def view(self, rank: int, index: int) -> Message | None:
         """Return slot `index` of `rank` where it lies, or None if it is on another node."""
 
     def get(self, rank: int, index: int, out: Message) -> None:
@@ -21,5 +21,5 @@ class Slots(Protocol):
     def put(self, rank: int, index: int, message: Message) -> None:
         """Copy `message` to slot `index` of `rank`; complete at the target on return."""
 
-    def sync(self) -> None:
+    def fence(self) -> None:
         """Order loads and stores in place before and after this call."""

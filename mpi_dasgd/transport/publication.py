@@ -21,14 +21,14 @@ from mpi_dasgd.transport.control_words import (
     WordMap,
     Words,
     holder_of,
-    word,
+    pack_slot_word,
 )
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.payload_slots import Slots
 
 __all__ = ["Claim", "Publication"]
 
-_READS = 8  # copies tried of a publication that is replaced meanwhile
+_MAX_COPIES = 8  # copies tried of a publication that is replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,24 @@ class Publication:
     """
 
     def __init__(
-        self, words: Words, slots: Slots, where: WordMap, rank: int, counters: Counters, held: int
+        self,
+        words: Words,
+        slots: Slots,
+        word_map: WordMap,
+        rank: int,
+        counters: Counters,
+        max_claims: int,
     ) -> None:
         self._words = words
         self._slots = slots
-        self._where = where.publication
+        self._word_indices = word_map.publication
         self._rank = rank
         self._counters = counters
-        self._held = held
-        self._free = list(range(len(self._where)))
-        self._was = dict.fromkeys(self._free, word(FREE))  # words of the slots in _free
+        self._max_claims = max_claims
+        self._free = list(range(len(self._word_indices)))
+        self._last_words = dict.fromkeys(
+            self._free, pack_slot_word(FREE)
+        )  # words of the slots in _free
         self._claimed: list[int] = []
         self._newest: int | None = None
         self._version = 0
@@ -69,11 +77,11 @@ class Publication:
 
     def reserve(self) -> Message | None:
         """Return a free slot to encode the next version into, or None (counted): never waits."""
-        if not self.room:
+        if not self.has_free_slot:
             self._counters.publications_skipped += 1
             return None
         self._reserved = self._free[-1]
-        return self._slots.at(self._rank, self._reserved)
+        return self._slots.view(self._rank, self._reserved)
 
     def publish(self) -> None:
         """Make the reserved slot the newest version."""
@@ -81,11 +89,14 @@ class Publication:
         assert slot is not None, "publish without reserve"
         self._reserved = None
         self._free.remove(slot)
-        self._slots.sync()  # the payload must be there before a word says so
+        self._slots.fence()  # the payload must be there before a word says so
         self._version += 1
         swap = self._words.swap
         published = swap(
-            self._rank, self._where[slot], self._was[slot], word(READY, self._rank, self._version)
+            self._rank,
+            self._word_indices[slot],
+            self._last_words[slot],
+            pack_slot_word(READY, self._rank, self._version),
         )
         old = 0 if self._newest is None else (self._version - 1) << 8 | self._newest
         headed = swap(self._rank, HEAD, old, self._version << 8 | slot)
@@ -101,23 +112,29 @@ class Publication:
         version, slot = head >> 8, head & 0xFF
         if version == 0:
             return None
-        ready, mine = word(READY, rank, version), word(CLAIMED, self._rank, version)
-        if not self._words.swap(rank, self._where[slot], ready, mine):
-            self._counters.taken += 1
+        ready, mine = (
+            pack_slot_word(READY, rank, version),
+            pack_slot_word(CLAIMED, self._rank, version),
+        )
+        if not self._words.swap(rank, self._word_indices[slot], ready, mine):
+            self._counters.claims_lost += 1
             return None
         return Claim(rank, slot, version)
 
     def release(self, claim: Claim) -> None:
         """Give a pinned slot back to its owner."""
-        mine = word(CLAIMED, self._rank, claim.version)
+        mine = pack_slot_word(CLAIMED, self._rank, claim.version)
         self._words.swap(
-            claim.rank, self._where[claim.slot], mine, word(FREE, version=claim.version)
+            claim.rank,
+            self._word_indices[claim.slot],
+            mine,
+            pack_slot_word(FREE, version=claim.version),
         )
 
     @property
-    def room(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Whether `reserve` would return a slot."""
-        return self.claims < self._held and bool(self._free)
+        return self.claims < self._max_claims and bool(self._free)
 
     def withdraw(self) -> bool:
         """Take the newest version back, so that nobody can claim it; False if somebody has."""
@@ -134,29 +151,29 @@ class Publication:
         """
         if self._newest is None:
             return FREE, self._rank
-        value = self._words.read(self._rank, self._where[self._newest])
+        value = self._words.read(self._rank, self._word_indices[self._newest])
         return value & 3, holder_of(value)
 
     def read(self, rank: int, out: Message) -> bool:
         """Copy the newest version of `rank`, claimed or not, to `out`; return whether one was got whole."""
-        for _ in range(_READS):
+        for _ in range(_MAX_COPIES):
             head = self._words.read(rank, HEAD)
             version, slot = head >> 8, head & 0xFF
             if version == 0:
                 return False
-            there = self._slots.at(rank, slot)
+            there = self._slots.view(rank, slot)
             if there is None:
                 self._slots.get(rank, slot, out)
             else:
                 out.buffer[:] = there.buffer
-            self._slots.sync()
+            self._slots.fence()
             # The owner writes to a slot only after a newer version is out and this one is free.
             if self._words.read(rank, HEAD) == head:
                 return True
-            after = self._words.read(rank, self._where[slot])
+            after = self._words.read(rank, self._word_indices[slot])
             if after >> 22 == version and after & 3 != FREE:
                 return True
-            self._counters.retries += 1
+            self._counters.torn_reads += 1
         return False
 
     def locate(self, rank: int, version: int) -> int | None:
@@ -169,19 +186,22 @@ class Publication:
             return head & 0xFF
         if head >> 8 < version:
             return None
-        for slot, index in enumerate(self._where):
+        for slot, index in enumerate(self._word_indices):
             if self._words.read(rank, index) >> 22 == version:
                 return slot
         raise RuntimeError(f"version {version} of rank {rank} was overwritten before it was read")
 
-    def forget(self, rank: int) -> None:
+    def reclaim_from(self, rank: int) -> None:
         """Take back the slots that a dead rank claimed."""
         slots = self._claimed if self._newest is None else [*self._claimed, self._newest]
         for slot in slots:
-            value = self._words.read(self._rank, self._where[slot])
+            value = self._words.read(self._rank, self._word_indices[slot])
             if value & 3 == CLAIMED and holder_of(value) == rank:
                 self._words.swap(
-                    self._rank, self._where[slot], value, word(FREE, version=value >> 22)
+                    self._rank,
+                    self._word_indices[slot],
+                    value,
+                    pack_slot_word(FREE, version=value >> 22),
                 )
 
     @property
@@ -190,21 +210,24 @@ class Publication:
         self._collect()
         if self._newest is None:
             return len(self._claimed)
-        newest = self._words.read(self._rank, self._where[self._newest])
+        newest = self._words.read(self._rank, self._word_indices[self._newest])
         return len(self._claimed) + (newest & 3 == CLAIMED)
 
     def _retire(self, slot: int, version: int) -> None:
-        ready, free = word(READY, self._rank, version), word(FREE, version=version)
-        if self._words.swap(self._rank, self._where[slot], ready, free):
+        ready, free = (
+            pack_slot_word(READY, self._rank, version),
+            pack_slot_word(FREE, version=version),
+        )
+        if self._words.swap(self._rank, self._word_indices[slot], ready, free):
             self._free.append(slot)
-            self._was[slot] = free
+            self._last_words[slot] = free
         else:
             self._claimed.append(slot)
 
     def _collect(self) -> None:
         for slot in tuple(self._claimed):
-            value = self._words.read(self._rank, self._where[slot])
+            value = self._words.read(self._rank, self._word_indices[slot])
             if value & 3 == FREE:
                 self._claimed.remove(slot)
                 self._free.append(slot)
-                self._was[slot] = value
+                self._last_words[slot] = value

@@ -256,7 +256,7 @@ def test_an_answer_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyP
         local.gradient[:] = 0
     ranks.step(1)
     with monkeypatch.context() as full:
-        full.setattr(ranks.algorithms[0].endpoint, "post", lambda rank: None)
+        full.setattr(ranks.algorithms[0].endpoint, "acquire_send_buffer", lambda rank: None)
         ranks.step(0)
         assert models[0] == 0 and not ranks.algorithms[0].drained
     ranks.algorithms[0].absorb(1)

@@ -203,13 +203,13 @@ class _Jittery(VirtualEndpoint):
         self._random = random.Random(rank)
         self._busy = 0.0
 
-    def _later(self, event: Callable[[], None]) -> None:
+    def _after_transfer(self, event: Callable[[], None]) -> None:
         clock = self._network.clock
         self._busy = max(self._busy, clock.now + self._random.expovariate(2.0))
-        self._on_the_way += 1
+        self._in_flight += 1
 
         def arrive() -> None:
-            self._on_the_way -= 1
+            self._in_flight -= 1
             event()
 
         clock.after(self._busy - clock.now, arrive)
@@ -405,9 +405,9 @@ class _Mortal(VirtualEndpoint):
     def neighbours(self) -> Sequence[int]:
         return [rank for rank in super().neighbours() if not (rank == 5 and self._dead())]
 
-    def _later(self, event: Callable[[], None]) -> None:
+    def _after_transfer(self, event: Callable[[], None]) -> None:
         if not (self.rank == 5 and self._dead()):
-            super()._later(event)
+            super()._after_transfer(event)
 
 
 @pytest.mark.parametrize("setting", [[], [UNIFORM], [MINIBATCH], [MINIBATCH, *WORKS]])

@@ -87,7 +87,9 @@ def test_bytes_are_those_that_the_simulator_counts(row: dict[str, str]) -> None:
     }
     run = Simulation(config.Config.model_validate(keys))
     run.run()
-    moved = [e.totals().bytes_sent + e.totals().bytes_received for e in run.endpoints]
+    moved = [
+        e.total_counters().bytes_sent + e.total_counters().bytes_received for e in run.endpoints
+    ]
     symbols = {"M": run.codecs[0].layout.nbytes, "n": RANKS, "H": steps, "r": RANKS - 1}
     expected = evaluate(row["traffic"], symbols)
     worker = np.sum(moved[1:]) / sum(local.step for local in run.locals[1:])

@@ -18,7 +18,7 @@ from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
-from mpi_dasgd.transport.endpoint import Posting
+from mpi_dasgd.transport.endpoint import SendBuffer
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
@@ -82,7 +82,7 @@ def test_all_replicas_agree_bit_for_bit_and_hold_all_updates(graph: str, ranks: 
         simulation.check_agreement()
     if ranks > 2:
         # full inboxes: what found no room was sent later, in fewer messages
-        assert sum(e.counters.refusals for e in rough.endpoints) > 0
+        assert sum(e.counters.inbox_full for e in rough.endpoints) > 0
         sent = [sum(e.counters.messages for e in s.endpoints) for s in (rough, smooth)]
         assert sent[0] < sent[1]
 
@@ -170,14 +170,14 @@ class Threaded(VirtualEndpoint):
     latency: ClassVar[float]
     ranks: ClassVar[list[DASGD]]
 
-    def deliver(self, posting: Posting) -> None:
+    def send(self, posting: SendBuffer) -> None:
         clock, link = self._network.clock, vars(self).setdefault("arrivals", {})
         at = max(link.get(posting.rank, 0), clock.now + self.rng.exponential(self.latency))
         link[posting.rank] = at
-        self._on_the_way += 1
+        self._in_flight += 1
 
         def arrive() -> None:
-            self._on_the_way -= 1
+            self._in_flight -= 1
             assert posting.reservation is not None
             self.inbox.send(posting.reservation, posting.message)
             self.ranks[posting.rank].absorb(0)

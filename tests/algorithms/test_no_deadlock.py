@@ -26,13 +26,13 @@ class _InOrder(VirtualEndpoint):
         super().__init__(network, rank)
         self._last = 0.0
 
-    def _later(self, event: Callable[[], None]) -> None:
+    def _after_transfer(self, event: Callable[[], None]) -> None:
         clock = self._network.clock
         self._last = max(self._last, clock.now + self._network.transfer)
-        self._on_the_way += 1
+        self._in_flight += 1
 
         def arrive() -> None:
-            self._on_the_way -= 1
+            self._in_flight -= 1
             event()
 
         clock.after(self._last - clock.now, arrive)

@@ -178,13 +178,13 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
     ranks.locals[0].step = 1
     waiting = ranks.algorithms[0].step(ranks.locals[0])
     pending = next(iter(waiting))
-    assert not pending.done()
+    assert not pending.test()
     finished = ranks.algorithms[1]
     finished.absorb(0)
-    assert not pending.done()  # it still trains: it has no reason to look
+    assert not pending.test()  # it still trains: it has no reason to look
     assert list(finished.leave()) == []
     finished.absorb(0)
-    assert pending.done() and finished.drained
+    assert pending.test() and finished.drained
     assert list(waiting) == []
     assert (models == 2).all()
 
@@ -196,7 +196,7 @@ def test_a_rank_whose_neighbours_have_all_died_goes_on(monkeypatch: pytest.Monke
     waiting = algorithm.step(ranks.locals[0])
     pending = next(iter(waiting))
     monkeypatch.setattr(algorithm.endpoint, "neighbours", lambda: ())
-    assert pending.done()
+    assert pending.test()
     assert list(waiting) == []
     assert ranks.records[-1].partner == -1
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_in_the_middle_of_a_phase_holds_all() -> None:
     again.algorithms[0].load_state(saved)
     again.algorithms[0].restart(4)
     np.testing.assert_array_equal(again.algorithms[0].mass(), before.mass())
-    publication = again.network.at(0, again.network.read(0, HEAD) & 0xFF)
+    publication = again.network.view(0, again.network.read(0, HEAD) & 0xFF)
     np.testing.assert_array_equal(publication.payload, saved["live"])
 
 

@@ -15,8 +15,8 @@ from mpi_dasgd.algorithms import osgp, push_sum
 from mpi_dasgd.algorithms.push_sum import ONE, PushSum, rotation
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulation, simulate
-from mpi_dasgd.transport.endpoint import Posting
-from mpi_dasgd.transport.inbox import Arrival, Inbox
+from mpi_dasgd.transport.endpoint import SendBuffer
+from mpi_dasgd.transport.inbox import Inbox, ReceivedMessage
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
 from tests.support.mpi_ranks import ROOT, run_ranks
@@ -226,7 +226,7 @@ class _CountingInbox(Inbox):
 
     freed = 0
 
-    def free(self, arrival: Arrival) -> None:
+    def free(self, arrival: ReceivedMessage) -> None:
         self.freed += int(arrival.message.notes[0])
         super().free(arrival)
 
@@ -236,19 +236,19 @@ class _Counting(VirtualEndpoint):
 
     def __init__(self, network: Network, rank: int) -> None:
         super().__init__(network, rank)
-        self.inbox = _CountingInbox(network, network, network.where, rank, self.counters)
+        self.inbox = _CountingInbox(network, network, network.word_map, rank, self.counters)
         self.sent = 0
         self._random = np.random.default_rng([rank, 7])
 
-    def deliver(self, posting: Posting) -> None:
+    def send(self, posting: SendBuffer) -> None:
         self.sent += int(posting.message.notes[0])
-        super().deliver(posting)
+        super().send(posting)
 
-    def _later(self, event: Callable[[], None]) -> None:
-        self._on_the_way += 1
+    def _after_transfer(self, event: Callable[[], None]) -> None:
+        self._in_flight += 1
 
         def arrive() -> None:
-            self._on_the_way -= 1
+            self._in_flight -= 1
             event()
 
         self._network.clock.after(self._random.exponential(0.3), arrive)
@@ -341,8 +341,8 @@ def test_no_deadlock_in_ten_thousand_events(
 class _Slow(_Counting):
     """Messages without notes."""
 
-    def deliver(self, posting: Posting) -> None:
-        VirtualEndpoint.deliver(self, posting)
+    def send(self, posting: SendBuffer) -> None:
+        VirtualEndpoint.send(self, posting)
 
 
 def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:

@@ -54,7 +54,7 @@ def _learn(environment: world.World, name: str, overrides: list[str]) -> dict[st
         "steps": comm.allgather(training.local.step),
         "messages": comm.allreduce(counters["messages"]),
         "absorbed": comm.allreduce(counters["absorbed"]),
-        "path": training.endpoint.path,
+        "path": training.endpoint.transfer_mode,
     }
     training.average()
     accuracy = (model(task.test_x).argmax(1) == task.test_y).float().mean().item()

@@ -127,7 +127,11 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         else codecs.make(codecs.Settings(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
     )
     endpoint = RmaEndpoint(
-        comm, codec.layout, topology.build("complete", comm.size), path=options.path, silence=60.0
+        comm,
+        codec.layout,
+        topology.build("complete", comm.size),
+        mode=options.path,
+        heartbeat_timeout=60.0,
     )
     kinds: list[int] = []
 
@@ -140,32 +144,32 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     algorithm.start()
     comm.Barrier()
 
-    board = endpoint.board
+    board = endpoint.membership
     begun = time.monotonic()
     waits = 0
     initiated = 0
-    while board.total < options.exchanges and time.monotonic() - begun < options.limit:
+    while board.total_samples < options.exchanges and time.monotonic() - begun < options.limit:
         local.step += 1
         waits += sum(1 for _ in algorithm.step(local))
         initiated = kinds.count(INITIATED) if local.step % 16 == 0 else initiated
-        board.report(initiated)
-        endpoint.look()
+        board.report_samples(initiated)
+        endpoint.refresh_membership()
         # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
         time.sleep(0.02 if dice.random() < 0.001 else dice.expovariate(1e4 / (1 + comm.rank)))
-    enough = board.total >= options.exchanges
+    enough = board.total_samples >= options.exchanges
 
     for pending in algorithm.leave():
-        while not pending.done():
+        while not pending.test():
             time.sleep(0.0002)
-    while not endpoint.delivered():
+    while not endpoint.is_flushed():
         time.sleep(0.0002)
-    board.announce(FINISHED)
+    board.publish_status(FINISHED)
     while RUNNING in board.status:
-        endpoint.look()
+        endpoint.refresh_membership()
         algorithm.absorb(local.step)
         time.sleep(0.001)
     algorithm.absorb(local.step)
-    path = endpoint.path
+    path = endpoint.transfer_mode
     endpoint.close()
 
     error = x.astype(np.float64) - before - local.change
@@ -184,7 +188,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "tolerance": float(exchanges * np.finfo(np.float32).eps * largest),
         "rejected": comm.allreduce(codec.counters.get("buckets_rejected", 0)),
         "corrupt": comm.allreduce(codec.counters.get("buckets_corrupt", 0)),
-        "nbytes": comm.allreduce(endpoint.totals().bytes_sent),
+        "nbytes": comm.allreduce(endpoint.total_counters().bytes_sent),
         "message": codec.layout.nbytes,
         "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
         "seconds": time.monotonic() - begun,

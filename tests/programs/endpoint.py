@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from tests.support.mpi_ranks import parallel_assert
 
@@ -67,7 +67,7 @@ def newest(endpoint: RmaEndpoint) -> bool:
     def look(rank: int) -> None:
         nonlocal good
         reading = endpoint.read(rank)
-        wait(reading.done, f"answer of {rank}")
+        wait(reading.test, f"answer of {rank}")
         if reading.message is None:
             good &= seen[rank] == 0
             return
@@ -95,7 +95,7 @@ def version(endpoint: RmaEndpoint) -> bool:
         time.sleep(1e-3 * ((value + COMM.rank) % 3))
         publish(endpoint, value)
         for rank in OTHERS:
-            reading: Pending = (ask := endpoint.read(rank, value))
+            reading: Request = (ask := endpoint.read(rank, value))
             wait(reading.done, f"version {value} of {rank}")
             good &= ask.message is not None and whole(ask.message, rank) == value
     return good
@@ -106,11 +106,11 @@ def post(endpoint: RmaEndpoint) -> bool:
     sent, received = dict.fromkeys(OTHERS, 0), defaultdict(list)
 
     def send(rank: int) -> bool:
-        posting = endpoint.post(rank)
+        posting = endpoint.acquire_send_buffer(rank)
         if posting is None:
             return False
         write(posting.message, sent[rank])
-        endpoint.deliver(posting)
+        endpoint.send(posting)
         sent[rank] += 1
         return True
 
@@ -133,7 +133,7 @@ def post(endpoint: RmaEndpoint) -> bool:
 
     def complete() -> bool:
         receive()
-        return endpoint.delivered() and all(len(received[r]) == MESSAGES for r in OTHERS)
+        return endpoint.is_flushed() and all(len(received[r]) == MESSAGES for r in OTHERS)
 
     wait(complete, f"all messages: { ({rank: len(got) for rank, got in received.items()}) }")
     COMM.Barrier()
@@ -145,18 +145,18 @@ def until(endpoint: RmaEndpoint) -> bool:
     """A wait for words ends when they change, not before."""
     everyone = range(COMM.size)
     counted = endpoint.until(lambda: endpoint.gradients() == COMM.size, everyone)
-    arrived = endpoint.until(lambda: endpoint.inbox.waiting)
-    good = not counted.done() and not arrived.done()
+    arrived = endpoint.until(lambda: endpoint.inbox.has_messages)
+    good = not counted.test() and not arrived.test()
     COMM.Barrier()
-    endpoint.count(1)
-    wait(counted.done, "gradients")
-    posting = endpoint.post(OTHERS[0])
+    endpoint.report_gradients(1)
+    wait(counted.test, "gradients")
+    posting = endpoint.acquire_send_buffer(OTHERS[0])
     assert posting is not None
     write(posting.message, 0)
-    endpoint.deliver(posting)
+    endpoint.send(posting)
     if COMM.rank < 2:  # rank 0 is the first other of all but itself
-        wait(arrived.done, "message")
-    wait(endpoint.delivered, "delivery")
+        wait(arrived.test, "message")
+    wait(endpoint.is_flushed, "delivery")
     return good
 
 
@@ -164,7 +164,7 @@ def gradients(endpoint: RmaEndpoint) -> bool:
     """Each rank's newest count is known to all."""
     own = 10 * (COMM.rank + 1)
     for count in (1, own - 1, own):
-        endpoint.count(count)
+        endpoint.report_gradients(count)
     expected = [10 * (rank + 1) for rank in range(COMM.size)]
     wait(lambda: endpoint.gradients() == sum(expected), "sum of the counts")
     return [endpoint.gradients_of(rank) for rank in range(COMM.size)] == expected
@@ -175,7 +175,7 @@ def main() -> None:
     graph = topology.build("complete", COMM.size)
     for path in sys.argv[1:]:
         for case in (newest, version, post, until, gradients):
-            endpoint = RmaEndpoint(COMM, LAYOUT, graph, path=path)
+            endpoint = RmaEndpoint(COMM, LAYOUT, graph, mode=path)
             COMM.Barrier()
             good = case(endpoint)
             endpoint.close()

@@ -6,8 +6,8 @@ import time
 from typing import NamedTuple
 
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, READY, holder_of, word
-from mpi_dasgd.transport.inbox import Arrival, Inbox, Reservation
+from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, READY, holder_of, pack_slot_word
+from mpi_dasgd.transport.inbox import Inbox, ReceivedMessage, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
 
 __all__ = ["FAULTS", "Fault"]
@@ -20,7 +20,7 @@ class WritesPublished(Publication):
         message = super().reserve()
         if message is None or self._newest is None:
             return message
-        return self._slots.at(self._rank, self._newest)
+        return self._slots.view(self._rank, self._newest)
 
 
 class ReadsWithoutClaim(Publication):
@@ -35,13 +35,16 @@ class IgnoresClaims(Publication):
     """The owner takes the slot of an old version back although a reader holds it."""
 
     def _retire(self, slot: int, version: int) -> None:
-        free = word(FREE, version=version)
+        free = pack_slot_word(FREE, version=version)
         while not self._words.swap(
-            self._rank, self._where[slot], self._words.read(self._rank, self._where[slot]), free
+            self._rank,
+            self._word_indices[slot],
+            self._words.read(self._rank, self._word_indices[slot]),
+            free,
         ):
             pass
         self._free.append(slot)
-        self._was[slot] = free
+        self._last_words[slot] = free
 
 
 class LooksOnce(Publication):
@@ -51,7 +54,7 @@ class LooksOnce(Publication):
         head = self._words.read(rank, HEAD)
         if head == 0:
             return False
-        there = self._slots.at(rank, head & 0xFF)
+        there = self._slots.view(rank, head & 0xFF)
         if there is None:
             self._slots.get(rank, head & 0xFF, out)
             return True
@@ -78,21 +81,24 @@ class PublishesEarly(Publication):
 class ReadyFirst(Inbox):
     """A sender sets the slot ready, then writes, slowly."""
 
-    def place(self, reservation: Reservation) -> Message | None:
+    def view_of(self, reservation: Reservation) -> Message | None:
         return None
 
     def send(self, reservation: Reservation, message: Message) -> None:
         rank, slot = reservation.rank, reservation.slot
         message.sequence = self._sent[rank]
         self._sent[rank] += 1
-        there = self._slots.at(rank, self._first + slot)
+        there = self._slots.view(rank, self._first_slot + slot)
         if there is not None:
             there.buffer[:64] = message.buffer[:64]
         self._words.swap(
-            rank, self._where[slot], word(CLAIMED, self._rank), word(READY, self._rank)
+            rank,
+            self._word_indices[slot],
+            pack_slot_word(CLAIMED, self._rank),
+            pack_slot_word(READY, self._rank),
         )
         if there is None:
-            self._slots.put(rank, self._first + slot, message)
+            self._slots.put(rank, self._first_slot + slot, message)
         else:
             time.sleep(1e-4)
             there.buffer[64:] = message.buffer[64:]
@@ -102,29 +108,29 @@ class SendsUnasked(Inbox):
     """A sender takes a slot of the inbox whether it is free or not."""
 
     def reserve(self, rank: int) -> Reservation | None:
-        slot = self._sent[rank] % len(self._where)
-        mine = word(CLAIMED, self._rank)
+        slot = self._sent[rank] % len(self._word_indices)
+        mine = pack_slot_word(CLAIMED, self._rank)
         while not self._words.swap(
-            rank, self._where[slot], self._words.read(rank, self._where[slot]), mine
+            rank, self._word_indices[slot], self._words.read(rank, self._word_indices[slot]), mine
         ):
             pass
         return Reservation(rank, slot)
 
-    def free(self, arrival: Arrival) -> None:
-        ready = word(READY, arrival.sender)
-        self._words.swap(self._rank, self._where[arrival.slot], ready, word(FREE))
+    def free(self, arrival: ReceivedMessage) -> None:
+        ready = pack_slot_word(READY, arrival.sender)
+        self._words.swap(self._rank, self._word_indices[arrival.slot], ready, pack_slot_word(FREE))
 
 
 class Disordered(Inbox):
     """The receiver takes messages as they lie in the slots."""
 
-    def receive(self) -> list[Arrival]:
+    def receive(self) -> list[ReceivedMessage]:
         arrivals = []
-        for slot, index in enumerate(self._where):
+        for slot, index in enumerate(self._word_indices):
             value = self._words.read(self._rank, index)
-            message = self._slots.at(self._rank, self._first + slot)
+            message = self._slots.view(self._rank, self._first_slot + slot)
             if value & 3 == READY and message is not None:
-                arrivals.append(Arrival(holder_of(value), slot, message))
+                arrivals.append(ReceivedMessage(holder_of(value), slot, message))
         return arrivals
 
 
@@ -133,7 +139,7 @@ class Twice(Disordered):
 
     _calls = 0
 
-    def free(self, arrival: Arrival) -> None:
+    def free(self, arrival: ReceivedMessage) -> None:
         self._calls += 1
         if self._calls % 20 != 3:
             super().free(arrival)

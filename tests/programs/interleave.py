@@ -101,14 +101,14 @@ class Memory:
         self._stage.wait()
         return self._network.swap(rank, index, expected, new)
 
-    def at(self, rank: int, index: int) -> Message | None:
-        return self._network.at(rank, index) if self._near or rank == self._rank else None
+    def view(self, rank: int, index: int) -> Message | None:
+        return self._network.view(rank, index) if self._near or rank == self._rank else None
 
     def get(self, rank: int, index: int, out: Message) -> None:
-        self._copy(self._network.at(rank, index), out)
+        self._copy(self._network.view(rank, index), out)
 
     def put(self, rank: int, index: int, message: Message) -> None:
-        self._copy(message, self._network.at(rank, index))
+        self._copy(message, self._network.view(rank, index))
 
     def _copy(self, source: Message, out: Message) -> None:
         # The header goes with the second half: the halves differ in any case.
@@ -117,7 +117,7 @@ class Memory:
             self._stage.wait()
             out.buffer[part] = source.buffer[part]
 
-    def sync(self) -> None:
+    def fence(self) -> None:
         self._stage.wait()
 
 
@@ -155,10 +155,10 @@ def play(
     players = []
     for rank in range(RANKS):
         memory = Memory(stage, network, rank, near)
-        shared = memory, memory, network.where, rank, Counters()
+        shared = memory, memory, network.word_map, rank, Counters()
         players.append(
             Player(
-                publication(*shared, held=slots - 2),
+                publication(*shared, max_claims=slots - 2),
                 inbox(*shared),
                 memory,
                 Ledger(rank, RANKS, 2 * max(map(len, scripts))),

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mpi_dasgd import topology
-from mpi_dasgd.transport.endpoint import Pairing
+from mpi_dasgd.transport.endpoint import ExchangeRequest
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from tests.programs.ledger import Ledger, fill, layout, staging
@@ -44,10 +44,10 @@ class Rank:
             comm,
             layout(options.elements),
             topology.build("complete", self.size),
-            path=options.path,
-            silence=60.0,
+            mode=options.path,
+            heartbeat_timeout=60.0,
         )
-        self.pairing: Pairing | None = None
+        self.pairing: ExchangeRequest | None = None
         self.out = staging(options.elements)
         self.slept = not (options.sleep and self.rank == self.size - 1)
         self.asleep = (0.0, 0.0)
@@ -55,23 +55,23 @@ class Rank:
 
     def run(self) -> dict:
         """Exchange until all have done so often enough, then return what all ranks found."""
-        endpoint, board = self.endpoint, self.endpoint.board
+        endpoint, board = self.endpoint, self.endpoint.membership
         self.publish()
         self.comm.Barrier()
         begun = time.monotonic()
         deadline = begun + self.options.limit
-        while board.total < self.options.exchanges and time.monotonic() < deadline:
+        while board.total_samples < self.options.exchanges and time.monotonic() < deadline:
             self.turn()
-        self.ledger.found["stalled"] += board.total < self.options.exchanges
-        while self.pairing is not None and not self.pairing.settled:
+        self.ledger.found["stalled"] += board.total_samples < self.options.exchanges
+        while self.pairing is not None and not self.pairing.is_settled:
             time.sleep(0.0005)
         if self.pairing is not None:
-            endpoint.abandon(self.pairing)
-        while not endpoint.delivered():
+            endpoint.abort_exchange(self.pairing)
+        while not endpoint.is_flushed():
             time.sleep(0.0005)
-        board.announce(FINISHED)
+        board.publish_status(FINISHED)
         while RUNNING in board.status:
-            endpoint.look()
+            endpoint.refresh_membership()
             self.receive()
             self.read()
             time.sleep(0.0005)
@@ -80,7 +80,7 @@ class Rank:
         endpoint.close()
         found, done = self.ledger.balance(self.comm)
         sleep = self.comm.bcast(self.asleep, root=self.size - 1)
-        totals = self.comm.gather(dataclasses.asdict(endpoint.totals()))
+        totals = self.comm.gather(dataclasses.asdict(endpoint.total_counters()))
         during = sum(sleep[0] < moment < sleep[1] for moment in self.touched)
         return {
             "found": dict(found),
@@ -88,7 +88,7 @@ class Rank:
             "counters": {k: sum(t[k] for t in totals) for k in totals[0]} if totals else {},
             "touched": self.comm.allreduce(during),
             "seconds": seconds,
-            "path": endpoint.path,
+            "path": endpoint.transfer_mode,
         }
 
     def turn(self) -> None:
@@ -98,8 +98,8 @@ class Rank:
         if self.pairing is None:
             neighbours = list(endpoint.neighbours())
             self.random.shuffle(neighbours)
-            self.pairing = endpoint.pair(neighbours)
-        if self.pairing.settled:
+            self.pairing = endpoint.begin_exchange(neighbours)
+        if self.pairing.is_settled:
             self.conclude(self.pairing)
             self.pairing = None
         elif chance() < 0.5:
@@ -107,9 +107,9 @@ class Rank:
         self.publish()
         if chance() < 0.2:
             self.read()
-        endpoint.board.report(self.ledger.done["sent"])
-        endpoint.look()
-        if not self.slept and 4 * endpoint.board.total > self.options.exchanges:
+        endpoint.membership.report_samples(self.ledger.done["sent"])
+        endpoint.refresh_membership()
+        if not self.slept and 4 * endpoint.membership.total_samples > self.options.exchanges:
             self.slept = True
             begun = time.monotonic()
             time.sleep(self.options.sleep)
@@ -128,9 +128,9 @@ class Rank:
             self.endpoint.publication.publish()
             self.ledger.publish()
 
-    def conclude(self, pairing: Pairing) -> None:
+    def conclude(self, pairing: ExchangeRequest) -> None:
         """Check the partner's publication and answer it, or give it back."""
-        claim, theirs, reply = pairing.claim, pairing.theirs, pairing.reply
+        claim, theirs, reply = pairing.claim, pairing.partner_model, pairing.partner_delta
         if claim is None or theirs is None or reply is None:
             self.ledger.done["alone"] += 1
             time.sleep(5e-5)  # on few cores the others need this one
@@ -139,12 +139,12 @@ class Rank:
         if self.random.random() < 0.1:
             fill(reply, self.rank, self.ledger.cancelled(), self.rest)
             self.ledger.held(claim, theirs)
-            self.endpoint.abandon(pairing)
+            self.endpoint.abort_exchange(pairing)
             self.ledger.done["abandoned"] += 1
         else:
             fill(reply, self.rank, self.ledger.message(claim.rank), self.rest)
             self.ledger.held(claim, theirs)
-            self.endpoint.complete(pairing)
+            self.endpoint.commit_exchange(pairing)
             self.ledger.send(claim.rank)
 
     def receive(self) -> None:

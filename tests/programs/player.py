@@ -79,7 +79,7 @@ class Player:
             self.publication.release(claim)
 
     def _look(self, claim: Claim) -> Message:
-        there = self.slots.at(claim.rank, claim.slot)
+        there = self.slots.view(claim.rank, claim.slot)
         if there is None:
             self.slots.get(claim.rank, claim.slot, self._theirs)
         return there or self._theirs
@@ -107,7 +107,7 @@ class Player:
         self.ledger.send(reservation.rank)
 
     def _write(self, reservation: Reservation, stamp: int) -> Message:
-        message = self.inbox.place(reservation) or self._reply
+        message = self.inbox.view_of(reservation) or self._reply
         fill(message, self.rank, stamp, self.rest)
         return message
 

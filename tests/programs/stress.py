@@ -25,7 +25,7 @@ from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 from tests.programs.faults import FAULTS
@@ -70,7 +70,7 @@ class Rank:
         node.Free()
         shared = self.words, self.slots, where, self.rank, self.counters
         self.player = Player(
-            publication(*shared, held=options.slots - 2),
+            publication(*shared, max_claims=options.slots - 2),
             inbox(*shared),
             self.slots,
             self.ledger,
@@ -86,9 +86,9 @@ class Rank:
     def run(self) -> dict:
         """Do this rank's share, wait for the others, and return what all ranks found."""
         courier = None
-        if len(self.slots.near) < self.size:
+        if len(self.slots.node_ranks) < self.size:
             sys.setswitchinterval(0.0005)
-            courier = Courier(lambda: None, 1.0, self.comm.Iprobe)
+            courier = ProgressThread(lambda: None, 1.0, self.comm.Iprobe)
         self.comm.Barrier()
         begun = time.monotonic()
         deadline = begun + self.options.limit
@@ -119,14 +119,14 @@ class Rank:
         report = {
             "found": dict(found),
             "done": dict(done),
-            "refusals": self.comm.allreduce(self.counters.refusals),
-            "taken": self.comm.allreduce(self.counters.taken),
-            "retries": self.comm.allreduce(self.counters.retries),
+            "inbox_full": self.comm.allreduce(self.counters.inbox_full),
+            "claims_lost": self.comm.allreduce(self.counters.claims_lost),
+            "torn_reads": self.comm.allreduce(self.counters.torn_reads),
             "skipped": self.comm.allreduce(self.counters.publications_skipped),
             "touched": self.comm.allreduce(during),
             "longest": self.comm.allreduce(self.longest, MPI.MAX),
             "seconds": seconds,
-            "path": self.slots.describe,
+            "path": self.slots.transfer_mode,
             "words": type(self.words).__name__,
         }
         self.slots.close()

@@ -59,7 +59,7 @@ class Part:
         made = codecs.make(
             codecs.Settings(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
         )
-        self.endpoint = RmaEndpoint(comm, made.layout, graph, path=path, silence=1.0)
+        self.endpoint = RmaEndpoint(comm, made.layout, graph, mode=path, heartbeat_timeout=1.0)
         self.records: list[Exchange] = []
         settings = Settings(name=NAMES[variant], variant=variant)
         self.algorithm = algorithms.find(NAMES[variant], variant)(
@@ -70,33 +70,33 @@ class Part:
 
     def run(self, steps: int, dies_at: int = 0) -> None:
         """Make `steps` steps and end; be killed at step `dies_at`."""
-        local, board = self.local, self.endpoint.board
+        local, board = self.local, self.endpoint.membership
         dice = random.Random(board._rank)
         while local.step < steps:
             local.step += 1
             for pending in self.algorithm.step(local):
-                self._wait(pending.done)
+                self._wait(pending.test)
             if local.step == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(dice.expovariate(1e4))
-            self.endpoint.look()
+            self.endpoint.refresh_membership()
         for pending in self.algorithm.leave():
-            self._wait(pending.done)
-        self._wait(self.endpoint.delivered)
-        board.announce(FINISHED)
+            self._wait(pending.test)
+        self._wait(self.endpoint.is_flushed)
+        board.publish_status(FINISHED)
         while not (self._quiet() and self.algorithm.drained):
             self.algorithm.absorb(local.step)
-            self.endpoint.look()
+            self.endpoint.refresh_membership()
             time.sleep(0.0005)
         self.algorithm.absorb(local.step)
 
     def _wait(self, done) -> None:  # type: ignore[no-untyped-def]
         while not done():
-            self.endpoint.look()
+            self.endpoint.refresh_membership()
             time.sleep(0.0001)
 
     def _quiet(self) -> bool:
-        board = self.endpoint.board
+        board = self.endpoint.membership
         return all(s != RUNNING or r in board.dead for r, s in enumerate(board.status))
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     for part in last:
         part.run(steps_then, dies_at=steps_then // 2 if comm.rank == victim else 0)
         reports[f"{part.name}, a death"] = {
-            "dead": sorted(part.endpoint.board.dead),
+            "dead": sorted(part.endpoint.membership.dead),
             "with others": sum(r.partner not in (-1, victim) for r in part.records),
         }
     if comm.rank == 0:

@@ -19,7 +19,7 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.doctor.contention import count_up
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
-from mpi_dasgd.transport.membership import LEFT
+from mpi_dasgd.transport.membership import DEPARTED
 from mpi_dasgd.transport.rma import windows
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
@@ -66,18 +66,18 @@ def sizes(comm: MPI.Intracomm) -> None:
             layout = _layout(elements)
             slots = _slots(comm, layout, path)
             for slot in range(SLOTS):
-                there = slots.at(right, slot)
+                there = slots.view(right, slot)
                 message = there or Message(np.empty(layout.nbytes, np.uint8), layout)
                 message.buffer[:] = _content(right, slot, layout.nbytes)
                 if there is None:
                     slots.put(right, slot, message)
-            slots.sync()
+            slots.fence()
             comm.Barrier()
-            slots.sync()
+            slots.fence()
             good = True
             for rank in (comm.rank, left):
                 for slot in range(SLOTS):
-                    out = slots.at(rank, slot)
+                    out = slots.view(rank, slot)
                     if out is None:
                         out = Message(np.empty(layout.nbytes, np.uint8), layout)
                         slots.get(rank, slot, out)
@@ -102,7 +102,7 @@ def pieces(comm: MPI.Intracomm) -> None:
         comm.Barrier()
         good = True
         for slot in range(SLOTS):
-            mine = slots.at(comm.rank, slot)
+            mine = slots.view(comm.rank, slot)
             assert mine is not None
             out = Message(np.zeros(layout.nbytes, np.uint8), layout)
             slots.get(other, slot, out)
@@ -146,8 +146,8 @@ def closed(comm: MPI.Intracomm) -> None:
         slots.close()
         good = raises(RuntimeError, slots.get, other, 0, message)
         good &= raises(RuntimeError, slots.put, other, 0, message)
-        good &= slots.at(comm.rank, 0) is None
-        slots.sync()
+        good &= slots.view(comm.rank, 0) is None
+        slots.fence()
         parallel_assert(comm, good, path)
 
 
@@ -156,7 +156,7 @@ def endpoint(comm: MPI.Intracomm) -> None:
     graph = topology.build("complete", comm.size)
     layout = _layout(100)
     for path in ("auto", "remote"):
-        endpoint = RmaEndpoint(comm, layout, graph, path=path)
+        endpoint = RmaEndpoint(comm, layout, graph, mode=path)
         assert endpoint.publication.reserve() is not None
         endpoint.publication.publish()
         comm.Barrier()
@@ -164,22 +164,22 @@ def endpoint(comm: MPI.Intracomm) -> None:
         if comm.rank == 0:
             # The others are in `close` already: their windows must still be there.
             time.sleep(0.3)
-            pairing = endpoint.pair([1])
-            while not pairing.settled:
+            pairing = endpoint.begin_exchange([1])
+            while not pairing.is_settled:
                 time.sleep(0.001)
-            good = pairing.theirs is not None
-            endpoint.abandon(pairing)
-            while not endpoint.delivered():
+            good = pairing.partner_model is not None
+            endpoint.abort_exchange(pairing)
+            while not endpoint.is_flushed():
                 time.sleep(0.001)
         endpoint.close()
-        good &= endpoint.board.status[comm.rank] == LEFT
+        good &= endpoint.membership.status[comm.rank] == DEPARTED
         if comm.rank == 0:
             endpoint.close()  # alone: a second call must not wait for anybody
         for name, call in {
             "reserve": endpoint.publication.reserve,
             "receive": endpoint.inbox.receive,
             "claim": partial(endpoint.publication.claim, 1 - min(1, comm.rank)),
-            "pair": partial(endpoint.pair, [1 - min(1, comm.rank)]),
+            "pair": partial(endpoint.begin_exchange, [1 - min(1, comm.rank)]),
         }.items():
             raised = raises(RuntimeError, call)
             if not raised:
@@ -194,7 +194,7 @@ def silent(comm: MPI.Intracomm) -> None:
     endpoint = RmaEndpoint(comm, _layout(100), graph, publication_slots=0, inbox_slots=0)
     array = np.full(1000, float(comm.rank))
     pending = endpoint.allreduce(array)
-    while not pending.done():
+    while not pending.test():
         time.sleep(0.001)
     parallel_assert(comm, bool((array == comm.size * (comm.size - 1) / 2).all()), "sum")
     endpoint.close()

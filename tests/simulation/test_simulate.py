@@ -66,7 +66,9 @@ class _Unclaimed(Publication):
 class _WithoutClaims(VirtualEndpoint):
     def __init__(self, network: Any, rank: int) -> None:
         super().__init__(network, rank)
-        self.publication = _Unclaimed(network, network, network.where, rank, self.counters, held=2)
+        self.publication = _Unclaimed(
+            network, network, network.where, rank, self.counters, max_claims=2
+        )
 
 
 def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:

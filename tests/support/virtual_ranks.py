@@ -92,12 +92,12 @@ class Ranks:
 
     def now(self) -> np.ndarray:
         """The vectors that exchanges move, with what is on its way to them."""
-        where = self.network.where
+        where = self.network.word_map
         found = np.array([algorithm.mass() for algorithm in self.algorithms])
         for rank, algorithm in enumerate(self.algorithms):
             for slot, index in enumerate(where.inbox):
                 if self.network.read(rank, index) & 3 == READY:
-                    message = self.network.at(rank, len(where.publication) + slot)
+                    message = self.network.view(rank, len(where.publication) + slot)
                     found[rank] += algorithm.mass_of(message)
         return found
 

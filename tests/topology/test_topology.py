@@ -339,7 +339,9 @@ def test_sparse_solvers_agree_with_the_dense_one(
     ]
     dense = [(g.spectral_gap(), g.laplacian_lambda2()) for g in graphs]
     monkeypatch.setattr(topology.topology, "DENSE_RANKS", 0)
-    monkeypatch.setattr(topology.topology, "LANCZOS_RESTARTS", restarts)  # 1: on to the factorization
+    monkeypatch.setattr(
+        topology.topology, "LANCZOS_RESTARTS", restarts
+    )  # 1: on to the factorization
     for graph, expected in zip(graphs, dense, strict=True):
         assert (graph.spectral_gap(), graph.laplacian_lambda2()) == pytest.approx(
             expected, rel=1e-6

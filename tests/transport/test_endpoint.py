@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout
-from mpi_dasgd.transport.endpoint import Reading
+from mpi_dasgd.transport.endpoint import ReadRequest
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network
 from tests.support.fake_hosts import Hosts
@@ -37,22 +35,22 @@ def publish(endpoint: VirtualEndpoint, value: int) -> None:
     endpoint.publication.publish()
 
 
-def value_of(reading: Reading) -> int:
+def value_of(reading: ReadRequest) -> int:
     """Value of a publication, all of whose parts must be of it."""
     message = reading.message
-    assert reading.settled and message is not None
+    assert reading.is_settled and message is not None
     value = message.header.step
     assert (message.payload == value).all() and message.notes.tolist() == [value, -value]
     return value
 
 
 def send(endpoint: VirtualEndpoint, rank: int, value: int) -> bool:
-    posting = endpoint.post(rank)
+    posting = endpoint.acquire_send_buffer(rank)
     if posting is None:
         return False
     posting.message.payload[:] = value
     posting.message.stamp(rank=endpoint.rank, step=value, time_ns=0)
-    endpoint.deliver(posting)
+    endpoint.send(posting)
     return True
 
 
@@ -79,7 +77,7 @@ def advance(endpoint: VirtualEndpoint, until: float) -> None:
 def test_a_read_is_a_copy_of_the_newest() -> None:
     owner, reader, other = make_endpoints()
     nothing = reader.read(0)
-    assert nothing.done() and nothing.message is None
+    assert nothing.test() and nothing.message is None
     publish(owner, 1)
     publish(owner, 2)
     reading = reader.read(0)
@@ -107,7 +105,7 @@ def test_a_read_takes_the_question_and_the_answer_their_time() -> None:
     advance(reader, 1.1)
     publish(owner, 3)
     advance(reader, 3.9)
-    assert not reading.done()
+    assert not reading.test()
     advance(reader, 4.1)  # a latency there, and back that and two for the bytes
     assert value_of(reading) == 2
 
@@ -119,11 +117,11 @@ def test_a_version_settles_when_it_is_there(latency: float) -> None:
     first = reader.read(0, 1)
     second = reader.read(0, 2)
     clock_of(reader).after(0.0, lambda: None)
-    assert not first.done()
+    assert not first.test()
     reader._network.notify(second, lambda: woken.append(value_of(second)))
     publish(owner, 1)
     advance(reader, 5.0)
-    assert value_of(first) == 1 and not second.done() and not woken
+    assert value_of(first) == 1 and not second.test() and not woken
     publish(owner, 2)
     assert value_of(first) == 1, "the version before is still there"
     advance(reader, 10.0)
@@ -148,7 +146,7 @@ def test_a_full_inbox_refuses_and_loses_nothing() -> None:
     receiver, sender, other = make_endpoints(inbox_slots=3)
     assert send(sender, 0, 1) and send(other, 0, 5) and send(sender, 0, 2)
     assert not send(sender, 0, 3) and not send(other, 0, 6)
-    assert (sender.counters.refusals, other.counters.refusals) == (1, 1)
+    assert (sender.counters.inbox_full, other.counters.inbox_full) == (1, 1)
     assert sorted(receive(receiver)) == [(1, 1), (1, 2), (2, 5)]
     assert send(sender, 0, 3)
     assert receive(receiver) == [(1, 3)]
@@ -162,13 +160,13 @@ def test_messages_arrive_in_order_after_their_time() -> None:
     got: list[tuple[int, int]] = []
     for value in range(20):
         while not send(sender, 0, value):
-            assert not sender.delivered() or receiver.inbox.waiting
+            assert not sender.is_flushed() or receiver.inbox.has_messages
             advance(sender, clock_of(sender).now + 0.5)
             got += receive(receiver)
         send(other, 0, 100 + value)  # takes slots away, if there is one
-    assert not sender.delivered() and receive(receiver) == []
+    assert not sender.is_flushed() and receive(receiver) == []
     advance(sender, clock_of(sender).now + 2.0)
-    assert sender.delivered()
+    assert sender.is_flushed()
     got += receive(receiver)
     assert [value for rank, value in got if rank == 1] == list(range(20))
     others = [value for rank, value in got if rank == 2]
@@ -177,9 +175,9 @@ def test_messages_arrive_in_order_after_their_time() -> None:
 
 def test_what_was_not_delivered_does_not_arrive() -> None:
     receiver, sender, _ = make_endpoints()
-    posting = sender.post(0)
+    posting = sender.acquire_send_buffer(0)
     assert posting is not None
-    assert not receiver.inbox.waiting and receive(receiver) == []
+    assert not receiver.inbox.has_messages and receive(receiver) == []
     assert send(sender, 0, 2) and receive(receiver) == [(1, 2)]
 
 
@@ -189,16 +187,16 @@ def test_what_was_not_delivered_does_not_arrive() -> None:
 def test_a_wait_ends_once_when_a_word_makes_its_condition_true() -> None:
     receiver, sender, _ = make_endpoints(latency=1.0)
     woken: list[float] = []
-    arrival = receiver.until(lambda: receiver.inbox.waiting)
-    assert not arrival.done()
+    arrival = receiver.until(lambda: receiver.inbox.has_messages)
+    assert not arrival.test()
     receiver._network.notify(arrival, lambda: woken.append(clock_of(receiver).now))
     publish(receiver, 1)  # a word of its own that matters not
     advance(receiver, 3.0)
     assert not woken
     assert send(sender, 0, 1) and send(sender, 0, 2)
-    assert not arrival.done()
+    assert not arrival.test()
     advance(receiver, 9.0)
-    assert arrival.done() and woken == [4.0]
+    assert arrival.test() and woken == [4.0]
 
 
 def test_a_wait_for_words_of_others() -> None:
@@ -210,9 +208,9 @@ def test_a_wait_for_words_of_others() -> None:
     waiter._network.notify(both, lambda: woken.append("both"))
     publish(one, 1)
     advance(waiter, 1.0)
-    assert not both.done() and not woken
+    assert not both.test() and not woken
     publish(two, 1)
-    assert both.done()
+    assert both.test()
     advance(waiter, 2.0)
     assert woken == ["both"]
 
@@ -221,7 +219,7 @@ def test_a_wait_for_what_is_so_already() -> None:
     waiter = make_endpoints()[0]
     woken: list[str] = []
     nothing = waiter.until(lambda: True)
-    assert nothing.done()
+    assert nothing.test()
     waiter._network.notify(nothing, lambda: woken.append("now"))
     assert not woken, "not before the call returns"
     advance(waiter, 0.1)
@@ -236,7 +234,7 @@ def test_gradients_are_counted_over_all_ranks() -> None:
     assert [endpoint.gradients() for endpoint in endpoints] == [0, 0, 0]
     for endpoint, counts in zip(endpoints, ((1, 2, 3), (1,), (5, 7)), strict=True):
         for count in counts:
-            endpoint.count(count)
+            endpoint.report_gradients(count)
     assert [endpoint.gradients() for endpoint in endpoints] == [11, 11, 11]
     assert [endpoints[0].gradients_of(rank) for rank in range(3)] == [3, 1, 7]
 

@@ -16,13 +16,13 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.control_words import CLAIMED, FREE, READY
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import Pairing
+from mpi_dasgd.transport.endpoint import ExchangeRequest
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.membership import LEFT, Board
+from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.rma.progress_context import Hands
-from mpi_dasgd.transport.rma.progress_thread import Courier
-from mpi_dasgd.transport.rma.remote_peers import FarRanks
+from mpi_dasgd.transport.rma.progress_context import ProgressContext
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
+from mpi_dasgd.transport.rma.remote_peers import RemotePeers
 from mpi_dasgd.transport.virtual.network import Clock, Network
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import run_ranks
@@ -72,8 +72,8 @@ class Wire:
         self._call(rank, "swap")
         return self.network.swap(rank, index, expected, new)
 
-    def at(self, rank: int, index: int) -> Message | None:
-        return self.network.at(rank, index) if rank == 0 else None
+    def view(self, rank: int, index: int) -> Message | None:
+        return self.network.view(rank, index) if rank == 0 else None
 
     def get(self, rank: int, index: int, out: Message) -> None:
         self._call(rank, "get")
@@ -83,7 +83,7 @@ class Wire:
         self._call(rank, "put")
         self.network.put(rank, index, message)
 
-    def sync(self) -> None:
+    def fence(self) -> None:
         pass
 
 
@@ -93,26 +93,26 @@ class Far:
     def __init__(self, *, watches: bool) -> None:
         self.network = Network(Clock(), LAYOUT, topology.build("complete", 3))
         self.wire = Wire(self.network)
-        self.board = Board(self.wire, 0, 3, SILENCE)
-        self.boards = [Board(self.network, rank, 3, SILENCE) for rank in range(3)]
-        shared = self.network, self.network, self.network.where
+        self.board = Membership(self.wire, 0, 3, SILENCE)
+        self.boards = [Membership(self.network, rank, 3, SILENCE) for rank in range(3)]
+        shared = self.network, self.network, self.network.word_map
         self.publications = [Publication(*shared, rank, Counters(), 2) for rank in range(3)]
         self.inboxes = [Inbox(*shared, rank, Counters()) for rank in range(3)]
         sent: defaultdict[int, int] = defaultdict(int)
 
         def views(counters: Counters) -> tuple[Publication, Inbox]:
-            mine = self.wire, self.wire, self.network.where, 0, counters
+            mine = self.wire, self.wire, self.network.word_map, 0, counters
             return Publication(*mine, 2), Inbox(*mine, sent)
 
-        def chore(hands: Hands) -> None:
-            if hands.visit(0):
-                self.board.beat(self.wire)
-            self.board.watch(hands.tour(range(3)), self.wire, hands.avoided)
+        def chore(hands: ProgressContext) -> None:
+            if hands.switch_to(0):
+                self.board.send_heartbeat(self.wire)
+            self.board.detect_failures(hands.iterate_peers(range(3)), self.wire, hands.quarantined)
 
-        def courier(hands: Hands) -> Courier:
-            return Courier(chore if watches else lambda _: None, 0.01, None, 1.0, (hands,))
+        def courier(hands: ProgressContext) -> ProgressThread:
+            return ProgressThread(chore if watches else lambda _: None, 0.01, None, 1.0, (hands,))
 
-        self.ranks = FarRanks(0, (1, 2), views, self.wire, LAYOUT, self.board, courier)
+        self.ranks = RemotePeers(0, (1, 2), views, self.wire, LAYOUT, self.board, courier)
 
     def publish(self, rank: int) -> None:
         """Publish a version that shows whose it is."""
@@ -131,29 +131,29 @@ class Far:
         return values
 
     def send(self, rank: int, value: float) -> None:
-        posting = self.ranks.post(rank)
+        posting = self.ranks.acquire_send_buffer(rank)
         assert posting is not None
         posting.message.payload[:] = value
-        self.ranks.deliver(posting)
+        self.ranks.send(posting)
 
-    def pair(self, *candidates: int) -> Pairing:
-        pairing = Pairing()
-        self.ranks.pair(pairing, candidates)
+    def pair(self, *candidates: int) -> ExchangeRequest:
+        pairing = ExchangeRequest()
+        self.ranks.begin_exchange(pairing, candidates)
         return pairing
 
     def replace(self) -> None:
         """Wait until the courier is stuck, and was replaced."""
-        before = self.ranks._hands
+        before = self.ranks._context
 
         def replaced() -> bool:
-            self.ranks.look(0.1)
-            return self.ranks._hands is not before
+            self.ranks.check(0.1)
+            return self.ranks._context is not before
 
         wait_for(replaced)
 
     def states(self, rank: int) -> tuple[set[int], set[int]]:
         """States of the slots of publication and inbox."""
-        where = self.network.where
+        where = self.network.word_map
         read = functools.partial(self.network.read, rank)
         return {read(i) & 3 for i in where.publication}, {read(i) & 3 for i in where.inbox}
 
@@ -176,13 +176,13 @@ watched = pytest.mark.parametrize("far", [True], indirect=True)
 def test_a_message_that_cannot_be_sent_is_not_waited_for(far: Far) -> None:
     far.wire.dead.add(1)
     far.send(1, 5)
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     assert far.board.dead == {1}
     for value in range(3):  # nor are later ones
         far.send(1, value)
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     far.send(2, 7)
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     assert far.received(2) == [7]
 
 
@@ -196,28 +196,28 @@ def test_a_message_that_got_stuck_is_waited_for_until_its_rank_is_gone(
     far.send(2, 6)
     far.replace()
     wait_for(lambda: far.received(2) == [6])
-    assert not far.ranks.delivered(), "it may yet arrive"
+    assert not far.ranks.is_flushed(), "it may yet arrive"
     if left:
-        far.board.status[1] = LEFT
+        far.board.status[1] = DEPARTED
     else:
         far.board.dead.add(1)
-    wait_for(far.ranks.delivered)
-    far.ranks.look(PATIENCE)
+    wait_for(far.ranks.is_flushed)
+    far.ranks.check(PATIENCE)
     assert not far.ranks._outgoing
 
 
 @pytest.mark.parametrize("call", ["swap", "put"])
 def test_a_message_that_got_stuck_arrives_once_after_a_pause(far: Far, call: str) -> None:
     far.send(1, 4)
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     far.wire.stop(1, call)
     far.send(1, 5)
     far.replace()
-    assert far.ranks.post(1) is None
+    assert far.ranks.acquire_send_buffer(1) is None
     far.wire.resume()
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     far.send(1, 6)
-    wait_for(far.ranks.delivered)
+    wait_for(far.ranks.is_flushed)
     assert far.received(1) == [4, 5, 6], "and the count of messages goes on"
     assert sum(counters.messages for counters in far.ranks.counters) == 3
 
@@ -227,23 +227,23 @@ def test_a_message_that_got_stuck_arrives_once_after_a_pause(far: Far, call: str
 
 @watched
 def test_a_pause_kills_nobody_and_the_own_heart_beats_on(far: Far) -> None:
-    far.boards[1].beat(far.network)
-    wait_for(lambda: far.board._beats[1] == 1)
+    far.boards[1].send_heartbeat(far.network)
+    wait_for(lambda: far.board._heartbeats[1] == 1)
     far.wire.stop(1)
     far.replace()
-    beat = far.board._mine[0]
+    beat = far.board._own_values[0]
     until = time.monotonic() + SILENCE / 3
     while time.monotonic() < until:
-        far.boards[2].beat(far.network)
-        far.ranks.look(0.1)
-        assert far.board.dead == set() and far.ranks._hands.avoided == {1}
+        far.boards[2].send_heartbeat(far.network)
+        far.ranks.check(0.1)
+        assert far.board.dead == set() and far.ranks._context.quarantined == {1}
         time.sleep(0.01)
-    assert far.board._mine[0] > beat + 3
-    far.boards[1].report(33)
-    far.boards[1].beat(far.network)
+    assert far.board._own_values[0] > beat + 3
+    far.boards[1].report_samples(33)
+    far.boards[1].send_heartbeat(far.network)
     far.wire.resume()
     wait_for(lambda: far.board.samples[1] == 33)
-    assert far.board.dead == set() and far.ranks._hands.avoided == set()
+    assert far.board.dead == set() and far.ranks._context.quarantined == set()
 
 
 @watched
@@ -252,8 +252,8 @@ def test_an_avoided_rank_is_dead_after_its_silence(far: Far) -> None:
     begun = time.monotonic()
 
     def dead() -> bool:
-        far.boards[2].beat(far.network)
-        far.ranks.look(PATIENCE)
+        far.boards[2].send_heartbeat(far.network)
+        far.ranks.check(PATIENCE)
         return far.board.dead == {1}
 
     wait_for(dead)
@@ -264,27 +264,27 @@ def test_an_avoided_rank_is_not_asked_for_anything(far: Far) -> None:
     for rank in (1, 2):
         far.publish(rank)
     held = far.pair(1)
-    wait_for(held.done)
+    wait_for(held.test)
     far.wire.stop(1)
     stuck = far.ranks.read(1, None)
     far.replace()
-    assert stuck.done() and stuck.message is None
-    assert far.ranks.post(1) is None
+    assert stuck.test() and stuck.message is None
+    assert far.ranks.acquire_send_buffer(1) is None
     newest, version = far.ranks.read(1, None), far.ranks.read(1, 1)
-    assert held.reply is not None
-    held.reply.payload[:] = 11
-    far.ranks.complete(held)
+    assert held.partner_delta is not None
+    held.partner_delta.payload[:] = 11
+    far.ranks.commit_exchange(held)
     other = far.pair(1, 2)
-    wait_for(other.done)
-    assert other.claim is not None and other.claim.rank == 2 and other.failed == 1
-    assert other.reply is not None
-    other.reply.payload[:] = 22  # into another staging area than the reply that waits
-    far.ranks.complete(other)
+    wait_for(other.test)
+    assert other.claim is not None and other.claim.rank == 2 and other.failed_attempts == 1
+    assert other.partner_delta is not None
+    other.partner_delta.payload[:] = 22  # into another staging area than the reply that waits
+    far.ranks.commit_exchange(other)
     wait_for(lambda: far.received(2) == [22])
-    assert newest.done() and newest.message is None
-    assert not version.done() and not far.ranks.delivered()
+    assert newest.test() and newest.message is None
+    assert not version.test() and not far.ranks.is_flushed()
     far.wire.resume()
-    wait_for(lambda: version.done() and far.ranks.delivered())
+    wait_for(lambda: version.test() and far.ranks.is_flushed())
     assert version.message is not None and (version.message.payload == 1).all()
     assert far.received(1) == [11]
     assert CLAIMED not in far.states(1)[0] | far.states(2)[0]
@@ -298,25 +298,25 @@ def test_a_courier_that_was_left_behind_gives_back_and_ends(far: Far, call: str)
     for rank in (1, 2):
         far.publish(rank)
     far.wire.stop(1, call)
-    old = far.ranks._hands.courier
+    old = far.ranks._context.thread
     pairing = far.pair(1, 2)
     far.replace()
-    assert pairing.done() and pairing.claim is None
+    assert pairing.test() and pairing.claim is None
     far.wire.resume()
     wait_for(lambda: not old.alive)
-    assert pairing.claim is None and pairing.theirs is None
+    assert pairing.claim is None and pairing.partner_model is None
     assert far.states(1)[1] == {FREE} and CLAIMED not in far.states(1)[0]
     assert far.states(2) == ({FREE, READY}, {FREE}), "the next candidate was not asked"
     again = far.pair(2)
-    wait_for(again.done)
+    wait_for(again.test)
     assert again.claim is not None
-    far.ranks.abandon(again)
+    far.ranks.abort_exchange(again)
 
 
 def test_a_courier_that_was_left_behind_asks_nobody_else(far: Far) -> None:
     far.publish(2)
     far.wire.stop(1)
-    old = far.ranks._hands.courier
+    old = far.ranks._context.thread
     far.pair(1, 2)  # of which the first has nothing to offer
     far.replace()
     far.wire.resume()
@@ -328,15 +328,15 @@ def test_a_late_copy_does_not_tear_a_later_read(far: Far) -> None:
     for rank in (1, 2):
         far.publish(rank)
     far.wire.stop(1, "get")
-    old = far.ranks._hands.courier
+    old = far.ranks._context.thread
     first = far.ranks.read(1, None)
     far.replace()
     second = far.ranks.read(2, None)
-    wait_for(second.done)
+    wait_for(second.test)
     far.wire.resume()
     wait_for(lambda: not old.alive)
     assert second.message is not None and (second.message.payload == 2).all()
-    assert first.done() and first.message is None
+    assert first.test() and first.message is None
 
 
 def test_a_question_to_a_rank_that_dies_is_answered(far: Far) -> None:
@@ -345,29 +345,29 @@ def test_a_question_to_a_rank_that_dies_is_answered(far: Far) -> None:
     version = far.ranks.read(1, 1)
     far.replace()
     time.sleep(0.05)
-    assert not version.done()
+    assert not version.test()
     far.board.dead.add(1)
-    wait_for(version.done)
+    wait_for(version.test)
     assert version.message is None
     pairing = far.pair(1)
-    wait_for(pairing.done)
+    wait_for(pairing.test)
     assert pairing.claim is None
 
 
 def test_a_courier_that_is_stuck_with_mpi_itself_is_not_replaced(far: Far) -> None:
-    hands = far.ranks._hands
+    hands = far.ranks._context
     release = threading.Event()
-    hands.courier.submit(lambda hands: hands.visit(0) and release.wait(10))
-    wait_for(lambda: hands.courier.busy_seconds > 0.05)
-    far.ranks.look(0.01)
-    assert far.ranks._hands is hands and far.board.dead == set()
+    hands.thread.submit(lambda hands: hands.switch_to(0) and release.wait(10))
+    wait_for(lambda: hands.thread.busy_seconds > 0.05)
+    far.ranks.check(0.01)
+    assert far.ranks._context is hands and far.board.dead == set()
     release.set()
 
 
 def test_no_task_is_lost_when_a_courier_is_replaced() -> None:
     release = threading.Event()
     ran: list[int] = []
-    old, new = (Courier(lambda: None, 0.01) for _ in range(2))
+    old, new = (ProgressThread(lambda: None, 0.01) for _ in range(2))
     old.submit(lambda: release.wait(10) and old.submit(lambda: ran.append(99)))
     wait_for(lambda: old.busy_seconds > 0)
     for i in range(20):
@@ -413,7 +413,7 @@ while time.monotonic() - begun < 2.5:
         posting = endpoint.post(other) if other != rank else None
         if posting is not None:
             posting.message.stamp(rank=rank, step=0, time_ns=0)
-            endpoint.deliver(posting)
+            endpoint.send(posting)
     for arrival in endpoint.inbox.receive():
         endpoint.inbox.free(arrival)
     endpoint.look()

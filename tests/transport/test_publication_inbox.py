@@ -7,9 +7,9 @@ import pytest
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, word
+from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, pack_slot_word
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import meet
+from mpi_dasgd.transport.endpoint import claim_and_reserve
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -26,7 +26,7 @@ class Rank:
         self.network = network
         self.rank = rank
         self.counters = Counters()
-        shared = network, network, network.where, rank, self.counters
+        shared = network, network, network.word_map, rank, self.counters
         self.publication = Publication(*shared, held)
         self.inbox = Inbox(*shared)
 
@@ -43,7 +43,7 @@ class Rank:
         reservation = self.inbox.reserve(receiver)
         if reservation is None:
             return False
-        message = self.inbox.place(reservation)
+        message = self.inbox.view_of(reservation)
         assert message is not None
         message.payload[:] = value
         self.inbox.send(reservation, message)
@@ -59,7 +59,7 @@ class Rank:
 
     def words(self) -> list[int]:
         """All words of this rank."""
-        return [self.network.read(self.rank, index) for index in range(self.network.where.count)]
+        return [self.network.read(self.rank, index) for index in range(self.network.word_map.count)]
 
 
 def make_network(ranks: int = 3, **options: float) -> Network:
@@ -99,7 +99,7 @@ def test_a_version_serves_one_exchange(ranks: list[Rank]) -> None:
     assert first.publication.claim(0) is None
     first.publication.release(claim)
     assert second.publication.claim(0) is None, "not after its release either"
-    assert (first.counters.taken, second.counters.taken) == (1, 2)
+    assert (first.counters.claims_lost, second.counters.claims_lost) == (1, 2)
     owner.publish(2.0)
     claim = second.publication.claim(0)
     assert claim is not None and claim.version == 2
@@ -112,7 +112,7 @@ def test_a_claimed_version_stays_where_it_is(network: Network, ranks: list[Rank]
     assert claim is not None
     for value in range(2, 20):
         assert owner.publish(value)
-    assert np.all(network.at(0, claim.slot).payload == 1.0)
+    assert np.all(network.view(0, claim.slot).payload == 1.0)
     reader.publication.release(claim)
     for value in range(20, 30):
         assert owner.publish(value)
@@ -125,7 +125,7 @@ def test_published_and_claimed_slots_are_never_written(network: Network) -> None
     for value in range(3):
         owner.publish(value)
         claims.append(reader.publication.claim(0))
-    contents = [network.at(0, claim.slot).payload[0] for claim in claims if claim is not None]
+    contents = [network.view(0, claim.slot).payload[0] for claim in claims if claim is not None]
     assert contents == [0.0, 1.0, 2.0]
     assert len({claim.slot for claim in claims if claim is not None}) == 3
 
@@ -183,11 +183,11 @@ def test_forget_takes_back_what_a_dead_rank_held(ranks: list[Rank]) -> None:
     kept = alive.publication.claim(0)
     owner.publish(3.0)
     assert owner.publication.reserve() is None
-    owner.publication.forget(1)
+    owner.publication.reclaim_from(1)
     assert owner.publication.claims == 1, "the claim of a rank that lives is kept"
     assert owner.publish(4.0)
     newest = dead.publication.claim(0)
-    owner.publication.forget(1)
+    owner.publication.reclaim_from(1)
     assert owner.publication.claims == 1
     assert owner.publish(5.0)
     # If it was not dead after all, its late release must not hurt.
@@ -198,7 +198,7 @@ def test_forget_takes_back_what_a_dead_rank_held(ranks: list[Rank]) -> None:
     assert owner.words() == before
     alive.publication.release(kept)
     assert owner.publication.claims == 0
-    owner.publication.forget(1)
+    owner.publication.reclaim_from(1)
     assert owner.publish(6.0)
 
 
@@ -212,7 +212,7 @@ def test_read_copies_the_newest_claimed_or_not(ranks: list[Rank]) -> None:
     owner.publish(2.0)
     assert reader.publication.read(0, out) and np.all(out.payload == 2.0)
     assert owner.publication.read(0, out), "the own one too"
-    assert reader.counters.retries == 0
+    assert reader.counters.torn_reads == 0
 
 
 @pytest.mark.parametrize(("replacements", "whole"), [(1, True), (7, True), (8, False)])
@@ -226,15 +226,15 @@ def test_read_tries_again_if_the_owner_overtakes(
     def sync() -> None:
         if left[0]:  # after the copy, before the second look
             left[0] -= 1
-            monkeypatch.setattr(type(reader.network), "sync", lambda self: None)
+            monkeypatch.setattr(type(reader.network), "fence", lambda self: None)
             for _ in range(2):
                 owner.publish(float(owner.counters.publications))
-            monkeypatch.setattr(type(reader.network), "sync", lambda self: sync())
+            monkeypatch.setattr(type(reader.network), "fence", lambda self: sync())
 
-    monkeypatch.setattr(type(reader.network), "sync", lambda self: sync())
+    monkeypatch.setattr(type(reader.network), "fence", lambda self: sync())
     out = staging()
     assert reader.publication.read(0, out) is whole
-    assert reader.counters.retries == replacements
+    assert reader.counters.torn_reads == replacements
     if whole:
         assert np.all(out.payload == owner.counters.publications - 1)
 
@@ -247,13 +247,13 @@ def test_a_replaced_version_is_whole_while_its_slot_is_not_written_again(
     assert other.publication.claim(0) is not None  # pins the slot
 
     def sync(network: Network) -> None:
-        monkeypatch.setattr(Network, "sync", lambda self: None)
+        monkeypatch.setattr(Network, "fence", lambda self: None)
         owner.publish(2.0)
 
-    monkeypatch.setattr(Network, "sync", sync)
+    monkeypatch.setattr(Network, "fence", sync)
     out = staging()
     assert reader.publication.read(0, out) and np.all(out.payload == 1.0)
-    assert reader.counters.retries == 0
+    assert reader.counters.torn_reads == 0
 
 
 # Inbox
@@ -287,7 +287,7 @@ def test_a_full_inbox_refuses(ranks: list[Rank]) -> None:
         assert one.send(0, value)
     assert one.inbox.reserve(0) is None
     assert two.inbox.reserve(0) is None
-    assert (one.counters.refusals, two.counters.refusals) == (1, 1)
+    assert (one.counters.inbox_full, two.counters.inbox_full) == (1, 1)
     arrivals = receiver.inbox.receive()
     assert two.inbox.reserve(0) is None, "received is not freed"
     receiver.inbox.free(arrivals[2])
@@ -310,18 +310,20 @@ def test_a_reserved_or_cancelled_slot_holds_no_message(ranks: list[Rank]) -> Non
     for value in range(3 * SLOTS):
         cancelled, reserved = sender.inbox.reserve(0), sender.inbox.reserve(0)
         assert cancelled is not None and reserved is not None
-        message = sender.inbox.place(cancelled)
+        message = sender.inbox.view_of(cancelled)
         assert message is not None
         message.payload[:] = -1.0
         assert receiver.receive() == []
         sender.inbox.cancel(cancelled)
-        message = sender.inbox.place(reserved)
+        message = sender.inbox.view_of(reserved)
         assert message is not None
         message.payload[:] = value
         sender.inbox.send(reserved, message)
         assert receiver.receive() == [(1, float(value))]
     assert sender.counters.messages == 3 * SLOTS
-    assert [receiver.network.read(0, i) for i in receiver.network.where.inbox] == [word(FREE)] * 4
+    assert [receiver.network.read(0, i) for i in receiver.network.word_map.inbox] == [
+        pack_slot_word(FREE)
+    ] * 4
 
 
 def test_order_is_that_of_sending_not_of_slots(ranks: list[Rank]) -> None:
@@ -329,7 +331,7 @@ def test_order_is_that_of_sending_not_of_slots(ranks: list[Rank]) -> None:
     reservations = [sender.inbox.reserve(0) for _ in range(SLOTS)]
     for value, reservation in enumerate(reversed(reservations)):
         assert reservation is not None
-        message = sender.inbox.place(reservation)
+        message = sender.inbox.view_of(reservation)
         assert message is not None
         message.payload[:] = value
         sender.inbox.send(reservation, message)
@@ -348,10 +350,10 @@ def test_a_message_waits_for_an_earlier_one_that_was_not_seen(
 
     def read(self: Network, rank: int, index: int) -> int:
         value = real(self, rank, index)
-        if index == self.where.inbox[first_slot.slot]:  # seen empty; then both are sent
+        if index == self.word_map.inbox[first_slot.slot]:  # seen empty; then both are sent
             monkeypatch.setattr(Network, "read", real)
             for slot in (first_slot, second_slot):
-                sender.inbox.send(slot, network.at(0, SLOTS + slot.slot))
+                sender.inbox.send(slot, network.view(0, SLOTS + slot.slot))
         return value
 
     monkeypatch.setattr(Network, "read", read)
@@ -365,7 +367,7 @@ def test_forget_takes_back_the_slots_that_a_dead_rank_reserved(ranks: list[Rank]
     assert alive.inbox.reserve(0) is not None
     assert dead.inbox.reserve(0) is not None and dead.inbox.reserve(0) is not None
     assert alive.inbox.reserve(0) is None
-    receiver.inbox.forget(1)
+    receiver.inbox.reclaim_from(1)
     assert receiver.receive() == [(1, 1.0)], "what it sent before is valid"
     assert sum(alive.inbox.reserve(0) is not None for _ in range(SLOTS)) == 3
 
@@ -374,7 +376,7 @@ def test_a_rank_given_up_by_mistake_can_send_again(ranks: list[Rank]) -> None:
     receiver, sender, other = ranks
     late = sender.inbox.reserve(0)
     assert late is not None
-    receiver.inbox.forget(1)
+    receiver.inbox.reclaim_from(1)
     sender.inbox.send(late, staging())
     assert sender.counters.messages == 0 and sender.counters.bytes_sent == 0
     assert receiver.receive() == []
@@ -393,10 +395,10 @@ def test_meet_gets_both_or_neither(ranks: list[Rank], full: bool) -> None:
     if full:
         while other.send(0, 0.0):
             pass
-    met = meet(reader.publication, reader.inbox, 0)
+    met = claim_and_reserve(reader.publication, reader.inbox, 0)
     assert (met is None) is full
     assert owner.publication.claims == (0 if full else 1)
-    again = meet(reader.publication, reader.inbox, 0)
+    again = claim_and_reserve(reader.publication, reader.inbox, 0)
     assert again is None
     claimed = [v for v in owner.words()[HEAD + 1 :] if v & 3 == CLAIMED]
     assert len(claimed) == (0 if full else 2)
@@ -409,22 +411,22 @@ def test_pairing_tries_candidates_in_order(latency: float) -> None:
     for end in ends:
         assert end.publication.reserve() is not None
         end.publication.publish()
-    assert meet(ends[3].publication, ends[3].inbox, 1) is not None
-    pairing = ends[0].pair([1, 2, 3])
-    assert pairing.settled is (latency == 0)
+    assert claim_and_reserve(ends[3].publication, ends[3].inbox, 1) is not None
+    pairing = ends[0].begin_exchange([1, 2, 3])
+    assert pairing.is_settled is (latency == 0)
     while network.clock.advance():
         pass
-    assert pairing.done() and pairing.failed == 1
+    assert pairing.test() and pairing.failed_attempts == 1
     assert pairing.claim is not None and pairing.claim.rank == 2
-    again = ends[3].pair([1, 2])
+    again = ends[3].begin_exchange([1, 2])
     while network.clock.advance():
         pass
-    assert again.settled and again.failed == 2
-    assert again.theirs is None and again.reply is None
-    ends[3].abandon(again)
-    ends[0].complete(pairing)
+    assert again.is_settled and again.failed_attempts == 2
+    assert again.partner_model is None and again.partner_delta is None
+    ends[3].abort_exchange(again)
+    ends[0].commit_exchange(pairing)
     while network.clock.advance():
         pass
-    assert ends[0].delivered()
+    assert ends[0].is_flushed()
     assert [arrival.sender for arrival in ends[2].inbox.receive()] == [0]
     assert ends[2].publication.claims == 0

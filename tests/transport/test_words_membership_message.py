@@ -16,22 +16,22 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.transport import membership
 from mpi_dasgd.transport.control_words import (
-    BEAT,
     CLAIMED,
+    ERROR_REPORTER,
     FREE,
     GRADIENTS,
     HEAD,
-    LAST,
+    HEARTBEAT,
+    LAST_STEP,
     READY,
     SAMPLES,
-    SPOKESMAN,
     STATUS,
     WordMap,
     holder_of,
-    word,
+    pack_slot_word,
 )
-from mpi_dasgd.transport.membership import FAILED, FINISHED, LEFT, RUNNING, Board
-from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING, Membership
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.virtual.network import Clock, Network
 
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
@@ -52,14 +52,14 @@ def test_word_keeps_state_holder_and_version_apart() -> None:
     for state in (FREE, READY, CLAIMED):
         for holder in (0, 1, 65_535, (1 << 20) - 1):
             for version in (0, 1, (1 << 40) - 1):
-                value = word(state, holder, version)
+                value = pack_slot_word(state, holder, version)
                 assert (value & 3, holder_of(value), value >> 22) == (state, holder, version)
                 assert 0 <= value < 1 << 63
 
 
 def test_word_map_gives_each_word_its_own_place() -> None:
     where = WordMap(5, 7)
-    fixed = [BEAT, SAMPLES, STATUS, LAST, SPOKESMAN, GRADIENTS, HEAD]
+    fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, HEAD]
     indices = [*fixed, *where.publication, *where.inbox]
     assert sorted(indices) == list(range(where.count))
     assert (len(where.publication), len(where.inbox)) == (5, 7)
@@ -71,34 +71,34 @@ def test_word_map_gives_each_word_its_own_place() -> None:
 
 def test_board_shows_what_others_report() -> None:
     network = make_network(3)
-    boards = [Board(network, rank, 3, silence=1.0) for rank in range(3)]
-    boards[1].report(40)
-    boards[2].report(2)
-    boards[2].announce(FINISHED)
-    boards[0].report(100)
-    assert boards[0].total == 100
+    boards = [Membership(network, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
+    boards[1].report_samples(40)
+    boards[2].report_samples(2)
+    boards[2].publish_status(FINISHED)
+    boards[0].report_samples(100)
+    assert boards[0].total_samples == 100
     boards[0].refresh(range(3))
-    assert boards[0].samples == [100, 40, 2] and boards[0].total == 142
+    assert boards[0].samples == [100, 40, 2] and boards[0].total_samples == 142
     assert boards[0].status == [RUNNING, RUNNING, FINISHED]
-    boards[1].stop_after(17)
-    assert [boards[0].last_step(rank) for rank in range(3)] == [0, 17, 0]
-    assert [one.speak() for one in reversed(boards)] == [True, False, False]
+    boards[1].publish_last_step(17)
+    assert [boards[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
+    assert [one.claim_error_report() for one in reversed(boards)] == [True, False, False]
 
 
 def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
     network = make_network(6)
-    boards = [Board(network, rank, 6, silence=1.0) for rank in range(6)]
-    boards[2].announce(FINISHED)
-    boards[3].announce(FAILED)
-    boards[4].announce(LEFT)
+    boards = [Membership(network, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
+    boards[2].publish_status(FINISHED)
+    boards[3].publish_status(FAILED)
+    boards[4].publish_status(DEPARTED)
     for moment in range(31):
         now[0] = 0.1 * moment
-        boards[1].beat(network)
+        boards[1].send_heartbeat(network)
         if moment < 5:
-            boards[5].beat(network)
-        boards[0].watch(range(6), network)
+            boards[5].send_heartbeat(network)
+        boards[0].detect_failures(range(6), network)
         expected = {2} if moment > 10 else set()
         expected |= {5} if moment > 14 else set()
         assert boards[0].dead == expected, moment
@@ -108,9 +108,9 @@ def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPa
     now = [0.0]
     monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
     network = make_network(2)
-    watcher = Board(network, 0, 2, silence=1.0)
+    watcher = Membership(network, 0, 2, heartbeat_timeout=1.0)
     for _ in range(4):
-        watcher.watch(range(2), network)
+        watcher.detect_failures(range(2), network)
         now[0] += 100
     assert watcher.dead == set()
 
@@ -207,12 +207,12 @@ def test_a_message_of_another_model_is_refused() -> None:
 
 
 @pytest.fixture
-def couriers() -> Iterator[Callable[..., Courier]]:
+def couriers() -> Iterator[Callable[..., ProgressThread]]:
     """Makes couriers that are closed at the end of the test."""
-    made: list[Courier] = []
+    made: list[ProgressThread] = []
 
-    def make(*args: object, **options: object) -> Courier:
-        made.append(Courier(*args, **options))  # type: ignore[arg-type]
+    def make(*args: object, **options: object) -> ProgressThread:
+        made.append(ProgressThread(*args, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -226,7 +226,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., Courier]) -> None:
+def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., ProgressThread]) -> None:
     courier = couriers(lambda: None, 60.0)
     ran: list[tuple[int, int]] = []
     for i in range(100):
@@ -239,7 +239,7 @@ def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., Couri
 
 
 def test_courier_finishes_its_tasks_before_it_ends() -> None:
-    courier = Courier(lambda: None, 60.0)
+    courier = ProgressThread(lambda: None, 60.0)
     ran: list[int] = []
     for i in range(3):
         courier.submit(lambda i=i: (time.sleep(0.02), ran.append(i)))
@@ -249,7 +249,7 @@ def test_courier_finishes_its_tasks_before_it_ends() -> None:
 
 
 def test_courier_calls_for_progress_and_chores_at_intervals(
-    couriers: Callable[..., Courier],
+    couriers: Callable[..., ProgressThread],
 ) -> None:
     chores: list[float] = []
     calls: list[float] = []
@@ -265,7 +265,9 @@ def test_courier_calls_for_progress_and_chores_at_intervals(
     assert chores[0] - calls[0] < 0.05, "the first chore is due at once"
 
 
-def test_what_fails_in_the_courier_is_raised_by_check(couriers: Callable[..., Courier]) -> None:
+def test_what_fails_in_the_courier_is_raised_by_check(
+    couriers: Callable[..., ProgressThread],
+) -> None:
     courier = couriers(lambda: None, 60.0)
     courier.check()
     courier.submit(lambda: [][0])
@@ -276,7 +278,7 @@ def test_what_fails_in_the_courier_is_raised_by_check(couriers: Callable[..., Co
 
 
 def test_a_stuck_courier_is_left_behind() -> None:
-    courier = Courier(lambda: None, 60.0)
+    courier = ProgressThread(lambda: None, 60.0)
     release = threading.Event()
     courier.submit(release.wait)
     wait_for(lambda: courier.busy_seconds > 0.05)

@@ -15,12 +15,12 @@ from mpi4py import MPI
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.world import say
 
-__all__ = ["Sum", "Sums"]
+__all__ = ["AllreduceRequest", "WatchedAllreduce"]
 
 _TICKS = 20  # looks at a sum in `silence` seconds
 
 
-class Sums:
+class WatchedAllreduce:
     """Makes sums over all ranks, and ends the process if a rank dies inside one.
 
     The library then waits for ever, in a call that nothing interrupts, and burns a core.
@@ -33,33 +33,33 @@ class Sums:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, silence: float, lost: Callable[[], Collection[int]]
+        self, comm: MPI.Intracomm, heartbeat_timeout: float, lost: Callable[[], Collection[int]]
     ) -> None:
         self._comm = comm
-        self._silence = silence
+        self._heartbeat_timeout = heartbeat_timeout
         self._lost = lost
         self._count = 0  # of sums begun and ended: odd inside of one
         self._watch: threading.Thread | None = None
 
-    def begin(self, array: np.ndarray) -> Sum:
+    def begin(self, array: np.ndarray) -> AllreduceRequest:
         """Return the pending sum of `array`, in place."""
         if self._watch is None:
-            self._watch = threading.Thread(target=self._mind, name="sums", daemon=True)
+            self._watch = threading.Thread(target=self._watchdog, name="sums", daemon=True)
             self._watch.start()
-        with _reaching():
-            return Sum(self._comm.Ibarrier(), lambda: self._add(array))
+        with _peer_loss_on_failure():
+            return AllreduceRequest(self._comm.Ibarrier(), lambda: self._add(array))
 
     def _add(self, array: np.ndarray) -> None:
         self._count += 1
-        with _reaching():
+        with _peer_loss_on_failure():
             self._comm.Allreduce(MPI.IN_PLACE, array)
         self._count += 1
 
-    def _mind(self) -> None:
+    def _watchdog(self) -> None:
         """Count looks at the same sum: time in which this process itself did not run is none."""
         seen, looks = 0, 0
         while True:
-            time.sleep(self._silence / _TICKS)
+            time.sleep(self._heartbeat_timeout / _TICKS)
             looks = looks + 1 if self._count == seen else 0
             seen = self._count
             if seen % 2 and looks > _TICKS and (lost := sorted(self._lost())):
@@ -70,7 +70,7 @@ class Sums:
                 os._exit(PeerLost.exit_code)
 
 
-class Sum:
+class AllreduceRequest:
     """A sum that starts when all ranks have come.
 
     Waiting for them is a polled barrier, so that a rank that waits neither burns a core nor misses
@@ -82,10 +82,10 @@ class Sum:
         self._add = add
         self._complete = False
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         """Return whether the sum is there."""
         if not self._complete:
-            with _reaching():
+            with _peer_loss_on_failure():
                 arrived = self._barrier.Test()
             if arrived:
                 self._add()
@@ -94,7 +94,7 @@ class Sum:
 
 
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
+def _peer_loss_on_failure() -> Iterator[None]:
     """A call to all ranks, which fails if one of them is gone."""
     try:
         yield

@@ -18,20 +18,27 @@ from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
+from mpi_dasgd.transport.endpoint import (
+    Endpoint,
+    ExchangeRequest,
+    ReadRequest,
+    Request,
+    SendBuffer,
+    claim_and_reserve,
+)
 from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.membership import LEFT, Board
+from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.rma.allreduce import Sums
-from mpi_dasgd.transport.rma.progress_context import Hands
-from mpi_dasgd.transport.rma.progress_thread import Courier
-from mpi_dasgd.transport.rma.remote_peers import FarRanks
+from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
+from mpi_dasgd.transport.rma.progress_context import ProgressContext
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
+from mpi_dasgd.transport.rma.remote_peers import RemotePeers
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
 __all__ = ["RmaEndpoint"]
 
-_CHORES = 0.05  # seconds between heartbeats, and between looks at other nodes
+_TASK_SECONDS = 0.05  # seconds between heartbeats, and between looks at other nodes
 _POLL = 0.001  # seconds between looks at the last barrier
 _MANY = 128  # ranks of a node, above which their gradients are not counted at every step
 
@@ -56,22 +63,22 @@ class RmaEndpoint(Endpoint):
         layout: Layout,
         topology: Topology,
         *,
-        path: str = "auto",
+        mode: str = "auto",
         publication_slots: int = 4,
         inbox_slots: int = 4,
         held: int = 2,
         progress_interval: float = 0.0003,
-        silence: float = 10.0,
+        heartbeat_timeout: float = 10.0,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self._comm = comm
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         where = WordMap(publication_slots, inbox_slots)
-        self._words = _words(comm, node, where.count, path)
-        self._slots = WindowSlots(comm, node, layout, publication_slots + inbox_slots, path)
+        self._words = _words(comm, node, where.count, mode)
+        self._slots = WindowSlots(comm, node, layout, publication_slots + inbox_slots, mode)
         node.Free()
-        self._near = self._slots.near
-        far = frozenset(range(self.size)).difference(self._near)
+        self._node_ranks = self._slots.node_ranks
+        far = frozenset(range(self.size)).difference(self._node_ranks)
         self.topology = topology
         self._neighbours: Sequence[int] = topology.neighbours(self.rank)
         self._dead: set[int] = set()
@@ -82,8 +89,8 @@ class RmaEndpoint(Endpoint):
         )
         self.inbox = Inbox(self._words, self._slots, where, self.rank, self.counters)
         self._layout = layout
-        self.board = Board(self._words, self.rank, self.size, silence)
-        self._silence = silence
+        self.membership = Membership(self._words, self.rank, self.size, heartbeat_timeout)
+        self._heartbeat_timeout = heartbeat_timeout
         self._closed = False
         self._copy: Message | None = None  # of a publication that was read
         if far:
@@ -94,32 +101,40 @@ class RmaEndpoint(Endpoint):
             shared = self._words, self._slots, where, self.rank, counters
             return Publication(*shared, held), Inbox(*shared, sent)
 
-        def courier(hands: Hands) -> Courier:
+        def courier(hands: ProgressContext) -> ProgressThread:
             # On the communicator of all ranks: on COMM_SELF MPICH 5 makes no progress between hosts.
             progress = comm.Iprobe if far else None
-            return Courier(self._chore, _CHORES, progress, progress_interval, (hands,))
+            return ProgressThread(
+                self._periodic_task, _TASK_SECONDS, progress, progress_interval, (hands,)
+            )
 
-        self._far = FarRanks(self.rank, far, views, self._slots, layout, self.board, courier)
-        self._sums = Sums(comm, silence, lambda: self.board.dead | self._far.stuck(silence))
+        self._remote = RemotePeers(
+            self.rank, far, views, self._slots, layout, self.membership, courier
+        )
+        self._allreduce = WatchedAllreduce(
+            comm,
+            heartbeat_timeout,
+            lambda: self.membership.dead | self._remote.stalled_peers(heartbeat_timeout),
+        )
 
-    def _chore(self, hands: Hands) -> None:
-        board = self.board
-        if hands.visit(self.rank):
-            board.beat(self._words)
-        board.watch(hands.tour(range(self.size)), self._words, hands.avoided)
+    def _periodic_task(self, hands: ProgressContext) -> None:
+        board = self.membership
+        if hands.switch_to(self.rank):
+            board.send_heartbeat(self._words)
+        board.detect_failures(hands.iterate_peers(range(self.size)), self._words, hands.quarantined)
 
     @property
-    def path(self) -> str:
+    def transfer_mode(self) -> str:
         """How payload travels, in words."""
-        return self._slots.describe
+        return self._slots.transfer_mode
 
-    def look(self) -> None:
+    def refresh_membership(self) -> None:
         """Read the notices of this node's ranks, and deal with ranks that died."""
-        self.board.refresh(self._near)
-        self._far.look(self._silence / 3)  # before its own beat is missed
-        for rank in self.board.dead - self._dead:
-            self.publication.forget(rank)
-            self.inbox.forget(rank)
+        self.membership.refresh(self._node_ranks)
+        self._remote.check(self._heartbeat_timeout / 3)  # before its own beat is missed
+        for rank in self.membership.dead - self._dead:
+            self.publication.reclaim_from(rank)
+            self.inbox.reclaim_from(rank)
             self._dead.add(rank)
             self._neighbours = self.topology.without(self._dead).neighbours(self.rank)
 
@@ -127,136 +142,138 @@ class RmaEndpoint(Endpoint):
         """Return the neighbours that live."""
         return self._neighbours
 
-    def pair(self, candidates: Sequence[int]) -> Pairing:
+    def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
         """Try to pair with one of `candidates`; those of other nodes are tried by the courier."""
         if self._closed:
             raise RuntimeError("transport is closed")
-        pairing = Pairing()
+        pairing = ExchangeRequest()
         for position, rank in enumerate(candidates):
-            if rank in self._far.ranks:
+            if rank in self._remote.ranks:
                 # The compute thread alone talks to ranks of its node, so these are not tried again.
-                self._far.pair(pairing, [r for r in candidates[position:] if r in self._far.ranks])
+                self._remote.begin_exchange(
+                    pairing, [r for r in candidates[position:] if r in self._remote.ranks]
+                )
                 return pairing
-            if self._pair_near(pairing, rank):
+            if self._begin_on_node(pairing, rank):
                 return pairing
-            pairing.failed += 1
-        pairing.settled = True
+            pairing.failed_attempts += 1
+        pairing.is_settled = True
         return pairing
 
-    def _pair_near(self, pairing: Pairing, rank: int) -> bool:
-        met = meet(self.publication, self.inbox, rank)
+    def _begin_on_node(self, pairing: ExchangeRequest, rank: int) -> bool:
+        met = claim_and_reserve(self.publication, self.inbox, rank)
         if met is None:
             return False
         claim, reservation = met
-        theirs = self._slots.at(rank, claim.slot)
+        theirs = self._slots.view(rank, claim.slot)
         assert theirs is not None
-        self._slots.sync()
+        self._slots.fence()
         self.counters.bytes_received += theirs.layout.nbytes
-        pairing.settle(claim, reservation, theirs, self.inbox.place(reservation))
+        pairing.settle(claim, reservation, theirs, self.inbox.view_of(reservation))
         return True
 
-    def immediate(self, rank: int) -> bool:
+    def is_local(self, rank: int) -> bool:
         """Ranks of this node answer at once."""
-        return rank not in self._far.ranks
+        return rank not in self._remote.ranks
 
-    def complete(self, pairing: Pairing) -> None:
+    def commit_exchange(self, pairing: ExchangeRequest) -> None:
         """Deliver the reply, then release the partner's publication."""
         assert pairing.claim is not None and pairing.reservation is not None
-        assert pairing.reply is not None
-        if pairing.claim.rank in self._far.ranks:
-            self._far.complete(pairing)
+        assert pairing.partner_delta is not None
+        if pairing.claim.rank in self._remote.ranks:
+            self._remote.commit_exchange(pairing)
         else:
-            self.inbox.send(pairing.reservation, pairing.reply)
+            self.inbox.send(pairing.reservation, pairing.partner_delta)
             self.publication.release(pairing.claim)
 
-    def abandon(self, pairing: Pairing) -> None:
+    def abort_exchange(self, pairing: ExchangeRequest) -> None:
         """Give back what a settled pairing holds."""
         if pairing.claim is None or pairing.reservation is None:
             return
-        if pairing.claim.rank in self._far.ranks:
-            self._far.abandon(pairing)
+        if pairing.claim.rank in self._remote.ranks:
+            self._remote.abort_exchange(pairing)
         else:
             self.inbox.cancel(pairing.reservation)
             self.publication.release(pairing.claim)
 
-    def read(self, rank: int, version: int | None = None) -> Reading:
+    def read(self, rank: int, version: int | None = None) -> ReadRequest:
         """Ask for a publication; those of other nodes are got by the courier."""
-        if rank in self._far.ranks:
-            return self._far.read(rank, version)
+        if rank in self._remote.ranks:
+            return self._remote.read(rank, version)
         if version is not None:
-            return _Versioned(rank, self._look_again, version)
-        reading = Reading(rank)
+            return _VersionedRead(rank, self._poll_version, version)
+        reading = ReadRequest(rank)
         if self._copy is None:
             self._copy = Message(np.empty(self._layout.nbytes, np.uint8), self._layout)
         if self.publication.read(rank, self._copy):
             reading.message = self._copy
             self.counters.bytes_received += self._layout.nbytes
-        reading.settled = True
+        reading.is_settled = True
         return reading
 
-    def _look_again(self, reading: _Versioned) -> None:
+    def _poll_version(self, reading: _VersionedRead) -> None:
         """See whether the version is there; it is read in place."""
         slot = self.publication.locate(reading.rank, reading.version)
         if slot is not None:
-            self._slots.sync()
-            reading.message = self._slots.at(reading.rank, slot)
+            self._slots.fence()
+            reading.message = self._slots.view(reading.rank, slot)
             self.counters.bytes_received += self._layout.nbytes
-            reading.settled = True
+            reading.is_settled = True
 
-    def post(self, rank: int) -> Posting | None:
+    def acquire_send_buffer(self, rank: int) -> SendBuffer | None:
         """Return a message to write: in the inbox of a rank of this node, else a staging area."""
-        if rank in self._far.ranks:
-            return self._far.post(rank)
+        if rank in self._remote.ranks:
+            return self._remote.acquire_send_buffer(rank)
         reservation = self.inbox.reserve(rank)
         if reservation is None:
             return None
-        place = self.inbox.place(reservation)
+        place = self.inbox.view_of(reservation)
         assert place is not None
-        return Posting(rank, place, reservation)
+        return SendBuffer(rank, place, reservation)
 
-    def deliver(self, posting: Posting) -> None:
+    def send(self, posting: SendBuffer) -> None:
         """Send a message; the courier tries until there is room in a far inbox."""
         if posting.reservation is None:
-            self._far.deliver(posting)
+            self._remote.send(posting)
         else:
             self.inbox.send(posting.reservation, posting.message)
 
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
         """Return what is done when `condition` holds; whoever waits polls it."""
-        return _Until(condition)
+        return _Condition(condition)
 
     def gradients(self) -> int:
         """Count those of this node's ranks now, others as of the courier's last look."""
-        if len(self._near) <= _MANY:
-            self.board.recount(self._near)
-        return sum(self.board.gradients)
+        if len(self._node_ranks) <= _MANY:
+            self.membership.refresh_gradients(self._node_ranks)
+        return sum(self.membership.gradients)
 
     def gradients_of(self, rank: int) -> int:
         """As `gradients`, of one rank."""
-        if rank not in self._far.ranks:
-            self.board.recount((rank,))
-        return self.board.gradients[rank]
+        if rank not in self._remote.ranks:
+            self.membership.refresh_gradients((rank,))
+        return self.membership.gradients[rank]
 
-    def count(self, gradients: int) -> None:
-        self.board.count(gradients)
+    def report_gradients(self, gradients: int) -> None:
+        self.membership.report_gradients(gradients)
 
-    def delivered(self) -> bool:
-        return self._far.delivered()
+    def is_flushed(self) -> bool:
+        return self._remote.is_flushed()
 
     def time_ns(self) -> int:
         return time.time_ns()
 
-    def allreduce(self, array: np.ndarray) -> Pending:
+    def allreduce(self, array: np.ndarray) -> Request:
         """Sum `array` over all ranks in place."""
-        return self._sums.begin(array)
+        return self._allreduce.begin(array)
 
-    def totals(self) -> Counters:
+    def total_counters(self) -> Counters:
         """Return the counts of all threads together."""
         return Counters(
             *(
                 sum(
                     getattr(counters, field.name)
-                    for counters in (self.counters, *self._far.counters)
+                    for counters in (self.counters, *self._remote.counters)
                 )
                 for field in dataclasses.fields(Counters)
             )
@@ -275,50 +292,54 @@ class RmaEndpoint(Endpoint):
         alone = 0  # looks at a barrier that others have left without
         try:
             arrived = self._comm.Ibarrier()
-            while not (arrived.Test() or self.board.dead or alone * _POLL > self._silence):
+            while not (
+                arrived.Test() or self.membership.dead or alone * _POLL > self._heartbeat_timeout
+            ):
                 time.sleep(_POLL)
-                self.look()
-                alone += LEFT in self.board.status
+                self.refresh_membership()
+                alone += DEPARTED in self.membership.status
         except MPI.Exception as error:
             raise PeerLost(f"the other ranks cannot be reached: {error}") from error
-        self.board.announce(LEFT)
-        stuck = not self._far.close(timeout)
-        if alone * _POLL > self._silence:
+        self.membership.publish_status(DEPARTED)
+        stuck = not self._remote.close(timeout)
+        if alone * _POLL > self._heartbeat_timeout:
             raise PeerLost("the others have given this rank up and left: windows cannot be freed")
-        if stuck or self.board.dead:
-            raise PeerLost(f"ranks {sorted(self.board.dead)} are gone: windows cannot be freed")
+        if stuck or self.membership.dead:
+            raise PeerLost(
+                f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
+            )
         self._slots.close()
         self._words.close()
 
 
 def _words(
-    comm: MPI.Intracomm, node: MPI.Intracomm, count: int, path: str
+    comm: MPI.Intracomm, node: MPI.Intracomm, count: int, mode: str
 ) -> NodeWords | WindowWords:
     """Make the control words: by the processor's atomics if all ranks share memory, else by MPI's."""
     library = native.load()
-    shared = path != "remote" and node.size == comm.size and library is not None
+    shared = mode != "remote" and node.size == comm.size and library is not None
     if comm.allreduce(shared, MPI.LAND):
         assert library is not None
         return NodeWords(comm, count, library)
     return WindowWords(comm, count)
 
 
-class _Until:
+class _Condition:
     """Done when a condition holds."""
 
     def __init__(self, condition: Callable[[], bool]) -> None:
-        self.done = condition
+        self.test = condition
 
 
-class _Versioned(Reading):
+class _VersionedRead(ReadRequest):
     """A version of a rank of this node, looked for whenever somebody asks whether it is there."""
 
-    def __init__(self, rank: int, look: Callable[[_Versioned], None], version: int) -> None:
+    def __init__(self, rank: int, look: Callable[[_VersionedRead], None], version: int) -> None:
         super().__init__(rank)
         self.version = version
         self._look = look
 
-    def done(self) -> bool:
-        if not self.settled:
+    def test(self) -> bool:
+        if not self.is_settled:
             self._look(self)
-        return self.settled
+        return self.is_settled

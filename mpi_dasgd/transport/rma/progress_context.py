@@ -12,17 +12,17 @@ from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.rma.progress_thread import Courier
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 
-__all__ = ["Hands", "Views"]
+__all__ = ["ProgressContext", "Views"]
 
 Views = Callable[[Counters], tuple[Publication, Inbox]]
 """Makes views of publications and inboxes that count in the given counters."""
 
-_LAST = 0.5  # seconds for a courier that was left behind to end: all is delivered by then
+_JOIN_SECONDS = 0.5  # seconds for a courier that was left behind to end: all is delivered by then
 
 
-class Hands:
+class ProgressContext:
     """What one courier works with.
 
     A courier that is stuck in a call is left behind, with its hands: it may only finish what concerns
@@ -41,22 +41,22 @@ class Hands:
         courier: whose hands these are.
     """
 
-    courier: Courier
+    thread: ProgressThread
 
     def __init__(
-        self, rank: int, views: Views, layout: Layout, predecessor: Hands | None = None
+        self, rank: int, views: Views, layout: Layout, predecessor: ProgressContext | None = None
     ) -> None:
-        self.attending = rank
+        self.current_peer = rank
         self.superseded = False
         self._lock = threading.Lock()
-        self.otherwise: Callable[[], None] | None = None
+        self.on_supersede: Callable[[], None] | None = None
         self.counters = Counters()
         self.publication, self.inbox = views(self.counters)
         self._layout = layout
         self._messages: dict[str, Message] = {}
-        self._predecessors: tuple[Hands, ...] = ()
+        self._predecessors: tuple[ProgressContext, ...] = ()
         if predecessor is not None:
-            self._predecessors = (*predecessor._stuck, predecessor)
+            self._predecessors = (*predecessor._stalled, predecessor)
 
     def message(self, purpose: str) -> Message:
         """Return the staging area of that name."""
@@ -65,33 +65,33 @@ class Hands:
             self._messages[purpose] = Message(empty, self._layout)
         return self._messages[purpose]
 
-    def visit(self, rank: int) -> bool:
+    def switch_to(self, rank: int) -> bool:
         """Turn to `rank`; return False if the courier was left behind and must end."""
         with self._lock:
             if not self.superseded:
-                self.attending = rank
+                self.current_peer = rank
             return not self.superseded
 
-    def tour(self, ranks: Iterable[int]) -> Iterator[int]:
+    def iterate_peers(self, ranks: Iterable[int]) -> Iterator[int]:
         """Visit one of `ranks` after the other."""
         for rank in ranks:
-            if not self.visit(rank):
+            if not self.switch_to(rank):
                 return
             yield rank
 
-    def begin(self, otherwise: Callable[[], None]) -> bool:
+    def begin_request(self, on_supersede: Callable[[], None]) -> bool:
         """Take up a question; return False if the courier was left behind: ask its successor then."""
         with self._lock:
             if not self.superseded:
-                self.otherwise = otherwise
+                self.on_supersede = on_supersede
             return not self.superseded
 
     @contextlib.contextmanager
-    def ending(self) -> Iterator[bool]:
+    def publish_result(self) -> Iterator[bool]:
         """Hand over the answer to a question, if the value is True: else `otherwise` has settled it."""
         with self._lock:
             if not self.superseded:
-                self.otherwise = None
+                self.on_supersede = None
             yield not self.superseded
 
     def supersede(self) -> None:
@@ -102,18 +102,18 @@ class Hands:
     def check(self) -> None:
         """Raise here what failed in the courier, or in one before it that was stuck."""
         for hands in (self, *self._predecessors):
-            hands.courier.check()
+            hands.thread.check()
 
     @property
-    def _stuck(self) -> tuple[Hands, ...]:
-        return tuple(hands for hands in self._predecessors if hands.courier.alive)
+    def _stalled(self) -> tuple[ProgressContext, ...]:
+        return tuple(hands for hands in self._predecessors if hands.thread.alive)
 
     @property
-    def avoided(self) -> set[int]:
+    def quarantined(self) -> set[int]:
         """Ranks with which couriers before this one are stuck."""
-        return {hands.attending for hands in self._stuck}
+        return {hands.current_peer for hands in self._stalled}
 
     def close(self, timeout: float) -> bool:
         """End the courier; return False if it, or one before it, is stuck."""
-        ended = self.courier.close(timeout)
-        return ended and all(hands.courier.close(_LAST) for hands in self._stuck)
+        ended = self.thread.close(timeout)
+        return ended and all(hands.thread.close(_JOIN_SECONDS) for hands in self._stalled)

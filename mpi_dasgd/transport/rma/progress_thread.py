@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Courier"]
+__all__ = ["ProgressThread"]
 
 
-class Courier:
+class ProgressThread:
     """Runs tasks in order, and chores at intervals, in one thread.
 
     Args:
@@ -28,20 +28,20 @@ class Courier:
 
     def __init__(
         self,
-        chore: Callable[..., None],
+        periodic_task: Callable[..., None],
         chore_interval: float,
-        progress: Callable[[], object] | None = None,
+        mpi_progress: Callable[[], object] | None = None,
         progress_interval: float = 0.0003,
         arguments: tuple[object, ...] = (),
     ) -> None:
-        self._chore = chore
-        self._chore_interval = chore_interval
-        self._progress = progress
-        self._wait = progress_interval if progress else chore_interval
+        self._periodic_task = periodic_task
+        self._task_interval = chore_interval
+        self._mpi_progress = mpi_progress
+        self._wait = progress_interval if mpi_progress else chore_interval
         self._arguments = arguments
         self._tasks: queue.SimpleQueue[Callable[..., None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._successor: Courier | None = None
+        self._successor: ProgressThread | None = None
         self._error: BaseException | None = None
         self._since: float | None = None
         self._submitted = 0  # under the lock
@@ -58,7 +58,7 @@ class Courier:
                 return
         self._successor.submit(task)
 
-    def replace(self, successor: Courier) -> None:
+    def replace(self, successor: ProgressThread) -> None:
         """Leave this thread, stuck in a task, behind; `successor` gets the others, and those to come."""
         with self._lock:
             while True:
@@ -117,14 +117,14 @@ class Courier:
                     self._finished += 1
                     if self._successor is not None:
                         return
-                if self._progress is not None:
-                    self._progress()
+                if self._mpi_progress is not None:
+                    self._mpi_progress()
                 if time.monotonic() >= chore_due:
                     self._since = time.monotonic()
-                    self._chore(*self._arguments)
+                    self._periodic_task(*self._arguments)
                     self._since = None
                     if self._successor is not None:
                         return
-                    chore_due = time.monotonic() + self._chore_interval
+                    chore_due = time.monotonic() + self._task_interval
         except BaseException as error:  # handed to the compute thread by `check`
             self._error = error

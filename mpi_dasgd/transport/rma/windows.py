@@ -124,7 +124,7 @@ class WindowSlots:
             )
         self._nbytes = layout.nbytes
         size = layout.nbytes * count
-        self.near = [comm.rank] if path == "remote" else node.allgather(comm.rank)
+        self.node_ranks = [comm.rank] if path == "remote" else node.allgather(comm.rank)
         self._shared: MPI.Win | None = None
         self._remote: MPI.Win | None = None
         memory: dict[int, Any] = {}
@@ -137,7 +137,9 @@ class WindowSlots:
             info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
             self._shared = MPI.Win.Allocate_shared(size, 1, info=info, comm=node)
             info.Free()
-            memory = {rank: self._shared.Shared_query(i)[0] for i, rank in enumerate(self.near)}
+            memory = {
+                rank: self._shared.Shared_query(i)[0] for i, rank in enumerate(self.node_ranks)
+            }
             if not one_node:
                 # The same memory once more, for ranks of other nodes.
                 self._remote = MPI.Win.Create(memory[comm.rank], 1, comm=comm)
@@ -151,11 +153,11 @@ class WindowSlots:
             ]
             for rank, m in memory.items()
         }
-        self.describe = {"remote": "Get and Put", "node": "in place"}.get(
+        self.transfer_mode = {"remote": "Get and Put", "node": "in place"}.get(
             path, "in place" if one_node else "in place within a node, Get and Put between nodes"
         )
 
-    def at(self, rank: int, index: int) -> Message | None:
+    def view(self, rank: int, index: int) -> Message | None:
         """Return a slot where it lies, or None if it is on another node."""
         messages = self._messages.get(rank)
         return None if messages is None else messages[index]
@@ -181,7 +183,7 @@ class WindowSlots:
         except MPI.Exception as error:
             raise Unreachable(rank) from error
 
-    def sync(self) -> None:
+    def fence(self) -> None:
         """Order loads and stores in place before and after this call."""
         for window in (self._shared, self._remote):
             if window is not None:

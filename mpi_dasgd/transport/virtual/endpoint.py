@@ -8,10 +8,17 @@ import numpy as np
 
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import Endpoint, Pairing, Pending, Posting, Reading, meet
+from mpi_dasgd.transport.endpoint import (
+    Endpoint,
+    ExchangeRequest,
+    ReadRequest,
+    Request,
+    SendBuffer,
+    claim_and_reserve,
+)
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.virtual.network import Network, Until
+from mpi_dasgd.transport.virtual.network import Network, VirtualCondition
 
 __all__ = ["VirtualEndpoint"]
 
@@ -30,92 +37,94 @@ class VirtualEndpoint(Endpoint):
         self._network = network
         self.topology = network.topology
         self.counters = Counters()
-        where = network.where
+        where = network.word_map
         self.publication = Publication(network, network, where, rank, self.counters, held)
         self.inbox = Inbox(network, network, where, rank, self.counters)
-        self._on_the_way = 0
+        self._in_flight = 0
         self._rounds = 0
 
     def neighbours(self) -> Sequence[int]:
         return self._network.topology.neighbours(self.rank)
 
-    def pair(self, candidates: Sequence[int]) -> Pairing:
-        pairing = Pairing()
+    def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
+        pairing = ExchangeRequest()
         if self._network.latency or self._network.bandwidth:
             self._network.clock.after(
-                self._network.latency, lambda: self._ask(pairing, list(candidates))
+                self._network.latency, lambda: self._try_candidates(pairing, list(candidates))
             )
             return pairing
         for rank in candidates:
-            if self._meet(pairing, rank):
+            if self._try_partner(pairing, rank):
                 return pairing
-            pairing.failed += 1
-        pairing.settled = True
+            pairing.failed_attempts += 1
+        pairing.is_settled = True
         return pairing
 
-    def _meet(self, pairing: Pairing, rank: int) -> bool:
-        met = meet(self.publication, self.inbox, rank)
+    def _try_partner(self, pairing: ExchangeRequest, rank: int) -> bool:
+        met = claim_and_reserve(self.publication, self.inbox, rank)
         if met is None:
             return False
         claim, reservation = met
         self.counters.bytes_received += self._network.layout.nbytes
-        theirs, reply = self._network.at(rank, claim.slot), self.inbox.place(reservation)
+        theirs, reply = self._network.view(rank, claim.slot), self.inbox.view_of(reservation)
         pairing.settle(claim, reservation, theirs, reply)
         return True
 
-    def _ask(self, pairing: Pairing, candidates: list[int]) -> None:
+    def _try_candidates(self, pairing: ExchangeRequest, candidates: list[int]) -> None:
         """The question has arrived at the first candidate: its answer, and perhaps the next question."""
         network = self._network
-        found = Pairing()
-        if self._meet(found, candidates.pop(0)):
-            found.failed = pairing.failed
+        found = ExchangeRequest()
+        if self._try_partner(found, candidates.pop(0)):
+            found.failed_attempts = pairing.failed_attempts
             network.clock.after(network.transfer, lambda: vars(pairing).update(vars(found)))
         elif candidates:
-            pairing.failed += 1
-            network.clock.after(2 * network.latency, lambda: self._ask(pairing, candidates))
+            pairing.failed_attempts += 1
+            network.clock.after(
+                2 * network.latency, lambda: self._try_candidates(pairing, candidates)
+            )
         else:
-            pairing.failed += 1
-            network.clock.after(network.latency, lambda: setattr(pairing, "settled", True))
+            pairing.failed_attempts += 1
+            network.clock.after(network.latency, lambda: setattr(pairing, "is_settled", True))
 
-    def immediate(self, rank: int) -> bool:
+    def is_local(self, rank: int) -> bool:
         return not (self._network.latency or self._network.bandwidth)
 
-    def complete(self, pairing: Pairing) -> None:
-        claim, reservation, reply = pairing.claim, pairing.reservation, pairing.reply
+    def commit_exchange(self, pairing: ExchangeRequest) -> None:
+        claim, reservation, reply = pairing.claim, pairing.reservation, pairing.partner_delta
         assert claim is not None and reservation is not None and reply is not None
 
         def deliver() -> None:
             self.inbox.send(reservation, reply)
             self.publication.release(claim)
 
-        self._later(deliver)
+        self._after_transfer(deliver)
 
-    def abandon(self, pairing: Pairing) -> None:
+    def abort_exchange(self, pairing: ExchangeRequest) -> None:
         if pairing.claim is None or pairing.reservation is None:
             return
         self.inbox.cancel(pairing.reservation)
         self.publication.release(pairing.claim)
 
-    def _later(self, event: Callable[[], None]) -> None:
+    def _after_transfer(self, event: Callable[[], None]) -> None:
         if not self._network.transfer:
             event()
             return
-        self._on_the_way += 1
+        self._in_flight += 1
 
         def arrive() -> None:
-            self._on_the_way -= 1
+            self._in_flight -= 1
             event()
 
         self._network.clock.after(self._network.transfer, arrive)
 
-    def delivered(self) -> bool:
-        return self._on_the_way == 0
+    def is_flushed(self) -> bool:
+        return self._in_flight == 0
 
     def time_ns(self) -> int:
         return int(self._network.clock.now * 1e9)
 
-    def read(self, rank: int, version: int | None = None) -> Reading:
-        reading = _Reading(rank)
+    def read(self, rank: int, version: int | None = None) -> ReadRequest:
+        reading = _VirtualRead(rank)
         network = self._network
         if version is not None:
             self._await(reading, version)
@@ -125,7 +134,7 @@ class VirtualEndpoint(Endpoint):
             self._copy(reading)
         return reading
 
-    def _copy(self, reading: _Reading) -> None:
+    def _copy(self, reading: _VirtualRead) -> None:
         network = self._network
         copy = Message(np.empty(network.layout.nbytes, np.uint8), network.layout)
         if self.publication.read(reading.rank, copy):
@@ -133,41 +142,43 @@ class VirtualEndpoint(Endpoint):
             self.counters.bytes_received += network.layout.nbytes
         self._settle(reading)
 
-    def _await(self, reading: _Reading, version: int) -> None:
+    def _await(self, reading: _VirtualRead, version: int) -> None:
         slot = self.publication.locate(reading.rank, version)
         if slot is None:
-            there = Until(
+            there = VirtualCondition(
                 self._network,
                 lambda: self.publication.locate(reading.rank, version) is not None,
                 (reading.rank,),
             )
             there.notify(lambda: self._await(reading, version))
             return
-        reading.message = self._network.at(reading.rank, slot)
+        reading.message = self._network.view(reading.rank, slot)
         self.counters.bytes_received += self._network.layout.nbytes
         self._settle(reading)
 
-    def _settle(self, reading: _Reading) -> None:
+    def _settle(self, reading: _VirtualRead) -> None:
         if self._network.transfer:
             self._network.clock.after(self._network.transfer, reading.settle)
         else:
             reading.settle()
 
-    def post(self, rank: int) -> Posting | None:
+    def acquire_send_buffer(self, rank: int) -> SendBuffer | None:
         reservation = self.inbox.reserve(rank)
         if reservation is None:
             return None
-        message = self.inbox.place(reservation)
+        message = self.inbox.view_of(reservation)
         assert message is not None, "virtual slots are in place"
-        return Posting(rank, message, reservation)
+        return SendBuffer(rank, message, reservation)
 
-    def deliver(self, posting: Posting) -> None:
+    def send(self, posting: SendBuffer) -> None:
         reservation = posting.reservation
         assert reservation is not None
-        self._later(lambda: self.inbox.send(reservation, posting.message))
+        self._after_transfer(lambda: self.inbox.send(reservation, posting.message))
 
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Pending:
-        return Until(self._network, condition, (self.rank,) if ranks is None else tuple(ranks))
+    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
+        return VirtualCondition(
+            self._network, condition, (self.rank,) if ranks is None else tuple(ranks)
+        )
 
     def gradients(self) -> int:
         return self._network.gradients
@@ -175,19 +186,19 @@ class VirtualEndpoint(Endpoint):
     def gradients_of(self, rank: int) -> int:
         return self._network.counts[rank]
 
-    def count(self, gradients: int) -> None:
+    def report_gradients(self, gradients: int) -> None:
         self._network.gradients += gradients - self._network.counts[self.rank]
         self._network.counts[self.rank] = gradients
 
-    def allreduce(self, array: np.ndarray) -> Pending:
+    def allreduce(self, array: np.ndarray) -> Request:
         self._rounds += 1
         return self._network.join(self._rounds, array)
 
-    def totals(self) -> Counters:
+    def total_counters(self) -> Counters:
         return self.counters
 
 
-class _Reading(Reading):
+class _VirtualRead(ReadRequest):
     """A reading that wakes whoever waits for it."""
 
     def __init__(self, rank: int) -> None:
@@ -196,7 +207,7 @@ class _Reading(Reading):
 
     def settle(self) -> None:
         """It has ended."""
-        self.settled = True
+        self.is_settled = True
         if self._wake is not None:
             self._wake()
 

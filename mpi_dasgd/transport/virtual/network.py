@@ -14,13 +14,13 @@ import numpy as np
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import READY, WordMap
-from mpi_dasgd.transport.endpoint import Pending
+from mpi_dasgd.transport.endpoint import Request
 
-__all__ = ["Clock", "Network", "Sum", "Until"]
+__all__ = ["Clock", "Network", "VirtualAllreduce", "VirtualCondition"]
 
 
 @runtime_checkable
-class _Waking(Protocol):
+class _VirtualRequest(Protocol):
     """What is pending and tells whoever waits that it is done."""
 
     def notify(self, wake: Callable[[], None]) -> None:
@@ -79,12 +79,12 @@ class Network:
         self.topology = topology
         self.latency = latency
         self.bandwidth = bandwidth
-        self.where = WordMap(publication_slots, inbox_slots)
-        self._words = [[0] * self.where.count for _ in range(topology.size)]
+        self.word_map = WordMap(publication_slots, inbox_slots)
+        self._words = [[0] * self.word_map.count for _ in range(topology.size)]
         self._count = publication_slots + inbox_slots
         self._messages: dict[int, Message] = {}
-        self._rounds: dict[int, Sum] = {}
-        self._watchers: dict[int, dict[Until, None]] = {}
+        self._rounds: dict[int, VirtualAllreduce] = {}
+        self._watchers: dict[int, dict[VirtualCondition, None]] = {}
         self.servers: dict[int, Callable[[], None]] = {}  # called when a message has arrived
         self.counts = [0] * topology.size
         self.gradients = 0
@@ -104,33 +104,33 @@ class Network:
         words[index] = new
         if self._watchers and rank in self._watchers:
             for watcher in self._watchers[rank]:
-                self.clock.after(0.0, watcher.look)
-        if rank in self.servers and new & 3 == READY and index in self.where.inbox:
+                self.clock.after(0.0, watcher.on_change)
+        if rank in self.servers and new & 3 == READY and index in self.word_map.inbox:
             self.servers[rank]()
         return True
 
-    def watch(self, watcher: Until, ranks: Iterable[int]) -> None:
+    def watch(self, watcher: VirtualCondition, ranks: Iterable[int]) -> None:
         """Have `watcher` look whenever a word of one of `ranks` changes."""
         for rank in ranks:
             self._watchers.setdefault(rank, {})[watcher] = None
 
-    def unwatch(self, watcher: Until, ranks: Iterable[int]) -> None:
+    def unwatch(self, watcher: VirtualCondition, ranks: Iterable[int]) -> None:
         for rank in ranks:
             watchers = self._watchers.get(rank, {})
             watchers.pop(watcher, None)
             if not watchers:
                 self._watchers.pop(rank, None)
 
-    def notify(self, pending: Pending, wake: Callable[[], None]) -> None:
+    def notify(self, pending: Request, wake: Callable[[], None]) -> None:
         """Call `wake` once `pending` is done; not before this call returns."""
-        if isinstance(pending, _Waking):
+        if isinstance(pending, _VirtualRequest):
             pending.notify(wake)
-        elif pending.done():
+        elif pending.test():
             self.clock.after(0.0, wake)
         else:
             self.clock.after(self.latency or 1e-3, lambda: self.notify(pending, wake))
 
-    def at(self, rank: int, index: int) -> Message:
+    def view(self, rank: int, index: int) -> Message:
         key = rank * self._count + index
         message = self._messages.get(key)
         if message is None:  # slots that are never used take no memory
@@ -139,24 +139,24 @@ class Network:
         return message
 
     def get(self, rank: int, index: int, out: Message) -> None:
-        out.buffer[:] = self.at(rank, index).buffer
+        out.buffer[:] = self.view(rank, index).buffer
 
     def put(self, rank: int, index: int, message: Message) -> None:
-        self.at(rank, index).buffer[:] = message.buffer
+        self.view(rank, index).buffer[:] = message.buffer
 
-    def sync(self) -> None:
+    def fence(self) -> None:
         """Nothing to order: there is one thread."""
 
-    def join(self, number: int, array: np.ndarray) -> Sum:
+    def join(self, number: int, array: np.ndarray) -> VirtualAllreduce:
         """Enter sum `number` of all ranks."""
-        total = self._rounds.setdefault(number, Sum(self))
+        total = self._rounds.setdefault(number, VirtualAllreduce(self))
         total.enter(array)
         if total.missing == 0:
             del self._rounds[number]
         return total
 
 
-class Until:
+class VirtualCondition:
     """Done when a condition on control words holds."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Until:
         self._ranks = ranks
         self._wake: Callable[[], None] | None = None
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         return self._condition()
 
     def notify(self, wake: Callable[[], None]) -> None:
@@ -175,9 +175,9 @@ class Until:
         self._wake = wake
         self._network.watch(self, self._ranks)
         if self._condition():
-            self._network.clock.after(0.0, self.look)
+            self._network.clock.after(0.0, self.on_change)
 
-    def look(self) -> None:
+    def on_change(self) -> None:
         """Some word has changed."""
         wake = self._wake
         if wake is not None and self._condition():
@@ -186,7 +186,7 @@ class Until:
             wake()
 
 
-class Sum:
+class VirtualAllreduce:
     """A sum that is there one transfer after the last rank has come."""
 
     def __init__(self, network: Network) -> None:
@@ -214,5 +214,5 @@ class Sum:
         """Call `wake` when the sum is there, which it is not yet."""
         self._waiting.append(wake)
 
-    def done(self) -> bool:
+    def test(self) -> bool:
         return self.complete
