@@ -11,6 +11,7 @@ import pytest
 from mpi_dasgd.launch import mpiexec
 from tests.support.fake_hosts import Hosts, isolated_hosts
 from tests.support.mpi_ranks import CI, MPIS, mpi_library, rank_counts
+from tests.support.rank_pool import close_pools
 
 
 @functools.cache
@@ -64,3 +65,10 @@ def two_hosts() -> Iterator[Hosts]:
     """Two fake hosts without shared memory between them."""
     with isolated_hosts(2) as hosts:
         yield hosts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ranks_stay_behind() -> Iterator[None]:
+    """Ranks that wait for programs end with the tests."""
+    yield
+    close_pools()

@@ -20,7 +20,7 @@ from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.storage.schema import APPLIED
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
-from tests.training.test_train import _train
+from tests.support.training import train
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 N = 16  # workers; rank 0 is the server
@@ -494,7 +494,7 @@ def test_a_star_is_graph_enough(tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
     """Far points without room when the server ends: it must go on to take gradients in, and vice versa."""
-    _train(
+    train(
         4, tmp_path, "algorithm.name=asgd", UNIFORM, "algorithm.concurrency=12",
         "transport.path=remote", "transport.inbox_slots=1", "budget.epochs=2", "optimizer.lr=0.005",
         "evaluation.points=1", "evaluation.live=false",
@@ -513,7 +513,7 @@ def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
 def test_ranks_learn_the_digits_with_a_server(
     tmp_path: Path, ranks: int, settings: list[str]
 ) -> None:
-    _train(
+    train(
         ranks, tmp_path, *settings, "budget.epochs=12", "optimizer.lr=0.02", "evaluation.points=2",
         "evaluation.live=false",
     )  # fmt: skip

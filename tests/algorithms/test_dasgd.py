@@ -20,6 +20,7 @@ from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import SendBuffer
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
+from tests.support.training import train
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 ROUGH = ("simulation.latency=0.7", "transport.inbox_slots=1", "simulation.slow_ranks=[0]")
@@ -428,9 +429,7 @@ def test_on_the_complete_graph_the_others_go_on_without_a_dead_rank() -> None:
 
 @pytest.mark.mpi
 def test_four_ranks_on_windows_end_with_the_same_bits(tmp_path: Path) -> None:
-    from test_train import _train  # torch is for this one alone
-
-    _train(
+    train(
         4, tmp_path, "algorithm.name=dasgd", "codec.name=qsgd8", "optimizer.lr=0.015",
         "budget.epochs=10", "evaluation.live=false", "evaluation.points=2",
     )  # fmt: skip

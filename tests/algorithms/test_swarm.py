@@ -17,6 +17,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.transport.control_words import HEAD
 from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
+from tests.support.rank_pool import run_pooled
 from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, run
 
 SWARM = "algorithm.name=swarm"
@@ -265,7 +266,7 @@ def test_waiting_variants_on_windows_balance_and_survive_a_death() -> None:
 def test_waiting_variants_learn_the_digits_on_windows(tmp_path: Path) -> None:
     edges = tmp_path / "edges.txt"
     edges.write_text("0 1\n1 2\n")
-    done = run_ranks(
+    done = run_pooled(
         3, PROGRAMS / "learning.py", "adpsgd", "bipartite", str(edges), "swarm", "blocking",
         "complete", timeout=150,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from mpi_dasgd.transport.endpoint import SendBuffer
 from mpi_dasgd.transport.inbox import Inbox, ReceivedMessage
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
-from tests.support.mpi_ranks import ROOT, run_ranks
+from tests.support.mpi_ranks import ROOT
+from tests.support.rank_pool import run_pooled
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 LEARN = ROOT / "tests" / "programs" / "baselines.py"
@@ -515,7 +516,7 @@ def test_baselines_learn_on_real_windows() -> None:
         "sgp remote": ["budget.samples=2000", "transport.path=remote", "transport.inbox_slots=1"],
         "osgp remote": ["budget.samples=2000", "transport.path=remote"],
     }
-    done = run_ranks(4, LEARN, json.dumps(runs), timeout=150)
+    done = run_pooled(4, LEARN, json.dumps(runs), timeout=150)
     reports = json.loads(done.stdout)
     assert list(reports) == list(runs)
     for name, report in reports.items():

@@ -12,7 +12,8 @@ from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulation
 from mpi_dasgd.storage.schema import APPLIED, INITIATED
-from tests.support.mpi_ranks import ROOT, run_ranks
+from tests.support.mpi_ranks import ROOT
+from tests.support.rank_pool import run_pooled
 
 JOBS = sorted((ROOT / "jobs" / "digits").glob("*.toml"))
 PROGRAM = ROOT / "tests" / "programs" / "train_jobs.py"
@@ -22,7 +23,7 @@ PROGRAM = ROOT / "tests" / "programs" / "train_jobs.py"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four ranks on real windows have trained by every job."""
     directory = tmp_path_factory.mktemp("jobs")
-    run_ranks(4, PROGRAM, str(directory), *map(str, JOBS), timeout=500)
+    run_pooled(4, PROGRAM, str(directory), *map(str, JOBS), timeout=500)
     return directory
 
 

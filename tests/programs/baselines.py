@@ -1,4 +1,4 @@
-"""Helper of tests/algorithms/test_synchronous_and_push_sum.py: trains on the digits, several runs one after the other, and reports.
+"""Trains on the digits, several runs one after the other; run by test_synchronous_and_push_sum.
 
     baselines.py '{"NAME": ["key=value", ...], ...}'
 

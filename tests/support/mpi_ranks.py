@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,45 +75,26 @@ def run_ranks(
         env: variables for the ranks.
         check: whether a verdict other than 0 fails the test; a time-out always does.
     """
-    assert "PYTEST_XDIST_WORKER" not in os.environ, "a test that starts ranks: mark it `mpi`"
-    library = mpi_library(mpi)
-    if library is None:
-        missing(f"no library of {mpi}: `make test` installs it")
     with tempfile.TemporaryDirectory(prefix="mpi-dasgd-test-") as name:
         directory = Path(name)
         file = Path(program) if str(program).endswith(".py") else directory / "program.py"
         if file.parent == directory:
             file.write_text(textwrap.dedent(str(program)))
-        request = {
-            "command": [sys.executable, __file__, "rank", str(file.resolve()), *args],
-            "n": n,
-            "timeout": timeout,
-            "env": {
-                "OMP_NUM_THREADS": "1",
-                **(env or {}),
-                "MPI4PY_LIBMPI": str(library),
-                "PYTHONPATH": os.pathsep.join(
-                    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-                ),
-            },
-        }
+        command = [sys.executable, __file__, "rank", str(file.resolve()), *args]
+        request = launch_request(command, n, mpi, timeout, env)
         prefix: list[str] = []
         if hosts is not None:
             each = -(-n // len(hosts.names))
             request["hosts"] = ",".join(f"{host}:{each}" for host in hosts.names)
             request["agent"] = str(hosts.agent)
             prefix = hosts.enter(0)
-        (directory / "request").write_text(json.dumps(request))
         start = time.monotonic()
-        with (directory / "out").open("w+") as out, (directory / "err").open("w+") as err:
-            helper = subprocess.run(
-                [*prefix, sys.executable, __file__, "launch", str(directory)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                timeout=timeout + 40,  # `launch` ends within 20 s of its own limit
-                check=False,
-            )
+        helper = start_launch(directory, request, prefix)
+        try:
+            helper.wait(timeout + 40)  # `launch` ends within 20 s of its own limit
+        finally:
+            helper.kill()
+            helper.wait()
         seconds = time.monotonic() - start
         stdout = (directory / "out").read_text(errors="replace")
         stderr = (directory / "err").read_text(errors="replace")
@@ -124,6 +105,38 @@ def run_ranks(
     if done.code == 124 or (check and done.code != 0):
         raise AssertionError(done.report())
     return done
+
+
+def launch_request(
+    command: list[str],
+    n: int,
+    mpi: str,
+    timeout: float | None,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `mpi_dasgd.launch.run` for a job with an MPI of the tests."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ, "a test that starts ranks: mark it `mpi`"
+    library = mpi_library(mpi)
+    if library is None:
+        missing(f"no library of {mpi}: `make test` installs it")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"OMP_NUM_THREADS": "1", **(env or {})}
+    environment |= {"MPI4PY_LIBMPI": str(library), "PYTHONPATH": path}
+    return {"command": command, "n": n, "timeout": timeout, "env": environment}
+
+
+def start_launch(
+    directory: Path, request: dict[str, Any], prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """Start ranks without waiting for them; their output comes into files of the directory."""
+    (directory / "request").write_text(json.dumps(request))
+    with (directory / "out").open("w") as out, (directory / "err").open("w") as err:
+        return subprocess.Popen(
+            [*prefix, sys.executable, __file__, "launch", str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
 
 
 def parallel_assert(comm: MPI.Intracomm, condition: bool, message: str = "") -> None:

@@ -14,7 +14,9 @@ from sklearn import datasets
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.tasks import data, idx, tables
-from tests.support.mpi_ranks import ROOT, missing, run_ranks
+from tests.support.mpi_ranks import ROOT, missing
+from tests.support.rank_pool import run_pooled
+from tests.support.training import MAIN
 
 IMAGES = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
@@ -162,9 +164,9 @@ def test_fashion_mnist_is_whole_and_standardized(fashion_mnist: data.Data) -> No
 
 @pytest.mark.mpi
 def test_two_ranks_learn_from_fashion_mnist(tmp_path: Path, fashion_mnist: data.Data) -> None:
-    run_ranks(
+    run_pooled(
         2,
-        "import sys; from mpi_dasgd.cli import main; sys.exit(main(sys.argv[1:]))",
+        MAIN,
         *("train", str(ROOT / "jobs" / "fashion_mnist.toml"), "task.model=logistic"),
         *("budget.samples=6400", "optimizer.lr=0.01", "evaluation.points=1"),
         f"run.directory={tmp_path}",

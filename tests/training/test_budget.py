@@ -12,8 +12,8 @@ from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.config import consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulation
+from tests.support.training import train
 from tests.support.virtual_ranks import JOB
-from tests.training.test_train import _train
 
 SETTINGS = [
     ("allreduce", "complete", []),
@@ -73,7 +73,7 @@ def test_no_rank_is_farther_ahead_than_the_last_step_is_declared(
 def test_all_stop_at_the_same_step_by_the_clock(
     algorithm: str, extra: list[str], tmp_path: Path
 ) -> None:
-    _train(
+    train(
         4, tmp_path, f"algorithm.name={algorithm}", "budget.seconds=1", "schedule.name=constant",
         "schedule.warmup=0", "straggler.kind=constant", "straggler.ranks=[0]", "straggler.factor=5",
         "evaluation.points=1", "evaluation.live=false", *extra,
@@ -87,8 +87,8 @@ def test_all_stop_at_the_same_step_by_the_clock(
 @pytest.mark.mpi
 def test_a_resumed_run_does_not_take_its_past_for_delays(tmp_path: Path) -> None:
     settings = ["checkpoint.points=2", "evaluation.points=1", "evaluation.live=false"]
-    _train(3, tmp_path, *settings, "budget.epochs=4")
-    _train(3, tmp_path, *settings, "budget.epochs=6", "run.resume=true")
+    train(3, tmp_path, *settings, "budget.epochs=4")
+    train(3, tmp_path, *settings, "budget.epochs=6", "run.resume=true")
     resumed = load_run(tmp_path / "run")
     assert resumed.results.attributes["status"] == "finished"
     assert resumed.column("train", "step").min() > 20  # else this is not the resumed part

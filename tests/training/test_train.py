@@ -24,10 +24,10 @@ from mpi_dasgd.storage.runfile import read_run_file
 from mpi_dasgd.tasks import data, models
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, Completed, missing, mpi_library, rank_counts, run_ranks
+from tests.support.rank_pool import run_pooled
+from tests.support.training import JOB, train
 
 pytestmark = pytest.mark.mpi
-
-JOB = ROOT / "jobs" / "train.toml"
 
 
 def _command(ranks: int, directory: Path, *overrides: str) -> list[str]:
@@ -49,9 +49,10 @@ def _environment(mpi: str) -> dict[str, str]:
     }
 
 
-def _train(
+def _launch(
     ranks: int, directory: Path, *overrides: str, mpi: str = "mpich", code: int = 0
 ) -> subprocess.CompletedProcess[str]:
+    """Train as a user does, by the command `launch`."""
     done = subprocess.run(
         _command(ranks, directory, *overrides),
         capture_output=True,
@@ -81,7 +82,8 @@ def _consensus(directory: Path) -> Any:
 def test_four_ranks_learn_the_digits(
     tmp_path: Path, algorithm: str, mpi: str, overrides: list[str], accuracy: float
 ) -> None:
-    done = _train(4, tmp_path, f"algorithm.name={algorithm}", *overrides, mpi=mpi)
+    run = train if overrides else _launch
+    done = run(4, tmp_path, f"algorithm.name={algorithm}", *overrides, mpi=mpi)
     assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= accuracy
     assert "samples/s" in done.stdout
     with h5py.File(tmp_path / "run" / "results.h5") as file:
@@ -103,7 +105,7 @@ def test_four_ranks_learn_the_digits(
 @pytest.mark.parametrize("ranks", rank_counts(2, 3))
 @pytest.mark.parametrize("path", ["node", "remote"])
 def test_exchanges_are_recorded_and_counted(tmp_path: Path, ranks: int, path: str) -> None:
-    _train(ranks, tmp_path, f"transport.path={path}", "budget.epochs=6", "evaluation.live=false")
+    train(ranks, tmp_path, f"transport.path={path}", "budget.epochs=6", "evaluation.live=false")
     exchange = xarray.open_dataset(
         tmp_path / "run" / "results.h5", engine="h5netcdf", group="exchange"
     ).to_dataframe()
@@ -125,7 +127,7 @@ def test_exchanges_are_recorded_and_counted(tmp_path: Path, ranks: int, path: st
 
 @pytest.mark.parametrize("codec", ["lattice4", "bf16"])  # lattice8 is the default
 def test_the_digits_are_learned_with_codecs(tmp_path: Path, codec: str) -> None:
-    done = _train(2, tmp_path, f"codec.name={codec}", "budget.epochs=20", "evaluation.live=false")
+    done = train(2, tmp_path, f"codec.name={codec}", "budget.epochs=20", "evaluation.live=false")
     assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= 0.94
     with h5py.File(tmp_path / "run" / "results.h5") as file:
         assert file.attrs["codec"] == codec
@@ -147,13 +149,13 @@ def test_the_digits_are_learned_with_codecs(tmp_path: Path, codec: str) -> None:
 
 def test_an_asynchronous_run_resumes_with_the_scales_of_its_codec(tmp_path: Path) -> None:
     settings = ["codec.name=lattice8", "checkpoint.points=3", "evaluation.points=2"]
-    _train(2, tmp_path, *settings, "budget.epochs=8")
+    train(2, tmp_path, *settings, "budget.epochs=8")
     saved = sorted((tmp_path / "run" / "checkpoints").glob("*rank00000*"))[-1]
     with h5py.File(saved) as file:
         assert file["arrays/codec/estimate"].shape == (10,)
         assert file["arrays/codec/messages"][0] > 100
     before = float(_consensus(tmp_path)["mean_test_accuracy"][-1])
-    _train(2, tmp_path, *settings, "budget.epochs=12", "run.resume=true")
+    train(2, tmp_path, *settings, "budget.epochs=12", "run.resume=true")
     assert float(_consensus(tmp_path)["mean_test_accuracy"][-1]) >= before - 0.02
 
 
@@ -163,7 +165,7 @@ def _models_after(directory: Path, ranks: int) -> dict[str, torch.Tensor]:
 
 def test_allreduce_equals_one_process_with_the_large_batch(tmp_path: Path) -> None:
     ranks, steps, size = 4, 40, 8
-    _train(
+    train(
         ranks, tmp_path, "algorithm.name=allreduce", f"task.batch_size={size}",
         f"budget.samples={ranks * steps * size}", "schedule.name=constant", "schedule.warmup=0",
     )  # fmt: skip
@@ -192,12 +194,12 @@ def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         "algorithm.name=allreduce", "budget.epochs=3", "checkpoint.points=4", "evaluation.points=2",
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _train(2, whole, *settings)
+    train(2, whole, *settings)
     shutil.copytree(whole, parts)
     newest = sorted((parts / "run" / "checkpoints").glob("step*.json"))[-1]
     newest.unlink()  # as if the run had been cut off before its last checkpoint
     (parts / "run" / "model.h5").unlink()
-    done = _train(2, parts, *settings, "run.resume=true")
+    done = train(2, parts, *settings, "run.resume=true")
     assert "error" not in done.stderr
     for name, value in _models_after(whole, 2).items():
         assert torch.equal(value, _models_after(parts, 2)[name])
@@ -207,7 +209,7 @@ def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["adpsgd", "allreduce"])
 def test_a_diverging_run_stops_saves_and_says_who_and_when(tmp_path: Path, algorithm: str) -> None:
-    done = _train(3, tmp_path, f"algorithm.name={algorithm}", "optimizer.lr=1e30", code=3)
+    done = _launch(3, tmp_path, f"algorithm.name={algorithm}", "optimizer.lr=1e30", code=3)
     assert done.stderr.count("error: loss of rank") == 1
     assert "step" in done.stderr and "Traceback" not in done.stderr
     with h5py.File(tmp_path / "run" / "results.h5") as file:
@@ -271,7 +273,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[i
         name: [str(JOB), f"run.directory={directory}", "run.name=run", *overrides]
         for name, (overrides, _) in REFUSED.items()
     }
-    done = run_ranks(3, REFUSALS, json.dumps(arguments), timeout=100)
+    done = run_pooled(3, REFUSALS, json.dumps(arguments), timeout=100)
     answers: dict[str, list[tuple[int, str]]] = json.loads(done.stdout.split("answers ")[1])
     return answers
 
@@ -296,7 +298,7 @@ def test_bad_input_is_refused_once(refusals: dict[str, list[tuple[int, str]]], n
 def test_a_job_that_is_refused_ends_with_exit_code_two(
     tmp_path: Path, ranks: int, overrides: list[str], words: list[str]
 ) -> None:
-    done = _train(ranks, tmp_path, *overrides, code=2)
+    done = _launch(ranks, tmp_path, *overrides, code=2)
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1
     assert [word for word in words if word not in errors[0]] == []
@@ -306,19 +308,19 @@ def test_a_job_that_is_refused_ends_with_exit_code_two(
 def test_a_result_is_never_overwritten_silently(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
-    done = _train(2, tmp_path, code=2)
+    done = train(2, tmp_path, code=2)
     assert "exists" in done.stderr and "run.overwrite=true" in done.stderr
     assert (tmp_path / "run" / "precious").exists()
 
 
 def test_resuming_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     settings = ["checkpoint.points=2", "budget.epochs=4"]
-    _train(2, tmp_path, *settings)
+    train(2, tmp_path, *settings)
     for file in (tmp_path / "run" / "checkpoints").glob("*.h5"):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0xFF
         file.write_bytes(content)
-    done = _train(2, tmp_path, *settings, "run.resume=true", code=2)
+    done = train(2, tmp_path, *settings, "run.resume=true", code=2)
     assert done.stderr.count("error:") == 1 and "checkpoint" in done.stderr
 
 
@@ -369,7 +371,7 @@ def test_the_others_finish_when_a_rank_is_killed(tmp_path: Path, victim: int) ->
 
 DIES_AT_THE_END = """
 import os, signal, sys
-from mpi_dasgd import trainer
+from mpi_dasgd.training import trainer
 from mpi_dasgd.cli import main
 
 where, victims, *arguments = sys.argv[1:]
@@ -417,21 +419,6 @@ def test_a_model_that_is_lost_is_no_success(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model.h5").exists()
     with h5py.File(tmp_path / "run" / "results.h5") as file:
         assert file["ranks/status"].asstr()[:].tolist() == ["killed", "finished", "finished"]
-
-
-def test_own_loop_example() -> None:
-    command = [
-        sys.executable, "-c",
-        "import sys; from mpi_dasgd import launch; "
-        "sys.exit(launch.run([sys.executable, sys.argv[1]], 2, timeout=100).code)",
-        str(ROOT / "examples" / "own_loop.py"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env=_environment("mpich"), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    accuracy = float(done.stdout.split("accuracy")[1].split("%")[0])
-    assert accuracy > 93
 
 
 @pytest.mark.parametrize("victim", [1, 3])

@@ -391,8 +391,8 @@ from mpi4py import MPI
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.errors import PeerLost
-from mpi_dasgd.transport.board import FINISHED
-from mpi_dasgd.transport.rma import RmaEndpoint
+from mpi_dasgd.transport.membership import FINISHED
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 N = 200_000
