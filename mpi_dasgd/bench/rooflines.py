@@ -140,7 +140,7 @@ class Cpu:
         step = OPERATIONS[op].step(work)
         encode = cpu.prepared(OPERATIONS["encode"].step(work))
         return [
-            encode if name == "encode" else cpu.yardstick(step, name, self.room)
+            encode if name == "encode" else cpu.roofline(step, name, self.room)
             for name in UNFUSED[op]
         ]
 
@@ -149,7 +149,7 @@ class Cpu:
         step = OPERATIONS[op].step(work)
         candidates: dict[str, Seconds] = {
             f"{instruction_set} {name}": partial(
-                self.seconds, [cpu.yardstick(step, name, self.room)], instruction_set
+                self.seconds, [cpu.roofline(step, name, self.room)], instruction_set
             )
             for instruction_set in cpu.instruction_sets()
             for name in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ __all__ = [
     "BUCKET_STATS",
     "CACHE_BLOCK",
     "EncodedVector",
+    "EncodedVectorStruct",
     "FusedStep",
     "buckets_of",
     "code_dtype",
@@ -37,6 +39,18 @@ and the sum of the squared distances in units of the scale, 0 if rejected. They 
 the result does not depend on the order of summation."""
 
 Array = Any  # NumPy or CuPy
+
+
+class EncodedVectorStruct(ctypes.Structure):
+    """Mirror of MpdEncodedVector of ``layout.h``."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("checksums", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("nearest", ctypes.c_int64),
+    )
 
 
 def buckets_of(elements: int) -> int:

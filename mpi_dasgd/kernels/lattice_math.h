@@ -1,21 +1,28 @@
-// The lattice code of one element, shared by the CPU library and the CUDA kernels. No include: NVRTC has none.
+// Lattice code of one element, shared by the CPU library and the CUDA kernels. No system header:
+// NVRTC has none.
 //
-// Only integer operations and IEEE-754 binary32 operations that are rounded once, in a fixed order: contraction
-// must be off in every compiler (-ffp-contract=off, --fmad=false). Then all paths, and kernels/reference.py,
-// give the same bits.
+// Only integer operations and IEEE-754 binary32 operations that are rounded once, in a fixed order:
+// contraction must be off in every compiler (-ffp-contract=off, --fmad=false). Then all backends,
+// kernels/reference.py included, give the same bits.
 //
-//     encode      z = round(x (1/s) + u);  code = z mod 2^b                    u: dither, or left out for nearest
-//     difference  m = round(y (1/s) + u);  d = signed(code - m);  z = m + d    the SAME u: d rounds (x - y)/s
-//     move        y + unit d                                                   unit = w s, its partner's -w s
+//     encode      z = round(x (1/s) + u);  code = z mod 2^b
+//     difference  m = round(y (1/s) + u);  d = signed(code - m);  z = m + d
+//     move        y + unit d
 //     merge       m = round(y (1/s));  d = signed(code - m);  y + w (s (m + d [- u]) - y)
 //
-// Rounding adds 1.5 * 2^23, which leaves the integer in the low bits of the sum. It stays there, z + 0x4b400000,
-// as an unsigned "point": the constant is a multiple of 2^16, so that it does not show in the codes.
+// u is the dither, 0 for rounding to the nearest. With the SAME u on both sides, d rounds (x -
+// y)/s. The unit is w s, and -w s in the delta for the partner.
 //
-// Davies, Gurunathan, Moshrefi, Ashkboos, Alistarh (ICLR 2021, arXiv 2002.09268): the cubic lattice. The bucket,
-// the check and the shared dither are ours.
-#ifndef MPD_LATTICE_H
-#define MPD_LATTICE_H
+// Rounding adds 1.5 * 2^23, which leaves the integer in the low bits of the sum. It stays there, as
+// an unsigned "point" z + 0x4b400000: the constant is a multiple of 2^16, so it does not affect the
+// codes.
+//
+// Davies, Gurunathan, Moshrefi, Ashkboos, Alistarh (ICLR 2021, arXiv 2002.09268): the cubic
+// lattice. The bucket, the checksum and the shared dither are ours.
+#ifndef MPD_LATTICE_MATH_H
+#define MPD_LATTICE_MATH_H
+
+#include "layout.h"
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define MPD_HD __host__ __device__ __forceinline__
@@ -23,20 +30,16 @@
 #define MPD_HD static inline __attribute__((always_inline))
 #endif
 
-typedef unsigned int mpd_u32;
-typedef unsigned long long mpd_u64;
-
-#define MPD_BUCKET 1024  // elements that share a scale and a check
 #define MPD_MAGIC 12582912.0f  // 1.5 * 2^23, whose bits are 0x4b400000
 
 #if defined(__CUDA_ARCH__)
-// By instruction: CuPy compiles with -ftz=true whatever it is asked for, and then __fmul_rn and its like flush
-// denormal numbers to zero. (The reciprocal of a usable scale is not denormal.)
-#define MPD_EXACT(name, instruction)                                           \
-  MPD_HD float name(float a, float b) {                                        \
-    float c;                                                                   \
-    asm(instruction ".rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));         \
-    return c;                                                                  \
+// By instruction: CuPy always compiles with -ftz=true, and then __fmul_rn and its like flush
+// denormal numbers to zero. (The reciprocal of a scale that is ok is not denormal.)
+#define MPD_EXACT(name, instruction)                                   \
+  MPD_HD float name(float a, float b) {                                \
+    float c;                                                           \
+    asm(instruction ".rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b)); \
+    return c;                                                          \
   }
 MPD_EXACT(mpd_mul, "mul")
 MPD_EXACT(mpd_add, "add")
@@ -62,19 +65,19 @@ MPD_HD float mpd_float(mpd_u32 bits) {
 }
 #endif
 
-// To the nearest lattice point, ties to even, for -2^22 <= a < 2^22.
+// The nearest lattice point, ties to even, for -2^22 <= a < 2^22.
 MPD_HD mpd_u32 mpd_round(float a) { return mpd_bits(mpd_add(a, MPD_MAGIC)); }
 
-// The bits that tell whether a rounding was out of range or of NaN: a bucket is refused if the `or` of its
-// points' strays has one of the upper nine bits set.
-MPD_HD mpd_u32 mpd_stray(mpd_u32 point) { return point ^ 0x4b000000u; }
-MPD_HD bool mpd_in_range(mpd_u32 strays) { return strays < 0x00800000u; }
+// The bits that tell whether a rounding was out of range or of NaN: a bucket is rejected if the
+// union of its points' range bits has one of the upper nine bits set.
+MPD_HD mpd_u32 mpd_range_bits(mpd_u32 point) { return point ^ 0x4b000000u; }
+MPD_HD bool mpd_in_range(mpd_u32 range_bits) { return range_bits < 0x00800000u; }
 
 // The integer of a point, as a number.
 MPD_HD float mpd_value(mpd_u32 point) { return mpd_sub(mpd_float(point), MPD_MAGIC); }
 
-// A 32-bit mixer of full avalanche ("lowbias32", C. Wellons).
-MPD_HD mpd_u32 mpd_mix(mpd_u32 x) {
+// 32-bit hash with full avalanche ("lowbias32", C. Wellons).
+MPD_HD constexpr mpd_u32 mpd_mix(mpd_u32 x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -83,47 +86,51 @@ MPD_HD mpd_u32 mpd_mix(mpd_u32 x) {
   return x;
 }
 
-// Key of a bucket of the message made with `seed`: what is random or checked in it depends on this.
+// Key of a bucket of the message made with `seed`: the bucket's dither and checksum depend on it.
 MPD_HD mpd_u32 mpd_key(mpd_u64 seed, mpd_u64 bucket) {
-  mpd_u32 k = mpd_mix((mpd_u32)seed ^ 0x9e3779b9u);
-  k = mpd_mix(k + (mpd_u32)(seed >> 32));
-  k = mpd_mix(k + (mpd_u32)bucket);
-  return mpd_mix(k + (mpd_u32)(bucket >> 32));
+  mpd_u32 k = mpd_mix(static_cast<mpd_u32>(seed) ^ 0x9e3779b9u);
+  k = mpd_mix(k + static_cast<mpd_u32>(seed >> 32));
+  k = mpd_mix(k + static_cast<mpd_u32>(bucket));
+  return mpd_mix(k + static_cast<mpd_u32>(bucket >> 32));
 }
 
-// The random number of position j of a bucket, the product of two: odd, so that as a multiplier it lets no
-// single error of a sum go unseen.
-MPD_HD mpd_u32 mpd_weight_low(mpd_u32 i) { return mpd_mix(i + 1u) | 1u; }              // i = j mod 128
-MPD_HD mpd_u32 mpd_weight_high(mpd_u32 group) { return mpd_mix(group + 1001u) | 1u; }  // group = j / 128
-MPD_HD mpd_u32 mpd_weight(mpd_u32 j) { return mpd_weight_low(j & 127u) * mpd_weight_high(j >> 7); }
+// Checksum weight of position j: a product of two hashes, forced odd so that a single wrong term
+// always changes the sum modulo 2^32. The factors are those of j mod 128 and of j / 128.
+MPD_HD constexpr mpd_u32 mpd_weight_low(mpd_u32 i) { return mpd_mix(i + 1u) | 1u; }
+MPD_HD constexpr mpd_u32 mpd_weight_high(mpd_u32 row) { return mpd_mix(row + 1001u) | 1u; }
+MPD_HD constexpr mpd_u32 mpd_weight(mpd_u32 j) {
+  return mpd_weight_low(j & 127u) * mpd_weight_high(j >> 7);
+}
 
-// Dither in [-1/2, 1/2), uniform over keys: the positions' random numbers, all turned by the key (a Cranley-
-// Patterson rotation), which costs no multiplication.
+// Dither in [-1/2, 1/2), uniform over keys: the weights of the positions, all rotated by the key (a
+// Cranley-Patterson rotation), which costs no multiplication.
 MPD_HD float mpd_dither(mpd_u32 weight, mpd_u32 key) {
   return mpd_sub(mpd_float(((weight + key) >> 9) | 0x3f800000u), 1.5f);
 }
 
-// What a point adds to the check of a publication, before its weight. A point that is wrong by a multiple
-// of 2^BITS, as by a failed decoding, is wrong by an odd multiple of a smaller power here.
+// Term of a point in the checksum of a publication, before its weight. A point that is wrong by a
+// multiple of 2^BITS, as after a failed decoding, gives a term that is wrong by an odd multiple of
+// a smaller power of two.
 template <int BITS>
 MPD_HD mpd_u32 mpd_fold(mpd_u32 point) {
   return point + (point >> BITS);
 }
 
-// The check of a bucket: sum of weight * fold (publication) or weight[k] * 32-bit word k of the codes (delta),
-// its scale, and its key. Independent of the order of summation.
-MPD_HD mpd_u32 mpd_check(mpd_u32 sum, float scale, mpd_u32 key) {
+// Checksum of a bucket from its weighted sum, its scale and its key. The sum is over weight * fold
+// of the points (publication) or over weight[k] * 32-bit word k of the codes (delta). It does not
+// depend on the order of summation.
+MPD_HD mpd_u32 mpd_checksum(mpd_u32 sum, float scale, mpd_u32 key) {
   return (sum + mpd_mix(mpd_bits(scale) + 0x632be59bu)) ^ key;
 }
 
 // The signed number of BITS bits that is congruent to `a`.
 template <int BITS>
 MPD_HD int mpd_signed(mpd_u32 a) {
-  return (int)(a << (32 - BITS)) >> (32 - BITS);
+  return static_cast<int>(a << (32 - BITS)) >> (32 - BITS);
 }
 
 // Whether a scale can be divided by and multiplied with: positive, normal, not huge.
-MPD_HD bool mpd_usable(float scale) {
+MPD_HD bool mpd_scale_ok(float scale) {
   return mpd_bits(scale) - 0x00800000u <= 0x7e000000u - 0x00800000u;
 }
 MPD_HD bool mpd_finite(float a) { return (mpd_bits(a) & 0x7fffffffu) < 0x7f800000u; }

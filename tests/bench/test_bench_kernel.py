@@ -163,7 +163,7 @@ def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, na
             work.restore()
             before = {part: array.tobytes() for part, array, _ in work._results()}
             step = operation.step(work)
-            cpu.yardstick(step, name, np.zeros_like(models.x))()
+            cpu.roofline(step, name, np.zeros_like(models.x))()
             written = {
                 part for part, array, _ in work._results() if array.tobytes() != before[part]
             }

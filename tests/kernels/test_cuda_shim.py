@@ -57,11 +57,11 @@ class FakeCupy:
         kernel = getattr(self.library, name)
 
         def launch(grid: tuple[int], block: tuple[int], args: tuple[np.ndarray]) -> None:
-            (step,) = args
-            assert step.nbytes == self.library.mpd_step_bytes()
+            (arguments,) = args
+            assert arguments.nbytes == cuda.KERNEL_ARGUMENTS.itemsize
             self.launched.append(name)
             shape = self.shape or (*grid, *block)
-            self.library.mpd_launch(kernel, ctypes.c_void_p(step.ctypes.data), *shape)
+            self.library.mpd_launch(kernel, ctypes.c_void_p(arguments.ctypes.data), *shape)
 
         return launch
 

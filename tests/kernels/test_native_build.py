@@ -137,7 +137,7 @@ def test_compiler_alone_is_enough(tree, compiler_alone, wheel):
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(kernels).startswith("native kernels (")
     alone = symbols(kernels)
-    assert {"mpd_buckets_base", "mpd_yardstick_base"} < alone
+    assert {"mpd_fused_step_base", "mpd_roofline_base"} < alone
     if shutil.which("cmake"):
         assert alone == symbols(wheel[1][1])
 
@@ -153,7 +153,7 @@ def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(tree, com
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(kernels).startswith("native kernels (")
     found = symbols(kernels)
-    assert "mpd_buckets_base" in found and "mpd_buckets_avx512" not in found
+    assert "mpd_fused_step_base" in found and "mpd_fused_step_avx512" not in found
 
 
 def test_without_a_compiler_it_installs_and_says_so(tree):

@@ -1,9 +1,11 @@
-// Runs an unmodified .cu on the CPU, as far as lattice.cu needs it. The 32 lanes of a warp are fibers that take
-// turns: each runs up to the next collective or to its end. It aborts if lanes wait at different collectives,
-// or some have ended while others wait. Warps and blocks run one after the other.
+// Runs an unmodified .cu on the CPU, as far as lattice.cu needs it. The 32 lanes of a warp are
+// fibers that take turns: each runs up to the next collective or to its end. It aborts if lanes
+// wait at different collectives, or some have ended while others wait. Warps and blocks run one
+// after the other.
 //
-// Not to be seen here: races between lanes (the order of turns alternates, that is all), the device's memory
-// model, and the compiler's instructions. __CUDA_ARCH__ stays undefined: this is host code.
+// Not to be seen here: races between lanes (the order of turns alternates, that is all), the
+// device's memory model, and the compiler's instructions. __CUDA_ARCH__ stays undefined: this is
+// host code.
 #pragma once
 #include <ucontext.h>
 
@@ -43,7 +45,7 @@ struct Lane {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool ended = false;
-  unsigned value = 0;            // what it brings to the collective
+  unsigned value = 0;           // what it brings to the collective
   const void* place = nullptr;  // where that is in the program
 };
 
@@ -64,7 +66,8 @@ inline void enter() {
   lanes[current].ended = true;
 }
 
-__attribute__((noinline)) unsigned collective(unsigned mask, unsigned value, Combine combine_lanes) {
+__attribute__((noinline)) unsigned collective(unsigned mask, unsigned value,
+                                              Combine combine_lanes) {
   if (mask != 0xffffffffu) die("a collective of a part of the warp");
   Lane& lane = lanes[current];
   lane.value = value;

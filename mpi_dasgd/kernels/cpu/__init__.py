@@ -1,4 +1,4 @@
-"""The lattice codec on the CPU: ``lattice.cpp``, compiled for several instruction sets, by ctypes."""
+"""The lattice codec on the CPU: the functions of ``lattice.cpp`` and ``roofline.cpp``, by ctypes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ from functools import cache, partial
 import numpy as np
 
 from mpi_dasgd.kernels import native
-from mpi_dasgd.kernels.encoded import EncodedVector, FusedStep
+from mpi_dasgd.kernels.encoded import EncodedVector, EncodedVectorStruct, FusedStep
 
-__all__ = ["PASSES", "instruction_sets", "prepared", "run", "use_instruction_set", "yardstick"]
+__all__ = [
+    "PASSES",
+    "FusedStepStruct",
+    "instruction_sets",
+    "prepared",
+    "roofline",
+    "run",
+    "use_instruction_set",
+]
 
 PASSES = (
     "trivial", "streamed", "copy", "triad",
     "decode", "statistics", "difference", "move", "average",
 )  # fmt: skip
-"""What `yardstick` can do: MpdPass of ``yardstick.h``, where their meaning is."""
+"""Passes of `roofline`, in the order of MpdRooflinePass in ``roofline.h``, which explains them."""
 
 
-class _Message(ctypes.Structure):
-    """MpdMessage of ``lattice.h``."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("checksums", ctypes.c_void_p),
-        ("seed", ctypes.c_uint64),
-        ("nearest", ctypes.c_int64),
-    )
-
-
-class _Step(ctypes.Structure):
-    """MpdStep of ``lattice.h``."""
+class FusedStepStruct(ctypes.Structure):
+    """Mirror of MpdFusedStep of ``fused_step.h``."""
 
     _fields_ = (
         ("bits", ctypes.c_int64),
@@ -58,39 +54,39 @@ class _Step(ctypes.Structure):
 
 
 def run(step: FusedStep) -> None:
-    """Do what `step` says; other Python threads run meanwhile."""
-    _library().mpd_lattice_step(ctypes.byref(_call(step)))
+    """Do `step`; other Python threads run meanwhile."""
+    _library().mpd_fused_step(ctypes.byref(_struct_of(step)))
 
 
 def prepared(step: FusedStep) -> Callable[[], None]:
-    """Return what does `step` each time it is called, as `run` does: for benchmarks of small models."""
-    return partial(_library().mpd_lattice_step, ctypes.byref(_call(step)))
+    """Return a function that does `step` at each call: for benchmarks of small models."""
+    return partial(_library().mpd_fused_step, ctypes.byref(_struct_of(step)))
 
 
-def yardstick(step: FusedStep, name: str, room: np.ndarray) -> Callable[[], None]:
-    """Return what does one of `PASSES` over the arrays of a step each time it is called: for benchmarks.
+def roofline(step: FusedStep, name: str, scratch: np.ndarray) -> Callable[[], None]:
+    """Return a function that makes one of `PASSES` over the arrays of a step: for benchmarks.
 
     Args:
-        step: whose arrays are passed over.
-        name: of the pass.
-        room: float32, of the model's size; what passes leave for each other.
+        step: step whose arrays are passed over.
+        name: name of the pass.
+        scratch: float32, shape (elements,): passes its contents from one pass to the next.
     """
-    call = _call(step)
-    call.alive += (room,)
-    place = ctypes.c_void_p(_address(room))
-    return partial(_library().mpd_yardstick, ctypes.byref(call), PASSES.index(name), place)
+    call = _struct_of(step)
+    call.alive += (scratch,)
+    address = ctypes.c_void_p(_address(scratch))
+    return partial(_library().mpd_roofline, ctypes.byref(call), PASSES.index(name), address)
 
 
 def instruction_sets() -> list[str]:
-    """Return the instruction sets that were compiled and run here, best first."""
+    """Return the instruction sets that were compiled and that this machine supports, best first."""
     return str(_library().mpd_instruction_sets().decode()).split()
 
 
 def use_instruction_set(name: str) -> None:
-    """Have `run` use another instruction set than the best: for tests and benchmarks.
+    """Make `run` use another instruction set than the best: for tests and benchmarks.
 
     Raises:
-        ValueError: it cannot run here.
+        ValueError: it is not supported here.
     """
     if not _library().mpd_use_instruction_set(name.encode()):
         raise ValueError(
@@ -103,43 +99,47 @@ def _library() -> ctypes.CDLL:
     library = native.load()
     assert library is not None, "chosen only where there is one"
     library.mpd_instruction_sets.restype = ctypes.c_char_p
-    library.mpd_lattice_step.restype = library.mpd_yardstick.restype = None
+    if not hasattr(library, "mpd_fused_step"):  # transition: a library built before the renaming
+        for new, old in (("mpd_fused_step", "mpd_lattice_step"), ("mpd_roofline", "mpd_yardstick")):
+            setattr(library, new, getattr(library, old))
+    library.mpd_fused_step.restype = library.mpd_roofline.restype = None
     return library
 
 
-def _call(step: FusedStep) -> _Step:
+def _struct_of(step: FusedStep) -> FusedStepStruct:
+    """Return the argument of a step; its attribute `alive` keeps the arrays that it points to."""
     count = len(step.deltas)
-    deltas = (ctypes.c_void_p * count)(*map(_message, step.deltas))
-    stats = (ctypes.c_void_p * count)(*map(_address, step.delta_stats or ()))
-    call = _Step(
-        step.bits, _address(step.x), step.x.size, ctypes.addressof(deltas),
-        ctypes.addressof(stats) if step.delta_stats else None, count, _message(step.partner_model),
-        step.weight, step.merge, _address(step.stats), _message(step.reply_delta),
-        _address(step.velocity), _address(step.gradient), step.lr, step.momentum, step.weight_decay,
-        step.threads, _message(step.publication),
+    deltas = (ctypes.c_void_p * count)(*map(_vector, step.deltas))
+    delta_stats = (ctypes.c_void_p * count)(*map(_address, step.delta_stats or ()))
+    call = FusedStepStruct(
+        step.bits, _address(step.x), step.x.size,
+        ctypes.addressof(deltas), ctypes.addressof(delta_stats) if step.delta_stats else None, count,
+        _vector(step.partner_model), step.weight, step.merge, _address(step.stats),
+        _vector(step.reply_delta), _address(step.velocity), _address(step.gradient),
+        step.lr, step.momentum, step.weight_decay, step.threads, _vector(step.publication),
     )  # fmt: skip
-    call.alive = (deltas, stats, step)
+    call.alive = (deltas, delta_stats, step)
     return call
 
 
-def _message(encoded: EncodedVector | None) -> int | None:
-    """Return the address of a message's description, which is made once."""
+def _vector(encoded: EncodedVector | None) -> int | None:
+    """Return the address of a vector's EncodedVectorStruct, which is made once per vector."""
     if encoded is None:
         return None
-    native_message: _Message | None = encoded.native
-    if native_message is None:
-        native_message = encoded.native = _Message(
+    struct: EncodedVectorStruct | None = encoded.native
+    if struct is None:
+        struct = encoded.native = EncodedVectorStruct(
             _address(encoded.codes), _address(encoded.scales), _address(encoded.checksums)
         )
-    native_message.seed = encoded.seed
-    native_message.nearest = encoded.nearest
-    return ctypes.addressof(native_message)
+    struct.seed = encoded.seed
+    struct.nearest = encoded.nearest
+    return ctypes.addressof(struct)
 
 
 def _address(array: np.ndarray | None) -> int | None:
-    """Where an array lies."""
+    """Return the address of an array's memory."""
     if array is None:
         return None
-    if array.dtype.names:  # whose interface takes 40 us to describe
+    if array.dtype.names:  # the array interface of a structured dtype takes 40 us to describe
         return array.ctypes.data
-    return array.__array_interface__["data"][0]  # without the object that `ctypes` makes
+    return array.__array_interface__["data"][0]  # without the object that `ctypes` creates

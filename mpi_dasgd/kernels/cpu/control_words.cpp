@@ -1,4 +1,4 @@
-// Control words in memory that the processes of one node share: sequentially consistent, lock-free.
+// Control words in memory shared by the processes of a node: sequentially consistent, lock-free.
 #include <cstdint>
 
 static_assert(__atomic_always_lock_free(sizeof(int64_t), nullptr),
@@ -8,7 +8,7 @@ extern "C" {
 
 int64_t mpd_word_read(const int64_t* word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 
-// Sets the word to `desired` if it is `expected`; returns whether it was.
+// Compare-and-swap: sets the word to `desired` if it is `expected`; returns whether it was.
 int mpd_word_swap(int64_t* word, int64_t expected, int64_t desired) {
   return __atomic_compare_exchange_n(word, &expected, desired, false, __ATOMIC_SEQ_CST,
                                      __ATOMIC_SEQ_CST);

@@ -1,4 +1,4 @@
-// Chooses the instruction set when the program runs, and shares buckets out to threads.
+// Chooses the instruction set at run time, and distributes buckets over threads.
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -7,10 +7,10 @@
 #include "fused_step.h"
 #include "roofline.h"
 
-#define MPD_DECLARE(isa)                                                                 \
-  extern "C" void mpd_buckets_##isa(const MpdStep*, int64_t first, int64_t last);        \
-  extern "C" void mpd_yardstick_##isa(const MpdStep*, int32_t pass, float* room, int64_t first, \
-                                      int64_t last);
+#define MPD_DECLARE(isa)                                                                  \
+  extern "C" void mpd_fused_step_##isa(const MpdFusedStep*, int64_t first, int64_t last); \
+  extern "C" void mpd_roofline_##isa(const MpdFusedStep*, int32_t pass, float* scratch,   \
+                                     int64_t first, int64_t last);
 MPD_DECLARE(base)
 #ifdef MPD_HAVE_AVX2
 MPD_DECLARE(avx2)
@@ -21,47 +21,47 @@ MPD_DECLARE(avx512)
 
 namespace {
 
-struct Set {
+struct InstructionSet {
   const char* name;
-  MpdBuckets buckets;
-  MpdYardstick yardstick;
-  bool runs;
+  MpdFusedStepRange fused_step;
+  MpdRooflineRange roofline;
+  bool supported;
 };
 
-// From the best to the one that always runs.
-const std::vector<Set>& sets() {
-  static const std::vector<Set> all = {
+// Best first; the last one is supported by every machine that the library was compiled for.
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> all = {
 #ifdef MPD_HAVE_AVX512
-      {"AVX-512", mpd_buckets_avx512, mpd_yardstick_avx512,
+      {"AVX-512", mpd_fused_step_avx512, mpd_roofline_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512cd")},
 #endif
 #ifdef MPD_HAVE_AVX2
-      {"AVX2", mpd_buckets_avx2, mpd_yardstick_avx2, __builtin_cpu_supports("avx2") != 0},
+      {"AVX2", mpd_fused_step_avx2, mpd_roofline_avx2, __builtin_cpu_supports("avx2") != 0},
 #endif
 #if defined(__SSE2__)
-      {"SSE2", mpd_buckets_base, mpd_yardstick_base, true},
+      {"SSE2", mpd_fused_step_base, mpd_roofline_base, true},
 #else
-      {"portable", mpd_buckets_base, mpd_yardstick_base, true},
+      {"portable", mpd_fused_step_base, mpd_roofline_base, true},
 #endif
   };
   return all;
 }
 
-const Set*& chosen() {
-  static const Set* set = [] {
-    for (const Set& candidate : sets())
-      if (candidate.runs) return &candidate;
-    return static_cast<const Set*>(nullptr);
+const InstructionSet*& active() {
+  static const InstructionSet* set = [] {
+    for (const InstructionSet& candidate : instruction_sets())
+      if (candidate.supported) return &candidate;
+    return static_cast<const InstructionSet*>(nullptr);
   }();
   return set;
 }
 
-// Does work(first, last) for all buckets of a step, shared out to its threads.
+// Calls work(first, last) on ranges that together are all buckets of a step, in its threads.
 template <class Work>
-void share(const MpdStep& step, Work work) {
-  const int64_t buckets = (step.elements + 1023) / 1024;
+void parallel_for_buckets(const MpdFusedStep& step, Work work) {
+  const int64_t buckets = (step.elements + MPD_BUCKET - 1) / MPD_BUCKET;
   const int64_t threads = step.threads < buckets ? step.threads : buckets;
   std::vector<std::thread> others;
   for (int64_t t = 1; t < threads; ++t)
@@ -74,35 +74,37 @@ void share(const MpdStep& step, Work work) {
 
 extern "C" {
 
-const char* mpd_instruction_set() { return chosen()->name; }
+const char* mpd_instruction_set() { return active()->name; }
 
-// Names of what this machine can run, best first, one a line.
+// Names of the instruction sets that this machine supports, best first, one per line.
 const char* mpd_instruction_sets() {
   static char names[64];
   names[0] = 0;
-  for (const Set& set : sets())
-    if (set.runs) std::strcat(std::strcat(names, set.name), "\n");
+  for (const InstructionSet& set : instruction_sets())
+    if (set.supported) std::strcat(std::strcat(names, set.name), "\n");
   return names;
 }
 
-// For tests: use another one. Returns whether it can run here.
+// For tests and benchmarks: activates another instruction set. Returns whether it is supported
+// here.
 int mpd_use_instruction_set(const char* name) {
-  for (const Set& set : sets())
-    if (set.runs && std::strcmp(set.name, name) == 0) {
-      chosen() = &set;
+  for (const InstructionSet& set : instruction_sets())
+    if (set.supported && std::strcmp(set.name, name) == 0) {
+      active() = &set;
       return 1;
     }
   return 0;
 }
 
-void mpd_lattice_step(const MpdStep* step) {
-  const MpdBuckets run = chosen()->buckets;
-  share(*step, [=](int64_t first, int64_t last) { run(step, first, last); });
+void mpd_fused_step(const MpdFusedStep* step) {
+  const MpdFusedStepRange run = active()->fused_step;
+  parallel_for_buckets(*step, [=](int64_t first, int64_t last) { run(step, first, last); });
 }
 
-// For benchmarks: a pass of yardstick.h.
-void mpd_yardstick(const MpdStep* step, int32_t pass, float* room) {
-  const MpdYardstick run = chosen()->yardstick;
-  share(*step, [=](int64_t first, int64_t last) { run(step, pass, room, first, last); });
+// For benchmarks: one MpdRooflinePass.
+void mpd_roofline(const MpdFusedStep* step, int32_t pass, float* scratch) {
+  const MpdRooflineRange run = active()->roofline;
+  parallel_for_buckets(*step,
+                       [=](int64_t first, int64_t last) { run(step, pass, scratch, first, last); });
 }
 }

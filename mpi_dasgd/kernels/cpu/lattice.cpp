@@ -1,145 +1,130 @@
-// The lattice codec on the CPU, a bucket at a time: what a stage leaves the next one finds in the L1 cache, so
-// that all stages together pass once over memory. A bucket's check is verified before anything is written.
+// The lattice codec on the CPU, one bucket at a time: each stage leaves its result in the L1 cache
+// for the next one, so that all stages together pass once over memory. A bucket's checksum is
+// verified before anything is written.
 //
-// Compiled once for each instruction set with MPD_ISA naming it; dispatch.cpp chooses when the program runs.
+// Compiled once per instruction set with MPD_ISA naming it; dispatch.cpp chooses at run time.
 #include <cstring>
 
 #include "encoded.h"
 
-#define MPD_NAME2(isa) mpd_buckets_##isa
+#define MPD_NAME2(isa) mpd_fused_step_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)
 
 namespace {
 
-// mpd_weight of all positions.
-struct Weights {
-  uint32_t of[kBucket];
-  static constexpr uint32_t mix(uint32_t x) {
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ x >> 16;
-  }
-  constexpr Weights() : of() {
-    for (uint32_t j = 0; j < kBucket; ++j)
-      of[j] = (mix(j % 128 + 1u) | 1u) * (mix(j / 128 + 1001u) | 1u);
-  }
-};
-alignas(64) constexpr Weights kWeights{};
-
-// Elements that a loop below does side by side, each with sums of its own: enough to keep the processor busy.
+// Elements that a loop below processes side by side, each lane with its own sums: enough to keep
+// the processor busy.
 #if defined(__AVX512F__)
 constexpr int kLanes = 64;
 #else
 constexpr int kLanes = 32;
 #endif
 
-struct Sums {
-  uint32_t of[kLanes] = {};
+// An accumulator per lane.
+struct LaneSums {
+  uint32_t lane[kLanes] = {};
   uint32_t total() const {
     uint32_t all = 0;
-    for (uint32_t sum : of) all += sum;
+    for (uint32_t sum : lane) all += sum;
     return all;
   }
   uint32_t any() const {
     uint32_t all = 0;
-    for (uint32_t bits : of) all |= bits;
+    for (uint32_t bits : lane) all |= bits;
     return all;
   }
 };
 
-// What the next bucket will read, asked for little by little while this one is computed: the hardware looks
-// ahead within a page only, and a bucket is one.
-struct Ahead {
-  const char* model;  // null: a stage before has asked
+// What the next bucket will read, prefetched in small pieces while this bucket is computed: the
+// hardware prefetcher stops at the end of a page, and a bucket of the model is one page.
+struct Prefetch {
+  const char* model;  // null: an earlier stage has prefetched it
   const char* codes;  // null: none
 };
 
-// Does body(j, lane) for all elements j of a bucket.
+// Calls body(j, lane) for all elements j of a bucket; lane = j mod kLanes.
+//
+// `#pragma omp simd` vectorizes the inner loop only if nothing in it is a call, and the body is too
+// long for the compiler to inline it of its own accord, so the lambda must be always_inline. An
+// attribute of a lambda stands between its parameters and its body; MPD_BODY is this piece, the
+// same for all bodies:
+//
+//     for_each_element<BITS>(prefetch, [&] MPD_BODY { out[j] = ...; });
 template <int BITS, class Body>
-inline __attribute__((always_inline)) void each(const Ahead& ahead, Body body) {
+inline __attribute__((always_inline)) void for_each_element(const Prefetch& prefetch, Body body) {
   for (int first = 0; first < kBucket; first += kLanes) {
-    if (ahead.model != nullptr)
-      for (int o = 0; o < kLanes * 4; o += 64) __builtin_prefetch(ahead.model + first * 4 + o, 0, 2);
-    if (ahead.codes != nullptr)
+    if (prefetch.model != nullptr)
+      for (int o = 0; o < kLanes * 4; o += 64)
+        __builtin_prefetch(prefetch.model + first * 4 + o, 0, 2);
+    if (prefetch.codes != nullptr)
       for (int o = 0; o < kLanes * BITS / 8; o += 64)
-        __builtin_prefetch(ahead.codes + first * BITS / 8 + o, 0, 2);
+        __builtin_prefetch(prefetch.codes + first * BITS / 8 + o, 0, 2);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) body(first + lane, lane);
   }
 }
-#define MPD_BODY (int j, int lane) __attribute__((always_inline))
-
-// Codes of a bucket, one an item whatever BITS is; two of 4 bits are packed in a byte where they are stored.
-template <int BITS>
-const Code<BITS>* unpack(const Code<BITS>* __restrict stored, Code<BITS>* __restrict room) {
-  if (BITS != 4) return stored;
-  for (int g = 0; g < 4; ++g)
-    for (int i = 0; i < 128; ++i) {
-      room[g * 256 + i] = stored[g * 128 + i] & 15;
-      room[g * 256 + 128 + i] = stored[g * 128 + i] >> 4;
-    }
-  return room;
-}
-template <int BITS>
-void pack(const Code<BITS>* codes, Code<BITS>* stored) {
-  if (BITS != 4) return;  // written where they are stored
-  for (int g = 0; g < 4; ++g)
-    for (int i = 0; i < 128; ++i)
-      stored[g * 128 + i] = (codes[g * 256 + i] & 15) | codes[g * 256 + 128 + i] << 4;
-}
+#define MPD_BODY (int j, [[maybe_unused]] int lane) __attribute__((always_inline))
 
 // mpd_signed of a code, in the narrowest type: four times as many fit in a register.
 template <int BITS>
-constexpr int kUnused = BITS == 4 ? 4 : 0;  // upper bits of the byte
+constexpr int kUnusedBits = BITS == 4 ? 4 : 0;  // upper bits of the byte
 template <int BITS>
 inline int16_t narrow(Code<BITS> code) {
   if (BITS == 16) return static_cast<int16_t>(code);
-  return static_cast<int8_t>(static_cast<uint8_t>(code << kUnused<BITS>)) >> kUnused<BITS>;
+  return static_cast<int8_t>(static_cast<uint8_t>(code << kUnusedBits<BITS>)) >> kUnusedBits<BITS>;
 }
 
-// x -> codes; returns the check.
+// x -> codes; returns the checksum.
 template <int BITS, bool NEAREST>
-uint32_t encode(const float* __restrict x, Code<BITS>* __restrict codes, float scale, uint32_t key,
-                const Ahead& ahead) {
-  const uint32_t* __restrict weight = kWeights.of;
+uint32_t encode(const float* __restrict x, float scale, uint32_t key, Code<BITS>* __restrict codes,
+                const Prefetch& prefetch) {
+  const uint32_t* __restrict weight = kWeights.at;
   const float inverse = mpd_inverse(scale);
-  Sums sum, strays;
-  each<BITS>(ahead, [&] MPD_BODY {
+  LaneSums sum, range_bits;
+  for_each_element<BITS>(prefetch, [&] MPD_BODY {
     float t = mpd_mul(x[j], inverse);
     if (!NEAREST) t = mpd_add(t, mpd_dither(weight[j], key));
     const uint32_t z = mpd_round(t);
-    strays.of[lane] |= mpd_stray(z);
-    sum.of[lane] += mpd_fold<BITS>(z) * weight[j];
+    range_bits.lane[lane] |= mpd_range_bits(z);
+    sum.lane[lane] += mpd_fold<BITS>(z) * weight[j];
     codes[j] = static_cast<Code<BITS>>(z);
   });
-  if (mpd_usable(scale) && mpd_in_range(strays.any())) return mpd_check(sum.total(), scale, key);
+  if (mpd_scale_ok(scale) && mpd_in_range(range_bits.any()))
+    return mpd_checksum(sum.total(), scale, key);
   std::memset(codes, 0, kBucket * sizeof *codes);  // every reader must reject it
-  return ~mpd_check(0, scale, key);
+  return ~mpd_checksum(0, scale, key);
 }
 
-// Codes of a publication against y -> the difference on the lattice; returns whether it is sound.
+// Whether the points that were decoded from a bucket are those that were published.
+template <int BITS>
+inline bool is_valid(const BucketView<BITS>& bucket, const LaneSums& sum,
+                     const LaneSums& range_bits) {
+  return mpd_scale_ok(bucket.scale) && mpd_in_range(range_bits.any()) &&
+         mpd_checksum(sum.total(), bucket.scale, bucket.key) == bucket.checksum;
+}
+
+// Codes of a publication against y -> their difference on the lattice; returns whether it is valid.
 template <int BITS, bool NEAREST>
-bool difference(const float* __restrict y, const Code<BITS>* __restrict codes, float scale,
-                uint32_t key, uint32_t check, Code<BITS>* __restrict moved, const Ahead& ahead) {
-  const uint32_t* __restrict weight = kWeights.of;
-  const float inverse = mpd_inverse(scale);
-  Sums sum, strays;
-  each<BITS>(ahead, [&] MPD_BODY {
+bool difference(const float* __restrict y, const BucketView<BITS>& bucket,
+                Code<BITS>* __restrict delta_codes, const Prefetch& prefetch) {
+  const uint32_t* __restrict weight = kWeights.at;
+  const Code<BITS>* __restrict codes = bucket.codes;
+  const float inverse = mpd_inverse(bucket.scale);
+  const uint32_t key = bucket.key;
+  LaneSums sum, range_bits;
+  for_each_element<BITS>(prefetch, [&] MPD_BODY {
     float t = mpd_mul(y[j], inverse);
     if (!NEAREST) t = mpd_add(t, mpd_dither(weight[j], key));
     const uint32_t m = mpd_round(t);
-    strays.of[lane] |= mpd_stray(m);
+    range_bits.lane[lane] |= mpd_range_bits(m);
     const int d = mpd_signed<BITS>(codes[j] - m);
-    sum.of[lane] += mpd_fold<BITS>(m + static_cast<uint32_t>(d)) * weight[j];
-    moved[j] = static_cast<Code<BITS>>(d);
+    sum.lane[lane] += mpd_fold<BITS>(m + static_cast<uint32_t>(d)) * weight[j];
+    delta_codes[j] = static_cast<Code<BITS>>(d);
   });
-  return mpd_usable(scale) && mpd_in_range(strays.any()) &&
-         mpd_check(sum.total(), scale, key) == check;
+  return is_valid(bucket, sum, range_bits);
 }
 
-// Weighted sum of the words of a bucket of a delta, for its check.
+// Weighted sum of the 32-bit words of a bucket of a delta, for its checksum.
 template <int BITS>
 uint32_t sum_of_words(const Code<BITS>* stored) {
   uint32_t sum = 0;
@@ -147,67 +132,68 @@ uint32_t sum_of_words(const Code<BITS>* stored) {
   for (int k = 0; k < kBucket * BITS / 32; ++k) {
     uint32_t word;
     std::memcpy(&word, reinterpret_cast<const char*>(stored) + 4 * k, 4);
-    sum += word * kWeights.of[k];
+    sum += word * kWeights.at[k];
   }
   return sum;
 }
 
 // y + unit * d -> out, which may be y.
 template <int BITS>
-void move(const float* y, const Code<BITS>* __restrict moved, float unit, float* out,
-          const Ahead& ahead) {
-  each<BITS>(ahead, [&] MPD_BODY {
-    (void)lane;
-    out[j] = mpd_add(y[j], mpd_mul(unit, static_cast<float>(narrow<BITS>(moved[j]))));
+void move(const float* y, const Code<BITS>* __restrict delta_codes, float unit, float* out,
+          const Prefetch& prefetch) {
+  for_each_element<BITS>(prefetch, [&] MPD_BODY {
+    out[j] = mpd_add(y[j], mpd_mul(unit, static_cast<float>(narrow<BITS>(delta_codes[j]))));
   });
 }
 
-// What differences on the lattice say of the distance.
+// Writes the statistics of the differences on the lattice, if there is a place for them.
 template <int BITS>
-void note(const Code<BITS>* moved, bool sound, MpdFound* found) {
-  if (found == nullptr) return;
-  *found = {!sound, 0, 0};
-  if (!sound) return;
+void write_stats(const Code<BITS>* delta_codes, bool valid, MpdBucketStats* stats) {
+  if (stats == nullptr) return;
+  *stats = {!valid, 0, 0};
+  if (!valid) return;
   int16_t most = 0, least = 0;
   std::conditional_t<BITS == 16, int64_t, int32_t> sum = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : most) reduction(min : least)
   for (int j = 0; j < kBucket; ++j) {
-    const int16_t d = narrow<BITS>(moved[j]);
+    const int16_t d = narrow<BITS>(delta_codes[j]);
     most = d > most ? d : most;
     least = d < least ? d : least;
     sum += d * d;
   }
   const uint32_t largest = static_cast<uint32_t>(most > -least ? most : -least);
-  found->max_d2 = largest * largest;
-  found->sum_d2 = static_cast<uint64_t>(sum);
+  stats->max_d2 = largest * largest;
+  stats->sum_d2 = static_cast<uint64_t>(sum);
 }
 
-// Plain average of y with the decoded publication -> out; returns whether it is sound.
+// Plain average of y with the decoded publication -> out; returns whether it is valid.
 template <int BITS, bool SUBTRACT>
-bool merge(const float* __restrict y, const Code<BITS>* __restrict codes, float scale, uint32_t key,
-           uint32_t check, float average, float* __restrict out, Code<BITS>* __restrict moved,
-           const Ahead& ahead) {
-  const uint32_t* __restrict weight = kWeights.of;
-  const float inverse = mpd_inverse(scale);
-  Sums sum, strays;
-  each<BITS>(ahead, [&] MPD_BODY {
+bool merge(const float* __restrict y, const BucketView<BITS>& bucket, float share,
+           float* __restrict out, Code<BITS>* __restrict delta_codes, const Prefetch& prefetch) {
+  const uint32_t* __restrict weight = kWeights.at;
+  const Code<BITS>* __restrict codes = bucket.codes;
+  const float scale = bucket.scale, inverse = mpd_inverse(scale);
+  const uint32_t key = bucket.key;
+  LaneSums sum, range_bits;
+  for_each_element<BITS>(prefetch, [&] MPD_BODY {
     const uint32_t m = mpd_round(mpd_mul(y[j], inverse));
-    strays.of[lane] |= mpd_stray(m);
+    range_bits.lane[lane] |= mpd_range_bits(m);
     const int d = mpd_signed<BITS>(codes[j] - m);
     const uint32_t z = m + static_cast<uint32_t>(d);
-    sum.of[lane] += mpd_fold<BITS>(z) * weight[j];
-    moved[j] = static_cast<Code<BITS>>(d);
+    sum.lane[lane] += mpd_fold<BITS>(z) * weight[j];
+    delta_codes[j] = static_cast<Code<BITS>>(d);
     float decoded = mpd_value(z);
     if (SUBTRACT) decoded = mpd_sub(decoded, mpd_dither(weight[j], key));
-    out[j] = mpd_average(y[j], mpd_mul(scale, decoded), average);
+    out[j] = mpd_average(y[j], mpd_mul(scale, decoded), share);
   });
-  return mpd_usable(scale) && mpd_in_range(strays.any()) &&
-         mpd_check(sum.total(), scale, key) == check;
+  return is_valid(bucket, sum, range_bits);
 }
 
-// One step of SGD on `count` elements.
+// --- stages of a step, on one bucket ---
+
+// Does one step of SGD on `count` elements.
 void sgd(float* __restrict x, float* __restrict velocity, const float* __restrict gradient,
-         const MpdStep& step, int count, bool more) {
+         const MpdFusedStep& step, int count, bool more) {
   for (int first = 0; first < count; first += kLanes) {
     if (more)
       for (int j = first; j < first + kLanes; j += 16) {
@@ -218,128 +204,133 @@ void sgd(float* __restrict x, float* __restrict velocity, const float* __restric
     const int last = first + kLanes < count ? first + kLanes : count;
 #pragma omp simd
     for (int j = first; j < last; ++j) {
-      const float direction = mpd_add(gradient[j], mpd_mul(step.decay, x[j]));
+      const float direction = mpd_add(gradient[j], mpd_mul(step.weight_decay, x[j]));
       velocity[j] = mpd_add(mpd_mul(step.momentum, velocity[j]), direction);
-      x[j] = mpd_sub(x[j], mpd_mul(step.rate, velocity[j]));
+      x[j] = mpd_sub(x[j], mpd_mul(step.lr, velocity[j]));
     }
   }
 }
 
-// Applies one delta to `y`; returns where the result is, `out` or, if the bucket is rejected, `y`.
+// Applies one delta to `y`; returns where the result is: `out`, or `y` if the bucket is rejected.
 template <int BITS>
-const float* apply(const float* y, const MpdMessage& delta, int64_t b, float* out,
-                   MpdFound* found, Ahead ahead) {
-  alignas(64) Code<BITS> room[kBucket];
+const float* apply(const float* y, const MpdEncodedVector& delta, int64_t b, float* out,
+                   MpdBucketStats* stats, Prefetch prefetch) {
+  alignas(64) Code<BITS> scratch[kBucket];
   const float unit = delta.scales[b];
   const auto* stored = codes_of<BITS>(delta, b);
-  const auto* moved = unpack<BITS>(stored, room);
-  const bool sound =
-      mpd_finite(unit) &&
-      mpd_check(sum_of_words<BITS>(stored), unit, key_of(delta, b)) == delta.checks[b];
-  note<BITS>(moved, sound, found);
-  if (!sound) return y;
-  move<BITS>(y, moved, unit, out, ahead);
+  const auto* delta_codes = unpack<BITS>(stored, scratch);
+  const bool valid = mpd_finite(unit) && mpd_checksum(sum_of_words<BITS>(stored), unit,
+                                                      key_of(delta, b)) == delta.checksums[b];
+  write_stats<BITS>(delta_codes, valid, stats);
+  if (!valid) return y;
+  move<BITS>(y, delta_codes, unit, out, prefetch);
   return out;
 }
 
-// Moves `y` towards a publication -> x, and writes the reply; returns whether it did.
+// Moves `y` towards a publication -> x, and writes the reply; returns whether it moved.
 template <int BITS>
-bool exchange(const MpdStep& step, const float* y, int64_t b, float* x, Ahead ahead) {
-  const MpdMessage& theirs = *step.theirs;
-  alignas(64) Code<BITS> room[kBucket], local[kBucket];
-  Code<BITS>* target = step.reply == nullptr ? local : codes_of<BITS>(*step.reply, b);
-  Code<BITS>* moved = BITS == 4 ? local : target;
-  const auto* codes = unpack<BITS>(codes_of<BITS>(theirs, b), room);
-  const float scale = theirs.scales[b];
-  const uint32_t key = key_of(theirs, b), check = theirs.checks[b];
-  const bool sound = theirs.nearest
-                         ? difference<BITS, true>(y, codes, scale, key, check, moved, ahead)
-                         : difference<BITS, false>(y, codes, scale, key, check, moved, ahead);
-  note<BITS>(moved, sound, step.found == nullptr ? nullptr : step.found + b);
-  const float unit = sound ? mpd_mul(step.weight, scale) : 0;
-  if (sound)
-    move<BITS>(y, moved, unit, x, {});
+bool exchange(const MpdFusedStep& step, const float* y, int64_t b, float* x, Prefetch prefetch) {
+  const MpdEncodedVector& partner_model = *step.partner_model;
+  alignas(64) Code<BITS> scratch[kBucket], local[kBucket];
+  Code<BITS>* target = step.reply_delta == nullptr ? local : codes_of<BITS>(*step.reply_delta, b);
+  Code<BITS>* delta_codes = BITS == 4 ? local : target;
+  const auto bucket = view_of<BITS>(partner_model, b, scratch);
+  const bool valid = partner_model.nearest
+                         ? difference<BITS, true>(y, bucket, delta_codes, prefetch)
+                         : difference<BITS, false>(y, bucket, delta_codes, prefetch);
+  write_stats<BITS>(delta_codes, valid, step.stats == nullptr ? nullptr : step.stats + b);
+  const float unit = valid ? mpd_mul(step.weight, bucket.scale) : 0;
+  if (valid)
+    move<BITS>(y, delta_codes, unit, x, {});
   else
-    std::memset(moved, 0, sizeof local);
-  if (step.reply != nullptr) {
-    const MpdMessage& reply = *step.reply;
-    pack<BITS>(moved, target);
-    reply.scales[b] = sound ? -unit : 0;
-    reply.checks[b] = mpd_check(sum_of_words<BITS>(target), reply.scales[b], key_of(reply, b));
+    std::memset(delta_codes, 0, sizeof local);
+  if (step.reply_delta != nullptr) {
+    const MpdEncodedVector& reply = *step.reply_delta;
+    pack<BITS>(delta_codes, target);
+    reply.scales[b] = valid ? -unit : 0;
+    reply.checksums[b] =
+        mpd_checksum(sum_of_words<BITS>(target), reply.scales[b], key_of(reply, b));
   }
-  return sound;
+  return valid;
 }
 
 // Averages `y` with a publication -> out; returns whether it did.
 template <int BITS>
-bool average(const MpdStep& step, const float* y, int64_t b, float* out, Ahead ahead) {
-  const MpdMessage& theirs = *step.theirs;
-  alignas(64) Code<BITS> room[kBucket], moved[kBucket];
-  const auto* codes = unpack<BITS>(codes_of<BITS>(theirs, b), room);
-  const float scale = theirs.scales[b];
-  const uint32_t key = key_of(theirs, b), check = theirs.checks[b];
-  const bool sound =
-      step.merge == 2 && !theirs.nearest
-          ? merge<BITS, true>(y, codes, scale, key, check, step.weight, out, moved, ahead)
-          : merge<BITS, false>(y, codes, scale, key, check, step.weight, out, moved, ahead);
-  note<BITS>(moved, sound, step.found == nullptr ? nullptr : step.found + b);
-  return sound;
+bool average(const MpdFusedStep& step, const float* y, int64_t b, float* out, Prefetch prefetch) {
+  const MpdEncodedVector& partner_model = *step.partner_model;
+  alignas(64) Code<BITS> scratch[kBucket], delta_codes[kBucket];
+  const auto bucket = view_of<BITS>(partner_model, b, scratch);
+  const bool valid = step.merge == 2 && !partner_model.nearest
+                         ? merge<BITS, true>(y, bucket, step.weight, out, delta_codes, prefetch)
+                         : merge<BITS, false>(y, bucket, step.weight, out, delta_codes, prefetch);
+  write_stats<BITS>(delta_codes, valid, step.stats == nullptr ? nullptr : step.stats + b);
+  return valid;
 }
 
 template <int BITS>
-void publish(const MpdMessage& out, const float* x, int64_t b, Ahead ahead) {
+void publish(const MpdEncodedVector& out, const float* x, int64_t b, Prefetch prefetch) {
   alignas(64) Code<BITS> local[kBucket];
   Code<BITS>* target = codes_of<BITS>(out, b);
   Code<BITS>* codes = BITS == 4 ? local : target;
   const float scale = out.scales[b];
   const uint32_t key = key_of(out, b);
-  out.checks[b] = out.nearest ? encode<BITS, true>(x, codes, scale, key, ahead)
-                              : encode<BITS, false>(x, codes, scale, key, ahead);
+  out.checksums[b] = out.nearest ? encode<BITS, true>(x, scale, key, codes, prefetch)
+                                 : encode<BITS, false>(x, scale, key, codes, prefetch);
   pack<BITS>(codes, target);
 }
 
-// Does all stages on one bucket; `more` says whether a whole one follows.
+// Does all stages on one bucket; `more` says whether a whole bucket follows.
 template <int BITS>
-void bucket(const MpdStep& step, int64_t b, float* x, int count, bool more) {
+void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool more) {
   alignas(64) float first[kBucket], second[kBucket];
-  // The stage with the most arithmetic asks for the next bucket of the model.
+
+  // Plan the prefetches: the stage with the most arithmetic fetches the next bucket of the model
   const char* model = more ? reinterpret_cast<const char*>(x + kBucket) : nullptr;
-  const bool encodes = step.published != nullptr, meets = step.theirs != nullptr;
-  const auto codes = [&](const MpdMessage* message) {
-    return more ? reinterpret_cast<const char*>(codes_of<BITS>(*message, b + 1)) : nullptr;
+  const bool publishes = step.publication != nullptr, averages = step.partner_model != nullptr;
+  const auto codes = [&](const MpdEncodedVector* vector) {
+    return more ? reinterpret_cast<const char*>(codes_of<BITS>(*vector, b + 1)) : nullptr;
   };
+
+  // Take the SGD step
   if (step.velocity != nullptr)
     sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count, more);
-  const float* y = x;  // where the model is now
+
+  // Absorb the deltas: each reads the model at y and writes it to x or to the spare buffer
+  const float* y = x;
   float* spare = first;
-  for (int64_t a = 0; a < step.arrivals; ++a) {
-    const Ahead ahead{encodes || meets || a > 0 ? nullptr : model, codes(step.arrived[a])};
-    MpdFound* found = step.arrived_found == nullptr ? nullptr : step.arrived_found[a] + b;
-    float* out = step.arrivals == 1 && !meets ? x : spare;
-    y = apply<BITS>(y, *step.arrived[a], b, out, found, ahead);
+  for (int64_t a = 0; a < step.delta_count; ++a) {
+    const Prefetch prefetch{publishes || averages || a > 0 ? nullptr : model,
+                            codes(step.deltas[a])};
+    MpdBucketStats* stats = step.delta_stats == nullptr ? nullptr : step.delta_stats[a] + b;
+    float* out = step.delta_count == 1 && !averages ? x : spare;
+    y = apply<BITS>(y, *step.deltas[a], b, out, stats, prefetch);
     if (y == spare) spare = spare == first ? second : first;
   }
-  if (meets) {
-    const Ahead ahead{encodes ? nullptr : model, codes(step.theirs)};
+
+  // Exchange or merge with the partner's model
+  if (averages) {
+    const Prefetch prefetch{publishes ? nullptr : model, codes(step.partner_model)};
     if (step.merge == 0) {
-      if (exchange<BITS>(step, y, b, x, ahead)) y = x;
+      if (exchange<BITS>(step, y, b, x, prefetch)) y = x;
     } else {
-      if (average<BITS>(step, y, b, spare, ahead)) y = spare;
+      if (average<BITS>(step, y, b, spare, prefetch)) y = spare;
     }
   }
+
+  // Store the model, and publish it
   if (y != x) std::memcpy(x, y, sizeof first);
-  if (encodes) publish<BITS>(*step.published, x, b, Ahead{model, nullptr});
+  if (publishes) publish<BITS>(*step.publication, x, b, Prefetch{model, nullptr});
 }
 
 template <int BITS>
-void buckets(const MpdStep& step, int64_t first, int64_t last) {
+void buckets(const MpdFusedStep& step, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; ++b) {
     float* x = step.x + b * kBucket;
     const int64_t left = step.elements - b * kBucket;
     if (left >= kBucket) {
       bucket<BITS>(step, b, x, kBucket, left >= 2 * kBucket);
     } else {
-      // Zeros behind the end have code 0 and add nothing that a receiver does not add.
+      // Zeros behind the end have code 0, and add nothing that a receiver does not add.
       alignas(64) float padded[kBucket] = {};
       std::memcpy(padded, x, left * sizeof(float));
       bucket<BITS>(step, b, padded, static_cast<int>(left), false);
@@ -350,7 +341,7 @@ void buckets(const MpdStep& step, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void MPD_NAME(MPD_ISA)(const MpdStep* step, int64_t first, int64_t last) {
+extern "C" void MPD_NAME(MPD_ISA)(const MpdFusedStep* step, int64_t first, int64_t last) {
   switch (step->bits) {
     case 4:
       return buckets<4>(*step, first, last);

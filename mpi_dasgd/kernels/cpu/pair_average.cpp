@@ -1,10 +1,11 @@
-// One pass over a model that absorbs deltas, averages with a partner, and writes reply and publication.
+// One pass over an unquantized model: absorbs deltas, averages with a partner, and writes the reply
+// and the publication.
 //
 // Element by element, in this order, every operation rounded once (build with -ffp-contract=off):
-//     v = x;  v = v + arrived[0];  v = v + arrived[1]; ...
-//     d = weight * (theirs - v);  v = v + d;  reply = -d;
-//     x = v;  published = v
-// kernels/pair_average.py has the NumPy twin, which gives the same bits.
+//     v = x;  v = v + deltas[0];  v = v + deltas[1]; ...
+//     d = weight * (partner_model - v);  v = v + d;  reply_delta = -d;
+//     x = v;  publication = v
+// pair_average_numpy of kernels/pair_average.py gives the same bits.
 #include <cstdint>
 #include <cstring>
 
@@ -12,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements that live in the L1 cache between two stages
+constexpr int64_t kBlock = 1024;  // elements that stay in the L1 cache between two stages
 
 template <typename T>
 void put(T* out, const T* in, int64_t count, bool streaming) {
@@ -23,29 +24,29 @@ void put(T* out, const T* in, int64_t count, bool streaming) {
 }
 
 template <typename T>
-void pair_average(T* x, int64_t n, const T* const* arrived, int n_arrived, const T* theirs, T weight,
-                  T* reply, T* published) {
+void pair_average(T* x, int64_t n, const T* const* deltas, int delta_count, const T* partner_model,
+                  T weight, T* reply_delta, T* publication) {
   const bool streaming = n * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   alignas(64) T v[kBlock];
   alignas(64) T d[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     std::memcpy(v, x + start, count * sizeof(T));
-    for (int a = 0; a < n_arrived; ++a) {
-      const T* delta = arrived[a] + start;
+    for (int a = 0; a < delta_count; ++a) {
+      const T* delta = deltas[a] + start;
       for (int64_t i = 0; i < count; ++i) v[i] += delta[i];
     }
-    if (theirs != nullptr) {
-      const T* other = theirs + start;
+    if (partner_model != nullptr) {
+      const T* other = partner_model + start;
       for (int64_t i = 0; i < count; ++i) {
-        const T moved = weight * (other[i] - v[i]);
-        v[i] += moved;
-        d[i] = -moved;
+        const T move = weight * (other[i] - v[i]);
+        v[i] += move;
+        d[i] = -move;
       }
-      if (reply != nullptr) put(reply + start, d, count, streaming);
+      if (reply_delta != nullptr) put(reply_delta + start, d, count, streaming);
     }
-    if (n_arrived > 0 || theirs != nullptr) std::memcpy(x + start, v, count * sizeof(T));
-    if (published != nullptr) put(published + start, v, count, streaming);
+    if (delta_count > 0 || partner_model != nullptr) std::memcpy(x + start, v, count * sizeof(T));
+    if (publication != nullptr) put(publication + start, v, count, streaming);
   }
   if (streaming) stream_fence();
 }
@@ -54,13 +55,16 @@ void pair_average(T* x, int64_t n, const T* const* arrived, int n_arrived, const
 
 extern "C" {
 
-void mpd_pair_average_f32(float* x, int64_t n, const float* const* arrived, int n_arrived,
-                          const float* theirs, double weight, float* reply, float* published) {
-  pair_average<float>(x, n, arrived, n_arrived, theirs, static_cast<float>(weight), reply, published);
+void mpd_pair_average_f32(float* x, int64_t n, const float* const* deltas, int delta_count,
+                          const float* partner_model, double weight, float* reply_delta,
+                          float* publication) {
+  pair_average<float>(x, n, deltas, delta_count, partner_model, static_cast<float>(weight),
+                      reply_delta, publication);
 }
 
-void mpd_pair_average_f64(double* x, int64_t n, const double* const* arrived, int n_arrived,
-                          const double* theirs, double weight, double* reply, double* published) {
-  pair_average<double>(x, n, arrived, n_arrived, theirs, weight, reply, published);
+void mpd_pair_average_f64(double* x, int64_t n, const double* const* deltas, int delta_count,
+                          const double* partner_model, double weight, double* reply_delta,
+                          double* publication) {
+  pair_average<double>(x, n, deltas, delta_count, partner_model, weight, reply_delta, publication);
 }
 }

@@ -1,7 +1,8 @@
-// What `bench kernel` measures the lattice codec against: loops of the same traffic with next to no
-// arithmetic, and the codec's work in separate passes over whole arrays, each as plain as a library has it.
+// Roofline loops that `bench kernel` measures the lattice codec against: loops of the same memory
+// traffic with almost no arithmetic, and the codec's work in separate passes over whole arrays,
+// each as plain as in a typical library.
 //
-// Compiled once for each instruction set with MPD_ISA naming it, as lattice.cpp is.
+// Compiled once per instruction set with MPD_ISA naming it, as lattice.cpp is.
 #include "roofline.h"
 
 #include <cstring>
@@ -9,21 +10,21 @@
 #include "encoded.h"
 #include "streaming_store.h"
 
-#define MPD_NAME2(isa) mpd_yardstick_##isa
+#define MPD_NAME2(isa) mpd_roofline_##isa
 #define MPD_NAME(isa) MPD_NAME2(isa)
 
 namespace {
 
-const volatile float kZero = 0;  // the compiler must not know it: models stay as they are
+const volatile float kZero = 0;  // unknown to the compiler; models are left unchanged
 
-// --- the same traffic ---
+// --- the same memory traffic ---
 
-// One bucket: x, `IN` arrays of codes and, for SGD, velocity and gradient are read; whatever of them a step
-// changes is written, and `OUT` arrays of codes.
+// One bucket: reads x, `IN` arrays of codes and, for SGD, velocity and gradient; writes those of
+// them that a step changes, and `OUT` arrays of codes.
 template <int BITS, int IN, int OUT, bool SGD>
 void trivial(float* __restrict x, float* __restrict v, const float* __restrict g,
-             const Code<BITS>* __restrict a, const Code<BITS>* __restrict b, Code<BITS>* __restrict p,
-             Code<BITS>* __restrict q, float zero) {
+             const Code<BITS>* __restrict a, const Code<BITS>* __restrict b,
+             Code<BITS>* __restrict p, Code<BITS>* __restrict q, float zero) {
   const auto element = [&](int j, int code) __attribute__((always_inline)) {
     float y = x[j];
     if (SGD) {
@@ -34,7 +35,8 @@ void trivial(float* __restrict x, float* __restrict v, const float* __restrict g
     if (IN > 0 || SGD) x[j] = y;
     return static_cast<Code<BITS>>(mpd_bits(y));
   };
-  constexpr int kRow = BITS == 4 ? 128 : kCodes<BITS>;  // bytes of two codes: elements 128 apart
+  constexpr int kRow =
+      BITS == 4 ? 128 : kCodes<BITS>;  // 4 bits: elements 128 apart share a byte (layout.h)
   for (int row = 0; row < kCodes<BITS>; row += kRow)
 #pragma omp simd
     for (int i = 0; i < kRow; ++i) {
@@ -55,11 +57,14 @@ void trivial(float* __restrict x, float* __restrict v, const float* __restrict g
 }
 
 template <int BITS, int IN, int OUT, bool SGD>
-void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
-  const MpdMessage* in[] = {s.theirs != nullptr ? s.theirs : IN > 0 ? s.arrived[0] : nullptr,
-                            IN > 1 ? s.arrived[0] : nullptr};
-  const MpdMessage* out[] = {s.reply != nullptr ? s.reply : s.published, s.published};
-  alignas(64) Code<BITS> room[2][kCodes<BITS>];
+void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last) {
+  const MpdEncodedVector* in[] = {s.partner_model != nullptr ? s.partner_model
+                                  : IN > 0                   ? s.deltas[0]
+                                                             : nullptr,
+                                  IN > 1 ? s.deltas[0] : nullptr};
+  const MpdEncodedVector* out[] = {s.reply_delta != nullptr ? s.reply_delta : s.publication,
+                                   s.publication};
+  alignas(64) Code<BITS> scratch[2][kCodes<BITS>];
   const float zero = kZero;
   for (int64_t b = first; b < last && (b + 1) * kBucket <= s.elements; ++b) {
     float* v = SGD ? s.velocity + b * kBucket : nullptr;
@@ -70,19 +75,19 @@ void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
                         OUT > 1 ? codes_of<BITS>(*out[1], b) : nullptr};
     float* x = s.x + b * kBucket;
     if (streaming)
-      trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], room[0], room[1], zero);
+      trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], scratch[0], scratch[1], zero);
     else
       trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], to[0], to[1], zero);
-    for (int i = 0; streaming && i < OUT; ++i) stream(to[i], room[i], sizeof room[i]);
+    for (int i = 0; streaming && i < OUT; ++i) stream(to[i], scratch[i], sizeof scratch[i]);
   }
   if (streaming) stream_fence();
 }
 
 // The last bucket is left out if it is partly empty.
 template <int BITS>
-void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
-  const int in = (s.arrivals > 0) + (s.theirs != nullptr);
-  const int out = (s.reply != nullptr) + (s.published != nullptr);
+void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last) {
+  const int in = (s.delta_count > 0) + (s.partner_model != nullptr);
+  const int out = (s.reply_delta != nullptr) + (s.publication != nullptr);
   if (s.velocity != nullptr)
     trivial<BITS, 0, 1, true>(s, streaming, first, last);
   else if (in == 2)
@@ -97,49 +102,29 @@ void trivial(const MpdStep& s, bool streaming, int64_t first, int64_t last) {
 
 // --- separate passes ---
 
+// A publication as numbers, without verification. The anchor has the dither if the step exchanges.
 template <int BITS>
-const Code<BITS>* unpack(const MpdMessage* message, int64_t b, Code<BITS>* __restrict room) {
-  const Code<BITS>* __restrict stored = codes_of<BITS>(*message, b);
-  if (BITS != 4) return stored;
-  for (int g = 0; g < 4; ++g)
-    for (int i = 0; i < 128; ++i) {
-      room[g * 256 + i] = stored[g * 128 + i] & 15;
-      room[g * 256 + 128 + i] = stored[g * 128 + i] >> 4;
-    }
-  return room;
-}
-
-// The random numbers of the positions, at hand as in any library.
-struct Weights {
-  uint32_t of[kBucket];
-  Weights() {
-    for (uint32_t j = 0; j < kBucket; ++j) of[j] = mpd_weight(j);
-  }
-};
-
-// A publication, of which nothing is checked, as numbers. The anchor has the dither if the step exchanges.
-template <int BITS>
-void decode(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, float* __restrict out, int count) {
-  alignas(64) Code<BITS> room[kBucket];
-  const Code<BITS>* __restrict codes = unpack<BITS>(s.theirs, b, room);
+void decode(const MpdFusedStep& s, int64_t b, float* __restrict out, int count) {
+  alignas(64) Code<BITS> scratch[kBucket];
+  const Code<BITS>* __restrict codes = unpack<BITS>(codes_of<BITS>(*s.partner_model, b), scratch);
   const float* __restrict y = s.x + b * kBucket;
-  const float scale = s.theirs->scales[b], inverse = mpd_inverse(scale);
-  const uint32_t key = key_of(*s.theirs, b);
+  const float scale = s.partner_model->scales[b], inverse = mpd_inverse(scale);
+  const uint32_t key = key_of(*s.partner_model, b);
   const auto element = [&](int j, uint32_t m) __attribute__((always_inline)) {
     const auto d = static_cast<uint32_t>(mpd_signed<BITS>(codes[j] - m));
     out[j] = mpd_mul(scale, mpd_value(m + d));
   };
-  if (s.merge == 0 && !s.theirs->nearest) {
+  if (s.merge == 0 && !s.partner_model->nearest) {
 #pragma omp simd
     for (int j = 0; j < count; ++j)
-      element(j, mpd_round(mpd_add(mpd_mul(y[j], inverse), mpd_dither(weight[j], key))));
+      element(j, mpd_round(mpd_add(mpd_mul(y[j], inverse), mpd_dither(kWeights.at[j], key))));
   } else {
 #pragma omp simd
     for (int j = 0; j < count; ++j) element(j, mpd_round(mpd_mul(y[j], inverse)));
   }
 }
 
-void statistics(const MpdStep& s, int64_t b, const float* __restrict other, int count) {
+void statistics(const MpdFusedStep& s, int64_t b, const float* __restrict other, int count) {
   const float* __restrict y = s.x + b * kBucket;
   float largest = 0, sum = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : sum)
@@ -148,92 +133,92 @@ void statistics(const MpdStep& s, int64_t b, const float* __restrict other, int 
     largest = square > largest ? square : largest;
     sum += square;
   }
-  const float unit = mpd_inverse(s.theirs->scales[b] * s.theirs->scales[b]);
-  s.found[b] = {0, static_cast<uint32_t>(largest * unit), static_cast<uint64_t>(sum * unit)};
+  const float unit = mpd_inverse(s.partner_model->scales[b] * s.partner_model->scales[b]);
+  s.stats[b] = {0, static_cast<uint32_t>(largest * unit), static_cast<uint64_t>(sum * unit)};
 }
 
 template <int BITS>
-void difference(const MpdStep& s, int64_t b, const uint32_t* __restrict weight, const float* __restrict other,
-                int count) {
-  alignas(64) Code<BITS> moved[kBucket] = {};
+void difference(const MpdFusedStep& s, int64_t b, const float* __restrict other, int count) {
+  alignas(64) Code<BITS> delta_codes[kBucket] = {};
   const float* __restrict y = s.x + b * kBucket;
-  const float scale = s.theirs->scales[b], inverse = mpd_inverse(scale);
-  const uint32_t key = key_of(*s.theirs, b);
+  const float scale = s.partner_model->scales[b], inverse = mpd_inverse(scale);
+  const uint32_t key = key_of(*s.partner_model, b);
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
-    const uint32_t m = mpd_round(mpd_add(mpd_mul(y[j], inverse), mpd_dither(weight[j], key)));
-    moved[j] = static_cast<Code<BITS>>(mpd_round(mpd_mul(other[j], inverse)) - m);
+    const uint32_t m = mpd_round(mpd_add(mpd_mul(y[j], inverse), mpd_dither(kWeights.at[j], key)));
+    delta_codes[j] = static_cast<Code<BITS>>(mpd_round(mpd_mul(other[j], inverse)) - m);
   }
-  Code<BITS>* __restrict out = codes_of<BITS>(*s.reply, b);
+  Code<BITS>* __restrict out = codes_of<BITS>(*s.reply_delta, b);
   if (BITS == 4)
-    for (int g = 0; g < 4; ++g)
-      for (int i = 0; i < 128; ++i)
-        out[g * 128 + i] = (moved[g * 256 + i] & 15) | moved[g * 256 + 128 + i] << 4;
+    pack<BITS>(delta_codes, out);
   else
-    std::memcpy(out, moved, sizeof moved);
+    std::memcpy(out, delta_codes, sizeof delta_codes);
   uint32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int k = 0; k < kBucket * BITS / 32; ++k) {
     uint32_t word;
     std::memcpy(&word, reinterpret_cast<const char*>(out) + 4 * k, 4);
-    sum += word * weight[k];
+    sum += word * kWeights.at[k];
   }
-  s.reply->scales[b] = -mpd_mul(s.weight, scale);
-  s.reply->checks[b] = mpd_check(sum, s.reply->scales[b], key_of(*s.reply, b));
+  s.reply_delta->scales[b] = -mpd_mul(s.weight, scale);
+  s.reply_delta->checksums[b] =
+      mpd_checksum(sum, s.reply_delta->scales[b], key_of(*s.reply_delta, b));
 }
 
 template <int BITS>
-void move(const MpdStep& s, int64_t b, int count) {
-  alignas(64) Code<BITS> room[kBucket];
-  const Code<BITS>* __restrict moved = unpack<BITS>(s.reply, b, room);
+void move(const MpdFusedStep& s, int64_t b, int count) {
+  alignas(64) Code<BITS> scratch[kBucket];
+  const Code<BITS>* __restrict delta_codes =
+      unpack<BITS>(codes_of<BITS>(*s.reply_delta, b), scratch);
   float* __restrict x = s.x + b * kBucket;
-  const float unit = -s.reply->scales[b];
+  const float unit = -s.reply_delta->scales[b];
 #pragma omp simd
   for (int j = 0; j < count; ++j)
-    x[j] = mpd_add(x[j], mpd_mul(unit, static_cast<float>(mpd_signed<BITS>(moved[j]))));
+    x[j] = mpd_add(x[j], mpd_mul(unit, static_cast<float>(mpd_signed<BITS>(delta_codes[j]))));
 }
 
-void average(const MpdStep& s, int64_t b, const float* __restrict other, int count) {
+void average(const MpdFusedStep& s, int64_t b, const float* __restrict other, int count) {
   float* __restrict x = s.x + b * kBucket;
 #pragma omp simd
   for (int j = 0; j < count; ++j) x[j] = mpd_average(x[j], other[j], s.weight);
 }
 
 template <int BITS>
-void run(const MpdStep& s, int32_t pass, float* room, int64_t first, int64_t last) {
-  static const Weights weights;
-  if (pass == kTrivial || pass == kStreamed) return trivial<BITS>(s, pass == kStreamed, first, last);
-  const int64_t from = first * kBucket, all = last * kBucket < s.elements ? last * kBucket : s.elements;
+void run(const MpdFusedStep& s, int32_t pass, float* scratch, int64_t first, int64_t last) {
+  if (pass == kTrivial || pass == kStreamed)
+    return trivial<BITS>(s, pass == kStreamed, first, last);
+  const int64_t begin = first * kBucket,
+                end = last * kBucket < s.elements ? last * kBucket : s.elements;
   if (pass == kCopy) {
-    std::memcpy(room + from, s.x + from, (all - from) * sizeof(float));
+    std::memcpy(scratch + begin, s.x + begin, (end - begin) * sizeof(float));
   } else if (pass == kTriad) {
-    const float *__restrict v = s.velocity, *__restrict g = s.gradient;
-    float* __restrict out = room;
+    const float* __restrict v = s.velocity, * __restrict g = s.gradient;
+    float* __restrict out = scratch;
 #pragma omp simd
-    for (int64_t j = from; j < all; ++j) out[j] = v[j] + 3.0f * g[j];
+    for (int64_t j = begin; j < end; ++j) out[j] = v[j] + 3.0f * g[j];
   }
   for (int64_t b = first; b < last; ++b) {
-    float* here = room + b * kBucket;
+    float* decoded = scratch + b * kBucket;
     const int64_t left = s.elements - b * kBucket;
     const int count = left < kBucket ? static_cast<int>(left) : kBucket;
-    if (pass == kDecode) decode<BITS>(s, b, weights.of, here, count);
-    if (pass == kStatistics) statistics(s, b, here, count);
-    if (pass == kDifference) difference<BITS>(s, b, weights.of, here, count);
+    if (pass == kDecode) decode<BITS>(s, b, decoded, count);
+    if (pass == kStatistics) statistics(s, b, decoded, count);
+    if (pass == kDifference) difference<BITS>(s, b, decoded, count);
     if (pass == kMove) move<BITS>(s, b, count);
-    if (pass == kAverage) average(s, b, here, count);
+    if (pass == kAverage) average(s, b, decoded, count);
   }
 }
 
 }  // namespace
 
-extern "C" void MPD_NAME(MPD_ISA)(const MpdStep* step, int32_t pass, float* room, int64_t first,
-                                  int64_t last) {
+extern "C" void MPD_NAME(MPD_ISA)(const MpdFusedStep* step, int32_t pass, float* scratch,
+                                  int64_t first, int64_t last) {
   switch (step->bits) {
     case 4:
-      return run<4>(*step, pass, room, first, last);
+      return run<4>(*step, pass, scratch, first, last);
     case 8:
-      return run<8>(*step, pass, room, first, last);
+      return run<8>(*step, pass, scratch, first, last);
     case 16:
-      return run<16>(*step, pass, room, first, last);
+      return run<16>(*step, pass, scratch, first, last);
   }
 }

@@ -1,6 +1,7 @@
-// Copies to memory that this core does not read soon: past the caches, without reading what is overwritten.
-#ifndef MPD_STREAM_H
-#define MPD_STREAM_H
+// Stores to memory that this core will not read soon: they bypass the caches and do not read the
+// lines that they overwrite.
+#ifndef MPD_CPU_STREAMING_STORE_H
+#define MPD_CPU_STREAMING_STORE_H
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE2__)
@@ -23,7 +24,7 @@ inline void stream(void* out, const void* in, size_t bytes) {
   std::memcpy(out, in, bytes);
 }
 
-// Streamed stores must be visible before a word says that they are there.
+// Streamed stores must be visible before a control word announces them.
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,12 +1,14 @@
-"""The lattice codec on a GPU: ``lattice.cu``, compiled by CuPy when it is first used.
+"""The lattice codec on a GPU: ``lattice.cu``, compiled by CuPy at its first use.
 
-The arrays are CuPy's; a torch tensor becomes one without a copy, ``cupy.from_dlpack(tensor.detach())``.
-Work is put on CuPy's current device and stream, and not waited for. On torch's stream:
+The arrays are CuPy's; a torch tensor becomes one without a copy by
+``cupy.from_dlpack(tensor.detach())``. Work is enqueued on CuPy's current device and stream, and not
+waited for. To use torch's stream:
 ``with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream): ...``
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,42 +17,46 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.encoded import Array, EncodedVector, FusedStep, buckets_of
+from mpi_dasgd.kernels.encoded import (
+    Array,
+    EncodedVector,
+    EncodedVectorStruct,
+    FusedStep,
+    buckets_of,
+)
 
-__all__ = ["run", "source"]
+__all__ = ["KERNEL_ARGUMENTS", "MAX_DELTAS", "OPTIONS", "THREADS", "run", "source"]
 
-OPTIONS = ("--std=c++17", "--fmad=false")  # a contracted operation is rounded otherwise
-THREADS = 256  # a block, 8 buckets at a time; as __launch_bounds__ says
-_BLOCKS = 8  # for each multiprocessor, where there is work for them; 2 to 4 of them fit at once
-_ARRIVALS = 4  # deltas that one launch can absorb
+OPTIONS = ("--std=c++17", "--fmad=false")  # a contracted operation is rounded differently
+THREADS = 256
+"""Threads per block, MPD_THREADS of ``lattice.cu``: 8 warps with a bucket each."""
+MAX_DELTAS = 4
+"""Deltas that one launch can absorb, MPD_MAX_DELTAS of ``lattice.cu``."""
 
-_HERE = Path(__file__).parent
+_BLOCKS = 8  # per multiprocessor, if there are enough buckets; 2 to 4 of them are resident at once
+_SOURCE = Path(__file__).with_name("lattice.cu")
 _POINTER = np.uint64
-_MESSAGE = np.dtype(
-    [
-        *((name, _POINTER) for name in ("codes", "scales", "checksums")),
-        ("seed", np.uint64), ("nearest", np.int64),
-    ],
-    align=True,
-)  # fmt: skip
-_STEP = np.dtype(
+_VECTOR = np.dtype(EncodedVectorStruct)
+KERNEL_ARGUMENTS = np.dtype(
     [
         ("x", _POINTER), ("elements", np.int64),
-        *((name, _MESSAGE) for name in ("partner_model", "reply_delta", "publication")),
-        ("deltas", _MESSAGE, _ARRIVALS), ("delta_stats", _POINTER, _ARRIVALS),
+        *((name, _VECTOR) for name in ("partner_model", "reply_delta", "publication")),
+        ("deltas", _VECTOR, MAX_DELTAS), ("delta_stats", _POINTER, MAX_DELTAS),
         *((name, _POINTER) for name in ("stats", "velocity", "gradient")),
-        *((name, np.float32) for name in ("weight", "rate", "momentum", "decay")),
-        ("arrivals", np.int32), ("subtract", np.int32),
+        *((name, np.float32) for name in ("weight", "lr", "momentum", "weight_decay")),
+        ("delta_count", np.int32), ("subtract_dither", np.int32),
     ],
     align=True,
 )  # fmt: skip
+"""Mirror of MpdKernelArguments of ``lattice.cu``."""
 
 
 def run(step: FusedStep) -> None:
-    """Put what `step` says on the current stream.
+    """Enqueue `step` on the current stream.
 
     Raises:
-        UserError: the model, its velocity or gradient, or codes are not aligned to the kernels' accesses.
+        UserError: the model, its velocity or gradient, or codes are not aligned as the kernels
+            access them.
     """
     if step.x.size == 0:
         return
@@ -59,16 +65,20 @@ def run(step: FusedStep) -> None:
     _check_alignment(step)
     blocks = _BLOCKS * cupy.cuda.Device().attributes["MultiProcessorCount"]
     blocks = min(blocks, -(-buckets_of(step.x.size) // (THREADS // 32)))
-    for name, call in _calls(step):
-        _kernel(name, step.bits)((blocks,), (THREADS,), (call,))
+    for name, arguments in _launches(step):
+        _kernel(name, step.bits)((blocks,), (THREADS,), (arguments,))
 
 
 def source() -> str:
-    """Return all of the source as one text, so that CuPy's cache on disk notices an edited header."""
-    text = (_HERE / "lattice.cu").read_text()
-    for header in ("lane.h", "../lattice_math.h"):
-        text = text.replace(f'#include "{header}"', (_HERE / header).read_text())
-    return text
+    """Return the whole source as one text, so that CuPy's disk cache notices an edited header."""
+    return _with_headers(_SOURCE)
+
+
+def _with_headers(path: Path) -> str:
+    def header(include: re.Match[str]) -> str:
+        return _with_headers(path.parent / include[1])
+
+    return re.sub(r'^#include "(.*)"$', header, path.read_text(), flags=re.MULTILINE)
 
 
 @cache
@@ -84,20 +94,20 @@ def _module(bits: int) -> Any:
     return cupy.RawModule(code=source(), options=(*OPTIONS, f"-DMPD_BITS={bits}"))
 
 
-def _calls(step: FusedStep) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the launches that make up a step, in order: the name of the kernel, and its argument."""
-    stats_of_deltas = step.delta_stats or (None,) * len(step.deltas)
-    deltas = list(zip(step.deltas, stats_of_deltas, strict=True))
+def _launches(step: FusedStep) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the launches that make up a step, in order: name of the kernel, and its argument."""
+    all_stats = step.delta_stats or (None,) * len(step.deltas)
+    deltas = list(zip(step.deltas, all_stats, strict=True))
     partner_model, publication = step.partner_model, step.publication
     merging = partner_model is not None and step.merge != 0
     if step.velocity is not None:
         alone = not deltas and partner_model is None
-        yield "sgd_encode", _call(step, publication=publication if alone else None)
+        yield "sgd_encode", _arguments(step, publication=publication if alone else None)
         if alone:
             return
-    while len(deltas) > (0 if merging else _ARRIVALS):
-        first, deltas = deltas[:_ARRIVALS], deltas[_ARRIVALS:]
-        yield "apply" if len(first) == 1 else "fused", _call(step, first)
+    while len(deltas) > (0 if merging else MAX_DELTAS):
+        first, deltas = deltas[:MAX_DELTAS], deltas[MAX_DELTAS:]
+        yield "apply" if len(first) == 1 else "fused", _arguments(step, first)
     if merging:
         name = "merge" if publication is None else "merge_forward"
     elif len(deltas) + (partner_model is not None) + (publication is not None) > 1:
@@ -110,38 +120,39 @@ def _calls(step: FusedStep) -> Iterator[tuple[str, np.ndarray]]:
         name = "encode"
     else:
         return
-    yield name, _call(step, deltas, partner_model, publication)
+    yield name, _arguments(step, deltas, partner_model, publication)
 
 
-def _call(
+def _arguments(
     step: FusedStep,
     deltas: Sequence[tuple[EncodedVector, Array | None]] = (),
     partner_model: EncodedVector | None = None,
     publication: EncodedVector | None = None,
 ) -> np.ndarray:
     """Return the argument of a kernel that does these parts of a step: a struct, passed by value."""
-    call = np.zeros(1, _STEP)
-    here = call[0]
-    here["x"], here["elements"] = step.x.data.ptr, step.x.size
+    arguments = np.zeros(1, KERNEL_ARGUMENTS)
+    fields = arguments[0]
+    fields["x"], fields["elements"] = step.x.data.ptr, step.x.size
     for i, (delta, stats) in enumerate(deltas):
-        here["deltas"][i] = _message(delta)
-        here["delta_stats"][i] = _address(stats)
-    here["arrivals"] = len(deltas)
+        fields["deltas"][i] = _vector(delta)
+        fields["delta_stats"][i] = _address(stats)
+    fields["delta_count"] = len(deltas)
     if partner_model is not None:
-        here["partner_model"], here["stats"] = _message(partner_model), _address(step.stats)
-        here["weight"], here["subtract"] = step.weight, step.merge == 2
+        fields["partner_model"], fields["stats"] = _vector(partner_model), _address(step.stats)
+        fields["weight"], fields["subtract_dither"] = step.weight, step.merge == 2
         if step.reply_delta is not None and step.merge == 0:
-            here["reply_delta"] = _message(step.reply_delta)
+            fields["reply_delta"] = _vector(step.reply_delta)
     if step.velocity is not None:
-        here["velocity"], here["gradient"] = _address(step.velocity), _address(step.gradient)
-        here["rate"], here["momentum"], here["decay"] = step.lr, step.momentum, step.weight_decay
+        fields["velocity"], fields["gradient"] = _address(step.velocity), _address(step.gradient)
+        for name in ("lr", "momentum", "weight_decay"):
+            fields[name] = getattr(step, name)
     if publication is not None:
-        here["publication"] = _message(publication)
-    return call
+        fields["publication"] = _vector(publication)
+    return arguments
 
 
-def _message(encoded: EncodedVector) -> tuple[int, ...]:
-    """Return a message as a value of `_MESSAGE`; its addresses are looked up once."""
+def _vector(encoded: EncodedVector) -> tuple[int, ...]:
+    """Return a vector as a value of `EncodedVectorStruct`; its addresses are looked up once."""
     if encoded.native is None:
         encoded.native = tuple(map(_address, (encoded.codes, encoded.scales, encoded.checksums)))
     return (*encoded.native, encoded.seed, encoded.nearest)

@@ -1,7 +1,8 @@
-// What one of a warp's 32 lanes holds of a bucket, in registers, and where that is in memory.
+// The part of a bucket that one of a warp's 32 lanes holds in registers, and its loads and stores.
 //
-// Lane l has the elements j = 128 k + 4 l + i (k < 8, i < 4), and so 16 bytes of a vector at a time. Its codes
-// are the 32-bit words that hold these elements' codes, as many words as a code has bits.
+// Lane l has the elements j = 128 k + 4 l + i (k < 8, i < 4), so it accesses 16 bytes of a vector
+// at a time. Its codes are the 32-bit words that hold the codes of these elements, as many words as
+// a code has bits.
 #ifndef MPD_CUDA_LANE_H
 #define MPD_CUDA_LANE_H
 
@@ -15,40 +16,43 @@ using Codes = mpd_u32[BITS];
 
 MPD_DEVICE mpd_u32 lane() { return threadIdx.x & 31u; }
 
-// Sums and unions over the warp's lanes; every lane gets them.
+// Reductions over the lanes of the warp; every lane gets the result.
 MPD_DEVICE mpd_u32 warp_sum(mpd_u32 a) { return __reduce_add_sync(0xffffffffu, a); }
 MPD_DEVICE mpd_u32 warp_or(mpd_u32 a) { return __reduce_or_sync(0xffffffffu, a); }
 MPD_DEVICE mpd_u32 warp_max(mpd_u32 a) { return __reduce_max_sync(0xffffffffu, a); }
 
-// The lane's factors of mpd_weight: low[i] for its elements; word[w % 4] for its words, of which word w is
-// word 32 w + l of the bucket, or, where they are read in pairs, 64 (w / 2) + 2 l + w % 2.
-struct Weights {
+// Factors of mpd_weight for the positions of this lane: low[i] for its elements, word[w % 4] for
+// its words. Word w of the lane is word 32 w + l of the bucket, or, where words are read in pairs,
+// 64 (w / 2) + 2 l + w % 2.
+struct LaneWeights {
   mpd_u32 low[4], word[4];
 };
 
 template <int BITS>
-MPD_DEVICE Weights weights_of_lane() {
-  Weights weights;
+MPD_DEVICE LaneWeights weights_of_lane() {
+  LaneWeights weights;
 #pragma unroll
   for (mpd_u32 i = 0; i < 4; ++i) {
     weights.low[i] = mpd_weight_low(lane() * 4 + i);
-    weights.word[i] = mpd_weight_low(BITS == 16 ? i / 2 * 64 + lane() * 2 + i % 2 : i * 32 + lane());
+    weights.word[i] =
+        mpd_weight_low(BITS == 16 ? i / 2 * 64 + lane() * 2 + i % 2 : i * 32 + lane());
   }
   return weights;
 }
 
-// The lane's part of the next 128 QUADS elements of a vector that has `left` more; zeros behind its end.
+// Loads the lane's part of the next 128 QUADS elements of a vector that has `left` more; zeros
+// behind its end.
 template <int QUADS>
 MPD_DEVICE void load(float (&y)[QUADS][4], const float* from, long long left) {
   from += lane() * 4;
   if (left >= QUADS * 128) {
 #pragma unroll
     for (int k = 0; k < QUADS; ++k) {
-      const float4 four = *reinterpret_cast<const float4*>(from + k * 128);
-      y[k][0] = four.x;
-      y[k][1] = four.y;
-      y[k][2] = four.z;
-      y[k][3] = four.w;
+      const float4 quad = *reinterpret_cast<const float4*>(from + k * 128);
+      y[k][0] = quad.x;
+      y[k][1] = quad.y;
+      y[k][2] = quad.z;
+      y[k][3] = quad.w;
     }
     return;
   }
@@ -82,9 +86,9 @@ MPD_DEVICE void load(Codes<BITS>& codes, const void* message, long long bucket) 
   if constexpr (BITS == 16) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const uint2 two = reinterpret_cast<const uint2*>(from)[k * 32 + lane()];
-      codes[2 * k] = two.x;
-      codes[2 * k + 1] = two.y;
+      const uint2 pair = reinterpret_cast<const uint2*>(from)[k * 32 + lane()];
+      codes[2 * k] = pair.x;
+      codes[2 * k + 1] = pair.y;
     }
   } else {
 #pragma unroll
@@ -111,8 +115,9 @@ MPD_DEVICE void clear(Codes<BITS>& codes) {
   for (int w = 0; w < BITS; ++w) codes[w] = 0;
 }
 
-// The bits of an element's code and whatever is above them. Two codes of 4 bits share a byte: the elements of
-// an even k are in the low halves, those of k + 1 in the high ones.
+// Returns the bits of an element's code; the bits above them are undefined. Of 4-bit codes the
+// elements of an even k are in the low halves of the bytes, those of k + 1 in the high ones
+// (layout.h).
 template <int BITS>
 MPD_DEVICE mpd_u32 get(const Codes<BITS>& codes, int k, int i) {
   if constexpr (BITS == 4) return codes[k / 2] >> (i * 8 + k % 2 * 4);
@@ -120,7 +125,7 @@ MPD_DEVICE mpd_u32 get(const Codes<BITS>& codes, int k, int i) {
   return codes[k * 2 % BITS + i / 2] >> (i % 2 * 16);
 }
 
-// Sets a code that was clear; upper bits of `value` are left out.
+// Sets a code that was 0; upper bits of `value` are ignored.
 template <int BITS>
 MPD_DEVICE void put(Codes<BITS>& codes, int k, int i, mpd_u32 value) {
   value &= (1u << BITS) - 1u;

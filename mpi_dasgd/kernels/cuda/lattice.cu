@@ -1,65 +1,58 @@
-// The lattice codec on a GPU. A warp owns a bucket, whose elements are in its lanes' registers from the load to
-// the store: all stages together pass once over memory, and a check is verified before anything is written.
-// No shared memory, no barriers, no atomics; the size of the grid does not show in the results.
+// The lattice codec on a GPU. A warp owns a bucket, whose elements are in its lanes' registers from
+// the load to the store: all stages together pass once over memory, and a checksum is verified
+// before anything is written. No shared memory, no barriers, no atomics; the results do not depend
+// on the size of the grid.
 #include "lane.h"
 
-#define MPD_ARRIVALS 4
+#define MPD_MAX_DELTAS 4  // deltas that one launch can absorb
+#define MPD_THREADS 256   // per block
 
-// As in cpu/lattice.h, but passed by value; Python mirrors them in kernels/cuda/__init__.py.
-struct MpdMessage {
-  void* codes;  // null: there is no such message
-  float* scales;
-  mpd_u32* checks;
-  mpd_u64 seed;
-  long long nearest;
-};
-
-struct MpdFound {
-  mpd_u32 rejected, max_d2;
-  mpd_u64 sum_d2;
-};
-
-struct MpdStep {
+// Argument of one launch, passed by value; mirrored in kernels/cuda/__init__.py. A fused step takes
+// one launch or several. Vectors without codes, and pointers that are null, leave their part of the
+// work out.
+struct MpdKernelArguments {
   float* x;
   long long elements;
-  MpdMessage theirs, reply, published;
-  MpdMessage arrived[MPD_ARRIVALS];
-  MpdFound* arrived_found[MPD_ARRIVALS];
-  MpdFound* found;
+  MpdEncodedVector partner_model, reply_delta, publication;
+  MpdEncodedVector deltas[MPD_MAX_DELTAS];
+  MpdBucketStats* delta_stats[MPD_MAX_DELTAS];
+  MpdBucketStats* stats;
   float* velocity;
   const float* gradient;
-  float weight, rate, momentum, decay;
-  int arrivals, subtract;
+  float weight, lr, momentum, weight_decay;
+  int delta_count, subtract_dither;
 };
 
-// What a kernel can do; the rest is not compiled into it.
+// Parts of a kernel; the others are not compiled into it. kApply is one delta, kAbsorb any number
+// of them.
 enum Part { kSgd = 1, kApply = 2, kAbsorb = 4, kExchange = 8, kMerge = 16, kPublish = 32 };
 
 MPD_DEVICE mpd_u32 larger(mpd_u32 a, mpd_u32 b) { return a > b ? a : b; }
 
-MPD_DEVICE mpd_u32 key_of(const MpdMessage& message, long long bucket) {
-  return mpd_key(message.seed, static_cast<mpd_u64>(bucket));
+MPD_DEVICE mpd_u32 key_of(const MpdEncodedVector& vector, long long bucket) {
+  return mpd_key(vector.seed, static_cast<mpd_u64>(bucket));
 }
 
-// What a rounded bucket is judged by: a sum for its check, and whether it went out of range.
+// What the validity of a rounded bucket depends on: the sum for its checksum, and its range bits.
 struct Rounded {
-  mpd_u32 sum = 0, strays = 0;
+  mpd_u32 sum = 0, range_bits = 0;
 };
 
-MPD_DEVICE float dither(const Weights& weights, int k, int i, mpd_u32 key) {
+MPD_DEVICE float dither(const LaneWeights& weights, int k, int i, mpd_u32 key) {
   return mpd_dither(weights.low[i] * mpd_weight_high(k), key);
 }
 
 template <bool DITHER>
-MPD_DEVICE mpd_u32 point_of(float t, const Weights& weights, int k, int i, mpd_u32 key, Rounded& rounded) {
+MPD_DEVICE mpd_u32 point_of(float t, const LaneWeights& weights, int k, int i, mpd_u32 key,
+                            Rounded& rounded) {
   if (DITHER) t = mpd_add(t, dither(weights, k, i, key));
   const mpd_u32 point = mpd_round(t);
-  rounded.strays |= mpd_stray(point);
+  rounded.range_bits |= mpd_range_bits(point);
   return point;
 }
 
 template <int BITS, bool DITHER>
-MPD_DEVICE Rounded encode(const Elements& x, float inverse, mpd_u32 key, const Weights& weights,
+MPD_DEVICE Rounded encode(const Elements& x, float inverse, mpd_u32 key, const LaneWeights& weights,
                           Codes<BITS>& codes) {
   Rounded rounded;
   clear<BITS>(codes);
@@ -77,13 +70,14 @@ MPD_DEVICE Rounded encode(const Elements& x, float inverse, mpd_u32 key, const W
   return rounded;
 }
 
-// Codes of a publication against y -> their differences on the lattice, in the same place. Does each(k, i, z).
-template <int BITS, bool DITHER, class Each>
-MPD_DEVICE Rounded difference(const Elements& y, float inverse, mpd_u32 key, const Weights& weights,
-                              Codes<BITS>& codes, Each each) {
+// Codes of a publication against y -> their differences on the lattice, in the same place. Calls
+// visit(k, i, z).
+template <int BITS, bool DITHER, class Visit>
+MPD_DEVICE Rounded difference(const Elements& y, float inverse, mpd_u32 key,
+                              const LaneWeights& weights, Codes<BITS>& codes, Visit visit) {
   Rounded rounded;
-  Codes<BITS> moves;
-  clear<BITS>(moves);
+  Codes<BITS> delta_codes;
+  clear<BITS>(delta_codes);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     mpd_u32 sum = 0;
@@ -92,48 +86,50 @@ MPD_DEVICE Rounded difference(const Elements& y, float inverse, mpd_u32 key, con
       const mpd_u32 m = point_of<DITHER>(mpd_mul(y[k][i], inverse), weights, k, i, key, rounded);
       const mpd_u32 d = static_cast<mpd_u32>(mpd_signed<BITS>(get<BITS>(codes, k, i) - m));
       sum += mpd_fold<BITS>(m + d) * weights.low[i];
-      put<BITS>(moves, k, i, d);
-      each(k, i, m + d);
+      put<BITS>(delta_codes, k, i, d);
+      visit(k, i, m + d);
     }
     rounded.sum += sum * mpd_weight_high(k);
   }
 #pragma unroll
-  for (int w = 0; w < BITS; ++w) codes[w] = moves[w];
+  for (int w = 0; w < BITS; ++w) codes[w] = delta_codes[w];
   return rounded;
 }
 
-// Weighted sum of the words of a bucket of a delta, for its check.
+// Weighted sum of the 32-bit words of a bucket of a delta, for its checksum.
 template <int BITS>
-MPD_DEVICE mpd_u32 sum_of_words(const Codes<BITS>& moves, const Weights& weights) {
+MPD_DEVICE mpd_u32 sum_of_words(const Codes<BITS>& delta_codes, const LaneWeights& weights) {
   mpd_u32 sum = 0;
 #pragma unroll
-  for (int w = 0; w < BITS; ++w) sum += moves[w] * weights.word[w % 4] * mpd_weight_high(w / 4);
+  for (int w = 0; w < BITS; ++w)
+    sum += delta_codes[w] * weights.word[w % 4] * mpd_weight_high(w / 4);
   return warp_sum(sum);
 }
 
 template <int BITS>
-MPD_DEVICE void move(Elements& y, float unit, const Codes<BITS>& moves) {
+MPD_DEVICE void move(Elements& y, float unit, const Codes<BITS>& delta_codes) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int d = mpd_signed<BITS>(get<BITS>(moves, k, i));
+      const int d = mpd_signed<BITS>(get<BITS>(delta_codes, k, i));
       y[k][i] = mpd_add(y[k][i], mpd_mul(unit, static_cast<float>(d)));
     }
 }
 
-// What differences on the lattice say of the distance.
+// Writes the statistics of the differences on the lattice, if there is a place for them.
 template <int BITS>
-MPD_DEVICE void note(MpdFound* found, long long bucket, bool sound, const Codes<BITS>& moves) {
-  if (found == nullptr) return;
+MPD_DEVICE void write_stats(MpdBucketStats* stats, long long bucket, bool valid,
+                            const Codes<BITS>& delta_codes) {
+  if (stats == nullptr) return;
   mpd_u32 largest = 0, low = 0;
   mpd_u64 sum = 0;
-  if (sound) {
+  if (valid) {
 #pragma unroll
     for (int k = 0; k < 8; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int d = mpd_signed<BITS>(get<BITS>(moves, k, i));
+        const int d = mpd_signed<BITS>(get<BITS>(delta_codes, k, i));
         const mpd_u32 square = static_cast<mpd_u32>(d * d);
         largest = larger(largest, square);
         if (BITS == 16)
@@ -148,156 +144,167 @@ MPD_DEVICE void note(MpdFound* found, long long bucket, bool sound, const Codes<
     }
     sum += warp_sum(low);
   }
-  if (lane() == 0) found[bucket] = {!sound, largest, sum};
+  if (lane() == 0) stats[bucket] = {!valid, largest, sum};
 }
 
-// The stages, for one bucket. Those that move y return whether they did.
+// --- stages of a step, on one bucket; those that change y return whether they did ---
 
-// In halves: a whole bucket of three vectors does not fit into the registers.
-MPD_DEVICE bool sgd(const MpdStep& step, long long bucket, long long left, Elements& y) {
+// In two halves: a whole bucket of three vectors does not fit into the registers.
+MPD_DEVICE bool sgd(const MpdKernelArguments& args, long long bucket, long long left, Elements& y) {
 #pragma unroll
   for (int half = 0; half < 2; ++half, left -= MPD_BUCKET / 2) {
     const long long first = bucket * MPD_BUCKET + half * (MPD_BUCKET / 2);
     float velocity[4][4], gradient[4][4];
-    load(velocity, step.velocity + first, left);
-    load(gradient, step.gradient + first, left);
+    load(velocity, args.velocity + first, left);
+    load(gradient, args.gradient + first, left);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = y[half * 4 + k][i];
-        const float direction = mpd_add(gradient[k][i], mpd_mul(step.decay, x));
-        velocity[k][i] = mpd_add(mpd_mul(step.momentum, velocity[k][i]), direction);
-        x = mpd_sub(x, mpd_mul(step.rate, velocity[k][i]));
+        const float direction = mpd_add(gradient[k][i], mpd_mul(args.weight_decay, x));
+        velocity[k][i] = mpd_add(mpd_mul(args.momentum, velocity[k][i]), direction);
+        x = mpd_sub(x, mpd_mul(args.lr, velocity[k][i]));
       }
-    store(velocity, step.velocity + first, left);
+    store(velocity, args.velocity + first, left);
   }
   return true;
 }
 
 template <int BITS>
-MPD_DEVICE bool apply(const MpdMessage& delta, MpdFound* found, long long bucket, const Weights& weights,
-                      Elements& y) {
-  Codes<BITS> moves;
-  load<BITS>(moves, delta.codes, bucket);
+MPD_DEVICE bool apply(const MpdEncodedVector& delta, MpdBucketStats* stats, long long bucket,
+                      const LaneWeights& weights, Elements& y) {
+  Codes<BITS> delta_codes;
+  load<BITS>(delta_codes, delta.codes, bucket);
   const float unit = delta.scales[bucket];
-  const mpd_u32 check = mpd_check(sum_of_words<BITS>(moves, weights), unit, key_of(delta, bucket));
-  const bool sound = mpd_finite(unit) && check == delta.checks[bucket];
-  note<BITS>(found, bucket, sound, moves);
-  if (sound) move<BITS>(y, unit, moves);
-  return sound;
+  const mpd_u32 checksum =
+      mpd_checksum(sum_of_words<BITS>(delta_codes, weights), unit, key_of(delta, bucket));
+  const bool valid = mpd_finite(unit) && checksum == delta.checksums[bucket];
+  write_stats<BITS>(stats, bucket, valid, delta_codes);
+  if (valid) move<BITS>(y, unit, delta_codes);
+  return valid;
 }
 
-// Whether a bucket of a publication was decoded rightly.
-MPD_DEVICE bool sound_of(const Rounded& rounded, float scale, mpd_u32 key, mpd_u32 check) {
-  const mpd_u32 sum = warp_sum(rounded.sum), strays = warp_or(rounded.strays);
-  return mpd_in_range(strays) && mpd_usable(scale) && mpd_check(sum, scale, key) == check;
+// Whether the points that were decoded from a bucket are those that were published.
+MPD_DEVICE bool is_valid(const Rounded& rounded, float scale, mpd_u32 key, mpd_u32 checksum) {
+  const mpd_u32 sum = warp_sum(rounded.sum), range_bits = warp_or(rounded.range_bits);
+  return mpd_in_range(range_bits) && mpd_scale_ok(scale) &&
+         mpd_checksum(sum, scale, key) == checksum;
 }
 
 template <int BITS>
-MPD_DEVICE bool exchange(const MpdStep& step, long long bucket, const Weights& weights, Elements& y) {
-  const MpdMessage &theirs = step.theirs, &reply = step.reply;
-  Codes<BITS> moves;
-  load<BITS>(moves, theirs.codes, bucket);
-  const float scale = theirs.scales[bucket], inverse = mpd_inverse(scale);
-  const mpd_u32 key = key_of(theirs, bucket);
+MPD_DEVICE bool exchange(const MpdKernelArguments& args, long long bucket,
+                         const LaneWeights& weights, Elements& y) {
+  const MpdEncodedVector &partner_model = args.partner_model, &reply = args.reply_delta;
+  Codes<BITS> delta_codes;
+  load<BITS>(delta_codes, partner_model.codes, bucket);
+  const float scale = partner_model.scales[bucket], inverse = mpd_inverse(scale);
+  const mpd_u32 key = key_of(partner_model, bucket);
   const auto nothing = [](int, int, mpd_u32) {};
-  const Rounded rounded = theirs.nearest ? difference<BITS, false>(y, inverse, key, weights, moves, nothing)
-                                         : difference<BITS, true>(y, inverse, key, weights, moves, nothing);
-  const bool sound = sound_of(rounded, scale, key, theirs.checks[bucket]);
-  note<BITS>(step.found, bucket, sound, moves);
-  const float unit = sound ? mpd_mul(step.weight, scale) : 0.0f;
-  if (sound)
-    move<BITS>(y, unit, moves);
+  const Rounded rounded =
+      partner_model.nearest
+          ? difference<BITS, false>(y, inverse, key, weights, delta_codes, nothing)
+          : difference<BITS, true>(y, inverse, key, weights, delta_codes, nothing);
+  const bool valid = is_valid(rounded, scale, key, partner_model.checksums[bucket]);
+  write_stats<BITS>(args.stats, bucket, valid, delta_codes);
+  const float unit = valid ? mpd_mul(args.weight, scale) : 0.0f;
+  if (valid)
+    move<BITS>(y, unit, delta_codes);
   else
-    clear<BITS>(moves);
-  if (reply.codes == nullptr) return sound;
-  const float back = mpd_float(sound ? mpd_bits(unit) ^ 0x80000000u : 0);  // -unit
-  store<BITS>(moves, reply.codes, bucket);
-  const mpd_u32 check = mpd_check(sum_of_words<BITS>(moves, weights), back, key_of(reply, bucket));
+    clear<BITS>(delta_codes);
+  if (reply.codes == nullptr) return valid;
+  const float back = mpd_float(valid ? mpd_bits(unit) ^ 0x80000000u : 0);  // -unit
+  store<BITS>(delta_codes, reply.codes, bucket);
+  const mpd_u32 checksum =
+      mpd_checksum(sum_of_words<BITS>(delta_codes, weights), back, key_of(reply, bucket));
   if (lane() == 0) {
     reply.scales[bucket] = back;
-    reply.checks[bucket] = check;
+    reply.checksums[bucket] = checksum;
   }
-  return sound;
+  return valid;
 }
 
 template <int BITS, bool SUBTRACT>
-MPD_DEVICE bool merge(const MpdStep& step, long long bucket, const Weights& weights, Elements& y) {
-  Codes<BITS> moves;
-  load<BITS>(moves, step.theirs.codes, bucket);
-  const float scale = step.theirs.scales[bucket];
-  const mpd_u32 key = key_of(step.theirs, bucket);
+MPD_DEVICE bool merge(const MpdKernelArguments& args, long long bucket, const LaneWeights& weights,
+                      Elements& y) {
+  Codes<BITS> delta_codes;
+  load<BITS>(delta_codes, args.partner_model.codes, bucket);
+  const float scale = args.partner_model.scales[bucket];
+  const mpd_u32 key = key_of(args.partner_model, bucket);
   Elements averaged;
   const auto average = [&](int k, int i, mpd_u32 z) {
     float decoded = mpd_value(z);
     if (SUBTRACT) decoded = mpd_sub(decoded, dither(weights, k, i, key));
-    averaged[k][i] = mpd_average(y[k][i], mpd_mul(scale, decoded), step.weight);
+    averaged[k][i] = mpd_average(y[k][i], mpd_mul(scale, decoded), args.weight);
   };
-  const Rounded rounded = difference<BITS, false>(y, mpd_inverse(scale), key, weights, moves, average);
-  const bool sound = sound_of(rounded, scale, key, step.theirs.checks[bucket]);
-  note<BITS>(step.found, bucket, sound, moves);
+  const Rounded rounded =
+      difference<BITS, false>(y, mpd_inverse(scale), key, weights, delta_codes, average);
+  const bool valid = is_valid(rounded, scale, key, args.partner_model.checksums[bucket]);
+  write_stats<BITS>(args.stats, bucket, valid, delta_codes);
 #pragma unroll
   for (int k = 0; k < 8; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[k][i] = sound ? averaged[k][i] : y[k][i];
-  return sound;
+    for (int i = 0; i < 4; ++i) y[k][i] = valid ? averaged[k][i] : y[k][i];
+  return valid;
 }
 
 template <int BITS>
-MPD_DEVICE void publish(const MpdMessage& out, long long bucket, const Weights& weights, const Elements& x) {
+MPD_DEVICE void publish(const MpdEncodedVector& out, long long bucket, const LaneWeights& weights,
+                        const Elements& x) {
   Codes<BITS> codes;
   const float scale = out.scales[bucket], inverse = mpd_inverse(scale);
   const mpd_u32 key = key_of(out, bucket);
   const Rounded rounded = out.nearest ? encode<BITS, false>(x, inverse, key, weights, codes)
                                       : encode<BITS, true>(x, inverse, key, weights, codes);
-  const bool sound = mpd_in_range(warp_or(rounded.strays)) && mpd_usable(scale);
+  const bool valid = mpd_in_range(warp_or(rounded.range_bits)) && mpd_scale_ok(scale);
   const mpd_u32 sum = warp_sum(rounded.sum);
-  if (!sound) clear<BITS>(codes);  // every reader must reject it
+  if (!valid) clear<BITS>(codes);  // every reader must reject it
   store<BITS>(codes, out.codes, bucket);
-  if (lane() == 0) out.checks[bucket] = sound ? mpd_check(sum, scale, key) : ~mpd_check(0, scale, key);
+  if (lane() == 0)
+    out.checksums[bucket] = valid ? mpd_checksum(sum, scale, key) : ~mpd_checksum(0, scale, key);
 }
 
 template <int BITS, int PARTS>
-MPD_DEVICE void buckets(const MpdStep& step) {
-  const Weights weights = weights_of_lane<BITS>();
+MPD_DEVICE void buckets(const MpdKernelArguments& args) {
+  const LaneWeights weights = weights_of_lane<BITS>();
   const mpd_u32 warps = blockDim.x / 32u;
   const long long stride = static_cast<long long>(gridDim.x) * warps;
   long long b = static_cast<long long>(blockIdx.x) * warps + threadIdx.x / 32u;
-  for (; b * MPD_BUCKET < step.elements; b += stride) {
-    const long long left = step.elements - b * MPD_BUCKET;
-    float* x = step.x + b * MPD_BUCKET;
-    bool moved = false;
+  for (; b * MPD_BUCKET < args.elements; b += stride) {
+    const long long left = args.elements - b * MPD_BUCKET;
+    float* x = args.x + b * MPD_BUCKET;
+    bool changed = false;
     Elements y;
     load(y, x, left);
-    if (PARTS & kSgd) moved |= sgd(step, b, left, y);
-    if (PARTS & kApply) moved |= apply<BITS>(step.arrived[0], step.arrived_found[0], b, weights, y);
+    if (PARTS & kSgd) changed |= sgd(args, b, left, y);
+    if (PARTS & kApply) changed |= apply<BITS>(args.deltas[0], args.delta_stats[0], b, weights, y);
     if (PARTS & kAbsorb)
 #pragma unroll 1
-      for (int a = 0; a < step.arrivals; ++a)
-        moved |= apply<BITS>(step.arrived[a], step.arrived_found[a], b, weights, y);
-    if ((PARTS & kExchange) && step.theirs.codes != nullptr)
-      moved |= exchange<BITS>(step, b, weights, y);
+      for (int a = 0; a < args.delta_count; ++a)
+        changed |= apply<BITS>(args.deltas[a], args.delta_stats[a], b, weights, y);
+    if ((PARTS & kExchange) && args.partner_model.codes != nullptr)
+      changed |= exchange<BITS>(args, b, weights, y);
     if (PARTS & kMerge) {
-      if (step.subtract && !step.theirs.nearest)
-        moved |= merge<BITS, true>(step, b, weights, y);
+      if (args.subtract_dither && !args.partner_model.nearest)
+        changed |= merge<BITS, true>(args, b, weights, y);
       else
-        moved |= merge<BITS, false>(step, b, weights, y);
+        changed |= merge<BITS, false>(args, b, weights, y);
     }
-    if (moved) store(y, x, left);
-    if ((PARTS & kPublish) && step.published.codes != nullptr)
-      publish<BITS>(step.published, b, weights, y);
+    if (changed) store(y, x, left);
+    if ((PARTS & kPublish) && args.publication.codes != nullptr)
+      publish<BITS>(args.publication, b, weights, y);
   }
 }
 
-// 256 threads, and 2 blocks on a multiprocessor: up to 128 registers a thread.
-#define MPD_KERNEL(name, bits, parts)                                              \
-  extern "C" __global__ void __launch_bounds__(256, 2)                             \
-      mpd_##name##_##bits(const __grid_constant__ MpdStep step) {                  \
-    buckets<bits, parts>(step);                                                    \
+// 2 blocks of 256 threads per multiprocessor: up to 128 registers per thread.
+#define MPD_KERNEL(name, bits, parts)                                        \
+  extern "C" __global__ void __launch_bounds__(MPD_THREADS, 2)               \
+      mpd_##name##_##bits(const __grid_constant__ MpdKernelArguments args) { \
+    buckets<bits, parts>(args);                                              \
   }
 
-// With MPD_BITS only those of that width: a program needs one, and each takes half a second to compile.
+// With MPD_BITS only the kernels of that width: a program needs one, and each takes half a second
+// to compile.
 #ifdef MPD_BITS
 #define MPD_KERNEL_OF(name, bits, parts) MPD_KERNEL(name, bits, parts)
 #define MPD_KERNELS(name, parts) MPD_KERNEL_OF(name, MPD_BITS, parts)

@@ -1,0 +1,42 @@
+// For tests: the layout of the structs of this library, see struct_layout.h.
+#include "struct_layout.h"
+
+#include "fused_step.h"
+#include "roofline.h"
+
+extern "C" const char* mpd_struct_layout() {
+  static const StructLayout all = [] {
+    StructLayout layout;
+    describe_layout(layout);
+    MPD_STRUCT(layout, MpdFusedStep);
+    MPD_FIELD(layout, MpdFusedStep, bits);
+    MPD_FIELD(layout, MpdFusedStep, x);
+    MPD_FIELD(layout, MpdFusedStep, elements);
+    MPD_FIELD(layout, MpdFusedStep, deltas);
+    MPD_FIELD(layout, MpdFusedStep, delta_stats);
+    MPD_FIELD(layout, MpdFusedStep, delta_count);
+    MPD_FIELD(layout, MpdFusedStep, partner_model);
+    MPD_FIELD(layout, MpdFusedStep, weight);
+    MPD_FIELD(layout, MpdFusedStep, merge);
+    MPD_FIELD(layout, MpdFusedStep, stats);
+    MPD_FIELD(layout, MpdFusedStep, reply_delta);
+    MPD_FIELD(layout, MpdFusedStep, velocity);
+    MPD_FIELD(layout, MpdFusedStep, gradient);
+    MPD_FIELD(layout, MpdFusedStep, lr);
+    MPD_FIELD(layout, MpdFusedStep, momentum);
+    MPD_FIELD(layout, MpdFusedStep, weight_decay);
+    MPD_FIELD(layout, MpdFusedStep, threads);
+    MPD_FIELD(layout, MpdFusedStep, publication);
+    MPD_VALUE(layout, kTrivial);
+    MPD_VALUE(layout, kStreamed);
+    MPD_VALUE(layout, kCopy);
+    MPD_VALUE(layout, kTriad);
+    MPD_VALUE(layout, kDecode);
+    MPD_VALUE(layout, kStatistics);
+    MPD_VALUE(layout, kDifference);
+    MPD_VALUE(layout, kMove);
+    MPD_VALUE(layout, kAverage);
+    return layout;
+  }();
+  return all.text();
+}

@@ -1,0 +1,98 @@
+"""Structs and constants that C++ and CUDA declare and Python mirrors: both sides must agree.
+
+The compiled libraries report sizes, offsets and constants (``mpd_struct_layout``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.kernels import cpu, cuda, native
+from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
+from tests.kernels.test_cuda_shim import build
+from tests.support.mpi_ranks import ROOT
+
+Layout = dict[str, tuple[int, ...]]
+
+SHARED: Layout = {"MPD_BUCKET": (BUCKET,)}
+
+
+def mirror(name: str, struct: np.dtype | type[ctypes.Structure]) -> Layout:
+    """Return size, and offset and size of each field, of a mirror of the struct `name`."""
+    dtype = np.dtype(struct)
+    fields = dtype.fields or {}
+    places = {f"{name}.{field}": (at[1], at[0].itemsize) for field, at in fields.items()}
+    return {name: (dtype.itemsize,), **places}
+
+
+def compiled(library: ctypes.CDLL) -> Layout:
+    """Return what the library reports, in the form of `mirror`."""
+    library.mpd_struct_layout.restype = ctypes.c_char_p
+    lines = [line.split() for line in library.mpd_struct_layout().decode().splitlines()]
+    layout = {name: tuple(map(int, numbers)) for name, *numbers in lines}
+    assert len(layout) == len(lines)
+    return layout
+
+
+SHARED |= mirror("MpdEncodedVector", EncodedVectorStruct)
+SHARED |= mirror("MpdBucketStats", BUCKET_STATS)
+
+
+@pytest.mark.skipif(native.load() is None, reason=native.status())
+def test_cpu_structs_are_those_of_python() -> None:
+    library = native.load()
+    assert library is not None
+    passes = {f"k{name.capitalize()}": (number,) for number, name in enumerate(cpu.PASSES)}
+    step = mirror("MpdFusedStep", cpu.FusedStepStruct)
+    assert compiled(library) == {**SHARED, **step, **passes}
+
+
+def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:
+    build(tmp_path / "layout.so", "-O0")
+    constants = {"MPD_MAX_DELTAS": (cuda.MAX_DELTAS,), "MPD_THREADS": (cuda.THREADS,)}
+    arguments = mirror("MpdKernelArguments", cuda.KERNEL_ARGUMENTS)
+    found = compiled(ctypes.CDLL(str(tmp_path / "layout.so")))
+    assert found == {**SHARED, **arguments, **constants}
+
+
+@pytest.mark.parametrize("change", ["swapped", "missing", "wider"])
+def test_a_mirror_that_differs_is_seen(change: str) -> None:
+    """That the tests above can fail."""
+    fields = list(EncodedVectorStruct._fields_)
+    if change == "swapped":
+        fields[0], fields[1] = fields[1], fields[0]
+    elif change == "missing":
+        del fields[-1]
+    else:
+        fields[1] = ("scales", ctypes.c_uint64 * 2)
+    wrong = type("Wrong", (ctypes.Structure,), {"_fields_": fields})
+    assert mirror("S", wrong) != mirror("S", EncodedVectorStruct)
+
+
+def test_no_two_structs_have_one_name() -> None:
+    kernels = ROOT / "mpi_dasgd" / "kernels"
+    sources = [path for path in kernels.rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    structs = Counter(
+        name
+        for path in sources
+        for name in re.findall(r"^struct (\w+) \{", path.read_text(), re.MULTILINE)
+    )
+    assert {"MpdEncodedVector", "MpdFusedStep", "MpdKernelArguments"} < set(structs)
+    assert {name for name, count in structs.items() if count > 1} == set()
+
+
+def test_the_bucket_size_is_written_once_per_language() -> None:
+    kernels = ROOT / "mpi_dasgd" / "kernels"
+    for path in (*kernels.rglob("*.h"), *kernels.rglob("*.cpp"), *kernels.rglob("*.cu")):
+        code = re.sub(r"//.*", "", path.read_text())
+        lines = [line for line in code.splitlines() if re.search(r"\b102[34]\b", line)]
+        allowed = ["#define MPD_BUCKET 1024"] if path.name == "layout.h" else []
+        if path.name == "pair_average.cpp":  # a block of an unquantized model, which has no buckets
+            allowed = ["constexpr int64_t kBlock = 1024;"]
+        assert [line.strip() for line in lines] == allowed, path
