@@ -19,9 +19,19 @@ from mpi_dasgd.algorithms.sgp import SGP
 from mpi_dasgd.algorithms.swarm import Swarm
 from mpi_dasgd.algorithms.swarm_blocking import BlockingSwarm
 from mpi_dasgd.algorithms.swarm_pull import PullSwarm
+from mpi_dasgd.config.schema import OWN_ALGORITHMS
 from mpi_dasgd.errors import UserError, nearest
 
-__all__ = ["ALGORITHMS", "VARIANTS", "Algorithm", "Exchange", "Local", "find", "partners"]
+__all__ = [
+    "ALGORITHMS",
+    "VARIANTS",
+    "Algorithm",
+    "Exchange",
+    "Local",
+    "find",
+    "partners",
+    "register",
+]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     kind.name: kind
@@ -67,3 +77,19 @@ def find(name: str, variant: str | None = None) -> type[Algorithm]:
         valid = f"it has {', '.join(variants)}" if variants else "it has none"
         raise UserError(f"algorithm.variant: {name!r} has no variant {variant!r}: {valid}")
     return variants[variant]
+
+
+def register(algorithm: type[Algorithm]) -> type[Algorithm]:
+    """Make an algorithm known by its `name`, as a decorator of its class; return the class.
+
+    From then on `algorithm.name`, `Decentralized(algorithm=...)` and the simulator take the name. On ranks,
+    each of them must register it, before it reads a configuration that names it.
+
+    Raises:
+        ValueError: another algorithm has this name.
+    """
+    if ALGORITHMS.get(algorithm.name, algorithm) is not algorithm:
+        raise ValueError(f"there is an algorithm {algorithm.name!r} already; choose another name")
+    ALGORITHMS[algorithm.name] = algorithm
+    OWN_ALGORITHMS.add(algorithm.name)
+    return algorithm

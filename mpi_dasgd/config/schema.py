@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
-__all__ = ["Algorithm", "Codec", "Config", "Section"]
+__all__ = ["OWN_ALGORITHMS", "Algorithm", "Codec", "Config", "Section"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -83,10 +91,22 @@ class Budget(Section):
         return self
 
 
+OWN_ALGORITHMS: set[str] = set()
+"""Names that `mpi_dasgd.algorithms.register` has added to those of `algorithm.name`."""
+
+
+def _known_algorithm(name: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return name if name in OWN_ALGORITHMS else check(name)
+
+
 class Algorithm(Section):
-    name: Literal[
-        "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
-        "osgp", "easgd", "alone",
+    name: Annotated[
+        Literal[
+            "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
+            "osgp", "easgd", "alone",
+        ],
+        WrapValidator(_known_algorithm),
+        PlainSerializer(str),
     ] = Field("adpsgd", description="how the ranks agree: `mpi-dasgd algorithms` lists them")  # fmt: skip
     variant: str | None = Field(
         None,

@@ -1,0 +1,59 @@
+"""An algorithm of your own, on the virtual clock; on ranks of MPI, start it with
+
+mpi-dasgd launch -n 4 examples/own_algorithm.py ranks
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from mpi_dasgd import Decentralized, algorithms, config
+from mpi_dasgd.simulation.simulator import simulate
+
+
+@algorithms.register
+class ClippedGossip(algorithms.Algorithm):
+    """x_i <- x_i + clip(w (x_j - x_i)), j a random neighbour; then x_i <- x_i - eta g_i."""
+
+    name = "clipped_gossip"
+    receives = False  # no inbox: neighbours are read
+    conserves = False  # only the reader moves
+    keys = ("weight",)  # the keys of section `algorithm` that it uses
+    request = None  # a neighbour's model that was asked for and is not here yet
+
+    def start(self):
+        self.restart(0)
+
+    def restart(self, step):
+        """Publish the model, unless readers hold all slots."""
+        if (message := self.endpoint.publication.reserve()) is not None:
+            self.codec.encode(self.x, message)
+            message.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
+            self.endpoint.publication.publish()
+
+    def step(self, local):
+        """One neighbour, one gradient; a model that is late is used in a later step."""
+        request = self.request or self.endpoint.read(self.rng.choice(self.endpoint.neighbours()))
+        self.request = None if request.test() else request
+        if self.request is None and request.message is not None:
+            move = self.settings.weight * (request.message.payload - self.x)
+            self.x += move * min(1, 1 / max(np.linalg.norm(move), 1e-30))
+        local.update()
+        self.restart(local.step)
+        yield from ()  # a synchronous algorithm would yield what it waits for
+
+
+if "ranks" in sys.argv:
+    model = torch.nn.Linear(10, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Decentralized(model, optimizer, "clipped_gossip", samples=100_000) as training:
+        while not training.finished:
+            x = torch.randn(32, 10)
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
+            training.step(len(x))
+    print(f"rank {training.rank}: error {(model.weight - 1).abs().max():.1e}")
+else:
+    keys = ["algorithm.name=clipped_gossip", "task.name=quadratic", "optimizer.options={}"]
+    print(simulate(config.load(None, [*keys, "task.batch_size=1", "budget.samples=10_000"])))
