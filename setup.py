@@ -1,8 +1,8 @@
-"""Builds the native kernels; everything else about the package is in pyproject.toml.
+"""Build of the native kernels; everything else about the package is in pyproject.toml.
 
-CMake builds them, or the C++ compiler alone where there is no CMake. Where they cannot be built,
-the package is installed without them, uses NumPy, and says so (`mpi_dasgd.kernels.native.status`);
-with MPI_DASGD_REQUIRE_NATIVE=1 that is an error instead.
+CMake builds them, or the C++ compiler alone where there is no CMake. If they cannot be built, the
+package is installed without them, uses NumPy instead, and reports it
+(`mpi_dasgd.kernels.native.status`); with MPI_DASGD_REQUIRE_NATIVE=1 that is an error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SETS = Path("cmake", "instruction_sets.txt")
 
 
 class NativeError(Exception):
-    """The library cannot be built, for the reason given."""
+    """Failure to build the library; the message gives the reason."""
 
 
 class BuildNative(build_ext):
-    """Builds ``mpi_dasgd/kernels/_native.so``, or leaves ``_native_failure.txt`` in its place."""
+    """Build command of ``mpi_dasgd/kernels/_native.so``, or of ``_native_failure.txt`` instead."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the file name without a Python tag: the library has plain C functions."""
@@ -56,16 +56,18 @@ class BuildNative(build_ext):
             )
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: put beside the sources what was built, and nothing older."""
+        """Copy what was built beside the sources, for an editable install; remove older results."""
         built = Path(self.build_lib).resolve() / KERNELS
         for name in ("_native.so", "_native_failure.txt"):
-            (HERE / KERNELS / name).unlink(missing_ok=True)  # and not written to while it is in use
+            (HERE / KERNELS / name).unlink(
+                missing_ok=True
+            )  # a library in use is replaced, not overwritten
             if (built / name).exists():
                 shutil.copy2(built / name, HERE / KERNELS / name)
 
 
 def build_library(library: Path) -> None:
-    """Compile ``kernels/cpu/*.cpp`` to `library`, with CMake if it is there.
+    """Compile ``kernels/cpu/*.cpp`` to `library`, with CMake if it is installed.
 
     Raises:
         NativeError: there is no compiler, or it failed.
@@ -86,31 +88,31 @@ def build_library(library: Path) -> None:
 
 
 def compile_library(compiler: list[str], build: Path, library: Path) -> None:
-    """Do what ``cmake/NativeKernels.cmake`` says, with the compiler alone.
+    """Do what ``cmake/NativeKernels.cmake`` does, with the compiler alone.
 
     Raises:
         NativeError: the compiler failed.
     """
     flags = ["-std=c++17", *(HERE / FLAGS).read_text(encoding="utf-8").split(), "-fPIC"]
     sources = sorted((HERE / KERNELS / "cpu").glob("*.cpp"))
-    of_sets = [source for source in sources if source.stem in ("lattice", "roofline")]
-    objects, known = [], []
+    per_set = [source for source in sources if source.stem in ("lattice", "roofline")]
+    objects, defines = [], []
     for line in ("base", *(HERE / SETS).read_text(encoding="utf-8").splitlines()):
-        name, *more = line.split()
-        if more and not compiles(compiler, more, build):
+        name, *set_flags = line.split()
+        if set_flags and not compiles(compiler, set_flags, build):
             continue
-        known += [f"-DMPD_HAVE_{name.upper()}"] if more else []
-        for source in of_sets:
-            to = ["-o", str(build / f"{source.stem}_{name}.o")]
-            objects.append(to[1])
-            run([*compiler, *flags, *more, f"-DMPD_ISA={name}", "-c", str(source), *to])
-    others = [str(source) for source in sources if source not in of_sets]
+        defines += [f"-DMPD_HAVE_{name.upper()}"] if set_flags else []
+        for source in per_set:
+            output = ["-o", str(build / f"{source.stem}_{name}.o")]
+            objects.append(output[1])
+            run([*compiler, *flags, *set_flags, f"-DMPD_ISA={name}", "-c", str(source), *output])
+    others = [str(source) for source in sources if source not in per_set]
     shared = ["-pthread", "-shared", "-o", str(library)]
-    run([*compiler, *flags, *known, *others, *objects, *shared])
+    run([*compiler, *flags, *defines, *others, *objects, *shared])
 
 
 def compiles(compiler: list[str], flags: list[str], build: Path) -> bool:
-    """Whether the compiler knows these flags."""
+    """Return whether the compiler knows these flags."""
     source = build / "empty.cpp"
     source.write_text("int main() {}\n", encoding="utf-8")
     command = [*compiler, *flags, "-c", str(source), "-o", str(build / "empty.o")]
@@ -118,7 +120,11 @@ def compiles(compiler: list[str], flags: list[str], build: Path) -> bool:
 
 
 def run(command: list[str]) -> None:
-    """Run a build command, showing its output; raise NativeError if it fails."""
+    """Run a build command and print its output.
+
+    Raises:
+        NativeError: it failed.
+    """
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

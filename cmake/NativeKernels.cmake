@@ -1,5 +1,5 @@
-# The kernels as one library with plain C functions, which Python opens with ctypes.
-# Never -ffast-math: every path must give the same bits as NumPy. setup.py reads the same flags.
+# Builds the kernels as one library with plain C functions, which Python loads with ctypes.
+# Never -ffast-math: every backend must give the same bits as NumPy. setup.py reads the same flags.
 include(CheckCXXSourceCompiles)
 find_package(Threads REQUIRED)
 file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/cxx_flags.txt MPI_DASGD_CXX_FLAGS)

@@ -1,4 +1,4 @@
-"""Vectors in lattice codes, and one fused pass over a model: what all backends take as arguments."""
+"""Arguments of all backends: vectors in lattice codes, and a fused pass over a model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ CACHE_BLOCK = 16 * BUCKET
 BUCKET_STATS = np.dtype([("rejected", "u4"), ("max_d2", "u4"), ("sum_d2", "u8")])
 """Statistics of a bucket's codes, ``MpdBucketStats`` of ``layout.h``.
 
-`rejected` is 1 if the bucket failed its checksum or its range. `max_d2` and `sum_d2` are the largest
-and the sum of the squared distances in units of the scale, 0 if rejected. They are integers, so that
-the result does not depend on the order of summation."""
+`rejected` is 1 if the bucket failed its checksum or its range. `max_d2` and `sum_d2` are the
+largest and the sum of the squared distances in units of the scale, 0 if rejected. They are
+integers, so that the result does not depend on the order of summation."""
 
 Array = Any  # NumPy or CuPy
 
@@ -119,7 +119,7 @@ class EncodedVector:
     def empty(
         cls, elements: int, bits: int, seed: int = 0, nearest: bool = False, xp: Any = np
     ) -> EncodedVector:
-        """Return a vector of zeros with its own memory, allocated by the module `xp` (NumPy, CuPy)."""
+        """Return a vector of zeros in its own memory, allocated by `xp` (NumPy or CuPy)."""
         buckets = buckets_of(elements)
         return cls(
             elements,

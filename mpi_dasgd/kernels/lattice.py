@@ -1,20 +1,22 @@
-"""Operations of the lattice codec, each one pass over memory, on the CPU (C++, NumPy) or a GPU (CuPy).
+"""Operations of the lattice codec, each one pass over memory.
+
+They run on the CPU (C++, or NumPy without a compiler) or on a GPU (CuPy).
 
 Per element, with scale s of the bucket, dither u in [-1/2, 1/2) (0 for rounding to the nearest) and
 b bits (Davies et al., ICLR 2021, arXiv 2002.09268; bucket, checksum and shared dither are ours):
 
 * **encode**: z = round(x/s + u); the code is z mod 2^b.
-* **exchange**: d = signed_b(code - round(y/s + u)), with the *same* u: d rounds (x - y)/s up or down
-  at random such that its mean is exact, and is 0 where the models agree. y += (w s) d, and the
-  partner's delta is -(w s) d: the same integers d with the unit -w s, so both sides move by the same
-  amounts.
+* **exchange**: d = signed_b(code - round(y/s + u)), with the *same* u: d rounds (x - y)/s up or
+  down at random such that its mean is exact, and is 0 where the models agree. y += (w s) d, and the
+  partner's delta is -(w s) d: the same integers d with the unit -w s, so both sides move by the
+  same amounts.
 * **apply**: y += unit * d.
 * **merge**: y += w (s z - y) with z = round(y/s) + signed_b(code - round(y/s)): plain averaging.
   Subtracting the dither, s (z - u), reduces the error by a factor of sqrt(2).
 
-Decoding is correct while |x - y| <= (2^(b-1) - 1) s in every element (merge: 2.5 less). Otherwise the
-checksum of the bucket fails: the model's bucket is left unchanged, and the delta's bucket is 0, with
-unit 0. The same holds for NaN, infinities, and |x| >= 2^22 s, in either model.
+Decoding is correct while |x - y| <= (2^(b-1) - 1) s in every element (merge: 2.5 less). Otherwise
+the checksum of the bucket fails: the model's bucket is left unchanged, and the delta's bucket is 0,
+with unit 0. The same holds for NaN, infinities, and |x| >= 2^22 s, in either model.
 
 All functions take vectors of any length; all arrays of a call are on the same device. They raise
 `mpi_dasgd.errors.UserError` for arrays or messages that do not belong together.

@@ -86,7 +86,7 @@ def pair_average_numpy(
     reply_delta: np.ndarray | None = None,
     publication: np.ndarray | None = None,
 ) -> None:
-    """Do what `pair_average` does in NumPy: its test oracle, and the fallback without a compiler."""
+    """Do what `pair_average` does, in NumPy: test oracle, and fallback without a compiler."""
     scale = x.dtype.type(weight)
     for start in range(0, x.size, CACHE_BLOCK):
         part = slice(start, start + CACHE_BLOCK)

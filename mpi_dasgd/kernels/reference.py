@@ -1,4 +1,4 @@
-"""The lattice codec in NumPy: the oracle of all other backends, and the fallback without a compiler.
+"""The lattice codec in NumPy: oracle of all other backends, and fallback without a compiler.
 
 Every line is the same rounded operation as in ``lattice_math.h``; the results agree bit for bit.
 """

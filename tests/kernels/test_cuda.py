@@ -27,18 +27,18 @@ def cupy() -> ModuleType:
 @pytest.mark.parametrize("bits", BITS)
 def test_same_bits_as_the_reference(cupy: ModuleType, bits: int, nearest: bool) -> None:
     def device(array: np.ndarray) -> Any:
-        return cupy.asarray(array.view(np.uint8)).view(array.dtype)  # of BUCKET_STATS, too
+        return cupy.asarray(array.view(np.uint8)).view(array.dtype)  # works for BUCKET_STATS, too
 
     def host(array: Any) -> np.ndarray:
         return cupy.asnumpy(array.view(np.uint8)).view(array.dtype)
 
     for case in cases(bits, nearest):
         expected = outcomes(case, reference.run)
-        found = outcomes(case, cuda.run, device, host)
-        assert not [name for name in found if found[name] != expected[name]], case
+        results = outcomes(case, cuda.run, device, host)
+        assert not [name for name in results if results[name] != expected[name]], case
 
 
-@pytest.mark.parametrize("size", [25_000_000, 2**29 + 5])  # the second one is longer than 2 GiB
+@pytest.mark.parametrize("size", [25_000_000, 2**29 + 5])  # the second exceeds 2 GiB
 def test_large_models(cupy: ModuleType, size: int) -> None:
     x = cupy.random.default_rng(1).standard_normal(size, dtype=np.float32)
     y = x + cupy.random.default_rng(2).standard_normal(size, dtype=np.float32) * np.float32(1e-3)
@@ -90,7 +90,7 @@ def test_torch_tensors_in_place_on_torchs_stream(cupy: ModuleType, way: str) -> 
     )
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
-        torch.cuda._sleep(100_000_000)  # were the kernel on another stream, it would be there first
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would overtake this
         with torch.no_grad():
             tensor.copy_(source)
         detached = tensor.detach()

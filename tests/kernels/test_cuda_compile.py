@@ -1,4 +1,4 @@
-"""The CUDA kernels compile, for three generations of GPUs, to what they are meant to be.
+"""The CUDA kernels compile, for three generations of GPUs, to the intended machine code.
 
 NVRTC and the disassembler come from PyPI (extra ``dev``); neither a GPU nor its driver is needed.
 """
@@ -24,8 +24,8 @@ from tests.support.mpi_ranks import missing
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 OPTIONS = (*cuda.OPTIONS, "-ftz=true", "--device-as-default-execution-space")
-"""Ours, and what CuPy 14 adds to them after that."""
-ACCESSES = {  # of 16 bytes: loads and stores
+"""Our options, and those that CuPy 14 adds after them."""
+ACCESSES = {  # loads and stores of 16 bytes
     "encode": (8, 0),
     "sgd_encode": (24, 16),
     "apply": (8, 8),
@@ -38,7 +38,7 @@ ACCESSES = {  # of 16 bytes: loads and stores
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler reports of a kernel, and how often it has each instruction."""
+    """A compiled kernel: the assembler's report, and the number of each of its instructions."""
 
     name: str
     registers: int
@@ -46,21 +46,21 @@ class Kernel:
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
-        """Return the number of instructions whose name matches from its beginning."""
+        """Return the number of instructions whose name begins with a match of `pattern`."""
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Kernel]]:
-    """All kernels of each architecture, compiled as CuPy will."""
+    """All kernels of each architecture, compiled with CuPy's options."""
     nvrtc = _nvrtc()
-    jobs = [(architecture, bits) for architecture in ARCHITECTURES for bits in BITS]
+    variants = [(architecture, bits) for architecture in ARCHITECTURES for bits in BITS]
     folder = tmp_path_factory.mktemp("cubin")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda job: list(_compile(nvrtc, folder, *job)), jobs)
+        compiled = pool.map(lambda variant: list(_compile(nvrtc, folder, *variant)), variants)
         result: dict[int, list[Kernel]] = {architecture: [] for architecture in ARCHITECTURES}
-        for (architecture, _), some in zip(jobs, found, strict=True):
-            result[architecture] += some
+        for (architecture, _), group in zip(variants, compiled, strict=True):
+            result[architecture] += group
     return result
 
 
@@ -89,7 +89,9 @@ def test_vectors_pass_once_and_16_bytes_at_a_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_warps_go_their_own_way(kernels: dict[int, list[Kernel]], architecture: int) -> None:
+def test_warps_do_not_synchronize_or_share_memory(
+    kernels: dict[int, list[Kernel]], architecture: int
+) -> None:
     for kernel in kernels[architecture]:
         assert not kernel.count(r"BAR|ATOM|RED\.|LDS|STS"), kernel
         assert kernel.count("REDUX"), kernel
@@ -102,7 +104,7 @@ def test_nothing_is_flushed_or_contracted(
     kernels: dict[int, list[Kernel]], architecture: int
 ) -> None:
     for kernel in kernels[architecture]:
-        reciprocals = kernel.count(r"MUFU\.RCP")  # whose iteration has both, to no harm
+        reciprocals = kernel.count(r"MUFU\.RCP")  # its iteration uses both, harmlessly
         assert kernel.count(r"F\w+\.FTZ") <= reciprocals, kernel
         assert kernel.count("FFMA") <= 2 * reciprocals, kernel
         assert kernel.count("FADD|FMUL") >= 64
@@ -144,7 +146,7 @@ def _output(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
 
 
 def _nvrtc() -> ctypes.CDLL:
-    """Load the compiler, after what it would not find by itself."""
+    """Load the compiler, after the library that it would not find by itself."""
     for library in _files("nvidia-cuda-nvrtc", r"libnvrtc-builtins\.so[.\d]*"):
         ctypes.CDLL(str(library))
     return ctypes.CDLL(str(_files("nvidia-cuda-nvrtc", r"libnvrtc\.so[.\d]*")[0]))

@@ -1,8 +1,8 @@
 """The CUDA kernels, run on the CPU (``cuda_shim.h``), give the same bits as the reference.
 
-All of the GPU's path is exercised but CuPy and the device: the Python that describes a step to the
-kernels, too. Run as a program, it is its own helper: ``test_cuda_shim.py LIBRARY`` does a part of
-the comparison with that library, which the sanitizers watch.
+This covers the whole GPU backend except CuPy and the device, including the Python that describes a
+step to the kernels. Run as a program, ``test_cuda_shim.py LIBRARY`` does a part of the comparison
+with that library, under the sanitizers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.support.lattice_cases import Case, cases, outcomes
 from tests.support.mpi_ranks import ROOT, missing
 
 SHAPES = ((1, 32), (2, 96), (64, 256))
-"""Grids and blocks that kernels are launched with, instead of those for a real device."""
+"""Grid and block sizes of the launches, instead of those for a real device."""
 
 
 class DeviceArray(np.ndarray):
-    """A NumPy array that says where it lies as CuPy's do."""
+    """A NumPy array that gives its address as CuPy's arrays do."""
 
     @property
     def data(self) -> Any:
@@ -39,11 +39,11 @@ class DeviceArray(np.ndarray):
 
 
 class FakeCupy:
-    """What `mpi_dasgd.kernels.cuda` asks of CuPy, on the CPU."""
+    """The part of CuPy that `mpi_dasgd.kernels.cuda` uses, on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.shape: tuple[int, int] | None = None  # None: as asked for
+        self.shape: tuple[int, int] | None = None  # None: as requested
         self.launched: list[str] = []
         device = SimpleNamespace(attributes={"MultiProcessorCount": 1})
         self.cuda = SimpleNamespace(Device=lambda: device)
@@ -67,7 +67,7 @@ class FakeCupy:
 
 
 def build(library: Path, *flags: str) -> None:
-    """Compile ``lattice.cu`` for the CPU, as it is."""
+    """Compile the unmodified ``lattice.cu`` for the CPU."""
     if shutil.which("g++") is None:
         missing("no g++")
     command = ["g++", "-O2", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -82,17 +82,17 @@ def build(library: Path, *flags: str) -> None:
 
 
 def install(fake: FakeCupy) -> None:
-    """Put it in CuPy's place."""
+    """Replace CuPy by `fake`."""
     sys.modules["cupy"] = fake  # type: ignore[assignment]
     cuda._kernel.cache_clear()
     cuda._module.cache_clear()
 
 
 def compare(case: Case, expected: dict[str, bytes]) -> None:
-    """Assert that the kernels' results are those of the reference."""
-    found = outcomes(case, cuda.run, lambda array: array.copy().view(DeviceArray))
-    assert list(found) == list(expected)
-    assert not [name for name in found if found[name] != expected[name]], case
+    """Assert that the kernels give the results of the reference."""
+    results = outcomes(case, cuda.run, lambda array: array.copy().view(DeviceArray))
+    assert list(results) == list(expected)
+    assert not [name for name in results if results[name] != expected[name]], case
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_same_bits_as_the_reference(fake: FakeCupy, bits: int, nearest: bool) ->
     assert {f"mpd_{name}_{bits}" for name in names} <= set(fake.launched)
 
 
-def test_the_grid_does_not_show(fake: FakeCupy) -> None:
+def test_results_do_not_depend_on_the_grid(fake: FakeCupy) -> None:
     *_, case, _ = cases(8, False)
     expected = outcomes(case, reference.run)
     for fake.shape in (None, *SHAPES):
@@ -141,9 +141,10 @@ def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
     ).stdout.strip()
     env = {
         **os.environ,
-        "LD_PRELOAD": runtime,  # before Python's allocations, so that NumPy's are watched as well
+        "LD_PRELOAD": runtime,  # before Python's allocations, so that NumPy's are checked as well
         "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"
+        ":allocator_may_return_null=1",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The lattice codec: the same bits on every path, right where it must be, refused where it is not."""
+"""The lattice codec: the same bits on every backend, correct within reach, rejected beyond."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ rounding = pytest.mark.parametrize("nearest", [False, True], ids=["dither", "nea
 
 @pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Have the native library use one of the instruction sets that it has."""
+    """Make the native library use each of its instruction sets."""
     cpu.use_instruction_set(request.param)
     yield request.param
     cpu.use_instruction_set(SETS[0])
@@ -67,14 +67,14 @@ def test_native_library_and_numpy_agree_bit_for_bit(
     bits: int, nearest: bool, instruction_set: str
 ) -> None:
     for case in cases(bits, nearest):
-        expected, found = outcomes(case, reference.run), outcomes(case, cpu.run)
-        assert [name for name in expected if found[name] != expected[name]] == [], str(case)
+        expected, results = outcomes(case, reference.run), outcomes(case, cpu.run)
+        assert [name for name in expected if results[name] != expected[name]] == [], str(case)
 
 
 @needs_native
 @bits_of
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_threads_change_nothing(bits: int, threads: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(bits: int, threads: int) -> None:
     for case in cases(bits, False, sizes=(0, 1025, 9000)):
         assert outcomes(case, _with_threads(threads)) == outcomes(case, cpu.run), str(case)
 
@@ -96,9 +96,9 @@ def test_alignment_does_not_matter(offset: int) -> None:
     (case,) = [case for case in cases(8, False) if case.name == "5000 elements"]
 
     def shifted(array: np.ndarray) -> np.ndarray:
-        room = np.zeros(array.size + offset, array.dtype)
-        room[offset:] = array
-        return room[offset:]
+        padded = np.zeros(array.size + offset, array.dtype)
+        padded[offset:] = array
+        return padded[offset:]
 
     assert outcomes(case, cpu.run, device=shifted) == outcomes(case, reference.run)
 
@@ -126,11 +126,11 @@ def test_anything_gives_the_same_bits(
     assert outcomes(case, cpu.run) == outcomes(case, reference.run)
 
 
-# --- right ---
+# --- correct ---
 
 
 def _pair(bits: int, share: float, size: int = 20_000, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Two models whose elements are up to `share` of the reach of the code apart, and scales."""
+    """Return two models that differ by up to `share` of the reach of the code, and scales."""
     rng = np.random.default_rng([seed, bits])
     scales = (10.0 ** rng.uniform(-6, -2, buckets_of(size))).astype(np.float32)
     x = rng.normal(size=size)
@@ -216,7 +216,7 @@ def test_statistics_are_those_of_the_integers_that_moved(bits: int) -> None:
     moved = np.zeros(buckets_of(x.size) * BUCKET)
     moved[: x.size] = np.round((y.astype(np.float64) - before) / unit)
     squares = np.square(moved).reshape(-1, BUCKET)
-    # The scales are so large beside the roundings of y that the integers can be told from it.
+    # Large scales: beside them the roundings of y are too small to hide the integers.
     exact = np.repeat(scales > 1e-5, BUCKET).reshape(-1, BUCKET)[:, 0]
     assert exact.any()
     np.testing.assert_array_equal(stats["sum_d2"][exact], squares.sum(1)[exact])
@@ -240,7 +240,7 @@ def test_rounding_at_random_is_unbiased(bits: int) -> None:
         mine = y.copy()
         lattice.merge(mine, partner_model, 1.0)
         decoded += mine
-    # Standard deviation of one rounding is at most scale / 2: mean of so many within 5 sigma.
+    # The standard deviation of one rounding is at most scale / 2; the mean is within 5 sigma.
     bound = 5 * 0.5 * 1e-2 / np.sqrt(rounds)
     assert np.abs(moves / rounds - 0.5 * (x.astype(np.float64) - y)).max() < 0.5 * bound
     assert np.abs(decoded / rounds - x).max() < bound
@@ -259,7 +259,7 @@ def test_merge_decodes_within_a_step_and_less_if_dither_is_subtracted(subtract: 
     assert np.sqrt(np.square(error[good]).mean()) == pytest.approx(expected, rel=0.05)
 
 
-def test_fused_is_the_same_as_one_after_the_other() -> None:
+def test_fused_equals_the_separate_operations() -> None:
     x, y, scales = _pair(8, 0.5)
     partner_model = _message(x, 8, scales, 5, False)
     deltas = [EncodedVector.empty(x.size, 8, 10 + i) for i in range(2)]
@@ -307,11 +307,11 @@ def test_sgd_and_encode_are_a_step_of_torch_and_its_codes() -> None:
     assert out.codes.tobytes() == _message(x, 8, scales, 1, False).codes.tobytes()
 
 
-# --- refused ---
+# --- rejected ---
 
 
 @bits_of
-def test_what_cannot_be_decoded_is_left_alone_on_both_sides(bits: int) -> None:
+def test_a_bucket_that_cannot_be_decoded_is_left_unchanged_on_both_sides(bits: int) -> None:
     x, y, scales = _pair(bits, 0.5, size=8 * BUCKET)
     y[BUCKET + 5] += scales[1] * 2 ** (bits - 1) * 1.5
     y[3 * BUCKET : 4 * BUCKET] += scales[3] * np.float32(2.0 ** (bits + 1))
@@ -342,8 +342,8 @@ def test_a_diverged_model_does_not_spread(value: float, side: str) -> None:
 
 @bits_of
 @pytest.mark.parametrize("what", ["stale", "torn", "scale", "seed"])
-def test_a_stale_or_torn_message_fails_its_check(bits: int, what: str) -> None:
-    """A reader that got bytes of two versions must see it: in publications and in deltas."""
+def test_a_stale_or_torn_message_fails_its_checksum(bits: int, what: str) -> None:
+    """A reader must detect a mixture of two versions, in publications and in deltas."""
     x, y, scales = _pair(bits, 0.5, size=64 * BUCKET)
     old = _message(x, bits, scales, 3, False)
     x += np.float32(1e-6) * scales.repeat(BUCKET)
@@ -373,8 +373,8 @@ def test_a_stale_or_torn_message_fails_its_check(bits: int, what: str) -> None:
         assert stats["rejected"].all()
 
 
-def test_no_two_wrong_elements_cancel_in_the_check() -> None:
-    """A failed decoding is wrong by k 2^b in an element, its fold by k (2^b + 1): two must not cancel."""
+def test_no_two_wrong_elements_cancel_in_the_checksum() -> None:
+    """A failed decoding changes a point by k 2^b, its fold by k (2^b + 1): no two must cancel."""
     weights = reference.POSITION_WEIGHTS.astype(np.int64)
     for first in range(1, 9):
         for second in range(1, 9):
@@ -386,8 +386,8 @@ def test_no_two_wrong_elements_cancel_in_the_check() -> None:
 
 
 @pytest.mark.slow
-def test_no_failure_goes_unseen_and_nothing_sound_is_rejected() -> None:
-    """Millions of buckets by `python -m mpi_dasgd.bench.quality`; here as many as time allows."""
+def test_every_failure_is_detected_and_nothing_valid_is_rejected() -> None:
+    """`mpi-dasgd bench quality` tests millions of buckets; this test as many as time allows."""
     from mpi_dasgd.bench.quality import detection
 
     counts = detection(buckets=60_000, seed=1)
@@ -441,11 +441,11 @@ def test_wrong_messages_are_refused_with_a_message() -> None:
 
 
 @needs_native
-def test_without_the_library_numpy_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_numpy_is_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lattice.backend_of(np.zeros(1)) is cpu
     monkeypatch.setattr(native, "load", lambda: None)
     assert lattice.backend_of(np.zeros(1)) is reference
 
 
-def test_in_ci_the_native_library_is_there() -> None:
+def test_ci_has_the_native_library() -> None:
     assert NATIVE or os.environ.get("CI") != "true", native.status()

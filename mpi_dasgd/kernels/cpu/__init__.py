@@ -1,4 +1,4 @@
-"""The lattice codec on the CPU: the functions of ``lattice.cpp`` and ``roofline.cpp``, by ctypes."""
+"""The lattice codec on the CPU: ctypes bindings of ``lattice.cpp`` and ``roofline.cpp``."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def _struct_of(step: FusedStep) -> FusedStepStruct:
     deltas = (ctypes.c_void_p * count)(*map(_vector, step.deltas))
     delta_stats = (ctypes.c_void_p * count)(*map(_address, step.delta_stats or ()))
     call = FusedStepStruct(
-        step.bits, _address(step.x), step.x.size,
-        ctypes.addressof(deltas), ctypes.addressof(delta_stats) if step.delta_stats else None, count,
+        step.bits, _address(step.x), step.x.size, ctypes.addressof(deltas),
+        ctypes.addressof(delta_stats) if step.delta_stats else None, count,
         _vector(step.partner_model), step.weight, step.merge, _address(step.stats),
         _vector(step.reply_delta), _address(step.velocity), _address(step.gradient),
         step.lr, step.momentum, step.weight_decay, step.threads, _vector(step.publication),

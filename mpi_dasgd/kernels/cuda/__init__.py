@@ -129,7 +129,7 @@ def _arguments(
     partner_model: EncodedVector | None = None,
     publication: EncodedVector | None = None,
 ) -> np.ndarray:
-    """Return the argument of a kernel that does these parts of a step: a struct, passed by value."""
+    """Return the argument of a kernel, passed by value, that does these parts of a step."""
     arguments = np.zeros(1, KERNEL_ARGUMENTS)
     fields = arguments[0]
     fields["x"], fields["elements"] = step.x.data.ptr, step.x.size
