@@ -47,10 +47,11 @@ gpu-check: $(VENV)/.test  ## on a machine with a GPU: its tests and benchmark; C
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
 	$(BIN)/mpi-dasgd bench kernel --backend cuda $(ARGS)
 
-lint: $(VENV)/.test  ## ruff, mypy and codespell
+lint: $(VENV)/.test  ## ruff, mypy, codespell and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
 
 docs: $(VENV)/.docs  ## the guides and the API reference as one site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpi_dasgd import __version__
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.world import expected_ranks, say
+from mpi_dasgd.world import expected_ranks, log_to_stderr, print_message
 
 __all__ = ["main"]
 
@@ -19,11 +19,12 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 3 for a run that diverged."""
     options = _parser().parse_args(arguments)
+    log_to_stderr()
     try:
         return int(options.command(options))
     except MpiDasgdError as error:
         if expected_ranks()[1] == 0:
-            say(f"error: {error}")
+            print_message(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

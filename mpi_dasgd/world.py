@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -17,7 +19,14 @@ from mpi_dasgd.errors import MpiDasgdError, UserError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["World", "choose_device", "expected_ranks", "start"]
+__all__ = [
+    "World",
+    "choose_device",
+    "expected_ranks",
+    "log_to_stderr",
+    "print_message",
+    "start",
+]
 
 # Variables by which launchers tell a process how many there are, and which it is.
 _LAUNCHERS = (
@@ -77,10 +86,10 @@ class World:
             return body()
         except UserError as error:
             if self.rank == 0:
-                say(f"error: {error}")
+                print_message(f"error: {error}")
             return error.exit_code
         except MpiDasgdError as error:
-            say(f"rank {self.rank}: error: {error}")
+            print_message(f"rank {self.rank}: error: {error}")
             self.abort(error.exit_code)
         except BaseException as error:
             self._report(error)
@@ -89,10 +98,10 @@ class World:
 
     def _report(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
-            say(f"rank {self.rank}: interrupted")
+            print_message(f"rank {self.rank}: interrupted")
         else:
             text = "".join(traceback.format_exception(error)).rstrip()
-            say(f"rank {self.rank} failed and ends the job:\n{text}")
+            print_message(f"rank {self.rank} failed and ends the job:\n{text}")
 
     def abort(self, code: int) -> None:
         """End all ranks."""
@@ -106,12 +115,12 @@ class World:
         def in_main(kind: type[BaseException], error: BaseException, trace: object) -> None:
             if isinstance(error, UserError):  # raised on all ranks
                 if self.rank == 0:
-                    say(f"error: {error}")
+                    print_message(f"error: {error}")
                 else:
                     time.sleep(1)  # rank 0 speaks before anyone aborts
                 self.abort(error.exit_code)
             if isinstance(error, MpiDasgdError):
-                say(f"rank {self.rank}: error: {error}")
+                print_message(f"rank {self.rank}: error: {error}")
                 self.abort(error.exit_code)
             self._report(error)
             self.abort(1)
@@ -124,10 +133,29 @@ class World:
         threading.excepthook = in_thread
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Print one message to stderr, in one piece, with the name of the program."""
     sys.stderr.write(f"mpi-dasgd: {message}\n")
     sys.stderr.flush()
+
+
+class _ProgramHandler(logging.Handler):
+    """Prints records as messages of the program, the level after the rank that speaks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print_message(re.sub(r"^(rank \d+: )?", rf"\g<0>{level}", self.format(record), count=1))
+
+
+def log_to_stderr() -> None:
+    """Print what the package logs as messages of ``mpi-dasgd``: for its own programs.
+
+    In programs of others the logger ``mpi_dasgd`` is left as they configure it, or as Python has it without
+    any configuration: warnings and errors go to stderr.
+    """
+    logger = logging.getLogger("mpi_dasgd")
+    if not any(isinstance(handler, _ProgramHandler) for handler in logger.handlers):
+        logger.addHandler(_ProgramHandler())
 
 
 def expected_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -79,6 +79,7 @@ def main(algorithm: str, file: str) -> int:
         rival.run()
         meter.save(cpu_path(config.run_directory, rival.rank))
         return 0
+    world.log_to_stderr()
     environment = world.start()
     environment.abort_on_exception()
     return environment.run(lambda: _train(config, environment))

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-m", "mpi_dasgd", "bench", "rma", *arguments]
         outcome = launch.run(command, options.ranks, needs_all=True, timeout=_JOB_SECONDS)
         if message := outcome.describe():
-            world.say(f"bench rma: {message}")
+            world.print_message(f"bench rma: {message}")
         return outcome.code
     launch.enable_stack_dump()
     environment = world.start()

@@ -30,7 +30,7 @@ from mpi_dasgd.bench.measurement import (
 from mpi_dasgd.bench.sample_store import samples_path, write_samples
 from mpi_dasgd.config.schema import Codec
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.world import say
+from mpi_dasgd.world import print_message
 
 __all__ = ["ALGORITHMS", "REFERENCE", "Plan", "main", "summarize", "table"]
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str]) -> int:
     check_comparable(results)
     rows = summarize(results)
     if disturbed := sum(result.cpu_others > OTHERS for result in results):
-        say(
+        print_message(
             f"warning: in {disturbed} of {len(results)} measurements something else used more than "
             f"{OTHERS:.0%} of the cores; measure again when the machine is quiet"
         )
@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure_all(plan: Sequence[Measurement]) -> tuple[list[Result], int]:
     """Measure; return the results and the exit code: 0, 1 if a job failed, 128 + signal."""
     expected = [measurement.expected_seconds for measurement in plan]
-    say(f"{len(plan)} measurements, about {_minutes(sum(expected))}")
+    print_message(f"{len(plan)} measurements, about {_minutes(sum(expected))}")
     results: list[Result] = []
     code = 0
     begun = time.monotonic()
@@ -195,14 +195,14 @@ def _measure_all(plan: Sequence[Measurement]) -> tuple[list[Result], int]:
         pace = (time.monotonic() - begun) / sum(expected[:number]) if number else 1.0
         left = f"about {_minutes(pace * sum(expected[number:]))} left"
         what = f"{measurement.cell} {measurement.algorithm}"
-        say(f"{number + 1}/{len(plan)} {what}, repeat {measurement.repeat + 1}: {left}")
+        print_message(f"{number + 1}/{len(plan)} {what}, repeat {measurement.repeat + 1}: {left}")
         try:
             results.append(measure(measurement))
         except KeyboardInterrupt as interrupt:
-            say("interrupted; what was measured so far counts")
+            print_message("interrupted; what was measured so far counts")
             return results, int(interrupt.args[0])
         except JobFailed as error:
-            say(f"{what}: {error}")
+            print_message(f"{what}: {error}")
             code = 1
     return results, code
 

@@ -30,6 +30,7 @@ __all__ = ["checks", "main"]
 def main(mark: str, library: str) -> int:
     """Be one rank of the doctor's own job; return its exit code."""
     launch.enable_stack_dump()
+    world.log_to_stderr()
     try:
         environment = world.start()
     except UserError as error:

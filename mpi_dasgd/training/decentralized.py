@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -23,6 +24,8 @@ from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
 __all__ = ["Decentralized"]
+
+_log = logging.getLogger("mpi_dasgd")
 
 _LOOK = 0.005  # seconds between two looks at the notices of other ranks
 
@@ -117,7 +120,7 @@ class Decentralized:
                 notes=kind.notes(self.size),
             )
             for warning in kind.warnings(config) if self.rank == 0 else ():
-                world.say(f"warning: {warning}")
+                _log.warning(warning)
             self._in_step = kind.in_step(config.algorithm)
             consistency.check(config, kind.name, self._in_step)
         synchronize.share(environment.comm, self.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -34,6 +35,8 @@ from mpi_dasgd.training.state_dict import restore, save_state
 from mpi_dasgd.transport.membership import DEPARTED, FAILED
 
 __all__ = ["Trainer", "train"]
+
+_log = logging.getLogger("mpi_dasgd")
 
 _FAREWELL = 0.3  # seconds in which other nodes read that this rank has left, before it is gone
 
@@ -304,7 +307,7 @@ class Trainer:
         )
         print(f"results: {self.directory}/results.h5, mean model: model.h5 beside it", flush=True)
         if dead:
-            world.say(f"warning: ranks {dead} were lost; the others finished the run")
+            _log.warning("ranks %s were lost; the others finished the run", dead)
 
     def _leave(self) -> int:
         """Free the windows, if all ranks live; the results are written."""
@@ -326,7 +329,7 @@ class Trainer:
         first = self.training.fail()
         self._close_file("failed" if isinstance(error, Diverged) else "stopped")
         if first:
-            world.say(f"error: {error}; the record so far is in {self.directory}")
+            _log.error("%s; the record so far is in %s", error, self.directory)
             # Less than the 5 s after which `launch` ends whoever is left, once the others are gone.
             dead = tuple(self.training.endpoint.membership.dead)
             consolidate(self.directory, timeout=4.0, dead=dead)

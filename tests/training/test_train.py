@@ -441,7 +441,7 @@ def test_the_others_finish_when_a_rank_of_another_host_is_killed(
             if training.rank == int(sys.argv[1]) and training.elapsed > 2:
                 os.kill(os.getpid(), signal.SIGKILL)
         training.finish()
-        assert int(sys.argv[1]) in training.endpoint.board.dead
+        assert int(sys.argv[1]) in training.endpoint.membership.dead
         os._exit(0)
         """,
         str(victim),

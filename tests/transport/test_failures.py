@@ -397,7 +397,7 @@ comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 N = 200_000
 layout = Layout(codec=0, elements=N, payload_dtype=np.dtype("f4"), payload_items=N)
-endpoint = RmaEndpoint(comm, layout, topology.build("complete", size), silence=1.0)
+endpoint = RmaEndpoint(comm, layout, topology.build("complete", size), heartbeat_timeout=1.0)
 comm.Barrier()
 begun = time.monotonic()
 """
@@ -410,26 +410,27 @@ if rank == 3:  # receives nothing: when it dies the others try to send
     os.kill(os.getpid(), signal.SIGKILL)
 while time.monotonic() - begun < 2.5:
     for other in range(size):
-        posting = endpoint.post(other) if other != rank else None
+        posting = endpoint.acquire_send_buffer(other) if other != rank else None
         if posting is not None:
             posting.message.stamp(rank=rank, step=0, time_ns=0)
             endpoint.send(posting)
     for arrival in endpoint.inbox.receive():
         endpoint.inbox.free(arrival)
-    endpoint.look()
-while not endpoint.delivered():
-    assert time.monotonic() - begun < 12, f"not delivered: {endpoint.board.dead}"
+    endpoint.refresh_membership()
+while not endpoint.is_flushed():
+    assert time.monotonic() - begun < 12, f"not delivered: {endpoint.membership.dead}"
     for arrival in endpoint.inbox.receive():
         endpoint.inbox.free(arrival)
-    endpoint.look()
+    endpoint.refresh_membership()
     time.sleep(0.001)
-endpoint.board.announce(FINISHED)
-while not all(s == FINISHED or r in endpoint.board.dead for r, s in enumerate(endpoint.board.status)):
+endpoint.membership.publish_status(FINISHED)
+membership = endpoint.membership
+while not all(s == FINISHED or r in membership.dead for r, s in enumerate(membership.status)):
     for arrival in endpoint.inbox.receive():
         endpoint.inbox.free(arrival)
-    endpoint.look()
+    endpoint.refresh_membership()
     time.sleep(0.001)
-assert 3 in endpoint.board.dead
+assert 3 in endpoint.membership.dead
 os._exit(0)
 """
     done = run_ranks(4, PROGRAM + program, hosts=two_hosts, check=False, timeout=30)
@@ -443,8 +444,8 @@ victim = comm.bcast(os.getpid(), root=2)
 if rank == 2:
     os.kill(victim, signal.SIGSTOP)
 else:
-    while 2 not in endpoint.board.dead:
-        endpoint.look()
+    while 2 not in endpoint.membership.dead:
+        endpoint.refresh_membership()
         time.sleep(0.001)
     time.sleep(0.5)
     os.kill(victim, signal.SIGCONT)
@@ -464,13 +465,13 @@ def test_a_death_inside_a_sum_ends_the_others() -> None:
     program = """
 def add():
     pending = endpoint.allreduce(np.ones(1000))
-    while not pending.done():
+    while not pending.test():
         time.sleep(1e-4)
 add()
 time.sleep(1.5)  # longer than the silence: a sum alone ends nobody
 add()
 if rank == 2:  # has come, and does not add
-    endpoint._sums._add = lambda array: os.kill(os.getpid(), signal.SIGKILL)
+    endpoint._allreduce._add = lambda array: os.kill(os.getpid(), signal.SIGKILL)
 add()
 """
     done = run_ranks(3, PROGRAM + program, check=False, timeout=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -13,9 +14,10 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.errors import PeerLost
-from mpi_dasgd.world import say
 
 __all__ = ["AllreduceRequest", "WatchedAllreduce"]
+
+_log = logging.getLogger("mpi_dasgd")
 
 _TICKS = 20  # looks at a sum in `silence` seconds
 
@@ -63,8 +65,8 @@ class WatchedAllreduce:
             looks = looks + 1 if self._count == seen else 0
             seen = self._count
             if seen % 2 and looks > _TICKS and (lost := sorted(self._lost())):
-                say(
-                    f"rank {self._comm.rank}: error: ranks {lost} are gone, inside a sum over all ranks"
+                _log.error(
+                    "rank %d: ranks %s are gone, inside a sum over all ranks", self._comm.rank, lost
                 )
                 sys.stdout.flush()
                 os._exit(PeerLost.exit_code)
