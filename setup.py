@@ -76,8 +76,8 @@ def build_library(library: Path) -> None:
     if not compiler:
         compiler = [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     if not compiler or shutil.which(compiler[0]) is None:
-        wanted = compiler[0] if compiler else "c++, g++ or clang++"
-        raise NativeError(f"there is no C++ compiler ({wanted})")
+        name = compiler[0] if compiler else "c++, g++ or clang++"
+        raise NativeError(f"there is no C++ compiler ({name})")
     with tempfile.TemporaryDirectory() as build:
         if shutil.which("cmake"):
             run(["cmake", "-S", str(HERE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"])

@@ -64,10 +64,10 @@ class _Block:
         return y
 
     def _sgd(self) -> None:
-        step, here = self.step, self.elements
+        step, part = self.step, self.elements
         assert step.velocity is not None and step.gradient is not None
-        x, velocity = step.x[here], step.velocity[here]
-        direction = step.gradient[here] + _F32(step.weight_decay) * x
+        x, velocity = step.x[part], step.velocity[part]
+        direction = step.gradient[part] + _F32(step.weight_decay) * x
         velocity[:] = _F32(step.momentum) * velocity + direction
         x -= _F32(step.lr) * velocity
 
@@ -141,10 +141,10 @@ class _Block:
         if stats is None:
             return
         squares = np.square(d.astype(np.int64))
-        here = stats[self.buckets]
-        here["rejected"] = ~valid
-        here["max_d2"] = np.where(valid, squares.max(1), 0)
-        here["sum_d2"] = np.where(valid, squares.sum(1), 0)
+        out = stats[self.buckets]
+        out["rejected"] = ~valid
+        out["max_d2"] = np.where(valid, squares.max(1), 0)
+        out["sum_d2"] = np.where(valid, squares.sum(1), 0)
 
     def _stored(self, encoded: EncodedVector) -> np.ndarray:
         """Return the codes of these buckets as they are stored."""

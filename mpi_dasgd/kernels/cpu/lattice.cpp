@@ -193,9 +193,9 @@ bool merge(const float* __restrict y, const BucketView<BITS>& bucket, float shar
 
 // Does one step of SGD on `count` elements.
 void sgd(float* __restrict x, float* __restrict velocity, const float* __restrict gradient,
-         const MpdFusedStep& step, int count, bool more) {
+         const MpdFusedStep& step, int count, bool has_next) {
   for (int first = 0; first < count; first += kLanes) {
-    if (more)
+    if (has_next)
       for (int j = first; j < first + kLanes; j += 16) {
         __builtin_prefetch(x + kBucket + j, 1, 2);
         __builtin_prefetch(velocity + kBucket + j, 1, 2);
@@ -279,21 +279,21 @@ void publish(const MpdEncodedVector& out, const float* x, int64_t b, Prefetch pr
   pack<BITS>(codes, target);
 }
 
-// Does all stages on one bucket; `more` says whether a whole bucket follows.
+// Does all stages on one bucket; `has_next` says whether a whole bucket follows.
 template <int BITS>
-void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool more) {
+void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_next) {
   alignas(64) float first[kBucket], second[kBucket];
 
   // Plan the prefetches: the stage with the most arithmetic fetches the next bucket of the model
-  const char* model = more ? reinterpret_cast<const char*>(x + kBucket) : nullptr;
+  const char* model = has_next ? reinterpret_cast<const char*>(x + kBucket) : nullptr;
   const bool publishes = step.publication != nullptr, averages = step.partner_model != nullptr;
   const auto codes = [&](const MpdEncodedVector* vector) {
-    return more ? reinterpret_cast<const char*>(codes_of<BITS>(*vector, b + 1)) : nullptr;
+    return has_next ? reinterpret_cast<const char*>(codes_of<BITS>(*vector, b + 1)) : nullptr;
   };
 
   // Take the SGD step
   if (step.velocity != nullptr)
-    sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count, more);
+    sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count, has_next);
 
   // Absorb the deltas: each reads the model at y and writes it to x or to the spare buffer
   const float* y = x;
