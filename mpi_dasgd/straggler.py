@@ -181,7 +181,7 @@ class ComputeTimes:
                 "ranks from the end into these"
             )
 
-    def sample(self, rank: int, rng: np.random.Generator) -> float:
+    def draw(self, rank: int, rng: np.random.Generator) -> float:
         """Draw the seconds that the next gradient of `rank` takes."""
         slow = self.slow_factor if rank in self.slow_ranks else 1.0
         return slow * self.mean * _factor(self.kind, self.sigma, rng)

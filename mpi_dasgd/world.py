@@ -58,7 +58,7 @@ class World:
     library: str
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def collective_errors(self) -> Iterator[None]:
         """A stage of set-up that fails on all ranks if it fails on one: call it on all ranks.
 
         Raises:

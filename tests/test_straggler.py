@@ -153,8 +153,8 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None
 def test_compute_times_have_their_mean(kind: str) -> None:
     times = ComputeTimes(kind, mean=0.2, sigma=0.6, slow_ranks=frozenset({3}), slow_factor=10.0)
     rng = np.random.default_rng(1)
-    normal = np.array([times.sample(0, rng) for _ in range(10_000)])
-    slow = np.array([times.sample(3, rng) for _ in range(10_000)])
+    normal = np.array([times.draw(0, rng) for _ in range(10_000)])
+    slow = np.array([times.draw(3, rng) for _ in range(10_000)])
     assert normal.min() > 0.0
     assert normal.mean() == pytest.approx(0.2, abs=4 * normal.std() / 100 + 1e-12)
     assert slow.mean() == pytest.approx(2.0, abs=4 * slow.std() / 100 + 1e-12)
@@ -169,7 +169,7 @@ def test_compute_times_have_their_mean(kind: str) -> None:
 
 def test_uniform_compute_times_keep_to_their_bounds() -> None:
     rng = np.random.default_rng(0)
-    draws = [ComputeTimes("uniform", mean=2.0).sample(0, rng) for _ in range(1000)]
+    draws = [ComputeTimes("uniform", mean=2.0).draw(0, rng) for _ in range(1000)]
     assert 1.0 <= min(draws) < 1.05 and 2.95 < max(draws) <= 3.0
 
 

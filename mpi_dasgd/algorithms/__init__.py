@@ -7,7 +7,7 @@ from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
 from mpi_dasgd.algorithms.adpsgd_pull import PullADPSGD
 from mpi_dasgd.algorithms.allreduce import AllReduce
 from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.algorithms.base import Algorithm, Exchange, Local, partners
+from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, LocalOptimizer, peer_rng
 from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.algorithms.dpsgd import DPSGD
 from mpi_dasgd.algorithms.easgd import EASGD
@@ -26,10 +26,10 @@ __all__ = [
     "ALGORITHMS",
     "VARIANTS",
     "Algorithm",
-    "Exchange",
-    "Local",
+    "ExchangeRecord",
+    "LocalOptimizer",
     "find",
-    "partners",
+    "peer_rng",
     "register",
 ]
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Request
 
@@ -43,7 +43,7 @@ class ADPSGD(Algorithm):
     traffic = "2 M / H"
     memory = "8 M"
     waits = "never"
-    keys = ("order", "local_steps", "tries", "weight")
+    config_keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
 
@@ -56,17 +56,17 @@ class ADPSGD(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pairs.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one exchange."""
-        if local.step % self.settings.local_steps:
-            local.update()  # 3
+        if local.local_step % self.settings.local_steps:
+            local.apply()  # 3
         elif self.settings.order == "average":
-            self._pairs.exchange(self.x, local.step, publish=False)  # 2
-            local.update()  # 3
-            self._pairs.publish(self.x, local.step)
+            self._pairs.exchange(self.x, local.local_step, publish=False)  # 2
+            local.apply()  # 3
+            self._pairs.publish(self.x, local.local_step)
         else:
-            local.update()  # 3
-            self._pairs.exchange(self.x, local.step, publish=True)  # 2
+            local.apply()  # 3
+            self._pairs.exchange(self.x, local.local_step, publish=True)  # 2
         return
         yield  # an asynchronous algorithm never does
 
@@ -74,6 +74,6 @@ class ADPSGD(Algorithm):
         """Apply the deltas that have arrived, outside of a step."""
         self._pairs.absorb(self.x, step)
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """Give back what an exchange under way holds of a partner."""
-        return self._pairs.leave()
+        return self._pairs.finalize()

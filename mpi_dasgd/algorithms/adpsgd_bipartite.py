@@ -31,10 +31,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import (
+    ABSORBED,
+    INITIATED,
+    SKIPPED,
+    Algorithm,
+    ExchangeRecord,
+    LocalOptimizer,
+)
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
@@ -52,20 +59,20 @@ class BipartiteADPSGD(Algorithm):
     exchanges = "models, in pairs of an active and a passive rank"
     traffic = "M / H"
     memory = "4 M"
-    publishes = False
+    uses_publication = False
     waits = "active ranks, for a gradient of a passive one"
-    keys = ("order", "local_steps", "tries", "weight")
+    config_keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs with odd circles.
 
         Raises:
             UserError: says why, and what would do.
         """
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         if not graph.is_bipartite:
             raise UserError(
                 "algorithm.variant: 'bipartite' needs a graph of two sets with all edges between them, "
@@ -76,35 +83,35 @@ class BipartiteADPSGD(Algorithm):
 
     def start(self) -> None:
         """Find out which side this rank is on: that of rank 0 is passive."""
-        colours = self.endpoint.topology.colours
+        colours = self.endpoint.topology.bipartition
         assert colours is not None, "seen by check"
         self.active = bool(colours[self.endpoint.rank])
-        self._asked: int | None = None  # active: who owes an answer
+        self._awaiting_reply_from: int | None = None  # active: who owes an answer
         self._requests: list[ReceivedMessage] = []  # passive: not answered yet
         self._step = 0
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient; an active rank asks after every `local_steps` of them."""
-        self._step = local.step
+        self._step = local.local_step
         if self.settings.order == "gradient":
-            local.update()
+            local.apply()
             if not self.active:
-                self._answer(local.step)
-            elif self._due(local.step):
-                self._ask(local.step)
-            yield from self._receive(local.step)
+                self._answer(local.local_step)
+            elif self._due(local.local_step):
+                self._send_request(local.local_step)
+            yield from self._wait_for_reply(local.local_step)
         else:
-            yield from self._receive(local.step)
+            yield from self._wait_for_reply(local.local_step)
             if not self.active:
-                self._answer(local.step)
-            local.update()
-            if self.active and self._due(local.step):
-                self._ask(local.step)
+                self._answer(local.local_step)
+            local.apply()
+            if self.active and self._due(local.local_step):
+                self._send_request(local.local_step)
 
     def _due(self, step: int) -> bool:
         return step % self.settings.local_steps == 0
 
-    def _ask(self, step: int) -> None:
+    def _send_request(self, step: int) -> None:
         """Active: send x_i to a neighbour j, uniform among those with room in their inbox."""
         endpoint = self.endpoint
         neighbours = endpoint.neighbours()
@@ -115,38 +122,40 @@ class BipartiteADPSGD(Algorithm):
                 self.codec.encode(self.x, posting.message)
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
                 endpoint.send(posting)
-                self._asked = rank
+                self._awaiting_reply_from = rank
                 return
         endpoint.counters.skipped += 1
-        self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, tries))
+        self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, tries))
 
-    def _receive(self, step: int) -> Iterator[Request]:
+    def _wait_for_reply(self, step: int) -> Iterator[Request]:
         """Active: wait for the answer, if one is owed: x_i <- x_i + (x_j - x_i)/2."""
         inbox = self.endpoint.inbox
-        answer = self.endpoint.until(lambda: inbox.has_messages or self._forsaken)
-        while self._asked is not None:
+        answer = self.endpoint.until(lambda: inbox.has_messages or self._partner_is_dead)
+        while self._awaiting_reply_from is not None:
             while not answer.test():
                 yield answer
-            if not self._take(step) and self._forsaken:
-                self._asked = None  # j has died
+            if not self._apply_replies(step) and self._partner_is_dead:
+                self._awaiting_reply_from = None  # j has died
 
     @property
-    def _forsaken(self) -> bool:
-        return self._asked not in self.endpoint.neighbours()
+    def _partner_is_dead(self) -> bool:
+        return self._awaiting_reply_from not in self.endpoint.neighbours()
 
-    def _take(self, step: int) -> int:
+    def _apply_replies(self, step: int) -> int:
         """Active: apply the answers that are here; return how many there were."""
         arrivals = self.endpoint.inbox.receive()
         for arrival in arrivals:
             message = arrival.message
             header = message.header
-            self.codec.exchange(self.x, (message,), None, self.settings.weight, None, None)
+            self.codec.average_pair(self.x, (message,), None, self.settings.weight, None, None)
             self.endpoint.inbox.free(arrival)
-            if arrival.sender == self._asked:  # else of one that was taken for dead
-                self._asked = None
+            if arrival.sender == self._awaiting_reply_from:  # else of one that was taken for dead
+                self._awaiting_reply_from = None
             age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
             nbytes = 2 * header.nbytes  # request and answer
-            self.record(Exchange(step, arrival.sender, INITIATED, header.step, age, nbytes, 0))
+            self.record(
+                ExchangeRecord(step, arrival.sender, INITIATED, header.step, age, nbytes, 0)
+            )
         return len(arrivals)
 
     def _answer(self, step: int) -> None:
@@ -162,7 +171,7 @@ class BipartiteADPSGD(Algorithm):
                 if posting is None:
                     self._requests.append(request)  # no way to answer now: when called again
                     continue
-                outcome = self.codec.exchange(
+                outcome = self.codec.average_pair(
                     self.x, (), request.message, self.settings.weight, posting.message, None
                 )
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
@@ -171,24 +180,26 @@ class BipartiteADPSGD(Algorithm):
             if outcome is not None:
                 age = (endpoint.time_ns() - header.time_ns) * 1e-9
                 self.record(
-                    Exchange(step, request.sender, ABSORBED, header.step, age, 0, 0, *outcome)
+                    ExchangeRecord(step, request.sender, ABSORBED, header.step, age, 0, 0, *outcome)
                 )
 
     def absorb(self, step: int) -> None:
         """Answer, or take the answer, outside of a step."""
         if self.active:
-            self._take(step)
+            self._apply_replies(step)
         else:
             self._answer(step)
 
     @property
-    def drained(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether nobody owes an answer, here or there."""
-        return self._asked is None and not self._requests and self.endpoint.is_flushed()
+        return (
+            self._awaiting_reply_from is None and not self._requests and self.endpoint.is_flushed()
+        )
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """Active: wait for the last answer."""
-        return self._receive(self._step)
+        return self._wait_for_reply(self._step)
 
     def mass_of(self, message: Message) -> np.ndarray:
         """A request is a copy; an answer is what is still missing in x_i."""

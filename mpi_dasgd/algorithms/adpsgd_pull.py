@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
 from mpi_dasgd.transport.endpoint import Request
@@ -39,12 +39,12 @@ class PullADPSGD(Algorithm):
     exchanges = "models, read by one side: the mean is not conserved"
     traffic = "M / H"
     memory = "5 M"
-    receives = False
+    uses_inbox = False
     waits = "never"
-    keys = ("order", "local_steps", "weight")
+    config_keys = ("order", "local_steps", "weight")
     effective_step = "1 to 1.33; with order = gradient 0.51 to 0.67"
     codecs = PAIR_CODECS
-    conserves = False
+    preserves_mean = False
     minimum_ranks = 2
 
     def start(self) -> None:
@@ -56,16 +56,16 @@ class PullADPSGD(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pulls.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one average."""
-        if local.step % self.settings.local_steps:
-            local.update()  # 2
+        if local.local_step % self.settings.local_steps:
+            local.apply()  # 2
         elif self.settings.order == "gradient":
-            local.update()  # 2
-            self._pulls.average(self.x, local.step, publish=True)  # 1, 3
+            local.apply()  # 2
+            self._pulls.average(self.x, local.local_step, publish=True)  # 1, 3
         else:
-            self._pulls.average(self.x, local.step, publish=False)  # 1
-            local.update()  # 2
-            self._pulls.publish(self.x, local.step)  # 3
+            self._pulls.average(self.x, local.local_step, publish=False)  # 1
+            local.apply()  # 2
+            self._pulls.publish(self.x, local.local_step)  # 3
         return
         yield  # an asynchronous algorithm never does

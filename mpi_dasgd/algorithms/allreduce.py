@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["AllReduce"]
@@ -24,14 +24,14 @@ class AllReduce(Algorithm):
     memory = "0"
     waits = "every step"
     synchronous = True
-    publishes = False
-    receives = False
+    uses_publication = False
+    uses_inbox = False
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Both lines."""
         gradient = local.gradient
         total = self.endpoint.allreduce(gradient)  # 1
         while not total.test():
             yield total
         gradient /= self.endpoint.size
-        local.update()  # 2
+        local.apply()  # 2

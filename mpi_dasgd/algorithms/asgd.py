@@ -25,10 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import APPLIED, Exchange, Local
+from mpi_dasgd.algorithms.base import APPLIED, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.server import ServerAlgorithm
-from mpi_dasgd.algorithms.work_queue import FAREWELL, Job, Outbox, fill
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.algorithms.work_queue import SHUTDOWN, Outbox, WorkItem, send_work_item
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.lr_schedule import delay_rule
@@ -47,23 +47,23 @@ class ASGD(ServerAlgorithm):
     paper = "Koloskova et al. 2022, arXiv 2206.08307"
     exchanges = "gradients to a server, its model back"
     traffic = "M; server: (n-1) M"
-    publishes = False
+    uses_publication = False
     memory = "4 M; server, more for each point without room: P"
     waits = "for the server's answer; with clients = uniform or a low concurrency, for a point"
-    keys = ("clients", "concurrency", "server_works", "delay_threshold")
+    config_keys = ("clients", "concurrency", "server_works", "delay_threshold")
     effective_step = "n"
-    conserves = False
-    rules_delays = True
+    preserves_mean = False
+    applies_step_rule = True
 
     @classmethod
-    def notes(cls, ranks: int) -> int:
+    def trailer_words(cls, ranks: int) -> int:
         """Two words: a job."""
         return 2
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse what a server that gives out points cannot do."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
                 f"algorithm.local_steps: {cls.name!r} sends every gradient, expected 1, got "
@@ -102,8 +102,8 @@ class ASGD(ServerAlgorithm):
         rank, workers = self.endpoint.rank, self.workers(self.endpoint.size, self.settings)
         concurrency = self.settings.concurrency or len(workers)
         holders = workers[: min(concurrency, holding)]
-        self._job = Job(self._first, self.endpoint.time_ns()) if rank in holders else None
-        self._jobs: deque[ReceivedMessage] = deque()  # a worker's next ones
+        self._item = WorkItem(self._first, self.endpoint.time_ns()) if rank in holders else None
+        self._items: deque[ReceivedMessage] = deque()  # a worker's next ones
         if rank != 0:
             return
         self.meter = DelayMeter(self._first)
@@ -116,26 +116,26 @@ class ASGD(ServerAlgorithm):
         for worker in holders:
             self.meter.start(worker)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Line 4: send the gradient, take the next point."""
         if self.endpoint.rank == 0:
             yield from self._work(local)
             return
-        if self._job is not None:  # else the gradient is of no point that was given
-            yield from self._send(self._job, local.gradient, local.step)
-            self._job = None
+        if self._item is not None:  # else the gradient is of no point that was given
+            yield from self._send(self._item, local.gradient, local.local_step)
+            self._item = None
         inbox = self.endpoint.inbox
-        while not self._jobs:
+        while not self._items:
             arrival = self.endpoint.until(lambda: inbox.has_messages)
             while not arrival.test():
                 yield arrival
-            self._jobs.extend(inbox.receive())
-        point = self._jobs.popleft()
+            self._items.extend(inbox.receive())
+        point = self._items.popleft()
         self.x[:] = point.message.payload
-        self._job = Job(*point.message.notes.tolist())
+        self._item = WorkItem(*point.message.trailer.tolist())
         inbox.free(point)
 
-    def _send(self, job: Job, gradient: np.ndarray | None, step: int) -> Iterator[Request]:
+    def _send(self, job: WorkItem, gradient: np.ndarray | None, step: int) -> Iterator[Request]:
         """Send a gradient, or a farewell, to the server; wait for room in its inbox."""
         endpoint = self.endpoint
         posting: SendBuffer | None = None
@@ -149,54 +149,54 @@ class ASGD(ServerAlgorithm):
         while not there.test():
             yield there
         assert posting is not None
-        fill(endpoint, posting, job, gradient, step)
+        send_work_item(endpoint, posting, job, gradient, step)
 
-    def _work(self, local: Local) -> Iterator[Request]:
+    def _work(self, local: LocalOptimizer) -> Iterator[Request]:
         """A gradient of the server's own: those that have arrived come first."""
         own = local.gradient.copy()
         self.serve(local)
-        if self._job is not None:
-            job, self._job = self._job, None
+        if self._item is not None:
+            job, self._item = self._item, None
             local.gradient[:] = own
             self._apply(local, 0, job)
-        while self._job is None:
-            something = self.endpoint.until(self.called)
+        while self._item is None:
+            something = self.endpoint.until(self.end_training)
             while not something.test():
                 yield something
             self.serve(local)
 
-    def serve(self, local: Local) -> int:
+    def serve(self, local: LocalOptimizer) -> int:
         """Lines 2 and 3 for all gradients that have arrived; return how many messages there were."""
         for worker in self.lost():
-            self._part(worker)
+            self._remove_worker(worker)
         due, self._due = self._due, []
         for worker in due:
-            self._give(worker)
+            self._send_model(worker)
         arrivals = self.endpoint.inbox.receive()
         for arrival in arrivals:
-            job = Job(*arrival.message.notes.tolist())
-            if job != FAREWELL:
+            job = WorkItem(*arrival.message.trailer.tolist())
+            if job != SHUTDOWN:
                 local.gradient[:] = arrival.message.payload
             self.endpoint.inbox.free(arrival)
-            if job == FAREWELL:
-                self._part(arrival.sender)
+            if job == SHUTDOWN:
+                self._remove_worker(arrival.sender)
             elif self.meter.holds(arrival.sender, job.start):  # else it was given up
                 self._apply(local, arrival.sender, job)
         self._outbox.send_waiting()
         return len(arrivals)
 
-    def _apply(self, local: Local, client: int, job: Job) -> None:
+    def _apply(self, local: LocalOptimizer, client: int, job: WorkItem) -> None:
         iteration = self.meter.t
         delay = self.meter.apply(client, job.start)
         factor = self._rule(delay)
         if factor > 0:  # else it is dropped, and must not move a momentum either
-            local.update(factor)
+            local.apply(factor)
         chosen = self._choose(client)
         for worker in chosen:
-            self._give(worker)
+            self._send_model(worker)
         age = (self.endpoint.time_ns() - job.time_ns) * 1e-9
         nbytes = len(chosen) * self.codec.layout.nbytes
-        self.record(Exchange(iteration, client, APPLIED, job.start, age, nbytes, 0))
+        self.record(ExchangeRecord(iteration, client, APPLIED, job.start, age, nbytes, 0))
 
     def _choose(self, client: int | None) -> Sequence[int]:
         """Line 3: who is given the newest point, after `client`'s gradient, or for a job given up."""
@@ -206,45 +206,45 @@ class ASGD(ServerAlgorithm):
             self._idle.append(client)
         return (self._idle.popleft() if self._idle else self.rng.choice(self.living),)
 
-    def _give(self, worker: int) -> None:
+    def _send_model(self, worker: int) -> None:
         """A job begins: `worker` is given x_t, now or when there is room for it."""
         self.meter.start(worker)
-        job = Job(self.meter.t, self.endpoint.time_ns())
+        job = WorkItem(self.meter.t, self.endpoint.time_ns())
         if worker == self.endpoint.rank:
-            self._job = job
+            self._item = job
             return
         self._outbox.send(worker, job)
 
-    def _part(self, worker: int) -> None:
+    def _remove_worker(self, worker: int) -> None:
         """`worker` computes no more: its points go to others."""
         if worker in self.living:
             self.living.remove(worker)
-        self._outbox.forget(worker)
+        self._outbox.remove_worker(worker)
         if worker in self._idle:
             self._idle.remove(worker)
         for _ in range(self.meter.give_up(worker)):
             for other in self._choose(None) if self.living else ():
-                self._give(other)
+                self._send_model(other)
 
     def absorb(self, step: int) -> None:
         """The server serves on; a worker that has left makes room for points that still come."""
         if self.endpoint.rank == 0:
-            if self.left or not self.computes:  # else its own point would move
+            if self.departing or not self.computes_gradients:  # else its own point would move
                 self.serve(self.local)
-        elif self.left:
-            self._jobs.extend(self.endpoint.inbox.receive())
-            while self._jobs:
-                self.endpoint.inbox.free(self._jobs.popleft())
+        elif self.departing:
+            self._items.extend(self.endpoint.inbox.receive())
+            while self._items:
+                self.endpoint.inbox.free(self._items.popleft())
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """A worker says farewell: nobody is to wait for it."""
-        yield from super().leave()
+        yield from super().finalize()
         if self.endpoint.rank == 0:
-            self._part(0)
+            self._remove_worker(0)
         else:
-            yield from self._send(FAREWELL, None, 0)
+            yield from self._send(SHUTDOWN, None, 0)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Delays and concurrency, on the server; those of this part of the run if it was resumed."""
         if self.endpoint.rank != 0:
             return {}

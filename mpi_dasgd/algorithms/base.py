@@ -16,7 +16,7 @@ import numpy as np
 
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.codecs import Settings as CodecSettings
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
@@ -24,16 +24,16 @@ from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Endpoint, Request
 
 __all__ = [
-    "ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "Algorithm", "Exchange", "Local", "partners",
+    "ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "Algorithm", "ExchangeRecord", "LocalOptimizer", "peer_rng",
 ]  # fmt: skip
 
 
-def partners(seed: int, rank: int) -> random.Random:
+def peer_rng(seed: int, rank: int) -> random.Random:
     """Return the source of a rank's random choices; NumPy's is slower for so few."""
     return random.Random(f"mpi_dasgd partners {seed} {rank}")
 
 
-class Local(Protocol):
+class LocalOptimizer(Protocol):
     """What an algorithm sees of its own rank's training.
 
     Attributes:
@@ -41,12 +41,12 @@ class Local(Protocol):
         gradient: the newest gradient, 1-D, padded like the model; may be written to.
     """
 
-    step: int
+    local_step: int
 
     @property
     def gradient(self) -> np.ndarray: ...
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """Apply the gradient to the model: one step of the local optimizer.
 
         Args:
@@ -54,7 +54,7 @@ class Local(Protocol):
         """
 
 
-class Exchange(NamedTuple):
+class ExchangeRecord(NamedTuple):
     """Record of one average, seen from one of its sides, or of one gradient of another rank.
 
     Attributes:
@@ -80,7 +80,7 @@ class Exchange(NamedTuple):
     retries: int
     distance: float = float("nan")
     rejected: int = 0
-    staleness: int = -1
+    set_staleness: int = -1
 
 
 class Algorithm(ABC):
@@ -99,7 +99,7 @@ class Algorithm(ABC):
             outside of a step.
     """
 
-    local: Local
+    local: LocalOptimizer
     versions: np.ndarray | None = None
     """Gradients of each rank that are in this rank's model, (ranks,) int64, if it counts them."""
     name: ClassVar[str]
@@ -121,16 +121,16 @@ class Algorithm(ABC):
     """Codecs that it can use, the first one the default."""
     synchronous: ClassVar[bool] = False
     """Whether all ranks make the same number of steps, in step."""
-    conserves: ClassVar[bool] = True
+    preserves_mean: ClassVar[bool] = True
     """Whether exchanges leave the sum of all `mass` and of the messages on their way as it is."""
-    rules_delays: ClassVar[bool] = False
+    applies_step_rule: ClassVar[bool] = False
     """Whether it applies `algorithm.step_rule` itself; else the driver does, by what the board says."""
-    keys: ClassVar[tuple[str, ...]] = ()
+    config_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of section ``algorithm`` that it heeds, beside name, variant, and the rule for delays."""
     minimum_ranks: ClassVar[int] = 1
-    publishes: ClassVar[bool] = True
+    uses_publication: ClassVar[bool] = True
     """Whether it needs publications."""
-    receives: ClassVar[bool] = True
+    uses_inbox: ClassVar[bool] = True
     """Whether it needs inboxes."""
 
     def __init__(
@@ -140,9 +140,9 @@ class Algorithm(ABC):
         x: np.ndarray,
         settings: Settings,
         rng: random.Random,
-        record: Callable[[Exchange], None],
+        record: Callable[[ExchangeRecord], None],
     ) -> None:
-        self.check(endpoint.size, settings, endpoint.topology)
+        self.validate(endpoint.size, settings, endpoint.topology)
         self.endpoint = endpoint
         self.codec = codec
         self.x = x
@@ -151,12 +151,12 @@ class Algorithm(ABC):
         self.record = record
 
     @classmethod
-    def notes(cls, ranks: int) -> int:
+    def trailer_words(cls, ranks: int) -> int:
         """Return how many 64-bit words it writes beside the payload of each message."""
         return 0
 
     @classmethod
-    def codec_settings(cls, settings: CodecSettings) -> CodecSettings:
+    def resolve_codec(cls, settings: CodecSettings) -> CodecSettings:
         """Return the settings of the codec, `auto` resolved.
 
         Raises:
@@ -193,24 +193,24 @@ class Algorithm(ABC):
         return []
 
     @classmethod
-    def in_step(cls, settings: Settings) -> bool:
+    def is_lockstep(cls, settings: Settings) -> bool:
         """Return whether all ranks make the same number of steps: always, or with these settings."""
         return cls.synchronous
 
     @classmethod
-    def lead(cls, settings: Settings, graph: Topology) -> int:
+    def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:
         """Return by how many steps a rank can be ahead of rank 0's next exchange, if ranks go in step."""
         return 0
 
     @classmethod
-    def check(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse settings that this algorithm cannot work with, and those that it would not heed.
 
         Raises:
             UserError: says why, and what would do.
         """
-        cls.refuse(ranks, settings, graph)
-        heeded = {"name", "variant", "step_rule", *cls.keys}
+        cls.validate_requirements(ranks, settings, graph)
+        heeded = {"name", "variant", "step_rule", *cls.config_keys}
         if settings.step_rule != "constant":
             heeded.add("delay_threshold")
         if settings.step_rule == "capped":
@@ -225,7 +225,7 @@ class Algorithm(ABC):
                 )
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """The part of `check` that has its reasons in the algorithm."""
         if ranks < cls.minimum_ranks:
             raise UserError(
@@ -236,21 +236,21 @@ class Algorithm(ABC):
             raise UserError(
                 f"algorithm.variant: {cls.__name__} is {cls.variant!r}, got {settings.variant!r}"
             )
-        if settings.step_rule != "constant" and cls.in_step(settings):
+        if settings.step_rule != "constant" and cls.is_lockstep(settings):
             raise UserError(
                 f"algorithm.step_rule: {settings.step_rule!r} is for asynchronous algorithms; "
                 f"{cls.name!r} has no delays: leave it at 'constant'"
             )
 
     @property
-    def computes(self) -> bool:
+    def computes_gradients(self) -> bool:
         """Whether this rank computes gradients; else `serve` is called instead of `step`."""
         return self.endpoint.rank in self.workers(self.endpoint.size, self.settings)
 
     @property
-    def needs(self) -> frozenset[int]:
+    def required_ranks(self) -> frozenset[int]:
         """Ranks without which it cannot go on."""
-        return frozenset(range(self.endpoint.size) if self.in_step(self.settings) else ())
+        return frozenset(range(self.endpoint.size) if self.is_lockstep(self.settings) else ())
 
     def start(self) -> None:
         """Called once, when all ranks have the same model."""
@@ -259,10 +259,10 @@ class Algorithm(ABC):
         """Called when the model was replaced by that of a checkpoint, taken after `step`."""
 
     @abstractmethod
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One step: called when a gradient is ready."""
 
-    def serve(self, local: Local) -> int:
+    def serve(self, local: LocalOptimizer) -> int:
         """Deal with what has arrived, on a rank that computes no gradients; return how much it was."""
         raise NotImplementedError
 
@@ -270,11 +270,11 @@ class Algorithm(ABC):
         """Take in what has arrived, outside of a step; `step` is the last one made."""
 
     @property
-    def drained(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether this rank has sent and received all that it must before it goes."""
         return True
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """Give back what is held of other ranks: called once, after the last step."""
         return iter(())
 
@@ -296,7 +296,7 @@ class Algorithm(ABC):
         """Return what a message that was sent and not received adds to it."""
         return self.codec.delta(message)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what it measured of the run on this rank, by name, for its results."""
         return {}
 

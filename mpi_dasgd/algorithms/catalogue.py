@@ -13,7 +13,7 @@ import numpy as np
 
 from mpi_dasgd import codecs
 from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
-from mpi_dasgd.config.schema import Codec as CodecSettings
+from mpi_dasgd.config.schema import CodecConfig as CodecSettings
 from mpi_dasgd.errors import UserError
 
 __all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows", "text"]
@@ -114,7 +114,7 @@ def _symbols(kind: type[Algorithm], sizes: Sizes) -> tuple[dict[str, float], str
         np.dtype(np.float32),
         seed=0,
         rank=0,
-        notes=kind.notes(sizes.ranks),
+        trailer_words=kind.trailer_words(sizes.ranks),
     )
     values = {
         "M": codec.layout.nbytes,

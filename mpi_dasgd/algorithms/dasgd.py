@@ -48,10 +48,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import APPLIED, Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import APPLIED, Algorithm, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.replica import Link, Replica
-from mpi_dasgd.codecs.error_feedback import LIMIT
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.codecs.error_feedback import EXACT_RANGE
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
@@ -67,25 +67,25 @@ class DASGD(Algorithm):
     paper = "Tosi & Theobald 2023, arXiv 2309.03754"
     exchanges = "updates, to all ranks"
     traffic = "(n-1) M; tree, about: 2 M"
-    publishes = False
+    uses_publication = False
     memory = "4 M + 2 n P; tree of degree r: 4 M + 2 (r+1) P"  # a float64 sum is 2 P
     waits = "never"
-    keys = ("relay",)
+    config_keys = ("relay",)
     effective_step = "n"
     codecs = ("none", "bf16", "qsgd8")
-    conserves = False  # one update moves the sum of the models n times
+    preserves_mean = False  # one update moves the sum of the models n times
     minimum_ranks = 2
     versions: np.ndarray
 
     @classmethod
-    def notes(cls, ranks: int) -> int:
+    def trailer_words(cls, ranks: int) -> int:
         """The sender's version vector, and whether its receiver is settled then."""
         return ranks + 1
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse local steps, and direct sending without links to all."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
                 "algorithm.local_steps: 'dasgd' sends and counts every gradient by itself, expected 1, "
@@ -101,31 +101,33 @@ class DASGD(Algorithm):
         """Make the replica; nobody owes anything."""
         rank, graph = self.endpoint.rank, self.endpoint.topology
         self._relays = self.settings.relay == "tree" or not graph.is_complete
-        behind = graph.branches(rank) if self._relays else dict.fromkeys(graph.neighbours(rank), 1)
+        behind = (
+            graph.tree_branches(rank) if self._relays else dict.fromkeys(graph.neighbours(rank), 1)
+        )
         self._replica = Replica(self.x, self.codec, behind)
         self._links = self._replica.links
         self.versions = np.zeros(self.endpoint.size, np.int64)
         self._resumed = False
 
     @property
-    def needs(self) -> frozenset[int]:
+    def required_ranks(self) -> frozenset[int]:
         """All ranks if they relay for each other, or while a resumed run begins."""
         everyone = self._relays or self._resumed
         return frozenset(range(self.endpoint.size) if everyone else ())
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Apply one gradient, send it, and take in those of others."""
         if self._resumed:
-            yield from self._agree()
-        local.update()  # 2
+            yield from self._resynchronize()
+        local.apply()  # 2
         self._replica.add_own()
-        self.versions[self.endpoint.rank] = local.step
+        self.versions[self.endpoint.rank] = local.local_step
         for link in self._links.values():
-            link.fresh = True
-        self._receive(local.step)  # 3
-        self._send(local.step)  # 4
-        if self._receive(local.step):  # 5
-            self._send(local.step)
+            link.has_new_updates = True
+        self._receive(local.local_step)  # 3
+        self._send(local.local_step)  # 4
+        if self._receive(local.local_step):  # 5
+            self._send(local.local_step)
 
     def _receive(self, step: int) -> int:
         """Apply what is in the inbox; return how many messages that were."""
@@ -143,7 +145,7 @@ class DASGD(Algorithm):
     def _advance(self, step: int, arrival: ReceivedMessage) -> None:
         """V_i[k] <- V_sender[k] for the gradients that came with a message."""
         message, sender, ours = arrival.message, arrival.sender, self.versions
-        theirs, header = message.notes[:-1], message.header
+        theirs, header = message.trailer[:-1], message.header
         staleness = int(np.abs(ours - theirs).sum())
         # Directly only the sender's own gradients come, along a tree all that lie behind it.
         news = [sender] if theirs[sender] > ours[sender] else []
@@ -154,38 +156,46 @@ class DASGD(Algorithm):
         nbytes = header.nbytes
         for k in news or [sender]:  # a rest alone advances nobody
             version = int(ours[k])
-            self.record(Exchange(step, k, APPLIED, version, age, nbytes, 0, staleness=staleness))
+            self.record(
+                ExchangeRecord(step, k, APPLIED, version, age, nbytes, 0, set_staleness=staleness)
+            )
             nbytes = 0
         for link in self._onward(sender):
-            link.fresh = link.fresh or bool(news)
-            link.left = True
+            link.has_new_updates = link.has_new_updates or bool(news)
+            link.has_residual = True
         if sender in self._links:
-            self._links[sender].heard = bool(message.notes[-1])
+            self._links[sender].peer_settled = bool(message.trailer[-1])
 
     def _send(self, step: int, rests: bool = False) -> None:
         """Send to each neighbour what is owed to it, if there are new gradients or `rests` are wanted."""
         endpoint = self.endpoint
         self._drop_dead()
         for link in self._links.values():
-            if not (link.fresh or (rests and not self._knows_all(link))):
+            if not (link.has_new_updates or (rests and not self._knows_all(link))):
                 continue
             posting = endpoint.acquire_send_buffer(link.rank)
             if posting is None:
                 continue  # no room: what is owed adds up
             message = posting.message
             self._replica.pack(link, message)
-            link.told = self._settled(link)
-            message.notes[:-1] = self.versions
-            message.notes[-1] = link.told
+            link.advertised_settled = self._settled(link)
+            message.trailer[:-1] = self.versions
+            message.trailer[-1] = link.advertised_settled
             message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
             endpoint.send(posting)
 
     def _settled(self, link: Link) -> bool:
         """Whether nothing is owed to `link`, nor to this rank by those for whom it relays."""
-        return not link.left and all(other.heard for other in self._onward(link.rank))
+        return not link.has_residual and all(
+            other.peer_settled for other in self._onward(link.rank)
+        )
 
     def _knows_all(self, link: Link) -> bool:
-        return not link.fresh and not link.left and link.told == self._settled(link)
+        return (
+            not link.has_new_updates
+            and not link.has_residual
+            and link.advertised_settled == self._settled(link)
+        )
 
     def _drop_dead(self) -> None:
         """Forget what is owed to the dead; with a tree the run ends instead, as `needs` says."""
@@ -200,28 +210,31 @@ class DASGD(Algorithm):
         self._send(step, rests=True)
 
     @property
-    def drained(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether this replica has every gradient of all ranks, and all has gone on from here."""
         endpoint, links = self.endpoint, self._links.values()
         sources = range(endpoint.size) if self._relays else (endpoint.rank, *self._links)
         return (
-            all(link.heard and link.told and self._knows_all(link) for link in links)
+            all(
+                link.peer_settled and link.advertised_settled and self._knows_all(link)
+                for link in links
+            )
             and all(self.versions[k] >= endpoint.gradients_of(k) for k in sources)
             and endpoint.is_flushed()
         )
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """See that the replica can be drained: what is not finite would be owed for ever."""
         if self._resumed:
-            yield from self._agree()
+            yield from self._resynchronize()
         rank, largest = self.endpoint.rank, self._replica.largest
         if not np.isfinite(largest):
             raise Diverged(
                 f"a parameter of rank {rank} became {largest}; try a smaller optimizer.lr"
             )
-        if largest >= LIMIT:
+        if largest >= EXACT_RANGE:
             warnings.warn(
-                f"dasgd: a parameter of rank {rank} is {largest:g}; from {LIMIT:g} on replicas may "
+                f"dasgd: a parameter of rank {rank} is {largest:g}; from {EXACT_RANGE:g} on replicas may "
                 "differ in their last bits",
                 stacklevel=2,
             )
@@ -240,11 +253,11 @@ class DASGD(Algorithm):
         self.versions[self.endpoint.rank] = step
         self._resumed = True
 
-    def _agree(self) -> Iterator[Request]:
+    def _resynchronize(self) -> Iterator[Request]:
         """x_i <- the mean of all replicas, what is owed included; V_i[k] <- steps of k."""
         rank, size, elements = self.endpoint.rank, self.endpoint.size, self.x.size
         both = np.zeros(elements + size)
-        both[:elements] = self._replica.share()
+        both[:elements] = self._replica.consensus_share()
         both[elements + rank] = self.versions[rank]
         total = self.endpoint.allreduce(both)
         while not total.test():

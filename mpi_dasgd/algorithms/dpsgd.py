@@ -27,9 +27,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
 
@@ -44,13 +44,13 @@ class DPSGD(Algorithm):
     exchanges = "models, read by all neighbours"
     traffic = "r M / H"
     memory = "4 M + P"
-    receives = False
+    uses_inbox = False
     waits = "every H steps, for the neighbours"
-    keys = ("local_steps",)
+    config_keys = ("local_steps",)
     synchronous = True
 
     @classmethod
-    def lead(cls, settings: Settings, graph: Topology) -> int:
+    def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:
         """As many exchanges as rank 0 has edges to the farthest rank."""
         return settings.local_steps * graph.eccentricity(0)
 
@@ -74,10 +74,10 @@ class DPSGD(Algorithm):
         """Publish what the checkpoint had published: one version more, on all ranks."""
         self._publish(step, self._loaded)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one average with all neighbours."""
-        local.update()  # 3
-        if local.step % self.settings.local_steps:
+        local.apply()  # 3
+        if local.local_step % self.settings.local_steps:
             return
         # 4: x_i - eta g_i - (1 - W_ii) x_i(k): the own share W_ii of the old model stays
         self._add(-sum(self._weights), self._published)
@@ -88,18 +88,20 @@ class DPSGD(Algorithm):
             # None: the neighbour is gone, and the driver ends the run.
             if reading.message is not None:
                 self._add(weight, reading.message)
-                self._note(local.step, reading.message)
-        self._publish(local.step, self.x)  # 1
+                self._record_read(local.local_step, reading.message)
+        self._publish(local.local_step, self.x)  # 1
 
     def _add(self, weight: float, message: Message) -> None:
         """x_i <- x_i + weight x_j."""
         np.multiply(message.payload, weight, out=self._scratch)
         self.x += self._scratch
 
-    def _note(self, step: int, message: Message) -> None:
+    def _record_read(self, step: int, message: Message) -> None:
         header = message.header
         age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
-        self.record(Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0))
+        self.record(
+            ExchangeRecord(step, header.rank, INITIATED, header.step, age, header.nbytes, 0)
+        )
 
     def _publish(self, step: int, model: np.ndarray) -> None:
         publication = self.endpoint.publication.reserve()

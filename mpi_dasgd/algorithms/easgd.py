@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange, Local
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.algorithms.server import ServerAlgorithm
 from mpi_dasgd.transport.endpoint import ReadRequest, Request
@@ -48,7 +48,7 @@ class EASGD(ServerAlgorithm):
     traffic = "2 M / H; server: 0"
     memory = "9 M; server that works: 9 M + 2 P"
     waits = "never"
-    keys = ("elasticity", "local_steps", "server_works")
+    config_keys = ("elasticity", "local_steps", "server_works")
     codecs = ("none", "bf16", "fp16", "lattice8", "lattice4", "lattice16", "qsgd8")
 
     def start(self) -> None:
@@ -58,7 +58,7 @@ class EASGD(ServerAlgorithm):
         self.alpha = self.settings.elasticity or _BETA / len(workers)
         self.center = self.x
         self._started = self.x
-        if self.endpoint.rank == 0 and self.computes:
+        if self.endpoint.rank == 0 and self.computes_gradients:
             self.center, self._started = self.x.copy(), self.x.copy()
         self.restart(0)
 
@@ -70,10 +70,10 @@ class EASGD(ServerAlgorithm):
         if self.endpoint.rank == 0:
             self._publish()
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Lines 1 to 3, and 4 on a server that works."""
-        local.update()
-        due = local.step % self.settings.local_steps == 0
+        local.apply()
+        due = local.local_step % self.settings.local_steps == 0
         if self.endpoint.rank == 0:
             self.serve(local)
             if due:
@@ -83,10 +83,10 @@ class EASGD(ServerAlgorithm):
                 self._absorbed += 1
                 self._publish()
             return
-        self._exchange(local.step)  # with a center that was asked for earlier
+        self._exchange(local.local_step)  # with a center that was asked for earlier
         if due and self._reading is None:
-            self._reading, self._asked = self.endpoint.read(0), local.step
-            self._exchange(local.step)
+            self._reading, self._asked = self.endpoint.read(0), local.local_step
+            self._exchange(local.local_step)
         return
         yield  # an asynchronous algorithm never does
 
@@ -102,18 +102,18 @@ class EASGD(ServerAlgorithm):
         posting = endpoint.acquire_send_buffer(0) if news else None
         if header is None or posting is None:
             endpoint.counters.skipped += 1
-            self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
+            self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, 0))
             return
-        outcome = self.codec.exchange(self.x, (), center, self.alpha, posting.message, None)
+        outcome = self.codec.average_pair(self.x, (), center, self.alpha, posting.message, None)
         now = endpoint.time_ns()
         posting.message.stamp(rank=endpoint.rank, step=step, time_ns=now)
         endpoint.send(posting)
         self._served = header.step
         age = (now - header.time_ns) * 1e-9
         nbytes = 2 * header.nbytes
-        self.record(Exchange(step, 0, INITIATED, self._asked, age, nbytes, 0, *outcome))
+        self.record(ExchangeRecord(step, 0, INITIATED, self._asked, age, nbytes, 0, *outcome))
 
-    def serve(self, local: Local) -> int:
+    def serve(self, local: LocalOptimizer) -> int:
         """Line 4 for all deltas that have arrived; return how many there were."""
         endpoint = self.endpoint
         self.lost()
@@ -121,13 +121,13 @@ class EASGD(ServerAlgorithm):
         if arrivals:
             messages = [arrival.message for arrival in arrivals]
             publication = endpoint.publication.reserve()
-            self.codec.exchange(self.center, messages, None, self.alpha, None, publication)
+            self.codec.average_pair(self.center, messages, None, self.alpha, None, publication)
             for arrival in arrivals:
                 header = arrival.message.header
                 endpoint.inbox.free(arrival)
                 age = (endpoint.time_ns() - header.time_ns) * 1e-9
                 self.record(
-                    Exchange(self._absorbed, arrival.sender, ABSORBED, header.step, age, 0, 0)
+                    ExchangeRecord(self._absorbed, arrival.sender, ABSORBED, header.step, age, 0, 0)
                 )
                 self._absorbed += 1
             announce(endpoint, publication, self._absorbed)
@@ -144,12 +144,12 @@ class EASGD(ServerAlgorithm):
         if self.endpoint.rank == 0:
             self.serve(self.local)
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """A server that works ends with the center."""
         if self.center is not self.x:
             self.x[:] = self.center
             self.center = self.x
-        return super().leave()
+        return super().finalize()
 
     @property
     def model(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 
 __all__ = ["Phases"]
 

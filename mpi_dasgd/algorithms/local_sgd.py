@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["LocalSGD"]
@@ -29,15 +29,15 @@ class LocalSGD(Algorithm):
     traffic = "2 M (n-1)/n / H"
     memory = "0"
     waits = "every H steps"
-    keys = ("local_steps",)
+    config_keys = ("local_steps",)
     synchronous = True
-    publishes = False
-    receives = False
+    uses_publication = False
+    uses_inbox = False
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One local step; every H of them the average."""
-        local.update()  # 1
-        if local.step % self.settings.local_steps == 0:  # 2
+        local.apply()  # 1
+        if local.local_step % self.settings.local_steps == 0:  # 2
             total = self.endpoint.allreduce(self.x)
             while not total.test():
                 yield total

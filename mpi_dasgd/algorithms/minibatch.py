@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
@@ -28,9 +28,9 @@ class MiniBatch(ASGD):
     waits = "for the slowest worker of each batch"
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse settings that choose clients: a batch has them all."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         for key, value, expected in (
             ("clients", settings.clients, "free"),
             ("concurrency", settings.concurrency, None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["Alone"]
@@ -19,11 +19,11 @@ class Alone(Algorithm):
     traffic = "0"
     memory = "0"
     waits = "never"
-    publishes = False
-    receives = False
+    uses_publication = False
+    uses_inbox = False
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """x_i <- x_i - eta g_i(x_i)."""
-        local.update()
+        local.apply()
         return
         yield

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import SKIPPED, Exchange, Local
-from mpi_dasgd.algorithms.push_sum import FLOOR, PushSum
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.algorithms.base import SKIPPED, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.push_sum import MIN_WEIGHT, PushSum
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
 
@@ -41,19 +41,19 @@ class OSGP(PushSum):
     name = "osgp"
     paper = "Assran et al. 2019, arXiv 1811.10792"
     memory = "4 M"
-    publishes = False
+    uses_publication = False
     waits = "never; with `overlap`: for messages of so many steps ago"
-    keys = ("local_steps", "overlap")
+    config_keys = ("local_steps", "overlap")
 
     @classmethod
-    def in_step(cls, settings: Settings) -> bool:
+    def is_lockstep(cls, settings: Settings) -> bool:
         """With `overlap` ranks wait for each other's messages."""
         return settings.overlap is not None
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs without a rotation, if messages are waited for."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         if settings.overlap is not None:
             cls._check_rotation(settings, graph)
 
@@ -65,31 +65,31 @@ class OSGP(PushSum):
         self._due = (step // every + 1) * every  # exchange whose message is waited for next
         self._come: set[int] = set()  # exchanges from there on whose message has come
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient, all that has arrived, and after every `local_steps` gradients a message."""
         self._update(local)  # 1
-        step = self._step = local.step
+        step = self._step = local.local_step
         self._receive()  # 2, 4
         if step % self.settings.local_steps:
             return
         if self.settings.overlap is None:
-            self._send_if_room(step)  # 3
+            self._try_send(step)  # 3
             return
-        yield from self._send_when_room(self._out_neighbour(step), step)  # 3
+        yield from self._wait_and_send(self._out_neighbour(step), step)  # 3
         while self._due <= step - self.settings.overlap:
             yield from self._until(lambda: self._due in self._come)
             self._come.remove(self._due)
             self._due += self.settings.local_steps
 
-    def _send_if_room(self, step: int) -> None:
+    def _try_send(self, step: int) -> None:
         neighbours = self.endpoint.neighbours()
-        if neighbours and self.quanta >= FLOOR:
+        if neighbours and self.weight_quanta >= MIN_WEIGHT:
             posting = self.endpoint.acquire_send_buffer(self.rng.choice(neighbours))
             if posting is not None:
                 self._send(posting, step)
                 return
         self.endpoint.counters.skipped += 1
-        self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
+        self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, 0))
 
     def absorb(self, step: int) -> None:
         """Add the mass that has arrived, outside of a step."""
@@ -100,5 +100,5 @@ class OSGP(PushSum):
         for arrival in inbox.receive():
             if self.settings.overlap is not None:
                 self._come.add(arrival.message.header.step)
-            self._fold(arrival.message, self._step)
+            self._accumulate(arrival.message, self._step)
             inbox.free(arrival)

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, Exchange
-from mpi_dasgd.codecs import Codec, Message, Outcome
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, ExchangeRecord
+from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, ExchangeRequest, Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
 
@@ -52,15 +52,15 @@ class PairExchange:
         codec: Codec,
         settings: Settings,
         rng: random.Random,
-        record: Callable[[Exchange], None],
+        record: Callable[[ExchangeRecord], None],
     ) -> None:
         self._endpoint = endpoint
         self._codec = codec
         self._settings = settings
         self._rng = rng
         self._record = record
-        self._pairing: ExchangeRequest | None = None  # asked for, and not settled when last seen
-        self._drawn: list[int] = []  # candidates of the next exchange, if drawn already
+        self._request: ExchangeRequest | None = None  # asked for, and not settled when last seen
+        self._candidates: list[int] = []  # candidates of the next exchange, if drawn already
 
     def exchange(self, y: np.ndarray, step: int, *, publish: bool) -> None:
         """Absorb, average, and publish if wanted, in one pass over memory.
@@ -72,10 +72,10 @@ class PairExchange:
         """
         endpoint = self._endpoint
         arrivals = endpoint.inbox.receive()  # 1
-        pairing = self._pairing or endpoint.begin_exchange(self._draw())  # 2
+        pairing = self._request or endpoint.begin_exchange(self._draw())  # 2
         publication = endpoint.publication.reserve() if publish else None
         settled = pairing.is_settled  # once: the courier may settle it at any moment
-        outcome = self._codec.exchange(  # 1, 3 and 4 in one pass
+        outcome = self._codec.average_pair(  # 1, 3 and 4 in one pass
             y,
             [arrival.message for arrival in arrivals],
             pairing.partner_model if settled else None,
@@ -86,28 +86,28 @@ class PairExchange:
         self._free(arrivals, step)
         if settled:
             self.conclude(pairing, step, outcome)
-        late, self._pairing = pairing is self._pairing, None if settled else pairing
+        late, self._request = pairing is self._request, None if settled else pairing
         announce(endpoint, publication, step)
         if late and settled:
             # The answer took longer than a moment: ask ahead, so that there is one at the next step.
-            self._drawn = self._draw()
-            if self._drawn and not endpoint.is_local(self._drawn[0]):
-                self._pairing = endpoint.begin_exchange(self._draw())
+            self._candidates = self._draw()
+            if self._candidates and not endpoint.is_local(self._candidates[0]):
+                self._request = endpoint.begin_exchange(self._draw())
 
     def _draw(self) -> list[int]:
         """Candidates for one exchange, in the order in which they are tried."""
-        if self._drawn:
-            drawn, self._drawn = self._drawn, []
+        if self._candidates:
+            drawn, self._candidates = self._candidates, []
             return drawn
         neighbours = self._endpoint.neighbours()
         return self._rng.sample(neighbours, min(self._settings.tries, len(neighbours)))
 
-    def conclude(self, pairing: ExchangeRequest, step: int, outcome: Outcome) -> None:
+    def conclude(self, pairing: ExchangeRequest, step: int, outcome: ExchangeOutcome) -> None:
         """Send the partner's delta, or record that no partner was found."""
         endpoint = self._endpoint
         if pairing.partner_model is None or pairing.partner_delta is None:
             endpoint.counters.skipped += 1
-            self._record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, pairing.failed_attempts))
+            self._record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, pairing.failed_attempts))
             return
         header = pairing.partner_model.header  # not after `complete`, which gives the slot back
         now = endpoint.time_ns()
@@ -116,7 +116,7 @@ class PairExchange:
         nbytes = header.nbytes + pairing.partner_delta.layout.nbytes
         age = (now - header.time_ns) * 1e-9
         self._record(
-            Exchange(
+            ExchangeRecord(
                 step,
                 header.rank,
                 INITIATED,
@@ -138,7 +138,7 @@ class PairExchange:
         if arrivals:
             messages = [arrival.message for arrival in arrivals]
             publication = self._endpoint.publication.reserve() if publish else None
-            self._codec.exchange(y, messages, None, self._settings.weight, None, publication)
+            self._codec.average_pair(y, messages, None, self._settings.weight, None, publication)
             self._free(arrivals, step)
             announce(self._endpoint, publication, step)
         return len(arrivals)
@@ -149,7 +149,7 @@ class PairExchange:
             header = arrival.message.header
             self._endpoint.inbox.free(arrival)
             age = (self._endpoint.time_ns() - header.time_ns) * 1e-9
-            self._record(Exchange(step, arrival.sender, ABSORBED, header.step, age, 0, 0))
+            self._record(ExchangeRecord(step, arrival.sender, ABSORBED, header.step, age, 0, 0))
 
     def publish(self, y: np.ndarray, step: int) -> bool:
         """Publish a vector outside of an exchange; return whether there was a slot."""
@@ -159,10 +159,10 @@ class PairExchange:
             announce(self._endpoint, publication, step)
         return publication is not None
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """Give back what an exchange under way holds of a partner."""
-        if self._pairing is not None:
-            while not self._pairing.is_settled:
-                yield self._pairing
-            self._endpoint.abort_exchange(self._pairing)
-            self._pairing = None
+        if self._request is not None:
+            while not self._request.is_settled:
+                yield self._request
+            self._endpoint.abort_exchange(self._request)
+            self._request = None

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, Exchange
+from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, ExchangeRecord
 from mpi_dasgd.algorithms.pair_averaging import announce
-from mpi_dasgd.codecs import Codec, Message, Outcome
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, ReadRequest
 
 __all__ = ["PullExchange"]
@@ -37,7 +37,7 @@ class PullExchange:
         codec: Codec,
         settings: Settings,
         rng: random.Random,
-        record: Callable[[Exchange], None],
+        record: Callable[[ExchangeRecord], None],
     ) -> None:
         self._endpoint = endpoint
         self._codec = codec
@@ -45,7 +45,7 @@ class PullExchange:
         self._rng = rng
         self._record = record
         self._reading: ReadRequest | None = None  # asked for, and not settled when last seen
-        self._drawn: int | None = None  # neighbour of the next average, if drawn already
+        self._candidates: int | None = None  # neighbour of the next average, if drawn already
 
     def average(self, y: np.ndarray, step: int, *, publish: bool) -> None:
         """Average with one neighbour's publication, and publish if wanted, in one pass over memory.
@@ -61,20 +61,20 @@ class PullExchange:
         settled = reading.is_settled  # once: the courier may settle it at any moment
         theirs = reading.message if settled else None
         publication = endpoint.publication.reserve() if publish else None
-        outcome = self._codec.exchange(y, (), theirs, self._settings.weight, None, publication)
+        outcome = self._codec.average_pair(y, (), theirs, self._settings.weight, None, publication)
         announce(endpoint, publication, step)
         if settled:
-            self._note(theirs, step, outcome)
+            self._record_read(theirs, step, outcome)
         self._reading = None if settled else reading
         if late and settled:
             # The copy took longer than a moment: ask ahead, so that there is one at the next average.
-            self._drawn = self._draw()
-            if self._drawn is not None and not endpoint.is_local(self._drawn):
+            self._candidates = self._draw()
+            if self._candidates is not None and not endpoint.is_local(self._candidates):
                 self._reading = self._ask(self._draw())
 
     def _draw(self) -> int | None:
         """The next neighbour to read; None if all are gone."""
-        drawn, self._drawn = self._drawn, None
+        drawn, self._candidates = self._candidates, None
         neighbours = self._endpoint.neighbours()
         return self._rng.choice(neighbours) if drawn is None and neighbours else drawn
 
@@ -85,16 +85,18 @@ class PullExchange:
         nobody.is_settled = True
         return nobody
 
-    def _note(self, theirs: Message | None, step: int, outcome: Outcome) -> None:
+    def _record_read(self, theirs: Message | None, step: int, outcome: ExchangeOutcome) -> None:
         """Record an average, or that there was nothing to read."""
         if theirs is None:
             self._endpoint.counters.skipped += 1
-            self._record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
+            self._record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, 0))
             return
         header = theirs.header
         age = (self._endpoint.time_ns() - header.time_ns) * 1e-9
         self._record(
-            Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0, *outcome)
+            ExchangeRecord(
+                step, header.rank, INITIATED, header.step, age, header.nbytes, 0, *outcome
+            )
         )
 
     def publish(self, y: np.ndarray, step: int) -> None:

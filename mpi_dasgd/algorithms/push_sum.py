@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import INITIATED, Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request, SendBuffer
 
-__all__ = ["FLOOR", "ONE", "PushSum", "rotation"]
+__all__ = ["MIN_WEIGHT", "UNIT_WEIGHT", "PushSum", "rotation"]
 
-ONE = 1 << 40
+UNIT_WEIGHT = 1 << 40
 """Quanta in a weight of 1."""
 
-FLOOR = ONE // 2
+MIN_WEIGHT = UNIT_WEIGHT // 2
 """A rank with less than this keeps all it has, so that no weight falls below half of it."""
 
 
@@ -59,16 +59,16 @@ class PushSum(Algorithm):
     traffic = "M / H"
     minimum_ranks = 2
 
-    quanta: int
+    weight_quanta: int
     """Own weight, in quanta."""
 
     @classmethod
-    def notes(cls, ranks: int) -> int:
+    def trailer_words(cls, ranks: int) -> int:
         """One word: the weight that a message carries, in quanta."""
         return 1
 
     @classmethod
-    def lead(cls, settings: Settings, graph: Topology) -> int:
+    def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:
         """As many exchanges as it takes until every rank has waited for rank 0, by way of others or not."""
         offsets = rotation(graph.name, graph.size) or ()
         hops = max(len(offsets), graph.size - 1 if graph.name == "ring" else 0)
@@ -95,13 +95,13 @@ class PushSum(Algorithm):
 
         The sum of the weights is n again, and the mean of the models that of the checkpoint.
         """
-        self.quanta = ONE
-        self._posting: SendBuffer | None = None
+        self.weight_quanta = UNIT_WEIGHT
+        self._send_buffer: SendBuffer | None = None
 
     @property
     def mass_weight(self) -> float:
         """The push-sum weight w_i."""
-        return self.quanta / ONE
+        return self.weight_quanta / UNIT_WEIGHT
 
     def mass(self) -> np.ndarray:
         """Return the numerator X_i = w_i z_i."""
@@ -109,11 +109,11 @@ class PushSum(Algorithm):
 
     def mass_of(self, message: Message) -> np.ndarray:
         """Return the numerator that a message carries."""
-        return message.payload * (int(message.notes[0]) / ONE)
+        return message.payload * (int(message.trailer[0]) / UNIT_WEIGHT)
 
-    def _update(self, local: Local) -> None:
+    def _update(self, local: LocalOptimizer) -> None:
         """X_i <- X_i - eta g(z_i)."""
-        local.update(ONE / self.quanta)
+        local.apply(UNIT_WEIGHT / self.weight_quanta)
 
     def _out_neighbour(self, step: int) -> int:
         """Return to whom the exchange of `step` sends."""
@@ -125,41 +125,41 @@ class PushSum(Algorithm):
 
     def _send(self, posting: SendBuffer, step: int) -> None:
         """Send half of the own mass, or a message without mass if there is too little of it."""
-        share = self.quanta // 2 if self.quanta >= FLOOR else 0
-        self.quanta -= share
+        share = self.weight_quanta // 2 if self.weight_quanta >= MIN_WEIGHT else 0
+        self.weight_quanta -= share
         message = posting.message
         self.codec.encode(self.x, message)
-        message.notes[0] = share
+        message.trailer[0] = share
         message.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
         self.endpoint.send(posting)
 
-    def _send_when_room(self, rank: int, step: int) -> Iterator[Request]:
+    def _wait_and_send(self, rank: int, step: int) -> Iterator[Request]:
         """Send to `rank`, waiting until its inbox has room."""
 
         def room() -> bool:
-            self._posting = self._posting or self.endpoint.acquire_send_buffer(rank)
-            return self._posting is not None
+            self._send_buffer = self._send_buffer or self.endpoint.acquire_send_buffer(rank)
+            return self._send_buffer is not None
 
         yield from self._until(room, rank)
-        assert self._posting is not None
-        posting, self._posting = self._posting, None
+        assert self._send_buffer is not None
+        posting, self._send_buffer = self._send_buffer, None
         self._send(posting, step)
 
     def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Request]:
         """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile."""
         endpoint = self.endpoint
         something = endpoint.until(
-            lambda: condition() or (self._open and endpoint.inbox.has_messages),
+            lambda: condition() or (self._accepts_messages and endpoint.inbox.has_messages),
             (endpoint.rank, *ranks),
         )
         while not condition():
             while not something.test():
                 yield something
-            if self._open:
+            if self._accepts_messages:
                 self._receive()
 
     @property
-    def _open(self) -> bool:
+    def _accepts_messages(self) -> bool:
         """Whether what arrives is taken in while it waits."""
         return True
 
@@ -167,11 +167,13 @@ class PushSum(Algorithm):
     def _receive(self) -> None:
         """Take in what has arrived, and free its slots."""
 
-    def _fold(self, message: Message, step: int) -> None:
+    def _accumulate(self, message: Message, step: int) -> None:
         """Add the mass of a message to the own one."""
-        share = int(message.notes[0])
-        self.quanta += share
-        self.codec.exchange(self.x, (), message, share / self.quanta, None, None)
+        share = int(message.trailer[0])
+        self.weight_quanta += share
+        self.codec.average_pair(self.x, (), message, share / self.weight_quanta, None, None)
         header = message.header
         age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
-        self.record(Exchange(step, header.rank, INITIATED, header.step, age, header.nbytes, 0))
+        self.record(
+            ExchangeRecord(step, header.rank, INITIATED, header.step, age, header.nbytes, 0)
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpi_dasgd.codecs import Codec, Message
-from mpi_dasgd.codecs.error_feedback import blocks, round_to_grid, update_code
+from mpi_dasgd.codecs.error_feedback import blocks, round_to_grid, update_quantizer
 
 __all__ = ["Link", "Replica"]
 
@@ -32,12 +32,12 @@ class Link:
     """
 
     rank: int
-    behind: int
-    owed: np.ndarray
-    fresh: bool = False
-    left: bool = False
-    told: bool = True
-    heard: bool = True
+    subtree_size: int
+    residual: np.ndarray
+    has_new_updates: bool = False
+    has_residual: bool = False
+    advertised_settled: bool = True
+    peer_settled: bool = True
 
 
 class Replica:
@@ -52,12 +52,12 @@ class Replica:
         links: by the neighbour's rank.
     """
 
-    def __init__(self, x: np.ndarray, codec: Codec, behind: Mapping[int, int]) -> None:
+    def __init__(self, x: np.ndarray, codec: Codec, subtree_sizes: Mapping[int, int]) -> None:
         self._x = x
-        self._code = update_code(codec)
+        self._code = update_quantizer(codec)
         self._sum = round_to_grid(x.astype(np.float64))
         x[:] = self._sum
-        self.links = {j: Link(j, count, np.zeros(x.size)) for j, count in behind.items()}
+        self.links = {j: Link(j, count, np.zeros(x.size)) for j, count in subtree_sizes.items()}
 
     def add_own(self) -> None:
         """Take what a local optimizer has made of the model for an update, owed to all neighbours."""
@@ -76,23 +76,23 @@ class Replica:
         total += update
         self._x[part] = total
         for link in links:
-            link.owed[part] += update
+            link.residual[part] += update
 
     def pack(self, link: Link, out: Message) -> None:
         """Write Q(owed) to a message; owed <- owed - Q(owed)."""
-        link.left = self._code.pack(link.owed, out)
-        link.fresh = False
+        link.has_residual = self._code.pack(link.residual, out)
+        link.has_new_updates = False
 
     @property
     def largest(self) -> float:
         """Largest parameter, in magnitude; NaN if one is."""
         return float(np.abs(self._sum).max())
 
-    def share(self) -> np.ndarray:
+    def consensus_share(self) -> np.ndarray:
         """Return x_i + sum_j behind_ij owed_ij: the sum of it over all ranks lacks nothing that is owed."""
         share = self._sum.copy()
         for link in self.links.values():
-            share += link.behind * link.owed
+            share += link.subtree_size * link.residual
         return share
 
     def replace(self, model: np.ndarray) -> None:
@@ -100,11 +100,11 @@ class Replica:
         self._sum[:] = round_to_grid(model.astype(np.float64))
         self._x[:] = self._sum
         for link in self.links.values():
-            link.owed[:] = 0
+            link.residual[:] = 0
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the sum and what is owed: for a checkpoint."""
-        return {"sum": self._sum} | {f"owed/{j}": link.owed for j, link in self.links.items()}
+        return {"sum": self._sum} | {f"owed/{j}": link.residual for j, link in self.links.items()}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take back what `state` returned, if it is that of the model as it is; else the model counts."""
@@ -113,4 +113,4 @@ class Replica:
             return
         self._sum[:] = arrays["sum"]
         for j, link in self.links.items():
-            link.owed[:] = arrays[f"owed/{j}"]
+            link.residual[:] = arrays[f"owed/{j}"]

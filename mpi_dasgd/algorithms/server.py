@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.topology import Topology
@@ -23,9 +23,9 @@ class ServerAlgorithm(Algorithm):
     minimum_ranks = 2
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs in which the server cannot be reached by all."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         if len(graph.neighbours(0)) != ranks - 1:
             raise UserError(
                 f"topology.graph: {cls.name!r} needs rank 0, its server, to be the neighbour of all other "
@@ -36,12 +36,12 @@ class ServerAlgorithm(Algorithm):
     def start(self) -> None:
         """See who is there. Workers are `living` until they die, or say farewell."""
         self.living = list(self.workers(self.endpoint.size, self.settings))
-        self.left = False
+        self.departing = False
         self._seen = len(self.endpoint.neighbours())
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """From now on nobody is missed."""
-        self.left = True
+        self.departing = True
         return iter(())
 
     def lost(self) -> list[int]:
@@ -56,11 +56,11 @@ class ServerAlgorithm(Algorithm):
         self._seen = len(neighbours)
         dead = [worker for worker in self.living if worker and worker not in neighbours]
         self.living = [worker for worker in self.living if worker not in dead]
-        if dead and not (self.living or self.left):
+        if dead and not (self.living or self.departing):
             raise PeerLost(f"rank {dead[-1]}, the last worker of {self.name}, is gone")
         return dead
 
-    def called(self) -> bool:
+    def end_training(self) -> bool:
         """Whether there is something to do for the server: a message, or a death."""
         return self.endpoint.inbox.has_messages or len(self.endpoint.neighbours()) != self._seen
 
@@ -87,6 +87,6 @@ class ServerAlgorithm(Algorithm):
         return range(1)
 
     @property
-    def needs(self) -> frozenset[int]:
+    def required_ranks(self) -> frozenset[int]:
         """All go on without a worker, none without the server."""
         return frozenset((0,))

@@ -28,10 +28,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import Local
+from mpi_dasgd.algorithms.base import LocalOptimizer
 from mpi_dasgd.algorithms.push_sum import PushSum
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
 
@@ -43,16 +43,16 @@ class SGP(PushSum):
 
     name = "sgp"
     paper = "Assran et al. 2019, arXiv 1811.10792"
-    publishes = False
+    uses_publication = False
     memory = "4 M; more for each early message: M"
     waits = "every H steps, for one rank"
-    keys = ("local_steps",)
+    config_keys = ("local_steps",)
     synchronous = True
 
     @classmethod
-    def refuse(cls, ranks: int, settings: Settings, graph: Topology) -> None:
+    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs without a rotation."""
-        super().refuse(ranks, settings, graph)
+        super().validate_requirements(ranks, settings, graph)
         cls._check_rotation(settings, graph)
 
     def restart(self, step: int) -> None:
@@ -62,22 +62,22 @@ class SGP(PushSum):
         self._awaited = -1  # step whose message is to be used at once
         self._early: dict[int, Message] = {}  # copies of messages of later steps, by step
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient, and after every `local_steps` of them one exchange."""
         self._update(local)  # 1
-        step = self._step = local.step
+        step = self._step = local.local_step
         if step % self.settings.local_steps:
             return
-        yield from self._send_when_room(self._out_neighbour(step), step)  # 2
+        yield from self._wait_and_send(self._out_neighbour(step), step)  # 2
         early = self._early.pop(step, None)
         if early is None:
             self._awaited = step
             yield from self._until(lambda: self._awaited < 0)  # 3, 4
         else:
-            self._fold(early, step)
+            self._accumulate(early, step)
 
     @property
-    def _open(self) -> bool:
+    def _accepts_messages(self) -> bool:
         return self._step not in self._early
 
     def _receive(self) -> None:
@@ -87,7 +87,7 @@ class SGP(PushSum):
             sent = message.header.step
             if sent == self._awaited:
                 self._awaited = -1
-                self._fold(message, sent)
+                self._accumulate(message, sent)
             else:
                 self._early[sent] = Message(message.buffer.copy(), message.layout)
             inbox.free(arrival)

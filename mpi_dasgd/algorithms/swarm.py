@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Request
@@ -53,7 +53,7 @@ class Swarm(Algorithm):
     traffic = "2 M / H"
     memory = "8 M + 2 P"
     waits = "never"
-    keys = ("local_steps", "local_steps_law", "tries", "weight")
+    config_keys = ("local_steps", "local_steps_law", "tries", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
 
@@ -61,59 +61,59 @@ class Swarm(Algorithm):
         """Publish the initial model: B_i = Y_i = x_i."""
         self._pairs = PairExchange(self.endpoint, self.codec, self.settings, self.rng, self.record)
         self._phases = Phases(self.settings, self.rng)
-        self._live = self.x.copy()
+        self._shadow = self.x.copy()
         self._base = self.x.copy()
         self._steps = 0  # of this phase
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """Publish a live vector that did not come out of an interaction."""
-        self._pairs.publish(self._live, step)
+        self._pairs.publish(self._shadow, step)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One local step, and at the end of a phase an interaction."""
-        local.update()  # 1
+        local.apply()  # 1
         self._steps += 1
-        if not self._phases.ends(local.step):
-            self._pairs.absorb(self._live, local.step, publish=True)
+        if not self._phases.ends(local.local_step):
+            self._pairs.absorb(self._shadow, local.local_step, publish=True)
             return
-        self._pairs.exchange(self._live, local.step, publish=False)  # 3
+        self._pairs.exchange(self._shadow, local.local_step, publish=False)  # 3
         self._end_phase()
-        self._pairs.publish(self._live, local.step)
+        self._pairs.publish(self._shadow, local.local_step)
         return
         yield  # an asynchronous algorithm never does
 
     def _end_phase(self) -> None:
         """Steps 2 and 4."""
         self._base -= self.x  # a_i
-        self._live -= self._base
+        self._shadow -= self._base
         self._begin_phase()
 
     def _begin_phase(self) -> None:
-        self._base[:] = self._live
-        self.x[:] = self._live
+        self._base[:] = self._shadow
+        self.x[:] = self._shadow
         self._steps = 0
 
     def absorb(self, step: int) -> None:
         """Apply the deltas that have arrived, outside of a step."""
-        if self._pairs.absorb(self._live, step) and not self._steps:
+        if self._pairs.absorb(self._shadow, step) and not self._steps:
             self._begin_phase()  # there is no progress yet that they would have to wait for
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """Give back what is held of a partner, and end the phase, so that the model is the live vector."""
-        yield from self._pairs.leave()
+        yield from self._pairs.finalize()
         self._end_phase()
 
     def mass(self) -> np.ndarray:
         """Y_i less the progress of the phase, which is in x_i only."""
-        return self._live + (self.x - self._base)
+        return self._shadow + (self.x - self._base)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the two vectors; the progress is in the model."""
-        return {"live": self._live, "base": self._base, "steps": np.array([self._steps])}
+        return {"live": self._shadow, "base": self._base, "steps": np.array([self._steps])}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take back what `state` returned."""
-        self._live[:] = arrays["live"]
+        self._shadow[:] = arrays["live"]
         self._base[:] = arrays["base"]
         self._steps = int(arrays["steps"][0])

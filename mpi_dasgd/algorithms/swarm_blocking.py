@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 
-from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, Exchange, Local
+from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.control_words import FREE, READY
@@ -51,7 +51,7 @@ class BlockingSwarm(Algorithm):
     traffic = "M / H"
     memory = "8 M"
     waits = "at the end of a phase, for a neighbour at the end of its own"
-    keys = ("local_steps", "local_steps_law", "weight")
+    config_keys = ("local_steps", "local_steps_law", "weight")
     codecs = PAIR_CODECS
     minimum_ranks = 2
 
@@ -60,15 +60,17 @@ class BlockingSwarm(Algorithm):
         self._pairs = PairExchange(self.endpoint, self.codec, self.settings, self.rng, self.record)
         self._phases = Phases(self.settings, self.rng)
         self._finished = False
-        self._asked: ExchangeRequest | None = None  # finished: a look that has not been answered
+        self._awaiting_reply_from: ExchangeRequest | None = (
+            None  # finished: a look that has not been answered
+        )
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One local step, and at the end of a phase a meeting."""
-        local.update()
-        if self._phases.ends(local.step):
-            yield from self._meet(local.step)
+        local.apply()
+        if self._phases.ends(local.local_step):
+            yield from self._exchange_with_partner(local.local_step)
 
-    def _meet(self, step: int) -> Iterator[Request]:
+    def _exchange_with_partner(self, step: int) -> Iterator[Request]:
         """Steps a to e, until an average is made; none if all neighbours are gone."""
         publication = self.endpoint.publication
         while self.endpoint.neighbours():
@@ -76,7 +78,7 @@ class BlockingSwarm(Algorithm):
                 lambda: publication.has_free_slot
             )  # a partner gives its slot back last
             self._pairs.publish(self.x, step)
-            pairing = yield from self._look()
+            pairing = yield from self._claim_an_offer()
             if pairing is not None:
                 if self._withdraw(pairing):
                     self._average(pairing, step)
@@ -85,7 +87,7 @@ class BlockingSwarm(Algorithm):
             if (yield from self._answered(step)):
                 return
         self.endpoint.counters.skipped += 1
-        self.record(Exchange(step, -1, SKIPPED, -1, 0.0, 0, 0))
+        self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, 0))
 
     def _wait(self, condition: Callable[[], bool]) -> Iterator[Request]:
         """Wait for own control words."""
@@ -93,7 +95,7 @@ class BlockingSwarm(Algorithm):
         while not pending.test():
             yield pending
 
-    def _look(self) -> Generator[Request, None, ExchangeRequest | None]:
+    def _claim_an_offer(self) -> Generator[Request, None, ExchangeRequest | None]:
         """Step b: return the offer that was claimed, or None if there is none, or the own one is taken."""
         neighbours = self.endpoint.neighbours()
         for rank in self.rng.sample(neighbours, len(neighbours)):
@@ -119,7 +121,7 @@ class BlockingSwarm(Algorithm):
 
     def _average(self, pairing: ExchangeRequest, step: int) -> None:
         """Both move to their mean: x_i <- x_i + d, d = w (x_j - x_i); send -d to j."""
-        outcome = self.codec.exchange(
+        outcome = self.codec.average_pair(
             self.x, (), pairing.partner_model, self.settings.weight, pairing.partner_delta, None
         )
         self._pairs.conclude(pairing, step, outcome)
@@ -145,20 +147,22 @@ class BlockingSwarm(Algorithm):
         """Finished: average with a neighbour that waits, if there is one. It does not wait itself."""
         if not self._finished:
             return
-        if self._asked is None:
+        if self._awaiting_reply_from is None:
             neighbours = self.endpoint.neighbours()
-            self._asked = self.endpoint.begin_exchange(self.rng.sample(neighbours, len(neighbours)))
-        if self._asked.is_settled:
-            if self._asked.partner_model is not None:
-                self._average(self._asked, step)
-            self._asked = None
+            self._awaiting_reply_from = self.endpoint.begin_exchange(
+                self.rng.sample(neighbours, len(neighbours))
+            )
+        if self._awaiting_reply_from.is_settled:
+            if self._awaiting_reply_from.partner_model is not None:
+                self._average(self._awaiting_reply_from, step)
+            self._awaiting_reply_from = None
 
     @property
-    def drained(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether this rank owes nobody a delta."""
-        return self._asked is None and self.endpoint.is_flushed()
+        return self._awaiting_reply_from is None and self.endpoint.is_flushed()
 
-    def leave(self) -> Iterator[Request]:
+    def finalize(self) -> Iterator[Request]:
         """From now on meet those who still train."""
         self._finished = True
         return iter(())

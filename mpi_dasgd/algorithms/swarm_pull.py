@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpi_dasgd.algorithms.base import Algorithm, Local
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
@@ -37,12 +37,12 @@ class PullSwarm(Algorithm):
     exchanges = "models, read by one side: the mean is not conserved"
     traffic = "M / H"
     memory = "5 M"
-    receives = False
+    uses_inbox = False
     waits = "never"
-    keys = ("local_steps", "local_steps_law", "weight")
+    config_keys = ("local_steps", "local_steps_law", "weight")
     effective_step = "0.67 to 0.8 at H = 1, 0.86 to 0.94 at H = 4"
     codecs = PAIR_CODECS
-    conserves = False
+    preserves_mean = False
     minimum_ranks = 2
 
     def start(self) -> None:
@@ -55,11 +55,11 @@ class PullSwarm(Algorithm):
         """Publish a model that did not come out of a step."""
         self._pulls.publish(self.x, step)
 
-    def step(self, local: Local) -> Iterator[Request]:
+    def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One local step, and at the end of a phase one average."""
-        local.update()  # 1
-        self._pulls.publish(self.x, local.step)  # 2
-        if self._phases.ends(local.step):
-            self._pulls.average(self.x, local.step, publish=False)  # 3
+        local.apply()  # 1
+        self._pulls.publish(self.x, local.local_step)  # 2
+        if self._phases.ends(local.local_step):
+            self._pulls.average(self.x, local.local_step, publish=False)  # 3
         return
         yield  # an asynchronous algorithm never does

@@ -9,10 +9,10 @@ import numpy as np
 
 from mpi_dasgd.transport.endpoint import Endpoint, SendBuffer
 
-__all__ = ["FAREWELL", "Job", "Outbox", "fill"]
+__all__ = ["SHUTDOWN", "Outbox", "WorkItem", "send_work_item"]
 
 
-class Job(NamedTuple):
+class WorkItem(NamedTuple):
     """A point to compute a gradient at: the notes of the point's message and of the gradient's."""
 
     start: int
@@ -21,18 +21,18 @@ class Job(NamedTuple):
     """When the server gave it away, by the server's clock."""
 
 
-FAREWELL = Job(-1, 0)
+SHUTDOWN = WorkItem(-1, 0)
 """Instead of a gradient's: the worker computes no more."""
 
 
-def fill(
-    endpoint: Endpoint, posting: SendBuffer, job: Job, vector: np.ndarray | None, step: int
+def send_work_item(
+    endpoint: Endpoint, posting: SendBuffer, job: WorkItem, vector: np.ndarray | None, step: int
 ) -> None:
     """Write a point, a gradient or a farewell to `posting`, and send it."""
     message = posting.message
     if vector is not None:
         message.payload[:] = vector
-    message.notes[:] = job
+    message.trailer[:] = job
     message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
     endpoint.send(posting)
 
@@ -48,16 +48,16 @@ class Outbox:
     def __init__(self, endpoint: Endpoint, x: np.ndarray) -> None:
         self._endpoint = endpoint
         self._x = x
-        self._waiting: dict[int, deque[tuple[Job, np.ndarray]]] = {}
+        self._waiting: dict[int, deque[tuple[WorkItem, np.ndarray]]] = {}
         self._copy: tuple[int, np.ndarray] | None = (
             None  # the newest, shared by all who wait for it
         )
 
-    def send(self, worker: int, job: Job) -> None:
+    def send(self, worker: int, job: WorkItem) -> None:
         """Send x, which is the point of `job`, to `worker`."""
         posting = None if worker in self._waiting else self._endpoint.acquire_send_buffer(worker)
         if posting is not None:
-            fill(self._endpoint, posting, job, self._x, job.start)
+            send_work_item(self._endpoint, posting, job, self._x, job.start)
             return
         if self._copy is None or self._copy[0] != job.start:
             self._copy = job.start, self._x.copy()
@@ -68,12 +68,12 @@ class Outbox:
         for worker, points in list(self._waiting.items()):
             while points and (posting := self._endpoint.acquire_send_buffer(worker)) is not None:
                 job, point = points.popleft()
-                fill(self._endpoint, posting, job, point, job.start)
+                send_work_item(self._endpoint, posting, job, point, job.start)
             if not points:
                 del self._waiting[worker]
         if not self._waiting:
             self._copy = None
 
-    def forget(self, worker: int) -> None:
+    def remove_worker(self, worker: int) -> None:
         """Drop what waits for `worker`."""
         self._waiting.pop(worker, None)

@@ -42,7 +42,7 @@ def load_run(path: str | Path) -> Run:
             f"{path}: expected a run directory, found neither results.h5 nor ranks/; "
             "give the directory that the run was told to write to"
         )
-    if not results.records["train"].any():
+    if not results.n_records["train"].any():
         raise UserError(
             f"{path}: the run has no records yet; wait until its ranks have taken steps"
         )
@@ -82,12 +82,12 @@ def _results(file: h5py.File, attributes: dict[str, Any]) -> Results:
     return Results(
         attributes={k: v for k, v in attributes.items() if k not in FILE_ATTRIBUTES},
         rank=file["ranks/rank"][()],
-        records={table: file[table]["records"][()] for table in TABLES},
+        n_records={table: file[table]["records"][()] for table in TABLES},
         tables={
             table: {column.name: file[table][column.name][()] for column in columns}
             for table, columns in TABLES.items()
         },
-        ranks={name: _values(file["ranks"][name]) for name in _rank_columns(file["ranks"])},
+        rank_table={name: _values(file["ranks"][name]) for name in _rank_columns(file["ranks"])},
         consensus={name: data[()] for name, data in file.get("consensus", {}).items()},
         lost=lost,
     )

@@ -130,7 +130,7 @@ def throughput(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     width = 0.8 / len(runs)
     most = max(len(run.results.rank) for run in runs)
     for index, run in enumerate(runs):
-        speed = run.results.ranks["samples_per_s"].astype(float)
+        speed = run.results.rank_table["samples_per_s"].astype(float)
         rank, colour = run.results.rank, style.colour(index)
         if most <= 24:
             shift = (index - (len(runs) - 1) / 2) * width
@@ -220,7 +220,7 @@ def traffic(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     drawn = False
     for index, run in enumerate(runs):
         time, moved = run.column("exchange", "time"), run.column("exchange", "bytes")
-        wall, total = float(run.results.ranks["wall_s"].max()), run.summary()["bytes_sent"]
+        wall, total = float(run.results.rank_table["wall_s"].max()), run.summary()["bytes_sent"]
         colour = style.colour(index)
         if len(time):
             order = np.argsort(time, kind="stable")

@@ -77,7 +77,7 @@ class Run:
     def column(self, table: str, name: str) -> np.ndarray:
         """Return the valid values of a column, rank after rank, (records of all ranks,)."""
         values = self.results.tables[table][name]
-        records = self.results.records[table]
+        records = self.results.n_records[table]
         return np.concatenate([row[:n] for row, n in zip(values, records, strict=True)])
 
     def ages(self) -> np.ndarray:
@@ -146,7 +146,7 @@ class Run:
         is all payload moved per exchange; delay_factor_mean is of the rule for delays, None where it
         changed nothing; accuracies, test loss and consensus distance are those of the last milestone.
         """
-        attributes, ranks = self.results.attributes, self.results.ranks
+        attributes, ranks = self.results.attributes, self.results.rank_table
         stale = np.maximum(self.ages(), 0)
         delays, factors = self.delays(), self.column("train", "delay_factor")
         exchanges = int(np.isin(self.column("exchange", "kind"), (INITIATED, APPLIED)).sum())
@@ -186,7 +186,7 @@ class Run:
         """Return the summary, one entry a rank, the milestones, configuration and provenance."""
         ranks = [
             {"rank": int(rank)}
-            | {name: _plain(values[row]) for name, values in self.results.ranks.items()}
+            | {name: _plain(values[row]) for name, values in self.results.rank_table.items()}
             for row, rank in enumerate(self.results.rank)
         ]
         milestones = {
@@ -210,7 +210,7 @@ class Run:
         return value if isinstance(value, str) else None
 
     def _counter(self, name: str) -> int | None:
-        values = self.results.ranks.get(name)
+        values = self.results.rank_table.get(name)
         return None if values is None or (values < 0).any() else int(values.sum())
 
     def _final_loss(self) -> float | None:

@@ -61,7 +61,7 @@ def _exchanges(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
     def draw() -> np.ndarray:
         theirs.encode(x, publication)
         moved = y.copy()
-        mine.exchange(moved, (), publication, 0.5, reply, None)
+        mine.average_pair(moved, (), publication, 0.5, reply, None)
         return (moved.astype(np.float64) - y) / 0.5 - apart
 
     return draw
@@ -71,7 +71,7 @@ def _merges(bits: int, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
     theirs, _ = open_pair(f"lattice{bits}", x, y, seed)
     publication = message(theirs)
     encoded = EncodedVector(
-        x.size, bits, publication.payload, publication.scales, publication.checks
+        x.size, bits, publication.payload, publication.scales, publication.checksums
     )
 
     def draw() -> np.ndarray:

@@ -112,8 +112,8 @@ def _exchange(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:
     theirs, mine = open_pair(name, x, y, seed)
     publication, reply = message(theirs), message(mine)
     theirs.encode(x, publication)
-    outcome = mine.exchange(y, (), publication, 0.5, reply, None)
-    theirs.exchange(x, (reply,), None, 0.5, None, None)
+    outcome = mine.average_pair(y, (), publication, 0.5, reply, None)
+    theirs.average_pair(x, (reply,), None, 0.5, None, None)
     return outcome.rejected
 
 

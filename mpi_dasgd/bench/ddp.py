@@ -23,7 +23,7 @@ from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
 from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.finalize import conclude
+from mpi_dasgd.training.finalize import write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.world import expected_ranks
 
@@ -120,7 +120,7 @@ class DdpTrainer:
         dist.barrier()
         dist.destroy_process_group()
         if self.rank == 0:
-            conclude(
+            write_results(
                 self.config.run_directory,
                 range(self.size),
                 range(self.size),

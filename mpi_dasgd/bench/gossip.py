@@ -129,7 +129,7 @@ class _Group:
         before, reply = mine.x.copy(), message(mine.codec)
         for delta in mine.arrived:
             before += mine.codec.delta(delta)
-        outcome = mine.codec.exchange(
+        outcome = mine.codec.average_pair(
             mine.x, mine.arrived, theirs.publication, self.weight, reply, mine.publication
         )
         self._note(mine.x - before, theirs.published - before, outcome.rejected)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.bench import machine
-from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload, Models
 from mpi_dasgd.bench.rooflines import Cpu, Gpu, Lane, cuda_device
 from mpi_dasgd.bench.sample_store import DIRECTORY, quartiles, samples_path, write_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError, nearest
@@ -264,7 +264,7 @@ def _lanes(
         on_cpu.append("numpy")
     lanes: list[Lane] = [] if gpu is None else list(gpu.memory())
     for bits, ops in work.items():
-        made = Work.make(models, bits, options.threads)
+        made = KernelWorkload.make(models, bits, options.threads)
         if on_cpu and all(lane.op != "triad" for lane in lanes):
             lanes += host.memory(made)
         for op in ops if on_cpu else ():

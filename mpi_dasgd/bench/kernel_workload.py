@@ -21,7 +21,7 @@ from mpi_dasgd.kernels.encoded import (
     codes_of,
 )
 
-__all__ = ["OPERATIONS", "Models", "Operation", "Work"]
+__all__ = ["OPERATIONS", "KernelWorkload", "Models", "Operation"]
 
 _DISTANCE = 1e-3  # of the models, in each element at most
 _RUBBISH = 77  # where results will be
@@ -61,7 +61,7 @@ def _uniform(rng: np.random.Generator, elements: int, limit: float) -> np.ndarra
     return values
 
 
-class Work:
+class KernelWorkload:
     """Arrays of one device for all operations with one number of bits.
 
     Args:
@@ -92,7 +92,7 @@ class Work:
         self.restore()
 
     @classmethod
-    def make(cls, models: Models, bits: int, threads: int = 1) -> Work:
+    def make(cls, models: Models, bits: int, threads: int = 1) -> KernelWorkload:
         """Return the work in host memory; other devices take theirs from it."""
         elements = models.origin.size
         partner_model = EncodedVector.empty(elements, bits, 1)
@@ -106,9 +106,9 @@ class Work:
         lattice.exchange(partner, partner_model, 0.5, delta, threads=threads)
         return cls(models, partner_model, delta, threads)
 
-    def on(self, models: Models) -> Work:
+    def on(self, models: Models) -> KernelWorkload:
         """Return the same work on another device, where `models` lie."""
-        return Work(models, *self.received)
+        return KernelWorkload(models, *self.received)
 
     def restore(self) -> None:
         """Set everything that operations change back to the beginning, and results to rubbish."""
@@ -167,14 +167,14 @@ class Work:
         rng = np.random.default_rng()
         return [0, firsts[-1], *rng.choice(firsts[1:-1], _CHECKED - 2, replace=False).tolist()]
 
-    def _part(self, first: int) -> Work:
+    def _part(self, first: int) -> KernelWorkload:
         """Return the work on the buckets of one block, on copies in host memory."""
         here = slice(first * BUCKET, (first + _BLOCK) * BUCKET)
         models = Models(self.models.origin[here], self.models.host_gradient[here])
         partner_model, delta = (
             _part(encoded, first, models.origin.size) for encoded in self.received
         )
-        return Work(models, partner_model, delta)
+        return KernelWorkload(models, partner_model, delta)
 
     def _here(self, encoded: EncodedVector) -> EncodedVector:
         copy = self.models.xp.asarray
@@ -228,13 +228,13 @@ class Operation:
 
     floats: int
     codes: int
-    parts: Callable[[Work, FusedStep], None]
+    parts: Callable[[KernelWorkload, FusedStep], None]
 
     def traffic(self, bits: int) -> float:
         """Bytes that it reads and writes, an element; without scales and checksums, .008 more."""
         return self.floats + self.codes * bits / 8
 
-    def step(self, work: Work) -> FusedStep:
+    def step(self, work: KernelWorkload) -> FusedStep:
         """Return it as a step on the arrays of `work`."""
         step = work.step()
         self.parts(work, step)
@@ -242,19 +242,19 @@ class Operation:
         return step
 
 
-def _encode(work: Work, step: FusedStep) -> None:
+def _encode(work: KernelWorkload, step: FusedStep) -> None:
     step.publication = work.publication
 
 
-def _encode_nearest(work: Work, step: FusedStep) -> None:
+def _encode_nearest(work: KernelWorkload, step: FusedStep) -> None:
     step.publication = work.nearest
 
 
-def _apply(work: Work, step: FusedStep) -> None:
+def _apply(work: KernelWorkload, step: FusedStep) -> None:
     step.deltas, step.delta_stats = (work.delta,), (work.delta_stats,)
 
 
-def _exchange(work: Work, step: FusedStep) -> None:
+def _exchange(work: KernelWorkload, step: FusedStep) -> None:
     step.partner_model, step.stats, step.reply_delta = (
         work.partner_model,
         work.stats,
@@ -262,27 +262,27 @@ def _exchange(work: Work, step: FusedStep) -> None:
     )
 
 
-def _merge(work: Work, step: FusedStep) -> None:
+def _merge(work: KernelWorkload, step: FusedStep) -> None:
     step.partner_model, step.stats, step.merge = work.partner_model, work.stats, 1
 
 
-def _merge_subtract(work: Work, step: FusedStep) -> None:
+def _merge_subtract(work: KernelWorkload, step: FusedStep) -> None:
     _merge(work, step)
     step.merge = 2
 
 
-def _merge_forward(work: Work, step: FusedStep) -> None:
+def _merge_forward(work: KernelWorkload, step: FusedStep) -> None:
     _merge(work, step)
     _encode(work, step)
 
 
-def _sgd_encode(work: Work, step: FusedStep) -> None:
+def _sgd_encode(work: KernelWorkload, step: FusedStep) -> None:
     step.velocity, step.gradient = work.models.velocity, work.models.gradient
     step.lr, step.momentum, step.weight_decay = 1e-3, 0.9, 1e-4
     _encode(work, step)
 
 
-def _fused(work: Work, step: FusedStep) -> None:
+def _fused(work: KernelWorkload, step: FusedStep) -> None:
     _apply(work, step)
     _exchange(work, step)
     _encode(work, step)

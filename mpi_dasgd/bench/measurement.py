@@ -24,10 +24,10 @@ from mpi_dasgd.storage.runfile import RankRecord, rank_path, read_run_file
 __all__ = [
     "TASKS",
     "WARM_UP",
-    "Cell",
     "JobFailed",
     "Measurement",
     "Result",
+    "Scenario",
     "common_windows",
     "cores",
     "measure",
@@ -70,7 +70,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class Scenario:
     """A task on so many ranks; `straggler`: none, sK (the last rank sleeps) or cK (it computes)."""
 
     task: str
@@ -93,7 +93,7 @@ class Measurement:
     Repeats differ in their seed only.
     """
 
-    cell: Cell
+    cell: Scenario
     algorithm: str
     repeat: int
     seconds: float

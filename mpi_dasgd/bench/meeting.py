@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-__all__ = ["peers", "serve_until_all_come"]
+__all__ = ["peers_by_node", "polled_barrier"]
 
 _PAUSE = 1e-4  # seconds between two looks
 
 
-def peers(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
+def peers_by_node(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
     """Return the first rank that shares rank 0's node, and the first that does not. Collective."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     leaders = comm.allgather(node.bcast(comm.rank))
@@ -22,7 +22,7 @@ def peers(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
     return near, far
 
 
-def serve_until_all_come(comm: MPI.Comm, serve: Callable[[], object] | None = None) -> None:
+def polled_barrier(comm: MPI.Comm, serve: Callable[[], object] | None = None) -> None:
     """Wait for all ranks without burning a core, calling `serve` meanwhile. Collective."""
     request = comm.Ibarrier()
     while not request.Test():

@@ -111,7 +111,7 @@ class _Case:
         seconds: samples of each operation, in the order of the rounds, warm-up first.
     """
 
-    path: str
+    mode: str
     nbytes: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -121,7 +121,7 @@ class _Case:
         return [
             {
                 "op": op,
-                "path": "private" if op == "memcpy" else self.path,
+                "path": "private" if op == "memcpy" else self.mode,
                 "bytes": self.nbytes,
                 "samples": len(self.seconds[op]) - WARM_UP,
                 "q1_us": q1 * 1e6,
@@ -136,13 +136,13 @@ class _Case:
 
 
 def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace) -> int:
-    from mpi_dasgd.bench.meeting import peers
+    from mpi_dasgd.bench.meeting import peers_by_node
     from mpi_dasgd.kernels import native
 
     if environment.size < 2:
         raise UserError("bench rma: 2 ranks are needed, but the launcher started 1")
-    near, far = peers(environment.comm)
-    with environment.together():
+    near, far = peers_by_node(environment.comm)
+    with environment.collective_errors():
         _check_memory(environment.node_size, max(sizes))
         path = samples_path("rma", options.out) if environment.rank == 0 else Path()
     cases = []
@@ -189,8 +189,8 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
         MpiDasgdError: a payload arrived other than it was sent.
     """
     from mpi_dasgd import topology
-    from mpi_dasgd.bench.meeting import serve_until_all_come
-    from mpi_dasgd.bench.rma_operations import Side
+    from mpi_dasgd.bench.meeting import polled_barrier
+    from mpi_dasgd.bench.rma_operations import Peer
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -206,17 +206,17 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     )
     case, wrong = _Case(path, nbytes), 0
     if comm.rank in (0, peer):
-        side = Side(endpoint, codec, peer if comm.rank == 0 else 0)
+        side = Peer(endpoint, codec, peer if comm.rank == 0 else 0)
         if comm.rank == peer:
             side.publish(0)
-        serve_until_all_come(comm)
+        polled_barrier(comm)
         if comm.rank == 0:
             case.seconds = side.measure(seconds, WARM_UP)
-        serve_until_all_come(comm, side.receive if comm.rank == peer else None)
+        polled_barrier(comm, side.receive if comm.rank == peer else None)
         wrong = side.wrong
     else:
-        serve_until_all_come(comm)
-        serve_until_all_come(comm)
+        polled_barrier(comm)
+        polled_barrier(comm)
     endpoint.close()
     own.Free()
     wrong = comm.allreduce(wrong)
@@ -236,7 +236,7 @@ def _columns(cases: Sequence[_Case]) -> dict[str, list[Any]]:
     for case in cases:
         for op, values in case.seconds.items():
             for number, value in enumerate(values):
-                row = (op, case.path, case.nbytes, number, number < WARM_UP, value)
+                row = (op, case.mode, case.nbytes, number, number < WARM_UP, value)
                 for column, item in zip(columns.values(), row, strict=True):
                     column.append(item)
     return columns

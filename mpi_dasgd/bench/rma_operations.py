@@ -14,7 +14,7 @@ from mpi_dasgd.codecs.none import NoCodec
 from mpi_dasgd.kernels.pair_average import pair_average
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
-__all__ = ["Side"]
+__all__ = ["Peer"]
 
 ROUNDS = (7, 500)  # at least and at most
 
@@ -22,7 +22,7 @@ _CACHES = 64 * 2**20  # bytes read between two operations, so that each finds th
 _PAGE = 1024  # float32 elements of 4 KiB: one element of each page is new in every round
 
 
-class Side:
+class Peer:
     """One of the two ranks that exchange: its arrays, and the operations that are timed.
 
     Args:

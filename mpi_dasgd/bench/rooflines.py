@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload, Models
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import cpu, lattice, reference
 
@@ -96,7 +96,7 @@ class Cpu:
                 call()
         return (self.clock() - start) / repeats
 
-    def memory(self, work: Work) -> Iterator[Lane]:
+    def memory(self, work: KernelWorkload) -> Iterator[Lane]:
         """Yield memcpy and a triad, as in STREAM."""
         for op, name, traffic in (("memcpy", "copy", 8), ("triad", "triad", 12)):
             how, run = self._fastest([name], work, "sgd_encode")
@@ -105,7 +105,7 @@ class Cpu:
                 op, backend, 0, work.elements, traffic, "", "", run, _none, _nothing, _nothing
             )
 
-    def lanes(self, work: Work, op: str, backends: Sequence[str]) -> Iterator[Lane]:
+    def lanes(self, work: KernelWorkload, op: str, backends: Sequence[str]) -> Iterator[Lane]:
         """Yield an operation on some instruction sets, or in NumPy, and its separate passes."""
         operation = OPERATIONS[op]
         traffic = operation.traffic(work.bits)
@@ -136,7 +136,7 @@ class Cpu:
                 fused = partial(self.seconds, one_pass, backend)
                 yield lane(f"{op}_unfused", backend, self._passes(work, op), fused)
 
-    def _passes(self, work: Work, op: str) -> list[Call]:
+    def _passes(self, work: KernelWorkload, op: str) -> list[Call]:
         step = OPERATIONS[op].step(work)
         encode = cpu.prepared(OPERATIONS["encode"].step(work))
         return [
@@ -144,7 +144,7 @@ class Cpu:
             for name in UNFUSED[op]
         ]
 
-    def _fastest(self, names: Sequence[str], work: Work, op: str) -> tuple[str, Seconds]:
+    def _fastest(self, names: Sequence[str], work: KernelWorkload, op: str) -> tuple[str, Seconds]:
         """Return the fastest of some passes over the arrays of an operation, and its name."""
         step = OPERATIONS[op].step(work)
         candidates: dict[str, Seconds] = {
@@ -159,7 +159,7 @@ class Cpu:
         best = min((candidates[name](), name) for name in order)[1]
         return best, candidates[best]
 
-    def _check(self, work: Work, op: str, once: Seconds, fused: bool) -> None:
+    def _check(self, work: KernelWorkload, op: str, once: Seconds, fused: bool) -> None:
         step = OPERATIONS[op].step(work)
         if step.partner_model is not None and fused:
             work.check_sound()
@@ -223,7 +223,7 @@ class Gpu:
         run = partial(self.seconds, self._copies(8 * self.elements))
         yield Lane("memcpy", "cuda", 0, self.elements, 8, "", "", run, _none, _nothing, _nothing)
 
-    def lanes(self, work: Work, ops: Sequence[str]) -> Iterator[Lane]:
+    def lanes(self, work: KernelWorkload, ops: Sequence[str]) -> Iterator[Lane]:
         """Yield operations; `work` lies in host memory."""
         sets = [self._sets(OPERATIONS[op].traffic(work.bits) * self.elements) for op in ops]
         while len(self.models) < max(sets):
@@ -263,7 +263,7 @@ class Gpu:
         to, source = (pool + offset for pool in self.pools)
         to.copy_from_device_async(source, nbytes)
 
-    def _check(self, work: Work, op: str, launch: Call) -> None:
+    def _check(self, work: KernelWorkload, op: str, launch: Call) -> None:
         step = OPERATIONS[op].step(work)
         if step.partner_model is not None:
             work.check_sound()

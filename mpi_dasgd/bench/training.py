@@ -20,15 +20,15 @@ import numpy as np
 from mpi_dasgd.bench.measurement import (
     TASKS,
     WARM_UP,
-    Cell,
     JobFailed,
     Measurement,
     Result,
+    Scenario,
     cores,
     measure,
 )
 from mpi_dasgd.bench.sample_store import samples_path, write_samples
-from mpi_dasgd.config.schema import Codec
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.world import print_message
 
@@ -36,7 +36,7 @@ __all__ = ["ALGORITHMS", "REFERENCE", "Plan", "main", "summarize", "table"]
 
 REFERENCE = "alone"
 ALGORITHMS = (REFERENCE, "adpsgd", "allreduce", "ddp")
-CODECS = tuple(f"adpsgd:{name}" for name in get_args(Codec.model_fields["name"].annotation))
+CODECS = tuple(f"adpsgd:{name}" for name in get_args(CodecConfig.model_fields["name"].annotation))
 FULL: dict[str, Any] = {
     "tasks": tuple(TASKS),
     "ranks": (2, 4),
@@ -94,11 +94,11 @@ class Plan:
             raise UserError(f"bench training: --seconds must be above 0, got {self.seconds:g}")
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[Scenario]:
         """Every combination of task, ranks and straggler, once."""
         return list(
             dict.fromkeys(
-                Cell(task, ranks, straggler)
+                Scenario(task, ranks, straggler)
                 for task in self.tasks
                 for ranks in self.ranks
                 for straggler in self.stragglers

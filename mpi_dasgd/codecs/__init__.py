@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Codec, Outcome, Seeds
+from mpi_dasgd.codecs.base import Codec, ExchangeOutcome, Seeds
 from mpi_dasgd.codecs.elementwise import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
-from mpi_dasgd.config.schema import Codec as Settings
+from mpi_dasgd.config.schema import CodecConfig as Settings
 from mpi_dasgd.errors import UserError, nearest
 
 __all__ = [
     "CODECS",
     "Codec",
+    "ExchangeOutcome",
     "Header",
     "Layout",
     "Message",
     "NoCodec",
-    "Outcome",
     "Settings",
     "make",
 ]
@@ -40,7 +40,13 @@ CODECS: dict[str, Callable[[int, np.dtype, Settings, Seeds], Codec]] = {
 
 
 def make(
-    settings: Settings, elements: int, dtype: np.dtype, *, seed: int, rank: int, notes: int = 0
+    settings: Settings,
+    elements: int,
+    dtype: np.dtype,
+    *,
+    seed: int,
+    rank: int,
+    trailer_words: int = 0,
 ) -> Codec:
     """Make a rank's codec for models of `elements` elements of `dtype`.
 
@@ -60,6 +66,6 @@ def make(
             f"codec {name!r} is not known{nearest(name, CODECS)} (valid: {', '.join(CODECS)})"
         )
     codec = CODECS[name](elements, dtype, settings, Seeds(seed, rank))
-    if notes:
-        codec.layout = dataclasses.replace(codec.layout, notes=notes)
+    if trailer_words:
+        codec.layout = dataclasses.replace(codec.layout, trailer_words=trailer_words)
     return codec

@@ -10,10 +10,10 @@ import numpy as np
 
 from mpi_dasgd.codecs.message import Layout, Message
 
-__all__ = ["Codec", "Outcome", "Seeds"]
+__all__ = ["Codec", "ExchangeOutcome", "Seeds"]
 
 
-class Outcome(NamedTuple):
+class ExchangeOutcome(NamedTuple):
     """What a codec found out in an exchange.
 
     Attributes:
@@ -44,15 +44,15 @@ class Codec(Protocol):
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x`, 1-D, to `out`."""
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
         """Absorb deltas, move towards `theirs`, write the partner's delta and the own publication.
 
         Both sides move by exactly the same amounts, so that the sum of all models and deltas on

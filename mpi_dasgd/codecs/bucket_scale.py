@@ -12,7 +12,7 @@ _FLOOR = (
     2.0**-21
 )  # of the largest |x|: finer than this the code has no room, and float32 few bits left
 _START = 2.0**-4  # of the largest |x|: first guess of a distance
-_LOOK = 64  # encodings between two looks at the largest |x|
+_REFRESH_ENCODINGS = 64  # encodings between two looks at the largest |x|
 _LEAST, _MOST = 1e-30, 1e30  # of an estimate
 _COARSEST = 0.3  # largest scale over distance: see AdaptiveScale
 
@@ -71,14 +71,14 @@ class AdaptiveScale:
 
     def scales(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write the scales for an encoding of `x` to `out`, float32, shape (buckets,)."""
-        if self._encodings % _LOOK == 0:
-            self._look(x)
+        if self._encodings % _REFRESH_ENCODINGS == 0:
+            self._refresh_range(x)
         self._encodings += 1
         np.multiply(self.estimate, self._factor, out=out)
         np.maximum(out, self._floor, out=out)
         self._last[:] = out
 
-    def _look(self, x: np.ndarray) -> None:
+    def _refresh_range(self, x: np.ndarray) -> None:
         if not x.size:
             return
         largest = np.maximum(

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Outcome, Seeds
+from mpi_dasgd.codecs.base import ExchangeOutcome, Seeds
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
-__all__ = ["BFloat16Codec", "Float16Codec", "PlainCodec", "QsgdCodec"]
+__all__ = ["BFloat16Codec", "ElementwiseCodec", "Float16Codec", "QsgdCodec"]
 
 
-class PlainCodec(ABC):
+class ElementwiseCodec(ABC):
     """Averages in float32 what `_pack` and `_unpack` make of a block.
 
     Args:
@@ -43,51 +43,51 @@ class PlainCodec(ABC):
         self.counters: dict[str, int] = {}
 
     @abstractmethod
-    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+    def pack(self, x: np.ndarray, out: Message, start: int) -> None:
         """Write a block of a vector, from element `start` on, to `out`."""
 
     @abstractmethod
-    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+    def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a message as a new float32 array."""
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x` to `out`."""
-        self.exchange(x, (), None, 0.5, None, out)
+        self.average_pair(x, (), None, 0.5, None, out)
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
         """Do all of an exchange, a block at a time; see `mpi_dasgd.codecs.base.Codec`."""
-        for message in (*arrived, theirs):
+        for message in (*deltas, partner_model):
             if message is not None:
                 _ = message.header  # refuses what is none of this codec
         square = 0.0
         for start in range(0, x.size, CACHE_BLOCK):
             v = x[start : start + CACHE_BLOCK]
-            for delta in arrived:
-                v += self._unpack(delta, start, v.size)
-            if theirs is not None:
-                d = self._unpack(theirs, start, v.size)
+            for delta in deltas:
+                v += self.unpack(delta, start, v.size)
+            if partner_model is not None:
+                d = self.unpack(partner_model, start, v.size)
                 d -= v
                 square += float(np.dot(d, d))
                 d *= np.float32(-weight)
-                if reply is not None:
-                    self._pack(d, reply, start)
-                    d = self._unpack(reply, start, v.size)
+                if reply_delta is not None:
+                    self.pack(d, reply_delta, start)
+                    d = self.unpack(reply_delta, start, v.size)
                 v -= d
-            if published is not None:
-                self._pack(v, published, start)
-        return Outcome() if theirs is None else Outcome(square**0.5)
+            if publication is not None:
+                self.pack(v, publication, start)
+        return ExchangeOutcome() if partner_model is None else ExchangeOutcome(square**0.5)
 
     def delta(self, message: Message) -> np.ndarray:
         """Return a delta as numbers."""
-        return self._unpack(message, 0, self.layout.elements)
+        return self.unpack(message, 0, self.layout.elements)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return nothing: there is none."""
@@ -97,7 +97,7 @@ class PlainCodec(ABC):
         """Take back nothing."""
 
 
-class BFloat16Codec(PlainCodec):
+class BFloat16Codec(ElementwiseCodec):
     """The upper 16 bits of float32, rounded to the nearest, ties to even."""
 
     name = "bf16"
@@ -106,18 +106,18 @@ class BFloat16Codec(PlainCodec):
         items = np.dtype(np.uint16)
         super().__init__(elements, dtype, Layout(1, elements, items, elements))
 
-    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+    def pack(self, x: np.ndarray, out: Message, start: int) -> None:
         bits = x.view(np.uint32)
         rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
         rounded = np.where(np.isnan(x), bits | np.uint32(0x400000), rounded)  # NaN stays NaN
         out.payload[start : start + x.size] = rounded >> np.uint32(16)
 
-    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+    def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         bits = message.payload[start : start + count].astype(np.uint32)
         return (bits << np.uint32(16)).view(np.float32)
 
 
-class Float16Codec(PlainCodec):
+class Float16Codec(ElementwiseCodec):
     """IEEE half precision, rounded to the nearest; beyond 65,504 it saturates."""
 
     name = "fp16"
@@ -126,14 +126,14 @@ class Float16Codec(PlainCodec):
         items = np.dtype(np.float16)
         super().__init__(elements, dtype, Layout(2, elements, items, elements))
 
-    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+    def pack(self, x: np.ndarray, out: Message, start: int) -> None:
         np.clip(x, -65504, 65504, out=out.payload[start : start + x.size], casting="same_kind")
 
-    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+    def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         return message.payload[start : start + count].astype(np.float32)
 
 
-class QsgdCodec(PlainCodec):
+class QsgdCodec(ElementwiseCodec):
     """255 even steps between the extremes of a bucket of 1,024, rounded at random without bias.
 
     As QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132) in the form with the minimum and the
@@ -150,7 +150,7 @@ class QsgdCodec(PlainCodec):
         self._buckets = buckets
         self._rng = np.random.Generator(np.random.SFC64(seeds.draw()))
 
-    def _pack(self, x: np.ndarray, out: Message, start: int) -> None:
+    def pack(self, x: np.ndarray, out: Message, start: int) -> None:
         rows = -(-x.size // BUCKET)
         values = np.empty((rows, BUCKET), np.float32)
         values.reshape(-1)[: x.size] = x
@@ -166,7 +166,7 @@ class QsgdCodec(PlainCodec):
         np.minimum(values, np.float32(255), out=values)
         out.payload[start : start + values.size] = values.reshape(-1).astype(np.uint8)
 
-    def _unpack(self, message: Message, start: int, count: int) -> np.ndarray:
+    def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         rows = -(-count // BUCKET)
         first = start // BUCKET
         codes = message.payload[start : start + rows * BUCKET].reshape(rows, BUCKET)

@@ -30,18 +30,25 @@ from mpi_dasgd.codecs.elementwise import BFloat16Codec, QsgdCodec
 from mpi_dasgd.codecs.message import Message
 from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
-__all__ = ["GRID", "LIMIT", "UpdateCode", "blocks", "round_to_grid", "update_code"]
+__all__ = [
+    "EXACT_RANGE",
+    "GRID_STEP",
+    "UpdateQuantizer",
+    "blocks",
+    "round_to_grid",
+    "update_quantizer",
+]
 
-GRID = 2.0**-40
-LIMIT = 2.0**12
+GRID_STEP = 2.0**-40
+EXACT_RANGE = 2.0**12
 _LARGEST = 127
 
 
 def round_to_grid(values: np.ndarray) -> np.ndarray:
     """Round float64 `values` to the nearest multiples of `GRID`, in place; return them."""
-    values *= 1 / GRID
+    values *= 1 / GRID_STEP
     np.rint(values, out=values)
-    values *= GRID
+    values *= GRID_STEP
     return values
 
 
@@ -51,10 +58,10 @@ def blocks(elements: int) -> Iterator[slice]:
         yield slice(start, min(start + CACHE_BLOCK, elements))
 
 
-class UpdateCode(ABC):
+class UpdateQuantizer(ABC):
     """Writes what is owed to messages, and reads it."""
 
-    def pack(self, owed: np.ndarray, out: Message) -> bool:
+    def pack(self, residual: np.ndarray, out: Message) -> bool:
         """Write Q(owed) to `out` and subtract it from `owed`; return whether anything is left.
 
         Args:
@@ -62,8 +69,8 @@ class UpdateCode(ABC):
             out: receives the payload; its header and notes are left alone.
         """
         left = False
-        for part in blocks(owed.size):
-            block = owed[part]
+        for part in blocks(residual.size):
+            block = residual[part]
             self._write(block, out, part)
             block -= self.read(out, part)
             left = bool(block.any()) or left
@@ -78,7 +85,7 @@ class UpdateCode(ABC):
         """Write Q(owed) of a part."""
 
 
-class _Plain(UpdateCode):
+class _Plain(UpdateQuantizer):
     """The type of the model: float32 (a rounded multiple of the grid is one) or float64."""
 
     def read(self, message: Message, part: slice) -> np.ndarray:
@@ -88,18 +95,18 @@ class _Plain(UpdateCode):
         out.payload[part] = owed
 
 
-class _BFloat16(UpdateCode):
+class _BFloat16(UpdateQuantizer):
     def __init__(self, codec: BFloat16Codec) -> None:
         self._codec = codec
 
     def read(self, message: Message, part: slice) -> np.ndarray:
-        return self._codec._unpack(message, part.start, part.stop - part.start)
+        return self._codec.unpack(message, part.start, part.stop - part.start)
 
     def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
-        self._codec._pack(owed.astype(np.float32), out, part.start)
+        self._codec.pack(owed.astype(np.float32), out, part.start)
 
 
-class _Buckets(UpdateCode):
+class _Buckets(UpdateQuantizer):
     """8-bit codes times a unit for each bucket."""
 
     def read(self, message: Message, part: slice) -> np.ndarray:
@@ -114,14 +121,14 @@ class _Buckets(UpdateCode):
         values.reshape(-1)[: owed.size] = owed
         largest = np.abs(values).max(1)
         # 24 bits of a multiple of the grid are one again, whether rounded up or down
-        unit = (np.ceil(largest / (_LARGEST * GRID)) * GRID).astype(np.float32)
+        unit = (np.ceil(largest / (_LARGEST * GRID_STEP)) * GRID_STEP).astype(np.float32)
         values /= np.where(unit > 0, unit, 1).astype(np.float64)[:, None]
         codes = np.rint(values, out=values).astype(np.int8)
         out.payload[first * BUCKET : last * BUCKET] = codes.reshape(-1).view(np.uint8)
         out.scales[first:last] = unit
 
 
-def update_code(codec: Codec) -> UpdateCode:
+def update_quantizer(codec: Codec) -> UpdateQuantizer:
     """Return how updates are written to messages with the layout of `codec`: none, bf16 or qsgd8."""
     if isinstance(codec, BFloat16Codec):
         return _BFloat16(codec)

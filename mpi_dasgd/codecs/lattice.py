@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Outcome, Seeds
+from mpi_dasgd.codecs.base import ExchangeOutcome, Seeds
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
-from mpi_dasgd.config.schema import Codec as Settings
+from mpi_dasgd.config.schema import CodecConfig as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import (
@@ -65,7 +65,7 @@ class LatticeCodec:
             payload_dtype=code_dtype(bits),
             payload_items=codes_of(elements, bits),
             scales=buckets,
-            checks=buckets,
+            checksums=buckets,
         )
         self.scale = AdaptiveScale(elements, bits, BUCKET, settings.gamma, settings.rho)
         self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
@@ -76,43 +76,43 @@ class LatticeCodec:
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Write model `x` to `out`."""
-        self.exchange(x, (), None, 0.5, None, out)
+        self.average_pair(x, (), None, 0.5, None, out)
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
         """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`.
 
         Raises:
             MpiDasgdError: a message is none of this codec, model size and version.
         """
         step = FusedStep(x, self._threads)
-        step.deltas = tuple(map(self._received, arrived))
-        step.delta_stats = self._stats_of_deltas(len(arrived))
+        step.deltas = tuple(map(self._received, deltas))
+        step.delta_stats = self._stats_of_deltas(len(deltas))
         step.weight = weight
-        if theirs is not None:
-            step.partner_model, step.stats = self._received(theirs), self._stats
-            if reply is not None:
-                step.reply_delta = self._new(reply)
-        if published is not None:
-            step.publication = self._new(published)
-            self.scale.scales(x, published.scales)
+        if partner_model is not None:
+            step.partner_model, step.stats = self._received(partner_model), self._stats
+            if reply_delta is not None:
+                step.reply_delta = self._new(reply_delta)
+        if publication is not None:
+            step.publication = self._new(publication)
+            self.scale.scales(x, publication.scales)
         lattice.backend_of(x).run(step)
-        for message, found in zip(arrived, step.delta_stats, strict=True):
+        for message, found in zip(deltas, step.delta_stats, strict=True):
             self._observe_delta(message, found, weight)
-        return Outcome() if theirs is None else self._observe(theirs)
+        return ExchangeOutcome() if partner_model is None else self._observe(partner_model)
 
     def _view(self, message: Message) -> EncodedVector:
         view: EncodedVector | None = message.view
         if view is None:
             view = message.view = EncodedVector(
-                self.layout.elements, self._bits, message.payload, message.scales, message.checks,
+                self.layout.elements, self._bits, message.payload, message.scales, message.checksums,
                 nearest=self._nearest,
             )  # fmt: skip
         return view
@@ -132,7 +132,7 @@ class LatticeCodec:
             self._delta_stats.append(np.zeros_like(self._stats))
         return tuple(self._delta_stats[:count])
 
-    def _observe(self, theirs: Message) -> Outcome:
+    def _observe(self, theirs: Message) -> ExchangeOutcome:
         """Learn from an exchange that this rank has begun."""
         found, scales = self._stats, theirs.scales
         rejected, count = found["rejected"], 0
@@ -145,7 +145,7 @@ class LatticeCodec:
         largest *= scales
         self.scale.observe(largest, rejected != 0 if count else None, theirs.scales)
         squares = np.square(scales, dtype=np.float64)
-        return Outcome(math.sqrt(squares @ found["sum_d2"]), count)
+        return ExchangeOutcome(math.sqrt(squares @ found["sum_d2"]), count)
 
     def _observe_delta(self, message: Message, found: np.ndarray, weight: float) -> None:
         """Learn from a delta: its unit is -weight * scale, or 0 where the partner rejected the bucket."""

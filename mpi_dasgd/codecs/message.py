@@ -72,23 +72,23 @@ class Layout:
     payload_dtype: np.dtype
     payload_items: int
     scales: int = 0
-    checks: int = 0
-    notes: int = 0
+    checksums: int = 0
+    trailer_words: int = 0
 
     @property
     def scales_at(self) -> int:
         """Offset of the scales in bytes; the notes lie before them."""
-        return ALIGNMENT + _aligned(8 * self.notes)
+        return ALIGNMENT + _aligned(8 * self.trailer_words)
 
     @property
-    def checks_at(self) -> int:
+    def checksums_at(self) -> int:
         """Offset of the checks in bytes."""
         return self.scales_at + _aligned(4 * self.scales)
 
     @cached_property
     def payload_at(self) -> int:
         """Offset of the payload in bytes."""
-        return self.checks_at + _aligned(4 * self.checks)
+        return self.checksums_at + _aligned(4 * self.checksums)
 
     @cached_property
     def nbytes(self) -> int:
@@ -113,7 +113,7 @@ class Message:
         view: what a codec wants to keep with this memory from call to call.
     """
 
-    __slots__ = ("_raw", "buffer", "checks", "layout", "notes", "payload", "scales", "view")
+    __slots__ = ("_raw", "buffer", "checksums", "layout", "payload", "scales", "trailer", "view")
 
     def __init__(self, buffer: np.ndarray, layout: Layout) -> None:
         if buffer.dtype != np.uint8 or buffer.shape != (layout.nbytes,):
@@ -124,9 +124,9 @@ class Message:
         self.layout = layout
         self.view: Any = None
         self._raw = memoryview(buffer)
-        self.notes = buffer[ALIGNMENT:][: 8 * layout.notes].view(np.int64)
+        self.trailer = buffer[ALIGNMENT:][: 8 * layout.trailer_words].view(np.int64)
         self.scales = buffer[layout.scales_at :][: 4 * layout.scales].view(np.float32)
-        self.checks = buffer[layout.checks_at :][: 4 * layout.checks].view(np.uint32)
+        self.checksums = buffer[layout.checksums_at :][: 4 * layout.checksums].view(np.uint32)
         size = layout.payload_dtype.itemsize * layout.payload_items
         self.payload = buffer[layout.payload_at :][:size].view(layout.payload_dtype)
 

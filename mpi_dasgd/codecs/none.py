@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Outcome
+from mpi_dasgd.codecs.base import ExchangeOutcome
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.kernels.pair_average import pair_average
 
@@ -33,25 +33,25 @@ class NoCodec:
         """Write model `x` to `out`."""
         pair_average(x, publication=out.payload)
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
         """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`."""
         pair_average(
             x,
-            [message.payload for message in arrived],
-            None if theirs is None else theirs.payload,
+            [message.payload for message in deltas],
+            None if partner_model is None else partner_model.payload,
             weight,
-            None if reply is None else reply.payload,
-            None if published is None else published.payload,
+            None if reply_delta is None else reply_delta.payload,
+            None if publication is None else publication.payload,
         )
-        return Outcome()
+        return ExchangeOutcome()
 
     def delta(self, message: Message) -> np.ndarray:
         """Return the payload."""

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["OWN_ALGORITHMS", "Algorithm", "Codec", "Config", "Section"]
+__all__ = ["OWN_ALGORITHMS", "AlgorithmConfig", "CodecConfig", "Config", "Section"]
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -27,7 +27,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
 
 
-class Run(Section):
+class RunConfig(Section):
     name: str = Field(
         "run", description="name of the run and of its result directory", min_length=1
     )
@@ -37,7 +37,7 @@ class Run(Section):
     resume: bool = Field(False, description="go on from the newest checkpoint of this run")
 
 
-class Task(Section):
+class TaskConfig(Section):
     name: Literal["digits", "breast_cancer", "fashion_mnist", "random", "quadratic"] = Field(
         "digits", description="data set; quadratic is for `simulate` only"
     )
@@ -54,7 +54,7 @@ class Task(Section):
     )
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     name: str = Field("SGD", description="any class of torch.optim")
     lr: float = Field(0.1, description="base learning rate", gt=0)
     options: dict[str, Any] = Field(
@@ -63,7 +63,7 @@ class Optimizer(Section):
     )
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "step"] = Field(
         "constant", description="course of the learning rate over GLOBAL progress"
     )
@@ -76,7 +76,7 @@ class Schedule(Section):
     final: Fraction = Field(0.0, description="factor at which `cosine` ends")
 
 
-class Budget(Section):
+class BudgetConfig(Section):
     samples: Positive | None = Field(None, description="samples of all ranks together")
     epochs: float | None = Field(
         None, description="passes over the training data, all ranks together", gt=0
@@ -84,7 +84,7 @@ class Budget(Section):
     seconds: float | None = Field(None, description="wall time of training", gt=0)
 
     @model_validator(mode="after")
-    def _one(self) -> Budget:
+    def _one(self) -> BudgetConfig:
         given = [k for k in ("samples", "epochs", "seconds") if getattr(self, k) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of samples, epochs, seconds, not {' and '.join(given)}")
@@ -99,7 +99,7 @@ def _known_algorithm(name: Any, check: ValidatorFunctionWrapHandler) -> Any:
     return name if name in OWN_ALGORITHMS else check(name)
 
 
-class Algorithm(Section):
+class AlgorithmConfig(Section):
     name: Annotated[
         Literal[
             "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
@@ -162,7 +162,7 @@ class Algorithm(Section):
     )
 
 
-class Topology(Section):
+class TopologyConfig(Section):
     graph: Literal[
         "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
         "bipartite_exponential", "edges",
@@ -171,7 +171,7 @@ class Topology(Section):
     file: str | None = Field(None, description="edges: file with one `i j [weight]` a line")
 
 
-class Codec(Section):
+class CodecConfig(Section):
     name: Literal["auto", "none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = (
         Field(
             "auto",
@@ -193,7 +193,7 @@ class Codec(Section):
     threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
 
 
-class Transport(Section):
+class TransportConfig(Section):
     path: Literal["auto", "node", "remote"] = Field(
         "auto",
         description="auto: in place within a node, Get/Put between nodes; node and remote force one",
@@ -211,7 +211,7 @@ class Transport(Section):
     )
 
 
-class Straggler(Section):
+class StragglerConfig(Section):
     kind: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
         "none", description="artificial slowness"
     )
@@ -227,19 +227,19 @@ class Straggler(Section):
     pause: float = Field(0.1, description="pause: seconds", ge=0)
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     points: int = Field(
         10, description="evaluations, evenly over the budget; the last is at its end", ge=1
     )
     live: bool = Field(True, description="each rank also evaluates its own model during the run")
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     points: int = Field(0, description="checkpoints, evenly over the budget; 0: none", ge=0)
     keep: int = Field(2, description="checkpoints kept", ge=2)
 
 
-class Simulation(Section):
+class SimulationConfig(Section):
     ranks: Positive = Field(16, description="virtual ranks")
     dimension: Positive = Field(32, description="quadratic: dimension")
     condition: float = Field(
@@ -274,19 +274,19 @@ class Simulation(Section):
 class Config(Section):
     """Everything that a run depends on. Build it with `mpi_dasgd.config.load`."""
 
-    run: Run = Run()
-    task: Task = Task()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    budget: Budget = Budget()
-    algorithm: Algorithm = Algorithm()
-    topology: Topology = Topology()
-    codec: Codec = Codec()
-    transport: Transport = Transport()
-    straggler: Straggler = Straggler()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    simulation: Simulation = Simulation()
+    run: RunConfig = RunConfig()
+    task: TaskConfig = TaskConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    budget: BudgetConfig = BudgetConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    topology: TopologyConfig = TopologyConfig()
+    codec: CodecConfig = CodecConfig()
+    transport: TransportConfig = TransportConfig()
+    straggler: StragglerConfig = StragglerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    simulation: SimulationConfig = SimulationConfig()
 
     @property
     def run_directory(self) -> Path:

@@ -45,7 +45,7 @@ def run(ranks: int, *, as_json: bool = False) -> int:
 
 def _in_these_ranks(rank: int, as_json: bool) -> int:
     """Probe in the ranks that a launcher has started; rank 0 prints."""
-    from mpi_dasgd.bench.meeting import serve_until_all_come
+    from mpi_dasgd.bench.meeting import polled_barrier
     from mpi_dasgd.doctor import probe
 
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
@@ -69,7 +69,7 @@ def _in_these_ranks(rank: int, as_json: bool) -> int:
     code = 0
     if started.rank == 0:
         code = _print([*checks, *environment.checks()], as_json)
-    serve_until_all_come(started.comm)
+    polled_barrier(started.comm)
     return int(started.comm.bcast(code))
 
 

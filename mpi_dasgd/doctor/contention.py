@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mpi_dasgd.bench.meeting import serve_until_all_come
+from mpi_dasgd.bench.meeting import polled_barrier
 from mpi_dasgd.doctor.check import FAILS, OK, Check
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 
@@ -49,7 +49,7 @@ def count_up(comm: MPI.Intracomm, words: Words, other: int, seconds: float) -> t
         How many swaps succeeded, and how many of them the word does not show.
     """
     before = words.read(0, 0) if comm.rank == 0 else 0
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     counted = 0
     courier = ProgressThread(lambda: None, 1.0, comm.Iprobe, _PROGRESS)
     if comm.rank in (0, other):
@@ -62,7 +62,7 @@ def count_up(comm: MPI.Intracomm, words: Words, other: int, seconds: float) -> t
                     seen += 1
                 else:
                     seen = words.read(0, 0)
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     courier.close()
     total = comm.allreduce(counted)
     after = words.read(0, 0) if comm.rank == 0 else 0

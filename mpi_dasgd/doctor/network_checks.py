@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mpi_dasgd.bench.meeting import peers, serve_until_all_come
+from mpi_dasgd.bench.meeting import peers_by_node, polled_barrier
 from mpi_dasgd.doctor import contention
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 
@@ -45,7 +45,7 @@ def checks(environment: World) -> list[Check]:
     from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 
     comm = environment.comm
-    near, far = peers(comm)
+    near, far = peers_by_node(comm)
     others = {where: rank for where, rank in (("same node", near), ("other node", far)) if rank}
     words = WindowWords(comm, 2)
     layout = NoCodec(_BYTES // 4, np.dtype(np.float32)).layout
@@ -91,7 +91,7 @@ def _while_busy(comm: MPI.Intracomm, target: int, operation: Callable[[], object
 
     The target makes no MPI call meanwhile, except in the thread of a transport if there is one.
     """
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     samples: list[float] = []
     if comm.rank == target:
         matrix = np.eye(128)
@@ -101,7 +101,7 @@ def _while_busy(comm: MPI.Intracomm, target: int, operation: Callable[[], object
     elif comm.rank == 0:
         time.sleep(_BUSY / 10)  # the target is computing by then
         samples = _sample(operation, _BUSY / 2)
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     return samples
 
 
@@ -187,7 +187,7 @@ def _latency(
     values: dict[str, Any] = {}
     lost: list[str] = []
     for (read, swap), kind in kinds.items():
-        serve_until_all_come(comm)
+        polled_barrier(comm)
         if comm.rank == 0:
             start = kind.read(other, 1)
             values |= _figures(read, _sample(partial(kind.read, other, 1), _WORDS))
@@ -195,7 +195,7 @@ def _latency(
             values |= _figures(swap, swaps)
             if kind.read(other, 1) != start + len(swaps):
                 lost.append(swap)
-        serve_until_all_come(comm)
+        polled_barrier(comm)
     name = f"words, {where}"
     if lost:
         text = f"{' and '.join(lost)} lost an update: install another MPI"
@@ -228,7 +228,7 @@ def _bandwidth(
         assert own is not None
         own.payload[:] = other
         shared.fence()
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     samples: dict[str, list[float]] = {}
     wrong: list[str] = []
     if comm.rank == 0:
@@ -255,7 +255,7 @@ def _bandwidth(
                     wrong.append(name)
                 if repeat:  # the first one touches memory for the first time
                     samples.setdefault(name, []).append(seconds)
-    serve_until_all_come(comm)
+    polled_barrier(comm)
     values = {
         f"{name}_mb_per_s": _BYTES / float(np.median(seconds)) / 1e6
         for name, seconds in samples.items()

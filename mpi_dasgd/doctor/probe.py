@@ -158,7 +158,7 @@ def _carries(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
 def _exchange(environment: World) -> Check:
     """One pair exchange of every rank on the real transport: the sum of models must not change."""
     from mpi_dasgd import topology
-    from mpi_dasgd.bench.meeting import serve_until_all_come
+    from mpi_dasgd.bench.meeting import polled_barrier
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -171,20 +171,20 @@ def _exchange(environment: World) -> Check:
     codec.encode(x, message)
     message.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
     endpoint.publication.publish()
-    serve_until_all_come(environment.comm)
+    polled_barrier(environment.comm)
     pairing = endpoint.begin_exchange([(comm.rank + 1) % comm.size])
     while not pairing.test():
         endpoint.refresh_membership()
     met = pairing.partner_model is not None and pairing.partner_delta is not None
     if pairing.partner_model is not None and pairing.partner_delta is not None:
-        codec.exchange(x, (), pairing.partner_model, 0.5, pairing.partner_delta, None)
+        codec.average_pair(x, (), pairing.partner_model, 0.5, pairing.partner_delta, None)
         pairing.partner_delta.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
         endpoint.commit_exchange(pairing)
     while not endpoint.is_flushed():
         endpoint.refresh_membership()
-    serve_until_all_come(environment.comm)
+    polled_barrier(environment.comm)
     for arrival in endpoint.inbox.receive():
-        codec.exchange(x, [arrival.message], None, 0.5, None, None)
+        codec.average_pair(x, [arrival.message], None, 0.5, None, None)
         endpoint.inbox.free(arrival)
     sums = environment.comm.allreduce(x.astype(np.float64))
     met_all = environment.comm.allreduce(int(met)) == comm.size

@@ -211,7 +211,7 @@ def _watch(
             elif any(0 < code <= 128 for code in codes.values()):
                 end = now + _FAILURE_GRACE
                 plan = [(end, terminate_ranks), *kill_from(end + _SIGNAL_GRACE)]
-            elif not ranks.are_stuck(codes):
+            elif not ranks.is_deadlocked_by_loss(codes):
                 stuck_since = None
             elif stuck_since is None:
                 stuck_since = now

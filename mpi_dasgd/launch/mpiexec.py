@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["FAMILIES", "Family", "Job", "Library", "find_launcher", "mpi_library", "prepare"]
+__all__ = ["FAMILIES", "Family", "LaunchPlan", "Library", "find_launcher", "mpi_library", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _belongs(launcher: str, family: Family) -> bool:
 
 
 @dataclass(frozen=True)
-class Job:
+class LaunchPlan:
     """A launcher's command line, for the command of the ranks to be appended, and environment."""
 
     family: Family
@@ -196,7 +196,7 @@ def prepare(
     env: Mapping[str, str] | None = None,
     launcher: str | None = None,
     agent: str | None = None,
-) -> Job:
+) -> LaunchPlan:
     """Make the launcher's command line and environment for `n` ranks; arguments as of `launch.run`.
 
     Raises:
@@ -226,7 +226,7 @@ def prepare(
         if family.export_flag:
             for variable in _exported(environment, {*defaults, *(env or {})}):
                 command += [family.export_flag, variable]
-    return Job(family, command, environment)
+    return LaunchPlan(family, command, environment)
 
 
 def _slots(n: int, hosts: str | None) -> list[int]:

@@ -96,7 +96,7 @@ class Ranks:
         texts = {int(file.stem): file.read_text() for file in ended}
         return {rank: int(text) for rank, text in texts.items() if text.endswith("\n")}
 
-    def are_stuck(self, codes: Mapping[int, int]) -> bool:
+    def is_deadlocked_by_loss(self, codes: Mapping[int, int]) -> bool:
         """Whether, by the exit statuses so far, a rank was killed that another one waits for."""
         if not any(code > 128 for code in codes.values()):
             return False

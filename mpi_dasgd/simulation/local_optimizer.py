@@ -6,10 +6,10 @@ import numpy as np
 
 from mpi_dasgd.algorithms import Algorithm
 
-__all__ = ["VirtualRank"]
+__all__ = ["NumpyLocalOptimizer"]
 
 
-class VirtualRank:
+class NumpyLocalOptimizer:
     """The `mpi_dasgd.algorithms.Local` of a rank of a simulation.
 
     Args:
@@ -28,10 +28,10 @@ class VirtualRank:
     def __init__(
         self, x: np.ndarray, momentum: float, decay: float, expected_sum: np.ndarray
     ) -> None:
-        self.step = 0
+        self.local_step = 0
         self.gradient = np.zeros_like(x)
-        self.rate = 0.0
-        self.seen = 0
+        self.lr = 0.0
+        self.gradients_seen = 0
         self._x = x
         self._momentum = momentum
         self._decay = decay
@@ -39,7 +39,7 @@ class VirtualRank:
         self._velocity = np.zeros_like(x) if momentum else None
         self.algorithm: Algorithm | None = None
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """SGD with momentum and weight decay, as torch.optim.SGD has it."""
         direction = self.gradient
         if self._decay:
@@ -48,7 +48,7 @@ class VirtualRank:
             self._velocity *= self._momentum
             self._velocity += direction
             direction = self._velocity
-        change = self.rate * factor * direction
+        change = self.lr * lr_scale * direction
         self._x -= change
         weight = 1.0 if self.algorithm is None else self.algorithm.mass_weight
         self._expected_sum -= change if weight == 1.0 else weight * change

@@ -26,13 +26,13 @@ class RecordedTimes:
         self._exchange = [values.tolist() for values in exchange]
         self._step = [-1] * len(compute)
 
-    def sample(self, rank: int, rng: np.random.Generator) -> float:
+    def draw(self, rank: int, rng: np.random.Generator) -> float:
         """Return the seconds of the next gradient of `rank`; nothing is drawn from `rng`."""
         values = self._compute[rank]
         self._step[rank] = (self._step[rank] + 1) % len(values)
         return float(values[self._step[rank]])
 
-    def exchange(self, rank: int) -> float:
+    def exchange_seconds(self, rank: int) -> float:
         """Return the seconds between the newest gradient of `rank` and the beginning of the next."""
         return float(self._exchange[rank][self._step[rank]])
 
@@ -57,7 +57,7 @@ def recorded_times(run: str | Path, ranks: int) -> RecordedTimes:
         )
     table = results.tables["train"]
     compute, exchange = [], []
-    for row, steps in enumerate(results.records["train"]):
+    for row, steps in enumerate(results.n_records["train"]):
         if not steps:
             compute.append(np.ones(1))  # a server: it makes no steps
             exchange.append(np.zeros(1))

@@ -15,13 +15,13 @@ from mpi_dasgd.algorithms.base import (
     APPLIED,
     INITIATED,
     SKIPPED,
-    Exchange,
-    partners,
+    ExchangeRecord,
+    peer_rng,
 )
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.lr_schedule import Schedule, delay_rule
-from mpi_dasgd.simulation.local_optimizer import VirtualRank
+from mpi_dasgd.simulation.local_optimizer import NumpyLocalOptimizer
 from mpi_dasgd.simulation.recorded_times import RecordedTimes, recorded_times
 from mpi_dasgd.simulation.trace import Trace
 from mpi_dasgd.staleness.version_vectors import SetStaleness
@@ -32,10 +32,10 @@ from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network
 
-__all__ = ["Simulation", "simulate"]
+__all__ = ["Simulator", "simulate"]
 
 
-class Simulation:
+class Simulator:
     """n virtual ranks.
 
     Args:
@@ -55,7 +55,7 @@ class Simulation:
         self.size = settings.ranks
         kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
         self.problem = convex.build(config, kind.workers(self.size, config.algorithm))
-        self.gradients_due = self._budget()
+        self.max_gradients = self._budget()
         momentum, decay = self._optimizer()
         seed = config.run.seed
         dtype = np.dtype(settings.precision)
@@ -67,10 +67,10 @@ class Simulation:
             file=config.topology.file,
             seed=seed,
         )
-        kind.check(self.size, config.algorithm, graph)
-        codec, notes = kind.codec_settings(config.codec), kind.notes(self.size)
+        kind.validate(self.size, config.algorithm, graph)
+        codec, notes = kind.resolve_codec(config.codec), kind.trailer_words(self.size)
         self.codecs = [
-            codecs.make(codec, dimension, dtype, seed=seed, rank=rank, notes=notes)
+            codecs.make(codec, dimension, dtype, seed=seed, rank=rank, trailer_words=notes)
             for rank in range(self.size)
         ]
         self.clock = Clock()
@@ -78,8 +78,8 @@ class Simulation:
             self.clock,
             self.codecs[0].layout,
             graph,
-            publication_slots=config.transport.publication_slots if kind.publishes else 0,
-            inbox_slots=config.transport.inbox_slots if kind.receives else 0,
+            publication_slots=config.transport.publication_slots if kind.uses_publication else 0,
+            inbox_slots=config.transport.inbox_slots if kind.uses_inbox else 0,
             latency=settings.latency,
             bandwidth=settings.bandwidth,
         )
@@ -87,17 +87,19 @@ class Simulation:
         if settings.gradients == "off":
             self.models += np.random.default_rng([seed, 2]).normal(size=self.models.shape)
         self._expected_sum = self.models.sum(0, dtype=np.float64)  # what conservation demands
-        self.locals = [VirtualRank(x, momentum, decay, self._expected_sum) for x in self.models]
+        self.locals = [
+            NumpyLocalOptimizer(x, momentum, decay, self._expected_sum) for x in self.models
+        ]
         self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
         self.algorithms = [
-            kind(endpoint, codec, x, config.algorithm, partners(seed, rank), self._record)
+            kind(endpoint, codec, x, config.algorithm, peer_rng(seed, rank), self._record)
             for rank, (endpoint, codec, x) in enumerate(
                 zip(self.endpoints, self.codecs, self.models, strict=True)
             )
         ]
         for algorithm, local in zip(self.algorithms, self.locals, strict=True):
             algorithm.local, local.algorithm = local, algorithm
-        self._in_step = kind.in_step(config.algorithm)
+        self._lockstep = kind.is_lockstep(config.algorithm)
         slow = resolve_ranks(settings.slow_ranks, self.size)
         self._times: ComputeTimes | RecordedTimes
         if settings.compute == "recorded":
@@ -116,8 +118,8 @@ class Simulation:
         self._rule = delay_rule(config.algorithm, self.size)
         self.ages, self.ages_s = array("q"), array("d")  # 8 bytes each: there may be millions
         self.delays = array("q")
-        self.kinds = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
-        self._stuck: dict[int, float] = {}  # since when ranks wait in the middle of a step
+        self.exchange_counts = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
+        self._waiting_since: dict[int, float] = {}  # since when ranks wait in the middle of a step
         self.wait_time = 0.0
         self.trace = Trace()
         self.sample_every = max(50, self.size)  # gradients between two samples of the trace
@@ -146,8 +148,8 @@ class Simulation:
             )
         return float(momentum), float(decay)
 
-    def _record(self, exchange: Exchange) -> None:
-        self.kinds[exchange.kind] += 1
+    def _record(self, exchange: ExchangeRecord) -> None:
+        self.exchange_counts[exchange.kind] += 1
         if exchange.kind in (INITIATED, APPLIED):
             self.ages.append(exchange.step - exchange.partner_step)
             self.ages_s.append(exchange.age_s)
@@ -160,7 +162,7 @@ class Simulation:
         versions = [a.versions for a in self.algorithms if a.versions is not None]
         self.staleness = SetStaleness(versions) if versions else None
         for rank in range(self.size):
-            self._begin(rank)
+            self._start_gradient(rank)
         self._sample()
         while not self.diverged and self.clock.advance():
             pass
@@ -169,7 +171,7 @@ class Simulation:
             self._sample()
         figures = self._figures(seconds)
         for algorithm in reversed(self.algorithms):  # of equal names rank 0's counts
-            figures |= algorithm.figures()
+            figures |= algorithm.metrics()
         if not self.diverged:
             self.drain()
             figures["drained_disagreement"] = float(np.abs(self.models - self.models[0]).max())
@@ -179,85 +181,85 @@ class Simulation:
         """End as a real run does: give back what is held, deliver and absorb what is on its way."""
         left: set[int] = set()  # a rank that is stuck may come free when others absorb
         moved = -1
-        while moved != (moved := self._moved):
-            for rank in set(range(self.size)) - self._stuck.keys() - left:
+        while moved != (moved := self._messages_moved):
+            for rank in set(range(self.size)) - self._waiting_since.keys() - left:
                 left.add(rank)
-                self._leave(self.algorithms[rank].leave())
+                self._finalize(self.algorithms[rank].finalize())
             while self.clock.advance():
                 pass
             for rank in left:
-                self.algorithms[rank].absorb(self.locals[rank].step)
+                self.algorithms[rank].absorb(self.locals[rank].local_step)
 
     @property
-    def _moved(self) -> int:
+    def _messages_moved(self) -> int:
         """Messages sent and received so far, those on their way counted apart."""
         counters = [endpoint.counters for endpoint in self.endpoints]
         on_their_way = sum(not endpoint.is_flushed() for endpoint in self.endpoints)
         return sum(c.messages + c.absorbed for c in counters) + on_their_way
 
-    def _leave(self, rest: Iterator[Request]) -> None:
+    def _finalize(self, rest: Iterator[Request]) -> None:
         for pending in rest:
-            self.network.notify(pending, lambda: self._leave(rest))
+            self.network.notify(pending, lambda: self._finalize(rest))
             return
 
-    def _begin(self, rank: int) -> None:
-        self.locals[rank].seen = self.network.gradients
-        if not self.algorithms[rank].computes:
+    def _start_gradient(self, rank: int) -> None:
+        self.locals[rank].gradients_seen = self.network.gradients
+        if not self.algorithms[rank].computes_gradients:
             self._serve(rank)
             return
-        delay = self._times.sample(rank, self._time_rng[rank])
-        self.clock.after(delay, lambda: self._ready(rank))
+        delay = self._times.draw(rank, self._time_rng[rank])
+        self.clock.after(delay, lambda: self._on_gradient_ready(rank))
 
-    def _ready(self, rank: int) -> None:
+    def _on_gradient_ready(self, rank: int) -> None:
         """A gradient is ready: one step of the algorithm."""
         local = self.locals[rank]
-        done = local.step * self.size if self._in_step else self.gradients
-        if done >= self.gradients_due:
+        done = local.local_step * self.size if self._lockstep else self.gradients
+        if done >= self.max_gradients:
             return
-        local.step += 1
-        local.rate = self._rate(local)
+        local.local_step += 1
+        local.lr = self._lr(local)
         self.gradients += 1
         endpoint = self.endpoints[rank]
-        endpoint.report_gradients(local.step)
-        if not self.algorithms[rank].rules_delays:
-            delay = endpoint.gradients() - local.seen - 1
-            local.rate *= self._rule(delay)
+        endpoint.report_gradients(local.local_step)
+        if not self.algorithms[rank].applies_step_rule:
+            delay = endpoint.gradients() - local.gradients_seen - 1
+            local.lr *= self._rule(delay)
             self.delays.append(delay)
         if self.config.simulation.gradients == "on":
             x = self.models[rank]
             local.gradient[:] = self.problem.gradient(rank, x, self._noise_rng[rank])
-        self._drive(rank, self.algorithms[rank].step(local))
+        self._resume(rank, self.algorithms[rank].step(local))
 
-    def _rate(self, local: VirtualRank) -> float:
+    def _lr(self, local: NumpyLocalOptimizer) -> float:
         """Learning rate by global progress, which ranks that go in step know without looking."""
-        done = local.step * self.size if self._in_step else self.gradients
-        factor = self._schedule.factor(done / self.gradients_due)
+        done = local.local_step * self.size if self._lockstep else self.gradients
+        factor = self._schedule.factor(done / self.max_gradients)
         return self.config.optimizer.lr * factor
 
     def _serve(self, rank: int) -> None:
         """A rank that computes no gradients: serve now, and at the moment when something arrives."""
         self.network.servers[rank] = lambda: self._serve(rank)
         local = self.locals[rank]
-        local.rate = self._rate(local)
+        local.lr = self._lr(local)
         while self.algorithms[rank].serve(local):
             pass
 
-    def _drive(self, rank: int, step: Iterator[Request]) -> None:
+    def _resume(self, rank: int, step: Iterator[Request]) -> None:
         """Go on with a step; where it must wait, have what it waits for come back here."""
-        self.wait_time += self.clock.now - self._stuck.pop(rank, self.clock.now)
+        self.wait_time += self.clock.now - self._waiting_since.pop(rank, self.clock.now)
         for pending in step:
             self.waits += 1
-            self._stuck[rank] = self.clock.now
-            self.network.notify(pending, lambda: self._drive(rank, step))
+            self._waiting_since[rank] = self.clock.now
+            self.network.notify(pending, lambda: self._resume(rank, step))
             return
         if self.gradients % self.sample_every == 0:
             self._sample()
         if self.staleness is not None:
-            self.staleness.sample(rank)
+            self.staleness.update(rank)
         if isinstance(self._times, RecordedTimes):
-            self.clock.after(self._times.exchange(rank), lambda: self._begin(rank))
+            self.clock.after(self._times.exchange_seconds(rank), lambda: self._start_gradient(rank))
         else:
-            self._begin(rank)
+            self._start_gradient(rank)
 
     def _in_flight(self) -> np.ndarray:
         """Sum of the deltas that were sent and not absorbed."""
@@ -271,7 +273,7 @@ class Simulation:
         return total
 
     def _sample(self) -> None:
-        self.diverged = self.trace.sample(
+        self.diverged = self.trace.append(
             self.gradients, self.clock.now, self.models, self.mean_model(), self.problem.optimum
         )
 
@@ -288,7 +290,7 @@ class Simulation:
         kind = self.algorithms[0]
         error = total = None
         mean = self.mean_model()
-        if kind.conserves:
+        if kind.preserves_mean:
             total = np.sum([a.mass() for a in self.algorithms], axis=0, dtype=np.float64)
             total += self._in_flight()
             scale = np.abs(self.models).sum(0, dtype=np.float64).max()
@@ -302,8 +304,8 @@ class Simulation:
             "ranks": self.size,
             "gradients": self.gradients,
             "effective_step": self._effective_step(mean),
-            "max_disagreement": _number(max(self.trace.disagreement)),
-            "final_disagreement": _number(self.trace.disagreement[-1]),
+            "max_disagreement": _number(max(self.trace.consensus_distance)),
+            "final_disagreement": _number(self.trace.consensus_distance[-1]),
             "final_distance": _number(self.trace.distance[-1]),
             "excess_loss": _number(
                 self.problem.value(mean) - self.problem.value(self.problem.optimum)
@@ -311,8 +313,8 @@ class Simulation:
             "conservation_error": error,
             "waits": self.waits,
             "wait_time": self.wait_time,
-            "exchanges": self.kinds[INITIATED],
-            "skipped": self.kinds[SKIPPED],
+            "exchanges": self.exchange_counts[INITIATED],
+            "skipped": self.exchange_counts[SKIPPED],
             "bytes_per_message": self.codecs[0].layout.nbytes,
             "rejected": self._rejected(),
             "staleness_mean": float(np.mean(self.ages)) if self.ages else None,
@@ -372,4 +374,4 @@ def _number(value: float) -> float | None:
 
 def simulate(config: Config) -> dict[str, object]:
     """Run one simulation; see `Simulation.run`."""
-    return Simulation(config).run()
+    return Simulator(config).run()

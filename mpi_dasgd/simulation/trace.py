@@ -25,10 +25,10 @@ class Trace:
 
     gradients: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    disagreement: list[float] = field(default_factory=list)
+    consensus_distance: list[float] = field(default_factory=list)
     distance: list[float] = field(default_factory=list)
 
-    def sample(
+    def append(
         self,
         gradients: int,
         now: float,
@@ -45,16 +45,16 @@ class Trace:
             optimum: (elements,).
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            disagreement = _spread(models, models.mean(0)) / len(models)
+            disagreement = _consensus_distance(models, models.mean(0)) / len(models)
             distance = float(np.square(trained - optimum).sum())
         self.gradients.append(gradients)
         self.times.append(now)
-        self.disagreement.append(disagreement)
+        self.consensus_distance.append(disagreement)
         self.distance.append(distance)
         return not (disagreement < _DIVERGED and distance < _DIVERGED)
 
 
-def _spread(models: np.ndarray, mean: np.ndarray) -> float:
+def _consensus_distance(models: np.ndarray, mean: np.ndarray) -> float:
     """Return sum_i |x_i - mean|^2, by blocks that stay in a cache."""
     rows = max(1, _BLOCK // models.shape[1])
     return sum(

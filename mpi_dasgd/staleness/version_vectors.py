@@ -48,7 +48,7 @@ class SetStaleness:
         self._sum = self._missing_sum = 0
         self.samples = self.maximum = self.missing_maximum = 0
 
-    def sample(self, rank: int) -> tuple[np.ndarray, int]:
+    def update(self, rank: int) -> tuple[np.ndarray, int]:
         """Measure at the end of a step of `rank`; return S between it and each rank, and U of it."""
         table = np.asarray(self._versions)
         staleness = np.abs(table - table[rank]).sum(1)
@@ -123,7 +123,7 @@ def history(results: Results) -> History:
         if k != _END:
             table[i, j] = max(v, table[i, j])
             continue
-        staleness, missing = meter.sample(i)
+        staleness, missing = meter.update(i)
         samples.append((staleness.sum() / (len(ranks) - 1), staleness.max(), missing))
     mean, largest, lacking = np.array(samples).T
     return History(
@@ -140,9 +140,9 @@ def history(results: Results) -> History:
 
 def _kept(results: Results) -> np.ndarray:
     """Return the rows of the ranks whose records can be used."""
-    kept = results.records["train"] > 0
+    kept = results.n_records["train"] > 0
     if results.attributes.get("status") == "degraded":
-        kept &= results.ranks["status"] != "killed"
+        kept &= results.rank_table["status"] != "killed"
     return np.flatnonzero(kept)
 
 
@@ -151,7 +151,7 @@ _Arrivals = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # time, own s
 
 def _arrivals(results: Results, row: int) -> _Arrivals:
     """Return what the exchange table says of one rank, in order."""
-    count, table = results.records["exchange"][row], results.tables["exchange"]
+    count, table = results.n_records["exchange"][row], results.tables["exchange"]
     applied = table["kind"][row, :count] == APPLIED
     time, step, source, version = (
         table[name][row, :count][applied] for name in ("time", "step", "partner", "partner_step")
@@ -161,7 +161,7 @@ def _arrivals(results: Results, row: int) -> _Arrivals:
 
 def _steps(results: Results, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the own steps of one rank, and when they ended."""
-    count, table = results.records["train"][row], results.tables["train"]
+    count, table = results.n_records["train"][row], results.tables["train"]
     return table["step"][row, :count], table["time"][row, :count]
 
 

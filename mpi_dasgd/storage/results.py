@@ -53,9 +53,9 @@ class Results:
 
     attributes: dict[str, Any]
     rank: np.ndarray
-    records: dict[str, np.ndarray]
+    n_records: dict[str, np.ndarray]
     tables: dict[str, dict[str, np.ndarray]]
-    ranks: dict[str, np.ndarray]
+    rank_table: dict[str, np.ndarray]
     consensus: dict[str, np.ndarray] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ def consolidate(
     while not _all_closed(results, dead) and time.monotonic() < deadline:
         time.sleep(0.1)
         results = gather(directory)
-    status = results.ranks["status"]
+    status = results.rank_table["status"]
     status[status == "running"] = "killed"
     results.attributes["status"] = _run_status(status, bool(results.lost))
     results.consensus.update(_checked_consensus(consensus or {}))
@@ -138,7 +138,7 @@ def gather(directory: str | Path) -> Results:
     return Results(
         attributes=_run_attributes(ordered, size, bool(lost)),
         rank=np.array(sorted(records), dtype=np.int32),
-        records={
+        n_records={
             table: np.array([len(record.tables[table][columns[0].name]) for record in ordered])
             for table, columns in TABLES.items()
         },
@@ -149,14 +149,14 @@ def gather(directory: str | Path) -> Results:
             }
             for table, columns in TABLES.items()
         },
-        ranks=_rank_table(ordered),
+        rank_table=_rank_table(ordered),
         lost=lost,
     )
 
 
 def _all_closed(results: Results, dead: Collection[int]) -> bool:
     """Whether the files of all ranks but the dead are there, and closed."""
-    open_ones = results.rank[results.ranks["status"] == "running"].tolist()
+    open_ones = results.rank[results.rank_table["status"] == "running"].tolist()
     return not {*results.lost, *open_ones}.difference(dead)
 
 
@@ -254,12 +254,12 @@ def _write(results: Results, path: Path) -> None:
                 _scale(group, Column("record", "i8", "1", "index of the record"), record),
             ]
             valid = Column("records", "i8", "1", "valid records of the rank")
-            _variable(group, valid, results.records[table], scales[:1])
+            _variable(group, valid, results.n_records[table], scales[:1])
             for column in columns:
                 _variable(group, column, arrays[column.name], scales)
         group = file.create_group("ranks")
         scale = _scale(group, rank, results.rank)
-        for name, values in results.ranks.items():
+        for name, values in results.rank_table.items():
             _variable(group, rank_column(name, values.tolist()), values, [scale])
         if results.consensus:
             group = file.create_group("consensus")

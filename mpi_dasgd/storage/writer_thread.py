@@ -23,19 +23,19 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._repeated: list[_Repeated] = []  # touched by the thread only
         threading.Thread(target=self._run, name="mpi_dasgd-writer", daemon=True).start()
 
-    def submit(self, job: Callable[[], T]) -> Future[T]:
+    def submit(self, task: Callable[[], T]) -> Future[T]:
         """Run `job` once; the future holds its result or its exception."""
         future: Future[T] = Future()
-        self._jobs.put((job, future))
+        self._tasks.put((task, future))
         return future
 
-    def repeat(self, job: Callable[[], bool], seconds: float) -> Future[None]:
+    def repeat(self, task: Callable[[], bool], seconds: float) -> Future[None]:
         """Run `job` every `seconds` until it returns True, raises, or the future is cancelled."""
-        repeated = _Repeated(job, seconds)
+        repeated = _Repeated(task, seconds)
         self.submit(lambda: self._repeated.append(repeated))
         return repeated.future
 
@@ -44,7 +44,7 @@ class Writer:
             due = min((repeated.due for repeated in self._repeated), default=None)
             timeout = None if due is None else max(0.0, due - time.monotonic())
             try:
-                job, future = self._jobs.get(timeout=timeout)
+                job, future = self._tasks.get(timeout=timeout)
             except queue.Empty:
                 pass
             else:

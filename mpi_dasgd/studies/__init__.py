@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from mpi_dasgd.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from mpi_dasgd.studies.dataset import Samples, Summary
+    from mpi_dasgd.studies.dataset import Dataset, Summary
 
 __all__ = ["DIRECTORY", "STUDIES", "Study", "find", "run", "table"]
 
@@ -38,13 +38,13 @@ class Study(Protocol):
     SEEDS: int
     """Seeds of a full run."""
 
-    def samples(self, seeds: int, quick: bool) -> Samples:
+    def samples(self, seeds: int, quick: bool) -> Dataset:
         """Measure, with seeds 1 .. `seeds`; `quick` is a small version for tests."""
 
-    def summary(self, samples: Samples) -> Summary:
+    def summary(self, samples: Dataset) -> Summary:
         """Say what the samples show."""
 
-    def draw(self, samples: Samples, path: Path) -> Path:
+    def draw(self, samples: Dataset, path: Path) -> Path:
         """Write the picture, a PNG."""
 
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Course, configure, settled, vary
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Trajectory, configure, time_until_stays_below, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -42,7 +42,7 @@ EPSILON = 1.0
 EVERY, MOMENTS = 16, 120
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure the courses."""
     gradients = EVERY * (50 if quick else 200)
     base = configure(
@@ -60,7 +60,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     def point(
         algorithm: str, slowdown: int, rule: str, rate: float, seed: int
     ) -> Mapping[str, Any]:
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 RULES[rule]
@@ -80,7 +80,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         return {
             "excess": np.exp(np.interp(moments, run.times, np.log(excess))),
             "excess_all": np.exp(np.interp(moments, run.times, np.log(run.excess))),
-            "settled": settled(run.times, excess, EPSILON),
+            "settled": time_until_stays_below(run.times, excess, EPSILON),
             "floor": excess[-len(excess) // 4 :].mean(),
             "peak": excess[len(excess) // 4 :].max(),
             "late": (delays > RANKS).mean() if delays.size else math.nan,
@@ -113,7 +113,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Time and floor of each rule, over those of the constant step."""
     middle = {
         name: spread(samples[name])[1] for name in ("settled", "floor", "peak", "late", "delay_max")
@@ -149,7 +149,7 @@ def summary(samples: Samples) -> Summary:
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """Excess loss against time at the smaller rate: a row for each slow-down."""
     from mpi_dasgd.studies import plotting
 

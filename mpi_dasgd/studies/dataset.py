@@ -19,10 +19,10 @@ from mpi_dasgd.errors import UserError
 
 __all__ = [
     "Axis",
-    "Samples",
+    "Dataset",
     "Summary",
     "Variable",
-    "exponent",
+    "loglog_slope",
     "measure",
     "read",
     "spread",
@@ -71,7 +71,7 @@ class Summary(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Samples:
+class Dataset:
     """All samples of a study, as they were measured.
 
     Attributes:
@@ -105,7 +105,7 @@ def measure(
     variables: Mapping[str, Variable],
     point: Callable[..., Mapping[str, ArrayLike | None]],
     inner: Mapping[str, Axis] | None = None,
-) -> Samples:
+) -> Dataset:
     """Call `point` for every combination of the axes' values and keep what it returns.
 
     Args:
@@ -136,10 +136,10 @@ def measure(
     if sys.stderr.isatty():
         print(f"\r{'':<40}\r", end="", file=sys.stderr, flush=True)
     attributes = {"config_json": config.model_dump_json(), "version": __version__}
-    return Samples(name, every, whole, arrays, attributes)
+    return Dataset(name, every, whole, arrays, attributes)
 
 
-def exponent(x: ArrayLike, y: ArrayLike) -> float | None:
+def loglog_slope(x: ArrayLike, y: ArrayLike) -> float | None:
     """Return the slope of the line of least squares through log y over log x; None below 2 points."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
@@ -148,7 +148,7 @@ def exponent(x: ArrayLike, y: ArrayLike) -> float | None:
     return float(np.polyfit(np.log(x[good]), np.log(y[good]), 1)[0])
 
 
-def write(samples: Samples, path: Path) -> Path:
+def write(samples: Dataset, path: Path) -> Path:
     """Write the samples to an HDF5 file, whole or not at all, and return `path`.
 
     One group, named like the study: dimension scales, and arrays with units and meaning, so that xarray
@@ -184,7 +184,7 @@ def write(samples: Samples, path: Path) -> Path:
     return path
 
 
-def read(path: str | Path) -> Samples:
+def read(path: str | Path) -> Dataset:
     """Read what `write` wrote.
 
     Raises:
@@ -213,4 +213,4 @@ def read(path: str | Path) -> Samples:
             attributes = {k: v for k, v in group.attrs.items() if k != "axes"}
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: expected the samples of `mpi-dasgd study`: {error}") from error
-    return Samples(name, axes, variables, arrays, attributes)
+    return Dataset(name, axes, variables, arrays, attributes)

@@ -25,14 +25,20 @@ import numpy as np
 
 from mpi_dasgd.studies.dataset import (
     Axis,
-    Samples,
+    Dataset,
     Summary,
     Variable,
-    exponent,
+    loglog_slope,
     measure,
     spread,
 )
-from mpi_dasgd.studies.trajectory import Course, configure, reached, settled, vary
+from mpi_dasgd.studies.trajectory import (
+    Trajectory,
+    configure,
+    first_time_below,
+    time_until_stays_below,
+    vary,
+)
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -43,7 +49,7 @@ RATES = (0.0, 0.01, 0.02, 0.04, 0.08)  # 0 stands for the theorems' own
 AVERAGE, LEVEL = 0.05, 1e-6
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure gradients to accuracy for each rule, slow-down and rate."""
     base = configure(
         {
@@ -60,7 +66,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         gradients = 10 * math.ceil(
             max(60 if quick else 150, 0.3 * late, 1.3 / (2 * AVERAGE * allowed) / 10)
         )
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 {
@@ -73,15 +79,15 @@ def samples(seeds: int, quick: bool) -> Samples:
             ),
             10,
         )
-        slopes = run.slopes / run.slopes[0]
+        slopes = run.grad_norm_sq / run.grad_norm_sq[0]
         average = np.cumsum(slopes) / np.arange(1, len(slopes) + 1)
         return {
             "tau_max": run.figures["delay_max"],
             "tau_avg": run.figures["delay_average"],
             "rate_used": rate or allowed,
-            "average": settled(run.counts, average, AVERAGE),
-            "settled": settled(run.counts, slopes, LEVEL),
-            "reached": reached(run.counts, slopes, LEVEL),
+            "average": time_until_stays_below(run.counts, average, AVERAGE),
+            "settled": time_until_stays_below(run.counts, slopes, LEVEL),
+            "reached": first_time_below(run.counts, slopes, LEVEL),
         }
 
     return measure(
@@ -111,7 +117,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def _tuned(samples: Samples, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _tuned(samples: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return gradients with the best rate of the grid, (rule, slowdown, seed), and that rate."""
     values = samples[name][:, :, 1:]
     choice = spread(values)[1].argmin(-1)
@@ -119,7 +125,7 @@ def _tuned(samples: Samples, name: str) -> tuple[np.ndarray, np.ndarray]:
     return best, samples["rate"][1:][choice]
 
 
-def _courses(samples: Samples) -> dict[str, np.ndarray]:
+def _courses(samples: Dataset) -> dict[str, np.ndarray]:
     """Return gradients by criterion, (rule, slowdown, seed)."""
     return {
         "average, rate of the theorems": samples["average"][:, :, 0],
@@ -129,11 +135,11 @@ def _courses(samples: Samples) -> dict[str, np.ndarray]:
     }
 
 
-def _largest_delay(samples: Samples) -> np.ndarray:
+def _largest_delay(samples: Dataset) -> np.ndarray:
     return np.median(samples["tau_max"], axis=(0, 2, 3))
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Gradients for each rule and slow-down, and their exponents in tau_max."""
     late = _largest_delay(samples)
     courses = _courses(samples)
@@ -147,14 +153,14 @@ def summary(samples: Samples) -> Summary:
             row |= {name: float(spread(c)[1][i, j]) for name, c in courses.items()}
             rows.append(row | {"its rate": float(rates[i, j])})
         figures[rule] = {
-            f"exponent in tau_max: {name}": exponent(late, spread(c)[1][i])
+            f"exponent in tau_max: {name}": loglog_slope(late, spread(c)[1][i])
             for name, c in courses.items()
         }
     figures["theory"] = {"constant": 0.5, "rules": 0.0}
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """One panel for each criterion but `reached`."""
     from mpi_dasgd.studies import plotting
 

@@ -25,14 +25,14 @@ import numpy as np
 from mpi_dasgd.studies import linear_theory
 from mpi_dasgd.studies.dataset import (
     Axis,
-    Samples,
+    Dataset,
     Summary,
     Variable,
-    exponent,
+    loglog_slope,
     measure,
     spread,
 )
-from mpi_dasgd.studies.trajectory import Course, configure, vary
+from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -47,7 +47,7 @@ PHASES = {"complete": 100, "random_regular": 120, "torus": 160, "ring": 320}
 """Local phases of each rank, by graph: the second half is averaged; a ring forgets in some 52."""
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure the disagreement, the mean over the second half of each run."""
     base = configure(
         {
@@ -62,7 +62,7 @@ def samples(seeds: int, quick: bool) -> Samples:
             return {}
         phases = PHASES[graph] // (4 if quick else 1)
         gradients = phases * steps * RANKS
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 {
@@ -83,7 +83,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         if kind == "drift":
             minima -= [run.problem.gradient(i, zero, rng) for i in range(RANKS)]
         return {
-            "disagreement": run.spread[len(run.spread) // 2 :].mean(),
+            "disagreement": run.consensus_distance[len(run.consensus_distance) // 2 :].mean(),
             "predicted": predict(graph, rate, steps, seed, minima),
             "relaxation": linear_theory.relaxations(_laplacian(graph, seed)).max(),
         }
@@ -135,7 +135,7 @@ def predict(graph: str, rate: float, steps: int, seed: int, minima: np.ndarray) 
     )
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Disagreement beside the prediction, and the exponents in eta, H and r / lambda_2."""
     middle = {name: spread(samples[name])[1] for name in samples.arrays}
     graphs, rates, steps = (samples[name].tolist() for name in ("graph", "rate", "steps"))
@@ -152,15 +152,15 @@ def summary(samples: Samples) -> Summary:
             row["H=4 / predicted"] = float(value[j, rate, step] / predicted[j, rate, step])
             rows.append(row)
         figures[kind] = {
-            "eta": {g: exponent(rates, value[j, :, step]) for j, g in enumerate(graphs)},
-            "H": {g: exponent(steps, value[j, rate]) for j, g in enumerate(graphs)},
-            "r / lambda_2": exponent(relaxation, value[:, rate, step]),
-            "r / lambda_2 as predicted": exponent(relaxation, predicted[:, rate, step]),
+            "eta": {g: loglog_slope(rates, value[j, :, step]) for j, g in enumerate(graphs)},
+            "H": {g: loglog_slope(steps, value[j, rate]) for j, g in enumerate(graphs)},
+            "r / lambda_2": loglog_slope(relaxation, value[:, rate, step]),
+            "r / lambda_2 as predicted": loglog_slope(relaxation, predicted[:, rate, step]),
         }
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """Against H, eta and r / lambda_2, one row for each kind."""
     from mpi_dasgd.studies import plotting
 

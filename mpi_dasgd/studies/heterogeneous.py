@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.lr_schedule import delay_rule
-from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Course, configure, vary
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -31,21 +31,21 @@ WORKERS, SLOW = 16, 4
 RULES = ("constant", "inverse", "capped", "drop")
 
 
-class _Weighed(Course):
+class _Weighed(Trajectory):
     """A course that keeps the delays of every worker's gradients in the second half of the run."""
 
     def __init__(self, config: Config, every: int) -> None:
         self.delays_of: dict[int, list[int]] = {}
         super().__init__(config, every)
 
-    def _record(self, exchange: Exchange) -> None:
+    def _record(self, exchange: ExchangeRecord) -> None:
         super()._record(exchange)
         delays = self.delays_of.setdefault(exchange.partner, [])
-        if 2 * exchange.step >= self.gradients_due:
+        if 2 * exchange.step >= self.max_gradients:
             delays.append(exchange.step - exchange.partner_step)
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure the mean of x over the second half of each run."""
     gradients = 800 if quick else 6000
     base = configure(
@@ -117,7 +117,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Bias, measured and in closed form."""
     middle = {name: spread(samples[name])[1] for name in samples.arrays}
     rows: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def summary(samples: Samples) -> Summary:
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """Bias against slow-down, one panel for each way to choose clients."""
     from mpi_dasgd.studies import plotting
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Course, configure, vary
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 from mpi_dasgd.tasks.convex import BreastCancer
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -31,7 +31,7 @@ RANKS, BATCH = 16, 8
 CODECS = {"none": 32, "lattice16": 16, "lattice8": 8, "lattice4": 4}
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure loss and accuracy for each H and codec."""
     gradients = 800 if quick else 6400
     base = configure(
@@ -49,7 +49,7 @@ def samples(seeds: int, quick: bool) -> Samples:
 
     def point(codec: str, steps: int, seed: int) -> Mapping[str, Any]:
         config = vary(base, {"codec.name": codec, "algorithm.local_steps": steps, "run.seed": seed})
-        run = Course(config, gradients // 32, ranks=True)
+        run = Trajectory(config, gradients // 32, ranks=True)
         problem = run.problem
         assert isinstance(problem, BreastCancer)
         half = len(run.means) // 2
@@ -60,7 +60,7 @@ def samples(seeds: int, quick: bool) -> Samples:
             "accuracy": np.mean([problem.accuracy(x) for x in run.means[half:]]),
             "excess_ranks": np.mean([problem.value(x) for x in every]) - least,
             "accuracy_ranks": np.mean([problem.accuracy(x) for x in every]),
-            "spread": run.spread[half:].mean(),
+            "spread": run.consensus_distance[half:].mean(),
             "rejected": run.figures["rejected"],
         }
 
@@ -84,7 +84,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """All figures, and what the fewer bits cost at each H."""
     middle = {name: np.median(samples[name], -1) for name in samples.arrays}
     codecs, steps = samples["codec"].tolist(), samples["steps"].tolist()
@@ -113,7 +113,7 @@ def summary(samples: Samples) -> Summary:
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """Excess loss of the mean model and of the ranks' own, and accuracy, against H."""
     from mpi_dasgd.studies import plotting
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd import algorithms
-from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure
-from mpi_dasgd.studies.trajectory import Course, configure, vary
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure
+from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -32,7 +32,7 @@ GRADIENTS = {1: 800, 2: 800, 10: 1600, 100: 3200}
 """Of a run, by slow-down: 2 gradients of the slow worker at the least; synchronous ones make 800."""
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure."""
     base = configure(
         {"simulation.dimension": 4, "optimizer.lr": 0.01, "simulation.slow_ranks": [-1]}
@@ -42,7 +42,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         gradients = 640 if quick else GRADIENTS[slowdown]
         if algorithm in SYNCHRONOUS:
             gradients = min(gradients, 800)
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 {
@@ -87,7 +87,7 @@ def theory(algorithm: str, slowdown: np.ndarray) -> np.ndarray:
     return WORKERS - 1 + 1 / slowdown
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Throughput by algorithm and slow-down, and how far it is from theory."""
     rate = np.median(samples["gradients"] / samples["time"], axis=-1)
     rows: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def summary(samples: Samples) -> Summary:
     return Summary(rows, {"over_theory": ratios, "largest_deviation_constant_times": off})
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """One panel for each law of the times."""
     from mpi_dasgd.studies import plotting
 

@@ -24,14 +24,14 @@ import numpy as np
 from mpi_dasgd import algorithms
 from mpi_dasgd.studies.dataset import (
     Axis,
-    Samples,
+    Dataset,
     Summary,
     Variable,
-    exponent,
+    loglog_slope,
     measure,
     spread,
 )  # fmt: skip
-from mpi_dasgd.studies.trajectory import Course, configure, reached, vary
+from mpi_dasgd.studies.trajectory import Trajectory, configure, first_time_below, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -41,7 +41,7 @@ EPSILON = 3.2
 FACTORS = (1.0, 1.4, 2.0)
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure the time to epsilon for every n and factor c."""
     base = configure({"simulation.dimension": DIMENSION, "simulation.noise": NOISE})
     names = [name for name in ("adpsgd", "swarm") if name in algorithms.ALGORITHMS]
@@ -50,7 +50,7 @@ def samples(seeds: int, quick: bool) -> Samples:
         rate = factor * ranks * EPSILON / (NOISE**2 * DIMENSION)
         every = max(8, ranks // 4)
         needed = ranks * math.log(100 * DIMENSION / EPSILON) / (2 * rate)
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 {
@@ -66,8 +66,8 @@ def samples(seeds: int, quick: bool) -> Samples:
         )
         return {
             "rate": rate,
-            "time": reached(run.times, run.distances, EPSILON),
-            "gradients": reached(run.counts, run.distances, EPSILON),
+            "time": first_time_below(run.times, run.distances, EPSILON),
+            "gradients": first_time_below(run.counts, run.distances, EPSILON),
         }
 
     ranks = [1, 16] if quick else [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -95,13 +95,13 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def _fixed(samples: Samples) -> np.ndarray:
+def _fixed(samples: Dataset) -> np.ndarray:
     """Return the times with c = 1, or the only c there is, (algorithm, ranks, seed)."""
     factors = samples["factor"].tolist()
     return samples["time"][:, :, factors.index(1.0) if 1.0 in factors else 0]
 
 
-def _best(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+def _best(samples: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return the times with the best c, (algorithm, ranks, seed), and that c."""
     choice = spread(samples["time"])[1].argmin(-1)
     times = np.take_along_axis(samples["time"], choice[..., None, None], 2)[:, :, 0]
@@ -114,7 +114,7 @@ def theory(ranks: np.ndarray) -> np.ndarray:
     return np.log(100 * DIMENSION / (EPSILON / 2)) / (2 * rate)
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Times with c = 1 and the best c, speed-up over one rank, and the exponent of the time in n."""
     tuned, factors = _best(samples)
     fixed = spread(_fixed(samples))[1]
@@ -131,17 +131,17 @@ def summary(samples: Samples) -> Summary:
             row |= {"its time": middle[i, j], "from": least[i, j], "to": largest[i, j]}
             rows.append(row | {"speed-up": gain[j], "efficiency": gain[j] / n})
         figures[algorithm] = {
-            "exponent_of_time_c_1": exponent(ranks, fixed[i]),
+            "exponent_of_time_c_1": loglog_slope(ranks, fixed[i]),
             "speedup_at_most_ranks_c_1": fixed[i, 0] / fixed[i, -1],
             "time_over_theory_c_1": (fixed[i] / expected).tolist(),
-            "exponent_of_time_tuned": exponent(ranks, middle[i]),
+            "exponent_of_time_tuned": loglog_slope(ranks, middle[i]),
             "speedup_at_most_ranks_tuned": gain[-1],
             "efficiency_tuned": (gain / ranks).tolist(),
         }
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """Time to epsilon with c = 1, and speed-up with the best c."""
     from mpi_dasgd.studies import plotting
 

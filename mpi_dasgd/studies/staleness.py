@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Samples, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Course, configure, vary
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -36,7 +36,7 @@ EARLY = 600
 """Gradients in which curves are compared early (factor between them); the floor is the last quarter."""
 
 
-def samples(seeds: int, quick: bool) -> Samples:
+def samples(seeds: int, quick: bool) -> Dataset:
     """Measure the courses."""
     gradients = 800 if quick else 6000
     base = configure(
@@ -45,7 +45,7 @@ def samples(seeds: int, quick: bool) -> Samples:
 
     def point(problem: str, latency: float, seed: int) -> Mapping[str, Any]:
         keys = PROBLEMS[problem]
-        run = Course(
+        run = Trajectory(
             vary(
                 base,
                 keys
@@ -59,10 +59,10 @@ def samples(seeds: int, quick: bool) -> Samples:
             EVERY,
         )
         slopes = np.full(gradients // EVERY + 1, np.nan)
-        slopes[: len(run.counts)] = run.slopes / run.slopes[0]
+        slopes[: len(run.counts)] = run.grad_norm_sq / run.grad_norm_sq[0]
         return {
             "slope": slopes,
-            "spread": np.interp(np.arange(len(slopes)) * EVERY, run.counts, run.spread),
+            "spread": np.interp(np.arange(len(slopes)) * EVERY, run.counts, run.consensus_distance),
             "s_avg": run.figures["set_staleness_mean"],
             "s_max": run.figures["set_staleness_max"],
         }
@@ -89,7 +89,7 @@ def samples(seeds: int, quick: bool) -> Samples:
     )
 
 
-def summary(samples: Samples) -> Summary:
+def summary(samples: Dataset) -> Summary:
     """Compare each curve with that of the least staleness, early and late."""
     slopes = spread(samples["slope"], 2)[1]  # (problem, latency, count)
     early, late = int(EARLY / EVERY), slopes.shape[-1] * 3 // 4
@@ -120,7 +120,7 @@ def summary(samples: Samples) -> Summary:
     return Summary(rows, figures)
 
 
-def draw(samples: Samples, path: Path) -> Path:
+def draw(samples: Dataset, path: Path) -> Path:
     """One panel for each problem."""
     from mpi_dasgd.studies import plotting
 

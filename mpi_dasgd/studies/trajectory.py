@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 
-__all__ = ["Course", "configure", "reached", "settled", "vary"]
+__all__ = ["Trajectory", "configure", "first_time_below", "time_until_stays_below", "vary"]
 
 BASE: dict[str, Any] = {
     "task.name": "quadratic",
@@ -38,7 +38,7 @@ def _merge(data: dict[str, Any], keys: Mapping[str, Any]) -> Config:
     return Config.model_validate(data)
 
 
-class Course(Simulation):
+class Trajectory(Simulator):
     """A simulation that has run, and the mean model at each sample of its trace.
 
     Args:
@@ -76,7 +76,7 @@ class Course(Simulation):
             )  # the one at the end has waited for gradients that come too late
         self.counts = counts[keep]
         self.times = np.array(self.trace.times)[keep]
-        self.spread = np.array(self.trace.disagreement)[keep]
+        self.consensus_distance = np.array(self.trace.consensus_distance)[keep]
         self.means = np.array(self._means)[keep]
         self.ranks = np.array(self._all)[keep] if ranks else np.empty((0, *self.models.shape))
 
@@ -86,12 +86,12 @@ class Course(Simulation):
         if self._keep:
             self._all.append(self.models.astype(np.float64))
         if self.trace.distance[-1] <= self._until:
-            self.gradients_due = self.gradients
+            self.max_gradients = self.gradients
 
     @property
-    def slopes(self) -> np.ndarray:
+    def grad_norm_sq(self) -> np.ndarray:
         """|grad f(mean)|^2 at each sample."""
-        return np.array([np.square(self.problem.slope(x)).sum() for x in self.means])
+        return np.array([np.square(self.problem.full_gradient(x)).sum() for x in self.means])
 
     @property
     def excess(self) -> np.ndarray:
@@ -105,7 +105,7 @@ class Course(Simulation):
         return np.square(self.means - self.problem.optimum).sum(1)
 
 
-def reached(x: np.ndarray, values: np.ndarray, epsilon: float) -> float | None:
+def first_time_below(x: np.ndarray, values: np.ndarray, epsilon: float) -> float | None:
     """Return where `values`, a course over `x`, first falls to `epsilon`; None if it never does.
 
     Between samples log(values) is a straight line.
@@ -116,7 +116,7 @@ def reached(x: np.ndarray, values: np.ndarray, epsilon: float) -> float | None:
     return _crossing(x, values, int(below[0]), epsilon)
 
 
-def settled(x: np.ndarray, values: np.ndarray, epsilon: float) -> float | None:
+def time_until_stays_below(x: np.ndarray, values: np.ndarray, epsilon: float) -> float | None:
     """Return from where on `values` stays at or below `epsilon`; None if it ends above it."""
     above = np.flatnonzero(~(values <= epsilon))
     after = int(above[-1]) + 1 if above.size else 0

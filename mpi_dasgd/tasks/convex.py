@@ -30,7 +30,7 @@ class Problem(Protocol):
     def value(self, x: np.ndarray) -> float:
         """Return f(x)."""
 
-    def slope(self, x: np.ndarray) -> np.ndarray:
+    def full_gradient(self, x: np.ndarray) -> np.ndarray:
         """Return the gradient of f at `x`, without noise."""
 
 
@@ -77,7 +77,7 @@ class Quadratic:
         """Return f(x) - f(optimum)."""
         return float(0.5 * self.curvature @ np.square(x))
 
-    def slope(self, x: np.ndarray) -> np.ndarray:
+    def full_gradient(self, x: np.ndarray) -> np.ndarray:
         return self.curvature * x
 
 
@@ -143,7 +143,7 @@ class BreastCancer:
         loss = np.logaddexp(0, -(self._all @ x)).mean()
         return float(loss + 0.5 * self._regularization * x @ x)
 
-    def slope(self, x: np.ndarray) -> np.ndarray:
+    def full_gradient(self, x: np.ndarray) -> np.ndarray:
         return self._slope(self._all, x)
 
     def accuracy(self, x: np.ndarray) -> float:

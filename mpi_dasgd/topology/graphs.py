@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["Cayley", "by_rule", "random_regular", "read_edges"]
+__all__ = ["Cayley", "cayley_graph", "random_regular", "read_edges"]
 
 Ints = NDArray[np.int64]
 
@@ -31,19 +31,19 @@ class Cayley:
     """
 
     shape: tuple[int, ...]
-    hops: Ints
+    generators: Ints
 
     @classmethod
-    def undirected(cls, shape: tuple[int, ...], hops: Iterable[tuple[int, ...]]) -> Cayley:
+    def undirected(cls, shape: tuple[int, ...], generators: Iterable[tuple[int, ...]]) -> Cayley:
         """Make the graph from hops that are walked both ways."""
-        one_way = np.array(list(hops), dtype=np.int64).reshape(-1, len(shape))
+        one_way = np.array(list(generators), dtype=np.int64).reshape(-1, len(shape))
         both = np.unique(np.concatenate([one_way, -one_way]) % np.array(shape), axis=0)
         return cls(shape, both[both.any(axis=1)])
 
     def neighbours(self, ranks: Ints) -> Ints:
         """Return the (len(ranks), degree) neighbours, unsorted."""
         digits = np.stack(np.unravel_index(ranks, self.shape), axis=-1)
-        moved = (digits[:, None, :] + self.hops) % np.array(self.shape)
+        moved = (digits[:, None, :] + self.generators) % np.array(self.shape)
         ranks_there: Ints = np.ravel_multi_index(tuple(np.moveaxis(moved, -1, 0)), self.shape)
         return ranks_there
 
@@ -60,11 +60,11 @@ class Cayley:
         The characters of the group are the eigenvectors, so a Fourier transform gives them exactly.
         """
         row = np.zeros(self.shape)
-        row[tuple(self.hops.T)] = 1.0
+        row[tuple(self.generators.T)] = 1.0
         return np.fft.fftn(row).real.ravel()[1:]
 
 
-def by_rule(name: str, size: int) -> Cayley:
+def cayley_graph(name: str, size: int) -> Cayley:
     """Return the graph `name` over `size` >= 2 ranks; see `mpi_dasgd.topology.build`.
 
     Raises:

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components, shor
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from mpi_dasgd.errors import UserError, nearest
-from mpi_dasgd.topology.graphs import Cayley, by_rule, random_regular, read_edges
+from mpi_dasgd.topology.graphs import Cayley, cayley_graph, random_regular, read_edges
 
 __all__ = ["NAMES", "Topology", "build"]
 
@@ -43,7 +43,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Others(Sequence[int]):
+class AllButOne(Sequence[int]):
     """All ranks but one, ascending: they take no memory, as lists of all ranks of a large graph would."""
 
     size: int
@@ -85,15 +85,15 @@ class Topology:
     size: int
     _graph: Any  # a Cayley, or a csr_array with sorted indices and the weights, if any, as data
     _weighted: bool = False
-    absent: frozenset[int] = frozenset()
+    removed: frozenset[int] = frozenset()
     _tuples: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def neighbours(self, rank: int) -> Sequence[int]:
         """Return the ranks that `rank` may talk to, ascending."""
         if rank not in self._tuples:
-            if self.name == "complete" and self.size > LISTED_RANKS and not self.absent:
-                return Others(self.size, rank)
-            self._tuples[rank] = tuple(self._near(rank).tolist())
+            if self.name == "complete" and self.size > LISTED_RANKS and not self.removed:
+                return AllButOne(self.size, rank)
+            self._tuples[rank] = tuple(self._neighbour_array(rank).tolist())
         return self._tuples[rank]
 
     def degree(self, rank: int) -> int:
@@ -106,7 +106,7 @@ class Topology:
             start, end = self._graph.indptr[rank : rank + 2]
             kept = self._alive[self._graph.indices[start:end]] & self._alive[rank]
             return tuple(self._graph.data[start:end][kept].tolist())
-        larger = np.maximum(self._degrees[rank], self._degrees[self._near(rank)])
+        larger = np.maximum(self._degrees[rank], self._degrees[self._neighbour_array(rank)])
         return tuple((1.0 / (1.0 + larger)).tolist())
 
     def eccentricity(self, rank: int) -> int:
@@ -142,25 +142,25 @@ class Topology:
 
         0 if they are not connected, 1 if there is only one.
         """
-        if self.size - len(self.absent) == 1:
+        if self.size - len(self.removed) == 1:
             return 1.0
         if self._by_rule:
-            walk = (1.0 + self._graph.eigenvalues()) / (1.0 + len(self._graph.hops))
+            walk = (1.0 + self._graph.eigenvalues()) / (1.0 + len(self._graph.generators))
             return float(1.0 - np.abs(walk).max())
-        return _gap(self._present(self.mixing_matrix())) if self.is_connected else 0.0
+        return _gap(self._without_removed(self.mixing_matrix())) if self.is_connected else 0.0
 
-    def laplacian_lambda2(self) -> float:
+    def algebraic_connectivity(self) -> float:
         """Return the second smallest eigenvalue of the unweighted Laplacian D - A.
 
         Over the ranks that are not absent; 0 if they are not connected or there is only one.
         """
-        if self.size - len(self.absent) == 1:
+        if self.size - len(self.removed) == 1:
             return 0.0
         if self._by_rule:
-            return float(len(self._graph.hops) - self._graph.eigenvalues().max())
+            return float(len(self._graph.generators) - self._graph.eigenvalues().max())
         if not self.is_connected:
             return 0.0
-        graph = self._present(self._adjacency())
+        graph = self._without_removed(self._adjacency())
         graph.data[:] = 1.0
         degrees = graph.sum(axis=1)
         # I - L / (2 max degree) is a lazy walk with eigenvalues in [0, 1]: its gap is lambda_2's.
@@ -172,16 +172,16 @@ class Topology:
         """Whether every rank that is not absent can reach every other."""
         if self._by_rule:
             return True
-        parts = connected_components(self._present(self._adjacency()), return_labels=False)
+        parts = connected_components(self._without_removed(self._adjacency()), return_labels=False)
         return bool(parts == 1)
 
     @property
     def is_bipartite(self) -> bool:
         """Whether the ranks split into two sets with all edges between them."""
-        return self.colours is not None
+        return self.bipartition is not None
 
     @cached_property
-    def colours(self) -> NDArray[np.int8] | None:
+    def bipartition(self) -> NDArray[np.int8] | None:
         """Which of two sets each rank is in, 0 or 1, so that all edges are between them; rank 0 is in 0.
 
         None if there are no two such sets.
@@ -194,7 +194,7 @@ class Topology:
             frontier = [start]
             while frontier:
                 rank = frontier.pop()
-                near = self._near(rank)
+                near = self._neighbour_array(rank)
                 seen = colour[near]
                 if (seen == colour[rank]).any():
                     return None
@@ -208,7 +208,7 @@ class Topology:
         """Whether every rank may talk to every other."""
         return bool((self._degrees == self.size - 1).all())
 
-    def branches(self, rank: int) -> dict[int, int]:
+    def tree_branches(self, rank: int) -> dict[int, int]:
         """Return the neighbours of `rank` in the breadth-first spanning tree from rank 0.
 
         With each of them: how many ranks lie behind it, itself included. All ranks build the same tree.
@@ -233,50 +233,50 @@ class Topology:
 
         The numbering and `size` stay; weight that went to a dropped rank returns to the sender.
         """
-        return replace(self, absent=self.absent | frozenset(ranks), _tuples={})
+        return replace(self, removed=self.removed | frozenset(ranks), _tuples={})
 
     @property
     def _by_rule(self) -> bool:
-        return isinstance(self._graph, Cayley) and not self.absent
+        return isinstance(self._graph, Cayley) and not self.removed
 
     @cached_property
     def _alive(self) -> NDArray[np.bool_]:
         alive = np.ones(self.size, dtype=bool)
-        alive[list(self.absent)] = False
+        alive[list(self.removed)] = False
         return alive
 
     @cached_property
     def _degrees(self) -> Ints:
         if isinstance(self._graph, Cayley):
-            degrees = np.full(self.size, len(self._graph.hops), dtype=np.int64)
+            degrees = np.full(self.size, len(self._graph.generators), dtype=np.int64)
         else:
             degrees = np.diff(self._graph.indptr).astype(np.int64)
-        for rank in self.absent:
-            degrees[self._all_near(rank)] -= 1
-        degrees[list(self.absent)] = 0
+        for rank in self.removed:
+            degrees[self._all_neighbours(rank)] -= 1
+        degrees[list(self.removed)] = 0
         return degrees
 
-    def _all_near(self, rank: int) -> Ints:
+    def _all_neighbours(self, rank: int) -> Ints:
         if isinstance(self._graph, Cayley):
             return np.sort(self._graph.neighbours(np.array([rank]))[0])
         start, end = self._graph.indptr[rank : rank + 2]
         return np.asarray(self._graph.indices[start:end], dtype=np.int64)
 
-    def _near(self, rank: int) -> Ints:
-        if rank in self.absent:
+    def _neighbour_array(self, rank: int) -> Ints:
+        if rank in self.removed:
             return np.empty(0, dtype=np.int64)
-        near = self._all_near(rank)
-        return near[self._alive[near]] if self.absent else near
+        near = self._all_neighbours(rank)
+        return near[self._alive[near]] if self.removed else near
 
     def _adjacency(self) -> Any:
         graph = self._graph.adjacency() if isinstance(self._graph, Cayley) else self._graph
-        if self.absent:
+        if self.removed:
             keep = sp.diags_array(self._alive.astype(float))
             graph = (keep @ graph @ keep).tocsr()
             graph.eliminate_zeros()
         return graph
 
-    def _present(self, matrix: Any) -> Any:
+    def _without_removed(self, matrix: Any) -> Any:
         return matrix[self._alive][:, self._alive]
 
 
@@ -319,7 +319,7 @@ def build(
         return Topology(name, size, Cayley.undirected((1,), []))
     if name == "random_regular":
         return Topology(name, size, random_regular(size, degree, seed))
-    return Topology(name, size, by_rule(name, size))
+    return Topology(name, size, cayley_graph(name, size))
 
 
 def _gap(matrix: Any) -> float:

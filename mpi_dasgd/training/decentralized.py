@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from mpi_dasgd import algorithms, codecs, launch, topology, world
-from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import consistency
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.local_optimizer import TorchLocal
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
@@ -27,7 +27,7 @@ __all__ = ["Decentralized"]
 
 _log = logging.getLogger("mpi_dasgd")
 
-_LOOK = 0.005  # seconds between two looks at the notices of other ranks
+PEER_CHECK_SECONDS = 0.005  # seconds between two looks at the notices of other ranks
 
 
 class Decentralized:
@@ -79,7 +79,7 @@ class Decentralized:
         seconds: float | None = None,
         config: Config | None = None,
         environment: world.World | None = None,
-        record: Callable[[Exchange], None] | None = None,
+        record: Callable[[ExchangeRecord], None] | None = None,
     ) -> None:
         own_world = environment is None  # else its owner says when set-up is over
         if environment is None:
@@ -99,7 +99,7 @@ class Decentralized:
         self.exchange_seconds = self.wait_seconds = 0.0
         self._config = config
         self._closed = False
-        with environment.together():
+        with environment.collective_errors():
             kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
             graph_of_ranks = topology.build(
                 config.topology.graph,
@@ -110,46 +110,46 @@ class Decentralized:
             )
             self._schedule = Schedule(**config.schedule.model_dump())
             self.parameters = FlatParameters(model)
-            kind.check(self.size, config.algorithm, graph_of_ranks)
+            kind.validate(self.size, config.algorithm, graph_of_ranks)
             self.codec = codecs.make(
-                kind.codec_settings(config.codec),
-                self.parameters.host.size,
-                self.parameters.host.dtype,
+                kind.resolve_codec(config.codec),
+                self.parameters.host_view.size,
+                self.parameters.host_view.dtype,
                 seed=config.run.seed,
                 rank=self.rank,
-                notes=kind.notes(self.size),
+                trailer_words=kind.trailer_words(self.size),
             )
             for warning in kind.warnings(config) if self.rank == 0 else ():
                 _log.warning(warning)
-            self._in_step = kind.in_step(config.algorithm)
-            consistency.check(config, kind.name, self._in_step)
-        synchronize.share(environment.comm, self.parameters)
-        self.local = TorchLocal(optimizer, self.parameters)
+            self._lockstep = kind.is_lockstep(config.algorithm)
+            consistency.check(config, kind.name, self._lockstep)
+        synchronize.broadcast_parameters(environment.comm, self.parameters)
+        self.local = TorchLocalOptimizer(optimizer, self.parameters)
         transport = config.transport
         self.endpoint = RmaEndpoint(
             environment.comm,
             self.codec.layout,
             graph_of_ranks,
             mode=transport.path,
-            publication_slots=transport.publication_slots if kind.publishes else 0,
-            inbox_slots=transport.inbox_slots if kind.receives else 0,
+            publication_slots=transport.publication_slots if kind.uses_publication else 0,
+            inbox_slots=transport.inbox_slots if kind.uses_inbox else 0,
             progress_interval=transport.progress_interval,
             heartbeat_timeout=transport.silence,
         )
         self.algorithm = kind(
             self.endpoint,
             self.codec,
-            self.parameters.host,
+            self.parameters.host_view,
             config.algorithm,
-            algorithms.partners(config.run.seed, self.rank),
+            algorithms.peer_rng(config.run.seed, self.rank),
             record or (lambda exchange: None),
         )
         self.algorithm.local = self.local
-        self._lead = kind.lead(config.algorithm, graph_of_ranks)
-        self._rule = delay_rule(config.algorithm, self.size)
+        self._max_steps_ahead = kind.max_steps_ahead(config.algorithm, graph_of_ranks)
+        self._step_rule = delay_rule(config.algorithm, self.size)
         self.delay, self.delay_factor = 0, 1.0
         self._gradients_seen = 0
-        self._begun = self._looked = time.monotonic()
+        self._begun = self._peers_checked = time.monotonic()
         self._elapsed_before = 0.0
         self.algorithm.start()
         environment.comm.Barrier()  # every rank has published before any looks for a partner
@@ -163,7 +163,7 @@ class Decentralized:
 
     def resume(self, steps: int, samples: int, elapsed: float) -> None:
         """Go on from a checkpoint: counts of the earlier part, and the model that was set, published."""
-        self.local.step = steps
+        self.local.local_step = steps
         self.samples = samples
         self._elapsed_before = elapsed
         self.endpoint.membership.report_samples(samples)
@@ -176,7 +176,7 @@ class Decentralized:
         Raises:
             UserError: ranks that go in step are at different ones.
         """
-        if self._in_step and len(set(steps)) > 1:
+        if self._lockstep and len(set(steps)) > 1:
             raise UserError(
                 f"run.resume: ranks of {self.algorithm.name!r} go in step, but their checkpoints are of "
                 f"steps {list(steps)}; begin anew"
@@ -192,7 +192,7 @@ class Decentralized:
     @property
     def total_samples(self) -> int:
         """Samples that all ranks have processed, as far as this one has seen."""
-        if self._in_step:
+        if self._lockstep:
             return self.samples * self.size
         return self.endpoint.membership.total_samples
 
@@ -209,15 +209,15 @@ class Decentralized:
     @property
     def finished(self) -> bool:
         """Whether the budget is spent."""
-        if self._timed_in_step:
+        if self._timed_lockstep:
             last = self.endpoint.membership.read_last_step(0)
-            return 0 < last <= self.local.step
+            return 0 < last <= self.local.local_step
         return self.progress >= 1.0
 
     @property
-    def _timed_in_step(self) -> bool:
+    def _timed_lockstep(self) -> bool:
         """Whether ranks that go in step must stop by the clock: rank 0 then declares the last step."""
-        return self._in_step and self._config.budget.seconds is not None
+        return self._lockstep and self._config.budget.seconds is not None
 
     def step(self, samples: int = 1) -> None:
         """Apply the gradient and exchange: call it instead of ``optimizer.step()``.
@@ -229,7 +229,7 @@ class Decentralized:
             UserError: this rank only serves others.
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
         """
-        if not self.computes:
+        if not self.computes_gradients:
             raise UserError(
                 f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no gradients: call "
                 "training.serve() while training.computes is false, or set algorithm.server_works=true"
@@ -237,31 +237,33 @@ class Decentralized:
         begun = time.perf_counter()
         self.samples += samples
         local = self.local
-        local.step += 1
-        self.endpoint.report_gradients(local.step)
+        local.local_step += 1
+        self.endpoint.report_gradients(local.local_step)
         self.delay = max(0, self.endpoint.gradients() - self._gradients_seen - 1)
-        local.factor = self._schedule.factor(self.progress)
-        if not self.algorithm.rules_delays:
-            self.delay_factor = self._rule(self.delay)
-            local.factor *= self.delay_factor
-        if self._timed_in_step and self.rank == 0 and self.progress >= 1.0:
+        local.lr_scale = self._schedule.factor(self.progress)
+        if not self.algorithm.applies_step_rule:
+            self.delay_factor = self._step_rule(self.delay)
+            local.lr_scale *= self.delay_factor
+        if self._timed_lockstep and self.rank == 0 and self.progress >= 1.0:
             self._declare_last_step()
         updated = local.update_seconds
         for pending in self.algorithm.step(local):
             self._wait(pending)
-        self.parameters.push()
+        self.parameters.copy_to_device()
         self.endpoint.membership.report_samples(self.samples)
         self._gradients_seen = self.endpoint.gradients()
-        if time.monotonic() - self._looked > _LOOK:
-            self._look()
+        if time.monotonic() - self._peers_checked > PEER_CHECK_SECONDS:
+            self._check_peers()
         self.exchange_seconds += time.perf_counter() - begun - (local.update_seconds - updated)
 
     def _declare_last_step(self) -> None:
         """Tell all ranks, once, where to stop: beyond what any of them can have begun by now."""
         board, local_steps = self.endpoint.membership, self._config.algorithm.local_steps
         if board.read_last_step(0) == 0:
-            exchange = -(-self.local.step // local_steps) * local_steps  # the next one of rank 0
-            board.publish_last_step(exchange + self._lead)
+            exchange = (
+                -(-self.local.local_step // local_steps) * local_steps
+            )  # the next one of rank 0
+            board.publish_last_step(exchange + self._max_steps_ahead)
 
     def serve(self) -> None:
         """Deal with what other ranks have sent: called instead of `step` where `computes` is false.
@@ -271,28 +273,31 @@ class Decentralized:
         Raises:
             PeerLost: as `step`.
         """
-        self.local.factor = self._schedule.factor(self.progress)
+        self.local.lr_scale = self._schedule.factor(self.progress)
         begun = time.perf_counter()
         pause = 0.0
-        while not self.algorithm.serve(self.local) and time.perf_counter() - begun < _LOOK:
+        while (
+            not self.algorithm.serve(self.local)
+            and time.perf_counter() - begun < PEER_CHECK_SECONDS
+        ):
             time.sleep(pause)
             pause = min(2e-4, pause + 1e-5)
-        self.parameters.push()
-        if time.monotonic() - self._looked > _LOOK:
-            self._look()
+        self.parameters.copy_to_device()
+        if time.monotonic() - self._peers_checked > PEER_CHECK_SECONDS:
+            self._check_peers()
 
     @property
-    def computes(self) -> bool:
+    def computes_gradients(self) -> bool:
         """Whether this rank computes gradients, or only serves others."""
-        return self.algorithm.computes
+        return self.algorithm.computes_gradients
 
-    def _look(self) -> None:
+    def _check_peers(self) -> None:
         self.endpoint.refresh_membership()
-        self._looked = time.monotonic()
+        self._peers_checked = time.monotonic()
         board = self.endpoint.membership
         if FAILED in board.status:
             raise PeerLost(f"rank {board.status.index(FAILED)} has failed")
-        if missed := board.dead & self.algorithm.needs:
+        if missed := board.dead & self.algorithm.required_ranks:
             raise PeerLost(f"rank {min(missed)} is gone, and {self.algorithm.name} needs it")
 
     def _wait(self, pending: Request | None, done: Callable[[], bool] | None = None) -> None:
@@ -305,8 +310,8 @@ class Decentralized:
             time.sleep(pause)
             waited = time.perf_counter() - begun
             pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
-            if waited > _LOOK:
-                self._look()
+            if waited > PEER_CHECK_SECONDS:
+                self._check_peers()
         self.wait_seconds += time.perf_counter() - begun
 
     def finish(self) -> None:
@@ -318,22 +323,22 @@ class Decentralized:
         board = self.endpoint.membership
         if board.status[self.rank] != RUNNING:
             return
-        for pending in self.algorithm.leave():
+        for pending in self.algorithm.finalize():
             self._wait(pending)
         self._wait(None, self._delivered)
         board.publish_status(FINISHED)
-        while not (self._quiet() and self.algorithm.drained):
-            self.algorithm.absorb(self.local.step)
+        while not (self._quiet() and self.algorithm.is_drained):
+            self.algorithm.absorb(self.local.local_step)
             time.sleep(0.001)
-            self._look()
-        self.algorithm.absorb(self.local.step)
-        self.parameters.push()
+            self._check_peers()
+        self.algorithm.absorb(self.local.local_step)
+        self.parameters.copy_to_device()
 
     def _delivered(self) -> bool:
         """Whether all that was sent has arrived; absorbs: ranks may wait for each other's room."""
         if self.endpoint.is_flushed():
             return True
-        self.algorithm.absorb(self.local.step)
+        self.algorithm.absorb(self.local.local_step)
         return False
 
     def _quiet(self) -> bool:
@@ -350,13 +355,13 @@ class Decentralized:
         """
         ranks = self.algorithm.model_ranks(self.size)
         workers = self.algorithm.workers(self.size, self._config.algorithm)
-        synchronize.average(self.world.comm, self.parameters, ranks, workers)
+        synchronize.average_models(self.world.comm, self.parameters, ranks, workers)
 
     @property
     def counters(self) -> dict[str, float]:
         """What transport, codec and algorithm did so far, by name; see `mpi_dasgd.transport.counters`."""
         counts = dataclasses.asdict(self.endpoint.total_counters())
-        return {**counts, **self.codec.counters, **self.algorithm.figures()}
+        return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 
     def fail(self) -> bool:
         """Tell the other ranks that this one has failed; return whether it is the first to do so."""

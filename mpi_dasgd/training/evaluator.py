@@ -40,7 +40,7 @@ class Evaluator:
         self._parameters = parameters
         self._data = data
 
-    def current(self) -> tuple[float, float]:
+    def evaluate_current(self) -> tuple[float, float]:
         """Return mean cross-entropy and accuracy (0 to 1) of the model as it is."""
         was_training = self._model.training
         self._model.eval()
@@ -56,11 +56,11 @@ class Evaluator:
         self._model.train(was_training)
         return loss / len(self._data.test_x), right / len(self._data.test_x)
 
-    def of(self, vector: np.ndarray, buffers: np.ndarray) -> tuple[float, float]:
+    def evaluate(self, vector: np.ndarray, buffers: np.ndarray) -> tuple[float, float]:
         """Return the same for other weights, which the model keeps."""
         self._parameters.set(vector)
         self._parameters.set_buffers(buffers)
-        return self.current()
+        return self.evaluate_current()
 
 
 class Snapshots:
@@ -96,9 +96,9 @@ class Snapshots:
             time_s, samples, progress: when: seconds, samples of the rank, and of all ranks.
             model: in its place, if the rank keeps another one for the run.
         """
-        parameters.pull()
+        parameters.copy_to_host()
         values = {
-            "model": (parameters.host if model is None else model).copy(),
+            "model": (parameters.host_view if model is None else model).copy(),
             "buffers": parameters.buffers(),
             "when": np.array([time_s, samples, progress], np.float64),
         }

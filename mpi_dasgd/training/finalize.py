@@ -21,10 +21,10 @@ from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.training.evaluator import Evaluator, Snapshots
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
-__all__ = ["Outputs", "conclude"]
+__all__ = ["RunOutputs", "write_results"]
 
 
-class Outputs:
+class RunOutputs:
     """What `conclude` leaves in the directory of a run, apart from what an earlier part of it has left.
 
     Args:
@@ -66,7 +66,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def conclude(
+def write_results(
     directory: Path,
     ranks: Sequence[int],
     model_ranks: Sequence[int],
@@ -150,7 +150,9 @@ def _finished(directory: Path, alive: Sequence[int], timeout: float) -> list[int
     deadline = time.monotonic() + timeout
     while True:
         results = gather(directory)
-        status = dict(zip(results.rank.tolist(), results.ranks["status"].tolist(), strict=True))
+        status = dict(
+            zip(results.rank.tolist(), results.rank_table["status"].tolist(), strict=True)
+        )
         closed = all(status.get(rank, "running") != "running" for rank in alive)
         if closed or time.monotonic() > deadline:
             return [rank for rank, word in status.items() if word == "finished"]
@@ -166,7 +168,7 @@ def _own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
             table["test_accuracy"][row, record]
         )
         for row, rank in enumerate(results.rank)
-        for record in range(results.records["evaluation"][row])
+        for record in range(results.n_records["evaluation"][row])
     }
 
 
@@ -207,10 +209,10 @@ def _consensus_table(
         accuracies = [
             known[milestone, rank]
             if (milestone, rank) in known
-            else evaluator.of(snapshot["model"], snapshot["buffers"])[1]
+            else evaluator.evaluate(snapshot["model"], snapshot["buffers"])[1]
             for rank, snapshot in loaded.items()
         ]
-        loss, accuracy = evaluator.of(mean, buffers)
+        loss, accuracy = evaluator.evaluate(mean, buffers)
         when = np.array([snapshot["when"] for snapshot in loaded.values()])
         row = {
             "milestone": milestone,

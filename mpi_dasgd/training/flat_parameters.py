@@ -64,15 +64,15 @@ class FlatParameters:
         self._on_host = self._flat.device.type == "cpu"
         pinned = not self._on_host
         self._mirror = self._flat if self._on_host else torch.zeros(padded, pin_memory=pinned)
-        self.host: np.ndarray = self._mirror.numpy()
-        self.pull()
+        self.host_view: np.ndarray = self._mirror.numpy()
+        self.copy_to_host()
 
-    def pull(self) -> None:
+    def copy_to_host(self) -> None:
         """Copy device to host, where these differ."""
         if not self._on_host:
             self._mirror.copy_(self._flat)
 
-    def push(self) -> None:
+    def copy_to_device(self) -> None:
         """Copy host to device, where these differ."""
         if not self._on_host:
             self._flat.copy_(self._mirror)
@@ -106,12 +106,12 @@ class FlatParameters:
 
     def set(self, vector: np.ndarray) -> None:
         """Set all parameters."""
-        self.host[:] = vector
-        self.push()
+        self.host_view[:] = vector
+        self.copy_to_device()
 
     def digest(self) -> str:
         """Return a hash of parameters and buffers."""
-        self.pull()
-        digest = xxhash.xxh3_128(self.host.data)
+        self.copy_to_host()
+        digest = xxhash.xxh3_128(self.host_view.data)
         digest.update(self.buffers().data)
         return digest.hexdigest()

@@ -9,10 +9,10 @@ import torch
 
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
-__all__ = ["TorchLocal"]
+__all__ = ["TorchLocalOptimizer"]
 
 
-class TorchLocal:
+class TorchLocalOptimizer:
     """The `mpi_dasgd.algorithms.Local` of a torch module.
 
     Args:
@@ -26,17 +26,17 @@ class TorchLocal:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: FlatParameters) -> None:
-        self.step = 0
-        self.factor = 1.0
+        self.local_step = 0
+        self.lr_scale = 1.0
         self.update_seconds = 0.0
         self._optimizer = optimizer
         self._parameters = parameters
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._staged: np.ndarray | None = None
         self._flat: torch.Tensor | None = None
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         """Learning rate of the first parameter group."""
         return float(self._optimizer.param_groups[0]["lr"])
 
@@ -47,14 +47,14 @@ class TorchLocal:
         self._staged = self._flat.cpu().numpy()
         return self._staged
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """One step of the optimizer, at the learning rate that global progress demands."""
         begun = time.perf_counter()
         if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
             self._flat.copy_(torch.from_numpy(self._staged))
-        self._parameters.push()  # what the algorithm has changed in this step, before the gradient
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self.factor * factor
+        self._parameters.copy_to_device()  # what the algorithm has changed in this step, before the gradient
+        for group, rate in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = rate * self.lr_scale * lr_scale
         self._optimizer.step()
-        self._parameters.pull()
+        self._parameters.copy_to_host()
         self.update_seconds += time.perf_counter() - begun

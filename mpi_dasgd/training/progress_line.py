@@ -6,10 +6,10 @@ import os
 import sys
 import time
 
-__all__ = ["Progress"]
+__all__ = ["ProgressLine"]
 
 
-class Progress:
+class ProgressLine:
     """Prints the state of a run now and then, from one rank.
 
     Args:

@@ -13,19 +13,19 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint import good_steps, load
 from mpi_dasgd.training.decentralized import Decentralized
 
-__all__ = ["restore", "save_state"]
+__all__ = ["load_checkpoint", "state_dict"]
 
 
-def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the state of a rank: model, buffers, optimizer, codec, random numbers, counts.
 
     Deltas that have arrived are absorbed first. Those still on their way are not part of it: a
     restart of an asynchronous run changes the sum of the models by at most these.
     """
-    training.algorithm.absorb(training.local.step)
-    training.parameters.push()
+    training.algorithm.absorb(training.local.local_step)
+    training.parameters.copy_to_device()
     arrays = {
-        "model": training.parameters.host,
+        "model": training.parameters.host_view,
         "buffers": training.parameters.buffers(),
         "torch_rng": torch.get_rng_state().numpy(),
     }
@@ -40,7 +40,7 @@ def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
             else:
                 scalars[name] = value
     meta = {
-        "local_step": training.local.step,
+        "local_step": training.local.local_step,
         "samples": training.samples,
         "elapsed": training.elapsed,
         "scalars": scalars,
@@ -49,7 +49,7 @@ def save_state(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
     return arrays, meta
 
 
-def restore(training: Decentralized, directory: Path) -> int:
+def load_checkpoint(training: Decentralized, directory: Path) -> int:
     """Take back the newest checkpoint that all ranks find whole, before the first step. Collective.
 
     Returns:
@@ -59,19 +59,19 @@ def restore(training: Decentralized, directory: Path) -> int:
         UserError: there is none, or ranks that go in step are at different ones.
     """
     world = training.world
-    with world.together():
+    with world.collective_errors():
         arrays, meta = load(directory, training.rank, size=training.size)
         common = set(good_steps(directory, training.rank))
     for steps in world.comm.allgather(common):
         common &= steps
-    with world.together():
+    with world.collective_errors():
         if not common:
             raise UserError(f"{directory}: no checkpoint is whole for all ranks")
         if meta["step"] != max(common):
             arrays, meta = load(directory, training.rank, step=max(common), size=training.size)
         _load_state(training, arrays, meta)
-    steps = world.comm.allgather(training.local.step)
-    with world.together():
+    steps = world.comm.allgather(training.local.local_step)
+    with world.collective_errors():
         training.resumed_at(steps)
     return max(common)
 

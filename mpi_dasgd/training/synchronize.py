@@ -13,10 +13,10 @@ from mpi_dasgd.training.flat_parameters import FlatParameters
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["average", "share"]
+__all__ = ["average_models", "broadcast_parameters"]
 
 
-def share(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
+def broadcast_parameters(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
     """Give all ranks the model of rank 0, and see that they have it. Collective.
 
     Raises:
@@ -30,8 +30,8 @@ def share(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
             "model: the ranks must have the same model, but the numbers of parameters and buffer "
             f"elements are {sizes}"
         )
-    comm.Bcast(parameters.host, root=0)
-    parameters.push()
+    comm.Bcast(parameters.host_view, root=0)
+    parameters.copy_to_device()
     comm.Bcast(buffers, root=0)
     parameters.set_buffers(buffers)
     digests = comm.allgather(parameters.digest())
@@ -39,7 +39,7 @@ def share(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
         raise PeerLost(f"the ranks do not have the same initial weights: {digests}")
 
 
-def average(
+def average_models(
     comm: MPI.Intracomm,
     parameters: FlatParameters,
     ranks: Collection[int],
@@ -48,7 +48,7 @@ def average(
     """Replace all models by the mean of those of `ranks`, and buffers by that of `workers`. Collective."""
     from mpi4py import MPI  # not before: it would start MPI itself
 
-    total = (comm.rank in ranks) * parameters.host.astype(np.float64)
+    total = (comm.rank in ranks) * parameters.host_view.astype(np.float64)
     buffers = (comm.rank in workers) * parameters.buffers()
     comm.Allreduce(MPI.IN_PLACE, total)
     comm.Allreduce(MPI.IN_PLACE, buffers)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mpi_dasgd import algorithms, launch, straggler, world
-from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import Diverged, PeerLost, UserError
 from mpi_dasgd.storage.checkpoint import Checkpoints
@@ -28,10 +28,10 @@ from mpi_dasgd.tasks import data as tasks
 from mpi_dasgd.tasks import models
 from mpi_dasgd.training.decentralized import Decentralized
 from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.finalize import Outputs, conclude
-from mpi_dasgd.training.local_optimizer import TorchLocal
-from mpi_dasgd.training.progress_line import Progress
-from mpi_dasgd.training.state_dict import restore, save_state
+from mpi_dasgd.training.finalize import RunOutputs, write_results
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+from mpi_dasgd.training.progress_line import ProgressLine
+from mpi_dasgd.training.state_dict import load_checkpoint, state_dict
 from mpi_dasgd.transport.membership import DEPARTED, FAILED
 
 __all__ = ["Trainer", "train"]
@@ -62,7 +62,7 @@ class Trainer:
         self.directory = config.run_directory
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         torch.manual_seed(config.run.seed * 1000003 + self.rank)
-        with environment.together():
+        with environment.collective_errors():
             self.data = tasks.load(
                 config.task.name, config.task.model, config.run.seed, config.task.directory
             )
@@ -99,18 +99,18 @@ class Trainer:
         self.oldest = 0
         self.accuracy: float | None = None
         self.loss = math.nan
-        with environment.together():
+        with environment.collective_errors():
             if self.rank == 0:
                 prepare(self.directory, config.run.overwrite, config.run.resume)
         checkpoints = self.directory / "checkpoints"
-        resumed = restore(self.training, checkpoints) if config.run.resume else None
+        resumed = load_checkpoint(self.training, checkpoints) if config.run.resume else None
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint.points:
             self.checkpoints = Checkpoints(
                 checkpoints, self.rank, self.size, config.checkpoint.keep, resumed=resumed
             )
         self.snapshots = Snapshots(self.directory / "snapshots")
-        self.outputs = Outputs(self.directory)
+        self.outputs = RunOutputs(self.directory)
         self.evaluator = Evaluator(self.model, self.training.parameters, self.data)
         self.file = RunFile(
             rank_path(self.directory, self.rank),
@@ -118,7 +118,7 @@ class Trainer:
             size=self.size,
             attributes=self._attributes(resumed),
         )
-        self.progress = Progress(self.rank == 0)
+        self.progress = ProgressLine(self.rank == 0)
         environment.comm.Barrier()
         self.training.restart_clock()
 
@@ -161,7 +161,7 @@ class Trainer:
         milestone = int(training.progress * points) + 1
         checkpoint = int(training.progress * saves) + 1
         while not training.finished:
-            if training.computes:
+            if training.computes_gradients:
                 self._step()
             else:
                 training.serve()
@@ -171,34 +171,34 @@ class Trainer:
                 milestone += 1
             if self.checkpoints and progress < 1.0 and progress * saves >= checkpoint:
                 checkpoint = int(progress * saves)
-                self.checkpoints.save(checkpoint, *save_state(training))
+                self.checkpoints.save(checkpoint, *state_dict(training))
                 checkpoint += 1
             if self.progress.due:
                 self.progress.show(self._line())
         # Not in the loop: the budget may run out between two looks at it, as in an evaluation.
         if self.checkpoints and checkpoint <= saves:
-            self.checkpoints.save(saves, *save_state(training))
+            self.checkpoints.save(saves, *state_dict(training))
 
     def _step(self) -> None:
         training = self.training
         begun = time.perf_counter()
-        x, y = self.batches.batch(training.local.step)
+        x, y = self.batches.batch(training.local.local_step)
         x, y = x.to(self.device), y.to(self.device)
         self.loss = self._gradient(x, y)
         if not math.isfinite(self.loss):
             raise Diverged(
-                f"loss of rank {self.rank} became {self.loss} at its step {training.local.step + 1}; "
+                f"loss of rank {self.rank} became {self.loss} at its step {training.local.local_step + 1}; "
                 f"try a smaller optimizer.lr than {self.config.optimizer.lr:g}"
             )
         computed = time.perf_counter() - begun
-        self.straggler.slow_down(training.local.step, computed, lambda: self._gradient(x, y))
+        self.straggler.slow_down(training.local.local_step, computed, lambda: self._gradient(x, y))
         exchanged, waited = training.exchange_seconds, training.wait_seconds
         spent = time.perf_counter()
         training.step(len(x))
         computed += time.perf_counter() - spent
         exchange, wait = training.exchange_seconds - exchanged, training.wait_seconds - waited
         self.file.append(
-            "train", training.local.step, training.elapsed, training.samples,
+            "train", training.local.local_step, training.elapsed, training.samples,
             training.total_samples, self.loss, _rate(training.local), computed - exchange,
             exchange - wait, wait, training.delay, training.delay_factor,
         )  # fmt: skip
@@ -209,12 +209,12 @@ class Trainer:
         loss.backward()
         return loss.item()
 
-    def _record_exchange(self, exchange: Exchange) -> None:
+    def _record_exchange(self, exchange: ExchangeRecord) -> None:
         age = exchange.step - exchange.partner_step if exchange.partner >= 0 else UNKNOWN_AGE
         self.file.append(
             "exchange", exchange.step, self.training.elapsed, exchange.partner, exchange.kind,
             exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
-            exchange.distance, exchange.rejected, exchange.staleness,
+            exchange.distance, exchange.rejected, exchange.set_staleness,
         )  # fmt: skip
         if exchange.kind in (INITIATED, APPLIED):
             self.ages.append(max(0, age))
@@ -228,9 +228,11 @@ class Trainer:
             milestone, self.rank, training.parameters, *when, model=training.algorithm.model
         )
         if self.config.evaluation.live:
-            loss, accuracy = self.evaluator.current()
+            loss, accuracy = self.evaluator.evaluate_current()
             self.accuracy = accuracy
-            self.file.append("evaluation", milestone, training.local.step, *when, loss, accuracy)
+            self.file.append(
+                "evaluation", milestone, training.local.local_step, *when, loss, accuracy
+            )
 
     def _line(self) -> str:
         training = self.training
@@ -239,7 +241,7 @@ class Trainer:
             f"{self.config.algorithm.name} {100 * training.progress:3.0f} %",
             f"{rate:,.0f} samples/s",
         ]
-        if training.computes:
+        if training.computes_gradients:
             parts.append(f"loss {self.loss:.4f}")
         if self.accuracy is not None:
             parts.append(f"accuracy {100 * self.accuracy:.1f} % (rank {self.rank})")
@@ -257,7 +259,7 @@ class Trainer:
             status,
             {
                 **training.counters,
-                "steps": training.local.step,
+                "steps": training.local.local_step,
                 "samples": training.samples,
                 "wall_s": training.elapsed,
                 "cpu_s": time.process_time(),
@@ -294,7 +296,7 @@ class Trainer:
     def _conclude(self) -> None:
         algorithm = self.training.algorithm
         dead = sorted(self.training.endpoint.membership.dead)
-        conclude(
+        write_results(
             self.directory,
             range(self.size),
             algorithm.model_ranks(self.size),
@@ -338,10 +340,10 @@ class Trainer:
         os._exit(error.exit_code)  # others may be gone already: nothing collective any more
 
 
-def _rate(local: TorchLocal) -> float:
+def _rate(local: TorchLocalOptimizer) -> float:
     """Return the learning rate of a rank's newest gradient, also where a server applies it."""
     used = local.update_seconds > 0  # else the optimizer's rate is still the base rate
-    return local.rate if used else local.rate * local.factor
+    return local.lr if used else local.lr * local.lr_scale
 
 
 def _with_samples(config: Config, samples_per_epoch: int) -> Config:

@@ -13,9 +13,9 @@ import pytest
 from mpi_dasgd import algorithms, codecs, config, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, gamma, run
 
 SLOW = "simulation.slow_ranks=[0]"
@@ -120,7 +120,7 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
             "simulation.compute=exponential", "simulation.dimension=64", "budget.samples=160",
             f"run.seed={seed}",
         ]  # fmt: skip
-        simulation = Simulation(config.load(JOB, settings))
+        simulation = Simulator(config.load(JOB, settings))
         seen: list[float] = []
         for algorithm in simulation.algorithms:
             pulls: Any = algorithm
@@ -180,7 +180,7 @@ def test_contraction_on_graphs_is_their_spectral_constant(graph: str, degree: in
 def test_the_sum_is_conserved_and_all_of_it_comes_home(
     settings: tuple[str, ...], latency: float
 ) -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(
             JOB,
             [
@@ -209,7 +209,7 @@ def test_pair_and_pull_never_wait(settings: tuple[str, ...], latency: float) -> 
     [(2, "complete", 0.3), (8, "ring", 0), (16, "ring", 1.0), (16, "hypercube", 0.05)],
 )
 def test_bipartite_waits_and_does_not_deadlock(ranks: int, graph: str, latency: float) -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(
             JOB,
             [
@@ -222,7 +222,7 @@ def test_bipartite_waits_and_does_not_deadlock(ranks: int, graph: str, latency: 
     figures: Any = simulation.run()
     assert figures["gradients"] == 3000  # else the clock has run out of events: all wait
     assert figures["waits"] > 500
-    assert min(local.step for local in simulation.locals) > 0.4 * 3000 / ranks
+    assert min(local.local_step for local in simulation.locals) > 0.4 * 3000 / ranks
     active = [a.active for a in simulation.algorithms if isinstance(a, BipartiteADPSGD)]
     assert sum(active) == ranks / 2 and not active[0]
 
@@ -258,10 +258,10 @@ def test_an_answer_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as full:
         full.setattr(ranks.algorithms[0].endpoint, "acquire_send_buffer", lambda rank: None)
         ranks.step(0)
-        assert models[0] == 0 and not ranks.algorithms[0].drained
+        assert models[0] == 0 and not ranks.algorithms[0].is_drained
     ranks.algorithms[0].absorb(1)
     assert ranks.step(1)
-    assert (models == 2).all() and ranks.algorithms[0].drained
+    assert (models == 2).all() and ranks.algorithms[0].is_drained
 
 
 def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,12 +269,14 @@ def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.Mon
     ranks = Ranks(models, Settings(variant="bipartite"), topology.build("ring", 4))
     algorithm: Any = ranks.algorithms[1]
     ranks.step(1)
-    (asked,) = {algorithm._asked}
+    (asked,) = {algorithm._awaiting_reply_from}
     assert not ranks.step(1)
     alive = [rank for rank in (0, 2) if rank != asked]
     monkeypatch.setattr(algorithm.endpoint, "neighbours", lambda: alive)
     assert ranks.step(1)
-    assert models[1] == 2 and algorithm._asked == alive[0]  # two gradients, no average; asks anew
+    assert (
+        models[1] == 2 and algorithm._awaiting_reply_from == alive[0]
+    )  # two gradients, no average; asks anew
 
 
 # Codecs and refusals.
@@ -319,4 +321,4 @@ def test_every_variant_is_found_and_made_by_its_own_class_only(tmp_path: Path) -
         for kind in kinds:
             assert algorithms.find(name, kind.variant) is kind
     with pytest.raises(UserError, match="ADPSGD is 'pair', got 'pull'"):
-        ADPSGD.check(2, Settings(variant="pull"), topology.build("complete", 2))
+        ADPSGD.validate(2, Settings(variant="pull"), topology.build("complete", 2))

@@ -15,7 +15,7 @@ import pytest
 from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.storage.schema import APPLIED
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -31,15 +31,15 @@ SLOW = "simulation.slow_ranks=[3]"
 HALF = f"simulation.slow_ranks={list(range(1, N // 2 + 1))}"
 
 
-def _simulation(*overrides: str, endpoint: Any = VirtualEndpoint) -> Simulation:
+def _simulation(*overrides: str, endpoint: Any = VirtualEndpoint) -> Simulator:
     base = [
         "algorithm.name=asgd", f"simulation.ranks={N + 1}", "simulation.latency=0",
         "optimizer.lr=0.0005", "budget.samples=2000",
     ]  # fmt: skip
-    return Simulation(config.load(JOB, [*base, *overrides]), endpoint)
+    return Simulator(config.load(JOB, [*base, *overrides]), endpoint)
 
 
-def _meter(simulation: Simulation) -> DelayMeter:
+def _meter(simulation: Simulator) -> DelayMeter:
     server = simulation.algorithms[0]
     assert isinstance(server, ASGD)
     return server.meter
@@ -54,7 +54,7 @@ def _run(*overrides: str, endpoint: Any = VirtualEndpoint) -> tuple[Any, DelayMe
     figures = simulation.run()
     meter = _meter(simulation)
     assert not figures["diverged"]
-    assert figures["gradients"] == simulation.gradients_due, "the ranks are stuck"
+    assert figures["gradients"] == simulation.max_gradients, "the ranks are stuck"
     assert figures["delay_average"] == meter.average  # before the end, where points are given up
     delays = [record.step - record.partner_step for record in records if record.kind == APPLIED]
     assert sum(delays) == meter.applied_sum and len(delays) == meter.applied
@@ -253,14 +253,14 @@ def test_each_gradient_is_of_the_point_that_its_job_names(setting: list[str]) ->
     simulation = _simulation(*setting, "optimizer.lr=0.01", "budget.samples=640")
     server = simulation.locals[0]
     points, gradients, starts = [simulation.models[0].copy()], [], []
-    update = server.update
+    update = server.apply
 
     def spy(factor: float = 1.0) -> None:
         gradients.append(server.gradient.copy())
         update(factor)
         points.append(simulation.models[0].copy())
 
-    server.update = spy  # type: ignore[method-assign]
+    server.apply = spy  # type: ignore[method-assign]
     simulation.algorithms[0].record = lambda exchange: starts.append(exchange.partner_step)
     simulation.run()
     assert len(gradients) == len(starts) > 500
@@ -305,7 +305,7 @@ def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
     threshold = 3 if "algorithm.delay_threshold=3" in rule else N
     factors: list[float] = []
     expected: list[float] = []
-    update = simulation.locals[0].update
+    update = simulation.locals[0].apply
 
     def spy(factor: float = 1.0) -> None:
         factors.append(factor)
@@ -315,7 +315,7 @@ def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
         delay = exchange.step - exchange.partner_step
         expected.append(1.0 if delay <= threshold else factor(delay))
 
-    simulation.locals[0].update = spy  # type: ignore[method-assign]
+    simulation.locals[0].apply = spy  # type: ignore[method-assign]
     simulation.algorithms[0].record = record
     figures = simulation.run()
     assert factors == [value for value in expected if value]  # what is dropped moves no momentum
@@ -488,7 +488,7 @@ def test_warnings_of_heterogeneous_data() -> None:
 def test_a_star_is_graph_enough(tmp_path: Path) -> None:
     (tmp_path / "star").write_text("0 1\n0 2\n0 3\n")
     star = topology.build("edges", 4, file=str(tmp_path / "star"))
-    ASGD.check(4, config.Config().algorithm, star)
+    ASGD.validate(4, config.Config().algorithm, star)
 
 
 @pytest.mark.mpi

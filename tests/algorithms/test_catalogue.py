@@ -13,7 +13,7 @@ from mpi_dasgd.algorithms import ALGORITHMS, catalogue
 from mpi_dasgd.algorithms.catalogue import Sizes, evaluate
 from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from tests.support.mpi_ranks import ROOT
 
 SYMBOLS = {"M": 100.0, "P": 400.0, "n": 8.0, "H": 2.0, "r": 3.0}
@@ -21,7 +21,7 @@ RANKS = 8
 
 
 def test_the_table_has_every_algorithm_that_a_configuration_can_name() -> None:
-    names = get_args(schema.Algorithm.model_fields["name"].annotation)
+    names = get_args(schema.AlgorithmConfig.model_fields["name"].annotation)
     assert {row["name"] for row in catalogue.rows()} == set(names) == set(ALGORITHMS)
     assert len({row["algorithm"] for row in catalogue.rows()}) == len(catalogue.rows())
 
@@ -85,14 +85,14 @@ def test_bytes_are_those_that_the_simulator_counts(row: dict[str, str]) -> None:
         "simulation": {"ranks": RANKS, "dimension": 256, "precision": "float32"},
         "budget": {"samples": 400},
     }
-    run = Simulation(config.Config.model_validate(keys))
+    run = Simulator(config.Config.model_validate(keys))
     run.run()
     moved = [
         e.total_counters().bytes_sent + e.total_counters().bytes_received for e in run.endpoints
     ]
     symbols = {"M": run.codecs[0].layout.nbytes, "n": RANKS, "H": steps, "r": RANKS - 1}
     expected = evaluate(row["traffic"], symbols)
-    worker = np.sum(moved[1:]) / sum(local.step for local in run.locals[1:])
+    worker = np.sum(moved[1:]) / sum(local.local_step for local in run.locals[1:])
     # A rank that finds no partner, or no room, moves less.
     assert 0.75 * expected[""] < worker < 1.05 * expected[""]
     if "server" in expected:

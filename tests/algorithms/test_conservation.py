@@ -12,8 +12,8 @@ import pytest
 
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
-from mpi_dasgd.codecs import Message, NoCodec, Outcome
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.codecs import ExchangeOutcome, Message, NoCodec
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Clock, Network
 from tests.support.fake_hosts import Hosts
@@ -86,16 +86,16 @@ class Meanwhile(NoCodec):
 
     clock: Clock
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
-        outcome = super().exchange(x, arrived, theirs, weight, reply, published)
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
+        outcome = super().average_pair(x, deltas, partner_model, weight, reply_delta, publication)
         while self.clock.advance():
             pass
         return outcome
@@ -104,10 +104,10 @@ class Meanwhile(NoCodec):
 class Local:
     """Training without gradients."""
 
-    step = 0
+    local_step = 0
     gradient = np.zeros(0)
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         pass
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mpi_dasgd import codecs, config, topology
-from mpi_dasgd.algorithms import Exchange
+from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.analysis.load import load_run
-from mpi_dasgd.codecs.error_feedback import GRID, round_to_grid, update_code
+from mpi_dasgd.codecs.error_feedback import GRID_STEP, round_to_grid, update_quantizer
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.staleness.version_vectors import history
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import SendBuffer
@@ -26,14 +26,14 @@ JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 ROUGH = ("simulation.latency=0.7", "transport.inbox_slots=1", "simulation.slow_ranks=[0]")
 
 
-class Watched(Simulation):
+class Watched(Simulator):
     """A simulation that sums all updates as integers, and says when a rank has ended a step."""
 
     def __init__(self, *overrides: str, endpoint: Any = VirtualEndpoint) -> None:
         super().__init__(config.load(JOB, ["algorithm.name=dasgd", *overrides]), endpoint)
         self.updates = _integers(round_to_grid(self.models[0].astype(np.float64)))
         for rank, local in enumerate(self.locals):
-            local.update = self._watch(rank, local.update)  # type: ignore[method-assign]
+            local.apply = self._watch(rank, local.apply)  # type: ignore[method-assign]
 
     def _watch(self, rank: int, update: Any) -> Any:
         def watched(factor: float = 1.0) -> None:
@@ -44,25 +44,25 @@ class Watched(Simulation):
 
         return watched
 
-    def _begin(self, rank: int) -> None:
-        if self.locals[rank].step:
+    def _start_gradient(self, rank: int) -> None:
+        if self.locals[rank].local_step:
             self.ended(rank)
-        super()._begin(rank)
+        super()._start_gradient(rank)
 
     def ended(self, rank: int) -> None:
         """A step of `rank` is over, and its next gradient begins."""
 
     def check_agreement(self) -> None:
         """After the end: every replica is the start and all updates, exactly, and knows that it is."""
-        expected = (self.updates * GRID).astype(self.models.dtype)
+        expected = (self.updates * GRID_STEP).astype(self.models.dtype)
         for algorithm, model in zip(self.algorithms, self.models, strict=True):
-            assert algorithm.drained
+            assert algorithm.is_drained
             assert algorithm.versions.tolist() == self.network.counts
             np.testing.assert_array_equal(model, expected)
 
 
 def _integers(on_grid: np.ndarray) -> np.ndarray:
-    return np.rint(on_grid / GRID).astype(np.int64)
+    return np.rint(on_grid / GRID_STEP).astype(np.int64)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,14 @@ class Recorded(Watched):
         for rank, algorithm in enumerate(self.algorithms):
             algorithm.record = lambda exchange, rank=rank: self._exchange(rank, exchange)
 
-    def _exchange(self, rank: int, exchange: Exchange) -> None:
+    def _exchange(self, rank: int, exchange: ExchangeRecord) -> None:
         source, version = exchange.partner, exchange.partner_step
         row = (exchange.step, self.clock.now, source, exchange.kind, version)
         self.rows[rank]["exchange"].append(row)
         self.applied.append((self.gradients, rank, source, version))
 
     def ended(self, rank: int) -> None:
-        self.rows[rank]["train"].append((self.locals[rank].step, self.clock.now))
+        self.rows[rank]["train"].append((self.locals[rank].local_step, self.clock.now))
 
     @property
     def results(self) -> Results:
@@ -286,7 +286,7 @@ def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
     made = codecs.make(
         codecs.Settings(name=codec), elements, np.dtype(np.float32), seed=0, rank=0
     )  # fmt: skip
-    code, rng = update_code(made), np.random.default_rng(3)
+    code, rng = update_quantizer(made), np.random.default_rng(3)
     message = codecs.Message(np.zeros(made.layout.nbytes, np.uint8), made.layout)
     size = np.geomspace(1e-12, 4, elements)  # a whole bucket of small ones, too
     update = round_to_grid(size * rng.normal(size=elements))
@@ -299,7 +299,7 @@ def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
         np.testing.assert_array_equal(said + owed, update)
         assert not owed[::5].any()
         shrunk = np.abs(before).max() / {"none": 2**24, "bf16": 2**8, "qsgd8": 254}[codec]
-        assert np.abs(owed).max() <= shrunk + GRID / 2
+        assert np.abs(owed).max() <= shrunk + GRID_STEP / 2
         messages += 1
     np.testing.assert_array_equal(said, update)
     assert messages <= {"none": 2, "bf16": 6, "qsgd8": 6}[codec]
@@ -308,7 +308,7 @@ def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
 @pytest.mark.parametrize(("graph", "ranks"), [("ring", 9), ("torus", 12), ("complete", 5)])
 def test_branches_make_one_spanning_tree(graph: str, ranks: int) -> None:
     built = topology.build(graph, ranks)
-    branches = [built.branches(rank) for rank in range(ranks)]
+    branches = [built.tree_branches(rank) for rank in range(ranks)]
     for rank, near in enumerate(branches):
         assert set(near) <= set(built.neighbours(rank))
         assert all(rank in branches[other] for other in near)
@@ -340,10 +340,10 @@ def test_a_model_that_is_not_finite_or_too_large_is_noticed_at_the_end() -> None
     replica = simulation.algorithms[0]._replica  # type: ignore[attr-defined]
     replica.replace(np.full(8, 5000.0))
     with pytest.warns(UserWarning, match="5000; from 4096 on"):
-        list(simulation.algorithms[0].leave())
+        list(simulation.algorithms[0].finalize())
     replica.replace(np.full(8, np.nan))
     with pytest.raises(Diverged, match=r"rank 0.*optimizer\.lr"):
-        list(simulation.algorithms[0].leave())
+        list(simulation.algorithms[0].finalize())
 
 
 class Resumed(Watched):
@@ -359,7 +359,7 @@ class Resumed(Watched):
         start()
         state = self.saved[rank]
         self.models[rank] = state.pop("model")
-        self.locals[rank].step = 10
+        self.locals[rank].local_step = 10
         self.algorithms[rank].load_state(state)
         self.algorithms[rank].restart(10)
 
@@ -370,7 +370,7 @@ class Saved(Watched):
         self.states: dict[int, dict[str, np.ndarray]] = {}
 
     def ended(self, rank: int) -> None:
-        if self.locals[rank].step == 10:
+        if self.locals[rank].local_step == 10:
             algorithm = self.algorithms[rank]
             algorithm.absorb(10)
             arrays = {**algorithm.state(), "model": self.models[rank]}
@@ -385,7 +385,7 @@ def test_a_resumed_run_begins_with_the_mean_and_agrees_again(graph: str) -> None
     )  # fmt: skip
     saved = Saved(*settings)
     saved.run()
-    branches = [saved.network.topology.branches(rank) for rank in range(4)]
+    branches = [saved.network.topology.tree_branches(rank) for rank in range(4)]
     mean = np.zeros(8)
     for rank, state in saved.states.items():
         mean += state["sum"]
@@ -411,20 +411,20 @@ class Mortal(VirtualEndpoint):
 
 def test_on_the_complete_graph_the_others_go_on_without_a_dead_rank() -> None:
     simulation = Watched("simulation.ranks=4", "budget.samples=200", endpoint=Mortal)
-    begin, victim = simulation._begin, simulation.algorithms[2]
-    simulation._begin = lambda rank: (  # type: ignore[method-assign]
+    begin, victim = simulation._start_gradient, simulation.algorithms[2]
+    simulation._start_gradient = lambda rank: (  # type: ignore[method-assign]
         begin(rank) if rank != 2 or simulation.clock.now < 3 else None
     )
     victim.absorb = lambda step: None  # type: ignore[method-assign]
     simulation.run()
     survivors = [simulation.algorithms[rank] for rank in (0, 1, 3)]
-    assert not any(algorithm.needs for algorithm in survivors)
-    assert all(algorithm.drained for algorithm in survivors)
+    assert not any(algorithm.required_ranks for algorithm in survivors)
+    assert all(algorithm.is_drained for algorithm in survivors)
     assert len({simulation.models[rank].tobytes() for rank in (0, 1, 3)}) == 1
-    assert simulation.locals[2].step < 5 < 20 < simulation.locals[0].step
+    assert simulation.locals[2].local_step < 5 < 20 < simulation.locals[0].local_step
     relayed = Watched("simulation.ranks=4", "algorithm.relay=tree")
     relayed.algorithms[0].start()
-    assert relayed.algorithms[0].needs == set(range(4))
+    assert relayed.algorithms[0].required_ranks == set(range(4))
 
 
 @pytest.mark.mpi
@@ -441,6 +441,6 @@ def test_four_ranks_on_windows_end_with_the_same_bits(tmp_path: Path) -> None:
     )
     assert results.consensus["mean_test_accuracy"][-1] > 0.9
     found = history(results)
-    assert len(found.mean) == results.ranks["steps"].sum()
+    assert len(found.mean) == results.rank_table["steps"].sum()
     assert (found.spread >= 0).all()  # every gradient has reached all
     assert 0.5 < found.average < 40

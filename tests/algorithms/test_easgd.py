@@ -11,9 +11,9 @@ import pytest
 
 from mpi_dasgd import config
 from mpi_dasgd.algorithms.easgd import EASGD
-from mpi_dasgd.config.schema import Evaluation
+from mpi_dasgd.config.schema import EvaluationConfig
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.training.evaluator import Snapshots
 from mpi_dasgd.training.trainer import Trainer
@@ -23,9 +23,9 @@ WORKS = "algorithm.server_works=true"
 OFF = "simulation.gradients=off"
 
 
-def _simulation(*overrides: str) -> Simulation:
+def _simulation(*overrides: str) -> Simulator:
     base = ["algorithm.name=easgd", "simulation.latency=0", "budget.samples=3000"]
-    return Simulation(config.load(JOB, [*base, *overrides]))
+    return Simulator(config.load(JOB, [*base, *overrides]))
 
 
 def _run(*overrides: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_alpha_is_the_papers_by_default() -> None:
     assert isinstance(server, EASGD)
     server.start()
     assert server.alpha == 0.9 / 15  # workers
-    assert not server.computes and server.x is server.center
+    assert not server.computes_gradients and server.x is server.center
 
 
 def test_the_center_converges_and_holds_the_workers() -> None:
@@ -175,14 +175,16 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
     assert worker.model is worker.x
 
     trainer = object.__new__(Trainer)
-    own = SimpleNamespace(host=server.x, pull=lambda: None, buffers=lambda: np.empty(0))
+    own = SimpleNamespace(
+        host_view=server.x, copy_to_host=lambda: None, buffers=lambda: np.empty(0)
+    )
     vars(trainer).update(
         rank=0,
         training=SimpleNamespace(
             algorithm=server, parameters=own, elapsed=1.0, samples=2, total_samples=3
         ),
         snapshots=Snapshots(tmp_path),
-        config=simulation.config.model_copy(update={"evaluation": Evaluation(live=False)}),
+        config=simulation.config.model_copy(update={"evaluation": EvaluationConfig(live=False)}),
     )
     trainer._milestone(4)
     writer().submit(lambda: None).result()

@@ -11,7 +11,7 @@ from mpi_dasgd import config
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.algorithms.catalogue import kinds
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
 from tests.support.virtual_ranks import JOB
@@ -65,18 +65,22 @@ def test_no_deadlock_and_no_wait(kind: type[Algorithm], ranks: int) -> None:
     settings = config.load(JOB, overrides)
     if kind.variant == "bipartite" and ranks % 2:
         with pytest.raises(UserError, match="odd circle"):
-            Simulation(settings, _InOrder)
+            Simulator(settings, _InOrder)
         return
-    simulation = Simulation(settings, _InOrder)
+    simulation = Simulator(settings, _InOrder)
     for algorithm in simulation.algorithms:
         algorithm.start()
     for rank in range(ranks):
-        simulation._begin(rank)
-    workers = [local for local in simulation.locals if local.algorithm and local.algorithm.computes]
+        simulation._start_gradient(rank)
+    workers = [
+        local
+        for local in simulation.locals
+        if local.algorithm and local.algorithm.computes_gradients
+    ]
     halfway = 0
     for event in range(EVENTS):
         assert simulation.clock.advance(), f"all ranks wait after {event} events"
         if event == EVENTS // 2:
-            halfway = min(local.step for local in workers)
-    assert min(local.step for local in workers) > 1.5 * halfway > 0
+            halfway = min(local.local_step for local in workers)
+    assert min(local.local_step for local in workers) > 1.5 * halfway > 0
     assert (simulation.waits == 0) == kind.waits.startswith("never")

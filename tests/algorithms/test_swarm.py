@@ -12,9 +12,9 @@ import pytest
 
 from mpi_dasgd import codecs, config
 from mpi_dasgd.algorithms.local_phase import Phases
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.transport.control_words import HEAD
 from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
 from tests.support.rank_pool import run_pooled
@@ -112,7 +112,7 @@ def test_nonblocking_and_pull_never_wait(settings: tuple[str, ...], latency: flo
 def test_the_sum_is_conserved_and_all_of_it_comes_home(
     settings: tuple[str, ...], latency: float
 ) -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(
             JOB,
             [
@@ -142,7 +142,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
 )
 def test_blocking_does_not_deadlock(ranks: int, graph: str, latency: float, compute: str) -> None:
     """Together with those of bipartite these are 10^5 events."""
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(
             JOB,
             [
@@ -156,7 +156,7 @@ def test_blocking_does_not_deadlock(ranks: int, graph: str, latency: float, comp
     assert figures["gradients"] == 1000  # else the clock has run out of events: all wait
     assert figures["waits"] >= 480
     assert figures["skipped"] == 0
-    assert min(local.step for local in simulation.locals) > 0.7 * 1000 / ranks
+    assert min(local.local_step for local in simulation.locals) > 0.7 * 1000 / ranks
 
 
 def test_both_sides_of_blocking_end_at_the_same_mean() -> None:
@@ -183,9 +183,9 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
     finished = ranks.algorithms[1]
     finished.absorb(0)
     assert not pending.test()  # it still trains: it has no reason to look
-    assert list(finished.leave()) == []
+    assert list(finished.finalize()) == []
     finished.absorb(0)
-    assert pending.test() and finished.drained
+    assert pending.test() and finished.is_drained
     assert list(waiting) == []
     assert (models == 2).all()
 

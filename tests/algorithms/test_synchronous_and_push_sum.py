@@ -12,9 +12,9 @@ import pytest
 
 from mpi_dasgd import config, topology
 from mpi_dasgd.algorithms import osgp, push_sum
-from mpi_dasgd.algorithms.push_sum import ONE, PushSum, rotation
+from mpi_dasgd.algorithms.push_sum import UNIT_WEIGHT, PushSum, rotation
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulator, simulate
 from mpi_dasgd.transport.endpoint import SendBuffer
 from mpi_dasgd.transport.inbox import Inbox, ReceivedMessage
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -49,8 +49,10 @@ def _run(algorithm: str, graph: str, ranks: int, rounds: int, *overrides: str) -
     return simulate(_settings(algorithm, graph, ranks, rounds, *overrides))
 
 
-def _finished(simulation: Simulation, rounds: int) -> None:
-    assert [local.step for local in simulation.locals] == [rounds] * simulation.size, "deadlock"
+def _finished(simulation: Simulator, rounds: int) -> None:
+    assert [local.local_step for local in simulation.locals] == [rounds] * simulation.size, (
+        "deadlock"
+    )
 
 
 @pytest.mark.parametrize(("algorithm", "graph"), SYNCHRONOUS)
@@ -81,7 +83,7 @@ def test_effective_step_of_osgp_with_a_straggler_differs_from_one_by_its_lag_alo
     assert lag[0] / lag[1] == pytest.approx(10, rel=0.25)
 
 
-def _gradients(simulation: Simulation) -> Callable[[np.ndarray], np.ndarray]:
+def _gradients(simulation: Simulator) -> Callable[[np.ndarray], np.ndarray]:
     """The gradients that the ranks of `simulation` will see, at given models."""
     seed, ranks = simulation.config.run.seed, range(simulation.size)
     noise = [np.random.default_rng([seed, rank, 5]) for rank in ranks]
@@ -92,7 +94,7 @@ def _gradients(simulation: Simulation) -> Callable[[np.ndarray], np.ndarray]:
     return at
 
 
-def _agree(simulation: Simulation, expected: np.ndarray) -> None:
+def _agree(simulation: Simulator, expected: np.ndarray) -> None:
     error = np.abs(simulation.models - expected).max() / np.abs(expected).max()
     assert error < 1e-12
 
@@ -102,7 +104,7 @@ def _agree(simulation: Simulation, expected: np.ndarray) -> None:
 def test_dpsgd_is_the_formula_of_the_paper(graph: str, local_steps: int) -> None:
     """X <- W X - eta V, with momentum and weight decay in V, whatever the times of the ranks."""
     rate, momentum, decay, rounds, ranks = 0.05, 0.5, 0.1, 12, 8
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             "dpsgd", graph, ranks, rounds, "simulation.noise=1", "simulation.heterogeneity=2",
             f"optimizer.lr={rate}", f"optimizer.options={{momentum={momentum}, weight_decay={decay}}}",
@@ -130,7 +132,7 @@ def test_dpsgd_contracts_by_the_spectral_gap(graph: str) -> None:
     """Without gradients the models are W^k of the first ones; disagreement falls by lambda_2^2."""
     rounds, square = (1, 2) if graph == "complete" else (40, 41), []
     for count in rounds:
-        simulation = Simulation(_settings("dpsgd", graph, 16, count, "simulation.gradients=off"))
+        simulation = Simulator(_settings("dpsgd", graph, 16, count, "simulation.gradients=off"))
         first = simulation.models.copy()
         mixing = simulation.network.topology.mixing_matrix().toarray()
         simulation.run()
@@ -148,7 +150,7 @@ def test_dpsgd_contracts_by_the_spectral_gap(graph: str) -> None:
 def test_sgp_reaches_consensus_in_log_n_rounds(ranks: int) -> None:
     rounds = (ranks - 1).bit_length()
     for count in (rounds - 1, rounds):
-        simulation = Simulation(
+        simulation = Simulator(
             _settings("sgp", "exponential", ranks, count, "simulation.gradients=off")
         )
         mean = simulation.models.mean(0)
@@ -162,7 +164,7 @@ def test_sgp_reaches_consensus_in_log_n_rounds(ranks: int) -> None:
 def test_sgp_is_the_formula_of_the_paper(graph: str, ranks: int) -> None:
     """X <- P_k (X - eta G), P_k column-stochastic, and w = P_k w, which stays 1."""
     rate, rounds = 0.05, 15
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             "sgp", graph, ranks, rounds, "simulation.noise=1", "simulation.heterogeneity=2",
             f"optimizer.lr={rate}", "simulation.compute=exponential", SLOW,
@@ -179,13 +181,13 @@ def test_sgp_is_the_formula_of_the_paper(graph: str, ranks: int) -> None:
     simulation.run()
     _finished(simulation, rounds)
     _agree(simulation, models)
-    assert {_push_sum(a).quanta for a in simulation.algorithms} == {ONE}
+    assert {_push_sum(a).weight_quanta for a in simulation.algorithms} == {UNIT_WEIGHT}
 
 
 @pytest.mark.parametrize("local_steps", [1, 4])
 def test_local_sgd_is_its_formula(local_steps: int) -> None:
     rate, rounds = 0.05, 12
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             "local_sgd", "complete", 5, rounds, "simulation.noise=1", f"optimizer.lr={rate}",
             f"algorithm.local_steps={local_steps}",
@@ -200,7 +202,7 @@ def test_local_sgd_is_its_formula(local_steps: int) -> None:
     simulation.run()
     _agree(simulation, models)
     if local_steps == 1:
-        other = Simulation(
+        other = Simulator(
             _settings("allreduce", "complete", 5, rounds, "simulation.noise=1", "optimizer.lr=0.05")
         )
         other.run()
@@ -228,7 +230,7 @@ class _CountingInbox(Inbox):
     freed = 0
 
     def free(self, arrival: ReceivedMessage) -> None:
-        self.freed += int(arrival.message.notes[0])
+        self.freed += int(arrival.message.trailer[0])
         super().free(arrival)
 
 
@@ -242,7 +244,7 @@ class _Counting(VirtualEndpoint):
         self._random = np.random.default_rng([rank, 7])
 
     def send(self, posting: SendBuffer) -> None:
-        self.sent += int(posting.message.notes[0])
+        self.sent += int(posting.message.trailer[0])
         super().send(posting)
 
     def _after_transfer(self, event: Callable[[], None]) -> None:
@@ -258,14 +260,14 @@ class _Counting(VirtualEndpoint):
         self._network.clock.after(self._random.exponential(0.3), reading.settle)
 
 
-def _weight(simulation: Simulation) -> int:
+def _weight(simulation: Simulator) -> int:
     """Weights of all ranks and of all messages, wherever they are, in quanta."""
     total = 0
     for endpoint, algorithm in zip(simulation.endpoints, simulation.algorithms, strict=True):
         assert isinstance(endpoint, _Counting) and isinstance(endpoint.inbox, _CountingInbox)
-        total += _push_sum(algorithm).quanta + endpoint.sent - endpoint.inbox.freed
+        total += _push_sum(algorithm).weight_quanta + endpoint.sent - endpoint.inbox.freed
         early = getattr(algorithm, "_early", {})
-        total += sum(int(message.notes[0]) for message in early.values())
+        total += sum(int(message.trailer[0]) for message in early.values())
     return total
 
 
@@ -283,7 +285,7 @@ def _weight(simulation: Simulation) -> int:
 def test_push_sum_weights_add_to_n_at_every_event(
     algorithm: str, ranks: int, slots: int, extra: list[str]
 ) -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             algorithm, "exponential", ranks, 60, "simulation.noise=1", SLOW,
             "simulation.compute=exponential", f"transport.inbox_slots={slots}", *extra,
@@ -295,13 +297,13 @@ def test_push_sum_weights_add_to_n_at_every_event(
     assert figures["events"] > 500
     assert figures["conservation_error"] < 1e-13
     # drained: nothing is on its way any more
-    assert sum(_push_sum(a).quanta for a in simulation.algorithms) == ranks * ONE
+    assert sum(_push_sum(a).weight_quanta for a in simulation.algorithms) == ranks * UNIT_WEIGHT
 
 
-def _after(advance: Callable[[], bool], simulation: Simulation) -> Callable[[], bool]:
+def _after(advance: Callable[[], bool], simulation: Simulator) -> Callable[[], bool]:
     def checked() -> bool:
         happened = advance()
-        assert _weight(simulation) == simulation.size * ONE
+        assert _weight(simulation) == simulation.size * UNIT_WEIGHT
         return happened
 
     return checked
@@ -325,7 +327,7 @@ def test_no_deadlock_in_ten_thousand_events(
     algorithm: str, graph: str, ranks: int, slots: int, extra: list[str]
 ) -> None:
     rounds = (5000 if "algorithm.local_steps=2" in extra else 3600) // ranks
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             algorithm, graph, ranks, rounds, "simulation.compute=exponential",
             "simulation.dimension=2", "simulation.noise=1", f"transport.inbox_slots={slots}", *extra,
@@ -348,7 +350,7 @@ class _Slow(_Counting):
 
 def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
     """A message of step k - tau is there, or step k does not end."""
-    simulation = Simulation(
+    simulation = Simulator(
         _settings(
             "osgp", "ring", 4, 100, "algorithm.overlap=3", SLOW, "simulation.slow_factor=50",
             "simulation.compute=exponential",
@@ -360,7 +362,7 @@ def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
         def watched() -> bool:
             nonlocal lead
             happened = advance()
-            steps = [local.step for local in simulation.locals]
+            steps = [local.local_step for local in simulation.locals]
             # step k of a rank: it has had the message of step k - 1 - tau of the rank before it
             ahead = [steps[i] - steps[i - 1] for i in range(4)]
             lead = max(lead, *ahead)
@@ -387,8 +389,8 @@ def test_osgp_never_yields(compute: str, network: str) -> None:
 
 
 def _worst(floor: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr(push_sum, "FLOOR", floor)
-    monkeypatch.setattr(osgp, "FLOOR", floor)
+    monkeypatch.setattr(push_sum, "MIN_WEIGHT", floor)
+    monkeypatch.setattr(osgp, "MIN_WEIGHT", floor)
     with np.errstate(all="ignore"):
         return [
             _run(
@@ -401,7 +403,7 @@ def _worst(floor: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_osgp_with_a_straggler_is_stable_and_without_a_floor_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for figures in _worst(push_sum.FLOOR, monkeypatch):
+    for figures in _worst(push_sum.MIN_WEIGHT, monkeypatch):
         assert figures["max_disagreement"] < 100
         assert figures["final_distance"] < 5
     assert all(figures["diverged"] for figures in _worst(0, monkeypatch))
@@ -421,8 +423,8 @@ def test_osgp_with_a_straggler_is_stable_and_without_a_floor_it_is_not(
 def test_synchronous_baselines_resume_bit_for_bit(
     algorithm: str, graph: str, extra: list[str]
 ) -> None:
-    def make(rounds: int) -> Simulation:
-        return Simulation(_settings(algorithm, graph, 6, rounds, "simulation.condition=9", *extra))
+    def make(rounds: int) -> Simulator:
+        return Simulator(_settings(algorithm, graph, 6, rounds, "simulation.condition=9", *extra))
 
     half, rounds = 12, 20
     whole, first, second = make(rounds), make(half), make(rounds)
@@ -430,12 +432,12 @@ def test_synchronous_baselines_resume_bit_for_bit(
     first.run()
     second.models[:] = first.models
     for one, other, local in zip(first.algorithms, second.algorithms, second.locals, strict=True):
-        local.step = half
+        local.local_step = half
         other.start()
         other.load_state(one.state())
         other.restart(half)
     for rank in range(6):
-        second._begin(rank)
+        second._start_gradient(rank)
     while second.clock.advance():
         pass
     _finished(second, rounds)
@@ -446,27 +448,27 @@ def test_synchronous_baselines_resume_bit_for_bit(
 def test_osgp_resumes_with_the_whole_mass(extra: list[str]) -> None:
     """What was on its way is lost; the weights begin anew with sum n, and nobody waits for the lost."""
     settings = _settings("osgp", "exponential", 6, 20, "simulation.latency=0.7", *extra)
-    first, second = Simulation(settings), Simulation(settings)
+    first, second = Simulator(settings), Simulator(settings)
     for algorithm in first.algorithms:
         algorithm.start()
     for rank in range(6):
-        first._begin(rank)
+        first._start_gradient(rank)
     while first.gradients < 60:
         first.clock.advance()
-    assert sum(_push_sum(a).quanta for a in first.algorithms) < 6 * ONE
+    assert sum(_push_sum(a).weight_quanta for a in first.algorithms) < 6 * UNIT_WEIGHT
     second.models[:] = first.models
     for one, other, local in zip(first.algorithms, second.algorithms, second.locals, strict=True):
-        local.step = 10
+        local.local_step = 10
         other.start()
         other.load_state(one.state())
         other.restart(10)
     np.testing.assert_array_equal(second.models, first.models)
     for rank in range(6):
-        second._begin(rank)
+        second._start_gradient(rank)
     while second.clock.advance():
         pass
     second.drain()
-    assert sum(_push_sum(a).quanta for a in second.algorithms) == 6 * ONE
+    assert sum(_push_sum(a).weight_quanta for a in second.algorithms) == 6 * UNIT_WEIGHT
     if extra:
         _finished(second, 20)
 
@@ -528,7 +530,7 @@ def test_baselines_learn_on_real_windows() -> None:
         else:
             assert report["steps"] == [-(-budget // 128)] * 4, name
         if name.split()[0] in ("sgp", "osgp"):
-            assert report["quanta"] == 4 * ONE, name
+            assert report["quanta"] == 4 * UNIT_WEIGHT, name
             # An asynchronous rank sends what its courier has time for.
             assert report["messages"] > (0 if name == "osgp remote" else 20), (name, report)
         assert report["path"] == ("Get and Put" if "remote" in name else "in place")

@@ -14,7 +14,7 @@ import pytest
 
 from mpi_dasgd import bench
 from mpi_dasgd.bench import kernel, kernel_workload, rooflines
-from mpi_dasgd.bench.kernel_workload import OPERATIONS, Models, Work
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload, Models
 from mpi_dasgd.bench.rooflines import UNFUSED, Gpu, cuda_device
 from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
@@ -155,7 +155,7 @@ def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", ["trivial", "streamed"])
 def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, name: str) -> None:
-    work = Work.make(Models.make(5 * 1024), bits)
+    work = KernelWorkload.make(Models.make(5 * 1024), bits)
     models = work.models
     for isa in SETS:
         cpu.use_instruction_set(isa)
@@ -210,7 +210,7 @@ def test_separate_passes_that_compute_rubbish_fail(
 
 @needs_native
 def test_a_large_model_is_compared_in_parts() -> None:
-    work = Work.make(Models.make(40 * 64 * 1024 + 17), 8)
+    work = KernelWorkload.make(Models.make(40 * 64 * 1024 + 17), 8)
     firsts = work._blocks()
     assert len(firsts) == 16 and {0, 40 * 64} < set(firsts)
     operation = OPERATIONS["fused"]
@@ -266,7 +266,7 @@ def test_lanes_of_a_gpu_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(cuda=cuda, asarray=np.array, empty=np.empty, zeros=np.zeros)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(Gpu, "_PLUG", 1000)
-    host = Work.make(Models.make(3000), 8)
+    host = KernelWorkload.make(Models.make(3000), 8)
     gpu = Gpu(host.models)
     lanes = [*gpu.memory(), *gpu.lanes(host, list(OPERATIONS))]
     assert len(lanes) == 1 + len(OPERATIONS)

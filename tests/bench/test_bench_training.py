@@ -15,10 +15,10 @@ import pytest
 from mpi_dasgd import bench, launch
 from mpi_dasgd.bench.ddp import tcp_bytes_sent
 from mpi_dasgd.bench.measurement import (
-    Cell,
     JobFailed,
     Measurement,
     Result,
+    Scenario,
     common_windows,
     cores,
     within,
@@ -38,7 +38,7 @@ from mpi_dasgd.storage.runfile import rank_path, read_run_file
 from tests.support.mpi_ranks import ROOT, missing, mpi_library
 
 PARAMETERS = 9_930  # of T1
-CELL = Cell("T1", 2, "s10")
+CELL = Scenario("T1", 2, "s10")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def result(
     repeat: int,
     rate: float,
     *,
-    cell: Cell = CELL,
+    cell: Scenario = CELL,
     seconds_to_worst: float = 1.0,
     loss: float = 2.3,
 ) -> Result:
@@ -118,7 +118,7 @@ def test_plan_refuses(change: dict[str, object], message: str) -> None:
 
 def test_configuration_of_a_measurement(tmp_path: Path) -> None:
     def config(task: str, straggler: str, algorithm: str, repeat: int = 0):  # type: ignore[no-untyped-def]
-        return Measurement(Cell(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
+        return Measurement(Scenario(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
 
     sleeping, working = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler
     assert (sleeping.kind, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
@@ -147,7 +147,7 @@ def test_shares_are_of_the_same_repeat() -> None:
 
 
 def test_shares_are_of_the_same_cell() -> None:
-    quick, slow = Cell("T1", 2, "none"), Cell("T1", 4, "none")
+    quick, slow = Scenario("T1", 2, "none"), Scenario("T1", 4, "none")
     results = [result("alone", 0, 1000.0, cell=quick), result("ddp", 0, 500.0, cell=quick)]
     results += [result("alone", 0, 100.0, cell=slow), result("ddp", 0, 90.0, cell=slow)]
     results += [result("ddp", 1, 90.0, cell=slow)]  # its reference failed
@@ -258,7 +258,7 @@ def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
     for algorithm in ("allreduce", "ddp"):
         directory = tmp_path / algorithm
         directory.mkdir()
-        config = Measurement(Cell("T1", 2, "c4"), algorithm, 0, 1.0).config(directory)
+        config = Measurement(Scenario("T1", 2, "c4"), algorithm, 0, 1.0).config(directory)
         file = directory / "config.json"
         file.write_text(config.model_dump_json())
         command = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank", algorithm, str(file)]

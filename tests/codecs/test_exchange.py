@@ -12,7 +12,7 @@ from mpi_dasgd.codecs import CODECS, Codec, Message, Settings
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.simulation.simulator import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulator, simulate
 from tests.support.mpi_ranks import ROOT
 
 LOSSY = [name for name in CODECS if name != "none"]
@@ -34,12 +34,12 @@ def _pair(name: str, elements: int, **settings: Any) -> tuple[Codec, Codec]:
     return _make(name, elements, 0, **settings), _make(name, elements, 1, **settings)
 
 
-def _exchange(mine: Codec, x: np.ndarray, theirs: Codec, y: np.ndarray) -> codecs.Outcome:
+def _exchange(mine: Codec, x: np.ndarray, theirs: Codec, y: np.ndarray) -> codecs.ExchangeOutcome:
     """One whole exchange: `y` is published, `x` moves, and then `y` by the delta."""
     publication, reply = _message(theirs), _message(mine)
     theirs.encode(y, publication)
-    outcome = mine.exchange(x, (), publication, 0.5, reply, None)
-    theirs.exchange(y, [reply], None, 0.5, None, None)
+    outcome = mine.average_pair(x, (), publication, 0.5, reply, None)
+    theirs.average_pair(y, [reply], None, 0.5, None, None)
     return outcome
 
 
@@ -85,7 +85,7 @@ def test_a_delta_moves_the_partner_by_what_was_moved_here(name: str) -> None:
     publication, reply = _message(theirs), _message(mine)
     theirs.encode(y, publication)
     before = x.copy()
-    mine.exchange(x, (), publication, 0.5, reply, None)
+    mine.average_pair(x, (), publication, 0.5, reply, None)
     np.testing.assert_allclose(x - before, -mine.delta(reply), atol=2e-5)
     assert np.abs(mine.delta(reply)).max() > 0.5
 
@@ -115,7 +115,7 @@ def test_messages_of_another_codec_size_or_rounding_are_refused(name: str) -> No
         size = min(buffer.size, wire.buffer.size)
         buffer[:size] = wire.buffer[:size]
         with pytest.raises(MpiDasgdError, match="message header"):
-            mine.exchange(x, (), Message(buffer, mine.layout), 0.5, _message(mine), None)
+            mine.average_pair(x, (), Message(buffer, mine.layout), 0.5, _message(mine), None)
 
 
 # --- the scale ---
@@ -259,7 +259,7 @@ def test_a_straggler_and_a_jump_of_the_learning_rate_do_no_harm(name: str) -> No
         "budget.samples=6000", "optimizer.lr=0.003", "schedule.name=step",
         "schedule.milestones=[0.5]", "schedule.gamma=30",
     ]  # fmt: skip
-    simulation = Simulation(config.load(JOB, ["simulation.precision=float32", *settings]))
+    simulation = Simulator(config.load(JOB, ["simulation.precision=float32", *settings]))
     figures = simulation.run()
     exact = _figures(*settings, "codec.name=none")
     assert not figures["diverged"]
@@ -278,7 +278,7 @@ def test_a_simulation_with_a_codec_repeats_bit_for_bit() -> None:
 
 
 def test_counts_of_the_codec_are_in_the_figures() -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(JOB, ["simulation.precision=float32", "codec.name=lattice8"])
     )
     figures = simulation.run()

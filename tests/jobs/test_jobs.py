@@ -10,7 +10,7 @@ import pytest
 from mpi_dasgd import algorithms, config
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.storage.schema import APPLIED, INITIATED
 from tests.support.mpi_ranks import ROOT
 from tests.support.rank_pool import run_pooled
@@ -43,7 +43,7 @@ def test_every_algorithm_learns_the_digits(trained: Path) -> None:
     assert min(accuracy.values()) >= 0.96, accuracy
 
 
-def _replayed(directory: Path, **changed: object) -> Simulation:
+def _replayed(directory: Path, **changed: object) -> Simulator:
     """Simulate the algorithm of a run with the step times that were recorded."""
     run = load_run(directory)
     algorithm = {k: v for k, v in run.config["algorithm"].items() if v is not None}
@@ -52,12 +52,12 @@ def _replayed(directory: Path, **changed: object) -> Simulation:
         "simulation.compute": "recorded",
         "simulation.times": directory,
         "simulation.latency": 0,
-        "budget.samples": int(run.results.records["train"].sum()),
+        "budget.samples": int(run.results.n_records["train"].sum()),
         **{f"algorithm.{key}": str(value).lower() for key, value in algorithm.items()},
         **changed,
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    return Simulation(config.load(ROOT / "jobs" / "sim_quadratic.toml", overrides))
+    return Simulator(config.load(ROOT / "jobs" / "sim_quadratic.toml", overrides))
 
 
 @pytest.mark.mpi

@@ -115,7 +115,7 @@ def test_bad_input_of_one_rank_ends_all_with_one_message() -> None:
         w = world.start()
 
         def body():
-            with w.together():
+            with w.collective_errors():
                 if w.rank == 2:
                     raise UserError("file x: expected y")
             return 0

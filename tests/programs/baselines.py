@@ -41,7 +41,7 @@ def _learn(environment: world.World, name: str, overrides: list[str]) -> dict[st
     training = mpi_dasgd.Decentralized(model, optimizer, config=settings, environment=environment)
     batches = data.Batches(task, 32, seed=1, rank=training.rank, ranks=training.size, sharded=False)
     while not training.finished:
-        x, y = batches.batch(training.local.step)
+        x, y = batches.batch(training.local.local_step)
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         if "straggler" in name and training.rank == 1:
@@ -50,8 +50,8 @@ def _learn(environment: world.World, name: str, overrides: list[str]) -> dict[st
     training.finish()
     comm, counters = environment.comm, training.counters
     report = {
-        "quanta": comm.allreduce(getattr(training.algorithm, "quanta", 0)),
-        "steps": comm.allgather(training.local.step),
+        "quanta": comm.allreduce(getattr(training.algorithm, "weight_quanta", 0)),
+        "steps": comm.allgather(training.local.local_step),
         "messages": comm.allreduce(counters["messages"]),
         "absorbed": comm.allreduce(counters["absorbed"]),
         "path": training.endpoint.transfer_mode,

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, Exchange
-from mpi_dasgd.codecs import Codec, Message, NoCodec, Outcome
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, ExchangeRecord
+from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message, NoCodec
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -39,24 +39,24 @@ GRID = np.float32(2.0**-8)
 class GridCodec(NoCodec):
     """Like `none`, but deltas are rounded to multiples of `GRID`: then no addition rounds."""
 
-    def exchange(
+    def average_pair(
         self,
         x: np.ndarray,
-        arrived: Sequence[Message],
-        theirs: Message | None,
+        deltas: Sequence[Message],
+        partner_model: Message | None,
         weight: float,
-        reply: Message | None,
-        published: Message | None,
-    ) -> Outcome:
-        for message in arrived:
+        reply_delta: Message | None,
+        publication: Message | None,
+    ) -> ExchangeOutcome:
+        for message in deltas:
             x += message.payload
-        if theirs is not None and reply is not None:
-            delta = np.trunc(np.float32(weight) / GRID * (theirs.payload - x)) * GRID
+        if partner_model is not None and reply_delta is not None:
+            delta = np.trunc(np.float32(weight) / GRID * (partner_model.payload - x)) * GRID
             x += delta
-            reply.payload[:] = -delta
-        if published is not None:
-            published.payload[:] = x
-        return Outcome()
+            reply_delta.payload[:] = -delta
+        if publication is not None:
+            publication.payload[:] = x
+        return ExchangeOutcome()
 
 
 class Drops(NoCodec):
@@ -64,11 +64,13 @@ class Drops(NoCodec):
 
     _calls = 0
 
-    def exchange(self, x, arrived, theirs, weight, reply, published) -> Outcome:  # type: ignore[no-untyped-def]
-        outcome = super().exchange(x, arrived, theirs, weight, reply, published)
-        self._calls += reply is not None
-        if reply is not None and self._calls % 100 == 99:
-            reply.payload[:] = 0
+    def average_pair(
+        self, x, deltas, partner_model, weight, reply_delta, publication
+    ) -> ExchangeOutcome:  # type: ignore[no-untyped-def]
+        outcome = super().average_pair(x, deltas, partner_model, weight, reply_delta, publication)
+        self._calls += reply_delta is not None
+        if reply_delta is not None and self._calls % 100 == 99:
+            reply_delta.payload[:] = 0
         return outcome
 
 
@@ -86,7 +88,7 @@ class Local:
     def __init__(
         self, x: np.ndarray, rng: np.random.Generator, dice: random.Random, exact: bool
     ) -> None:
-        self.step = 0
+        self.local_step = 0
         self.gradient = np.zeros(0)
         self.change = np.zeros(x.size)
         self.largest = 0.0
@@ -95,7 +97,7 @@ class Local:
         self._noise = [_values(rng, x.size, exact) for _ in range(8)]
         self._dice = dice
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """One step."""
         before = self._x.copy()
         pull = np.float32(0.125) * before
@@ -135,7 +137,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     )
     kinds: list[int] = []
 
-    def record(exchange: Exchange) -> None:
+    def record(exchange: ExchangeRecord) -> None:
         kinds.append(exchange.kind)
 
     algorithm = ADPSGD(endpoint, codec, x, Settings(tries=options.tries), dice, record)
@@ -149,9 +151,9 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     waits = 0
     initiated = 0
     while board.total_samples < options.exchanges and time.monotonic() - begun < options.limit:
-        local.step += 1
+        local.local_step += 1
         waits += sum(1 for _ in algorithm.step(local))
-        initiated = kinds.count(INITIATED) if local.step % 16 == 0 else initiated
+        initiated = kinds.count(INITIATED) if local.local_step % 16 == 0 else initiated
         board.report_samples(initiated)
         endpoint.refresh_membership()
         # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
@@ -166,9 +168,9 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     board.publish_status(FINISHED)
     while RUNNING in board.status:
         endpoint.refresh_membership()
-        algorithm.absorb(local.step)
+        algorithm.absorb(local.local_step)
         time.sleep(0.001)
-    algorithm.absorb(local.step)
+    algorithm.absorb(local.local_step)
     path = endpoint.transfer_mode
     endpoint.close()
 

@@ -24,7 +24,7 @@ from tests.support.mpi_ranks import parallel_assert
 COMM = MPI.COMM_WORLD
 OTHERS = [rank for rank in range(COMM.size) if rank != COMM.rank]
 LAYOUT = Layout(
-    codec=0, elements=2000, payload_dtype=np.dtype(np.float64), payload_items=2000, notes=3
+    codec=0, elements=2000, payload_dtype=np.dtype(np.float64), payload_items=2000, trailer_words=3
 )
 VERSIONS, MESSAGES = 60, 60
 LIMIT = 20.0  # seconds for anything to happen
@@ -41,7 +41,7 @@ def wait(done: Callable[[], bool], what: str) -> None:
 def write(message: Message, value: int) -> None:
     """Fill a message with what `whole` knows."""
     message.payload[:] = value + COMM.rank / 64
-    message.notes[:] = [value, -value, COMM.rank]
+    message.trailer[:] = [value, -value, COMM.rank]
     message.stamp(rank=COMM.rank, step=value, time_ns=0)
 
 
@@ -49,7 +49,7 @@ def whole(message: Message, rank: int) -> int:
     """Return the value of a message of `rank`; -1 if not all of it is of one value."""
     value = message.header.step
     good = (message.payload == value + rank / 64).all() and message.header.rank == rank
-    return value if good and message.notes.tolist() == [value, -value, rank] else -1
+    return value if good and message.trailer.tolist() == [value, -value, rank] else -1
 
 
 def publish(endpoint: RmaEndpoint, value: int) -> None:

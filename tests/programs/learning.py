@@ -46,7 +46,7 @@ def main() -> None:
         batches = data.Batches(task, 32, seed=1, rank=comm.rank, ranks=comm.size, sharded=False)
         training = Decentralized(model, optimizer, config=settings, environment=environment)
         while not training.finished:
-            x, y = batches.batch(training.local.step)
+            x, y = batches.batch(training.local.local_step)
             optimizer.zero_grad()
             cross_entropy(model(x), y).backward()
             training.step(len(x))
@@ -55,7 +55,7 @@ def main() -> None:
         accuracy = (model(task.test_x).argmax(1) == task.test_y).float().mean().item()
         found[variant] = {
             "accuracy": accuracy,
-            "steps": comm.gather(training.local.step),
+            "steps": comm.gather(training.local.local_step),
             "waited": comm.allreduce(training.wait_seconds),
             "messages": comm.allreduce(training.counters["messages"]),
         }

@@ -19,8 +19,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import Exchange
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.algorithms.base import ExchangeRecord
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -32,13 +32,13 @@ class Local:
     """A rank's training without gradients; `change` is the sum of all that its steps have changed."""
 
     def __init__(self, x: np.ndarray, rng: np.random.Generator) -> None:
-        self.step = 0
+        self.local_step = 0
         self.gradient = np.zeros(0)
         self.change = np.zeros(x.size)
         self._x = x
         self._rng = rng
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """One step: pull the model back, and add noise."""
         before = self._x.copy()
         self._x *= np.float32(0.9)
@@ -60,7 +60,7 @@ class Part:
             codecs.Settings(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
         )
         self.endpoint = RmaEndpoint(comm, made.layout, graph, mode=path, heartbeat_timeout=1.0)
-        self.records: list[Exchange] = []
+        self.records: list[ExchangeRecord] = []
         settings = Settings(name=NAMES[variant], variant=variant)
         self.algorithm = algorithms.find(NAMES[variant], variant)(
             self.endpoint, made, self.x, settings, random.Random(comm.rank), self.records.append
@@ -72,23 +72,23 @@ class Part:
         """Make `steps` steps and end; be killed at step `dies_at`."""
         local, board = self.local, self.endpoint.membership
         dice = random.Random(board._rank)
-        while local.step < steps:
-            local.step += 1
+        while local.local_step < steps:
+            local.local_step += 1
             for pending in self.algorithm.step(local):
                 self._wait(pending.test)
-            if local.step == dies_at:
+            if local.local_step == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(dice.expovariate(1e4))
             self.endpoint.refresh_membership()
-        for pending in self.algorithm.leave():
+        for pending in self.algorithm.finalize():
             self._wait(pending.test)
         self._wait(self.endpoint.is_flushed)
         board.publish_status(FINISHED)
-        while not (self._quiet() and self.algorithm.drained):
-            self.algorithm.absorb(local.step)
+        while not (self._quiet() and self.algorithm.is_drained):
+            self.algorithm.absorb(local.local_step)
             self.endpoint.refresh_membership()
             time.sleep(0.0005)
-        self.algorithm.absorb(local.step)
+        self.algorithm.absorb(local.local_step)
 
     def _wait(self, done) -> None:  # type: ignore[no-untyped-def]
         while not done():
@@ -118,7 +118,7 @@ def main() -> None:
                 "error": float(np.abs(total).max()),
                 "apart": comm.allreduce(float(np.abs(part.x - comm.bcast(part.x)).max()), MPI.MAX),
                 "exchanges": comm.allreduce(sum(r.kind == 0 for r in part.records)),
-                "steps": comm.gather(part.local.step),
+                "steps": comm.gather(part.local.local_step),
                 "seconds": seconds,
             }
     last = [Part(comm, variant, "auto", "none") for variant in NAMES]

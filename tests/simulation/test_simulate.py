@@ -10,7 +10,7 @@ import pytest
 
 from mpi_dasgd import config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation, simulate
+from mpi_dasgd.simulation.simulator import Simulator, simulate
 from mpi_dasgd.tasks.convex import BreastCancer
 from mpi_dasgd.transport.control_words import HEAD
 from mpi_dasgd.transport.publication import Claim, Publication
@@ -67,7 +67,7 @@ class _WithoutClaims(VirtualEndpoint):
     def __init__(self, network: Any, rank: int) -> None:
         super().__init__(network, rank)
         self.publication = _Unclaimed(
-            network, network, network.where, rank, self.counters, max_claims=2
+            network, network, network.word_map, rank, self.counters, max_claims=2
         )
 
 
@@ -79,7 +79,7 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
     ]  # fmt: skip
     assert max(figures["max_disagreement"] for figures in _seeds(*settings)) < 100
     broken = [
-        Simulation(config.load(JOB, [*settings, f"run.seed={seed}"]), _WithoutClaims).run()
+        Simulator(config.load(JOB, [*settings, f"run.seed={seed}"]), _WithoutClaims).run()
         for seed in range(1, 4)
     ]
     assert all(figures["diverged"] for figures in broken)

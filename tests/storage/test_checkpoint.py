@@ -165,7 +165,7 @@ class Budget:
     def __init__(self, last: float) -> None:
         self.seen = iter((0.0, 0.0, 0.3, 0.6, last))
         self.now = 0.0
-        self.computes = False
+        self.computes_gradients = False
 
     @property
     def progress(self) -> float:
@@ -184,7 +184,7 @@ class Budget:
 def test_the_last_checkpoint_is_saved_after_the_last_step(
     last: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "save_state", lambda training: (training.now, None))
+    monkeypatch.setattr(trainer, "state_dict", lambda training: (training.now, None))
     saved: list[tuple[int, float]] = []
     rank = object.__new__(trainer.Trainer)
     vars(rank).update(

@@ -26,9 +26,9 @@ from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNO
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.finalize import Outputs, conclude
+from mpi_dasgd.training.finalize import RunOutputs, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.local_optimizer import TorchLocal
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.trainer import Trainer
 
 MILESTONES = 12
@@ -236,7 +236,7 @@ def test_xarray_opens_groups_and_tree(run: Any) -> None:
             tree["consensus"]["mean_test_accuracy"], consensus["mean_test_accuracy"]
         )
         frame = tree["train"].to_dataset()[["loss", "step"]].to_dataframe().dropna()
-    assert len(frame) == sum(gather(directory).records["train"])
+    assert len(frame) == sum(gather(directory).n_records["train"])
 
 
 def test_rank_table(run: Any) -> None:
@@ -379,7 +379,7 @@ class Concluded:
         """Return the weight and the running mean of model.h5."""
         x, y = torch.randn(20, 3), torch.randint(2, (20,))
         evaluator = Evaluator(self.model, self.parameters, Data(x, y, x, y, 2))
-        conclude(
+        write_results(
             self.directory,
             range(4),
             model_ranks,
@@ -425,11 +425,11 @@ def test_a_lost_server_leaves_no_model(tmp_path: Path) -> None:
 
 
 def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> None:
-    assert not Outputs(tmp_path).complete
-    new = Outputs(tmp_path)
+    assert not RunOutputs(tmp_path).complete
+    new = RunOutputs(tmp_path)
     Concluded(tmp_path).conclude(range(4))
     assert new.complete
-    resumed = Outputs(tmp_path)
+    resumed = RunOutputs(tmp_path)
     assert not resumed.complete
     consolidate(tmp_path)
     assert not resumed.complete  # the model is not new
@@ -441,7 +441,7 @@ def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> Non
 def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it() -> None:
     model = torch.nn.Linear(2, 1)
     parameters = FlatParameters(model)
-    local = TorchLocal(torch.optim.SGD(model.parameters(), lr=0.2), parameters)
+    local = TorchLocalOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), parameters)
     rank = object.__new__(Trainer)
     rows: list[tuple[Any, ...]] = []
     vars(rank).update(
@@ -461,12 +461,12 @@ def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it(
         names = ["table", *(column.name for column in TABLES["train"])]
         return float(dict(zip(names, rows[-1], strict=True))["learning_rate"])
 
-    local.factor = 0.5
+    local.lr_scale = 0.5
     assert recorded() == 0.1  # of a worker, whose optimizer makes no step
     model(torch.ones(1, 2)).sum().backward()
-    local.update(0.5)
-    assert recorded() == local.rate == 0.05
-    local.factor = 0.1  # of a step without an update: the rate is the last one's
+    local.apply(0.5)
+    assert recorded() == local.lr == 0.05
+    local.lr_scale = 0.1  # of a step without an update: the rate is the last one's
     assert recorded() == 0.05
 
 
@@ -475,7 +475,7 @@ def test_the_trainer_says_who_is_dead_and_whose_buffers_were_trained(
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "mpi_dasgd.training.trainer.conclude", lambda *_, **options: asked.update(options)
+        "mpi_dasgd.training.trainer.write_results", lambda *_, **options: asked.update(options)
     )
     rank = object.__new__(Trainer)
     vars(rank).update(
@@ -483,7 +483,7 @@ def test_the_trainer_says_who_is_dead_and_whose_buffers_were_trained(
         training=SimpleNamespace(
             algorithm=ASGD,
             parameters=None,
-            endpoint=SimpleNamespace(board=SimpleNamespace(dead={2})),
+            endpoint=SimpleNamespace(membership=SimpleNamespace(dead={2})),
         ),
     )  # fmt: skip
     rank._conclude()

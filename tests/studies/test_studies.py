@@ -14,12 +14,12 @@ import pytest
 
 from mpi_dasgd import cli, config, studies
 from mpi_dasgd.studies import linear_theory, trajectory
-from mpi_dasgd.studies.dataset import Samples, exponent, read, spread, write
+from mpi_dasgd.studies.dataset import Dataset, loglog_slope, read, spread, write
 
-_MEASURED: dict[str, Samples] = {}
+_MEASURED: dict[str, Dataset] = {}
 
 
-def _samples(name: str) -> Samples:
+def _samples(name: str) -> Dataset:
     if name not in _MEASURED:
         _MEASURED[name] = studies.find(name).samples(1, True)
     return _MEASURED[name]
@@ -218,12 +218,12 @@ def test_studies_load_plots_only_when_needed() -> None:
 def test_when_a_course_reaches_a_level_and_when_it_settles() -> None:
     x = np.arange(5.0)
     values = np.array([100.0, 1.0, 100.0, 1.0, 1.0])
-    assert trajectory.reached(x, values, 10.0) == pytest.approx(0.5)
-    assert trajectory.settled(x, values, 10.0) == pytest.approx(2.5)
-    assert trajectory.settled(x, values, 0.5) is None
-    assert trajectory.reached(x, values, 0.5) is None
-    assert trajectory.settled(x, np.array([1, 1, 1, 1, np.nan]), 10.0) is None
-    assert trajectory.reached(x, values, 200.0) == 0
+    assert trajectory.first_time_below(x, values, 10.0) == pytest.approx(0.5)
+    assert trajectory.time_until_stays_below(x, values, 10.0) == pytest.approx(2.5)
+    assert trajectory.time_until_stays_below(x, values, 0.5) is None
+    assert trajectory.first_time_below(x, values, 0.5) is None
+    assert trajectory.time_until_stays_below(x, np.array([1, 1, 1, 1, np.nan]), 10.0) is None
+    assert trajectory.first_time_below(x, values, 200.0) == 0
 
 
 def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
@@ -234,18 +234,18 @@ def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
         "simulation.slow_factor": 100,
         "budget.samples": 300,
     }
-    run = trajectory.Course(trajectory.configure(keys), 30)
+    run = trajectory.Trajectory(trajectory.configure(keys), 30)
     # 3 gradients a unit of time; the slow one, at 100, is the 301st and not waited for
     assert run.counts[-1] == 300 and run.times[-1] == pytest.approx(100)
-    assert len(run.means) == len(run.counts) == len(run.slopes) == 11
+    assert len(run.means) == len(run.counts) == len(run.grad_norm_sq) == 11
     first = run.distances[0]
-    short = trajectory.Course(trajectory.configure(keys), 30, until=first / 2)
+    short = trajectory.Trajectory(trajectory.configure(keys), 30, until=first / 2)
     assert short.distances[-1] <= first / 2 < short.distances[-2]
 
 
 def test_exponents_and_spreads() -> None:
-    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert exponent([1, 2, 4], [3, 12, np.inf]) == pytest.approx(2)
-    assert exponent([1], [3]) is None
+    assert loglog_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert loglog_slope([1, 2, 4], [3, 12, np.inf]) == pytest.approx(2)
+    assert loglog_slope([1], [3]) is None
     least, middle, largest = spread(np.array([[1.0, 3.0, np.nan]]))
     assert (least[0], middle[0], largest[0]) == (1, 3, np.inf)

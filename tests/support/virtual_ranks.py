@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd import algorithms, config, topology
-from mpi_dasgd.algorithms import partners
-from mpi_dasgd.algorithms.base import Exchange
+from mpi_dasgd.algorithms import peer_rng
+from mpi_dasgd.algorithms.base import ExchangeRecord
 from mpi_dasgd.codecs import NoCodec
-from mpi_dasgd.config.schema import Algorithm as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.simulation.simulator import simulate
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -36,13 +36,13 @@ class Local:
     """A gradient of 1 in every coordinate, unless a test says otherwise, at a rate of 1."""
 
     def __init__(self, x: np.ndarray) -> None:
-        self.step = 0
+        self.local_step = 0
         self.gradient = np.ones_like(x)
         self._x = x
 
-    def update(self, factor: float = 1.0) -> None:
+    def apply(self, lr_scale: float = 1.0) -> None:
         """One step."""
-        self._x -= factor * self.gradient
+        self._x -= lr_scale * self.gradient
 
 
 class Ranks:
@@ -61,7 +61,7 @@ class Ranks:
         size, elements = models.shape
         codec = NoCodec(elements, models.dtype)
         self.network = Network(Clock(), codec.layout, graph or topology.build("complete", size))
-        self.records: list[Exchange] = []
+        self.records: list[ExchangeRecord] = []
         kind = algorithms.find(settings.name, settings.variant)
         self.locals = [Local(x) for x in models]
         self.algorithms = [
@@ -70,7 +70,7 @@ class Ranks:
                 codec,
                 x,
                 settings,
-                partners(1, rank),
+                peer_rng(1, rank),
                 self.records.append,
             )
             for rank, x in enumerate(models)
@@ -81,14 +81,14 @@ class Ranks:
     def step(self, rank: int) -> bool:
         """One step of a rank; return False, with the step given up, where it would have to wait."""
         local = self.locals[rank]
-        local.step += 1
+        local.local_step += 1
         return next(iter(self.algorithms[rank].step(local)), None) is None
 
     def refresh(self) -> None:
         """Bring all deltas home, and publish all models anew: then any pair may be next."""
         for algorithm, local in zip(self.algorithms, self.locals, strict=True):
-            algorithm.absorb(local.step)
-            algorithm.restart(local.step)
+            algorithm.absorb(local.local_step)
+            algorithm.restart(local.local_step)
 
     def now(self) -> np.ndarray:
         """The vectors that exchanges move, with what is on its way to them."""

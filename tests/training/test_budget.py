@@ -11,7 +11,7 @@ from mpi_dasgd import config, topology
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.config import consistency
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.simulation.simulator import Simulation
+from mpi_dasgd.simulation.simulator import Simulator
 from tests.support.training import train
 from tests.support.virtual_ranks import JOB
 
@@ -28,17 +28,17 @@ SETTINGS = [
 ]
 
 
-class _Watched(Simulation):
+class _Watched(Simulator):
     """Notes, whenever rank 0 begins a step, how far beyond its next exchange the others are."""
 
     ahead = -1
 
-    def _ready(self, rank: int) -> None:
-        super()._ready(rank)
+    def _on_gradient_ready(self, rank: int) -> None:
+        super()._on_gradient_ready(rank)
         if rank == 0:
-            steps, local_steps = self.locals[0].step, self.config.algorithm.local_steps
+            steps, local_steps = self.locals[0].local_step, self.config.algorithm.local_steps
             exchange = -(-steps // local_steps) * local_steps
-            self.ahead = max(self.ahead, *(local.step - exchange for local in self.locals))
+            self.ahead = max(self.ahead, *(local.local_step - exchange for local in self.locals))
 
 
 @pytest.mark.parametrize(("algorithm", "graph", "extra"), SETTINGS)
@@ -57,7 +57,9 @@ def test_no_rank_is_farther_ahead_than_the_last_step_is_declared(
     )  # fmt: skip
     simulation = _Watched(settings)
     simulation.run()
-    lead = type(simulation.algorithms[0]).lead(settings.algorithm, topology.build(graph, ranks))
+    lead = type(simulation.algorithms[0]).max_steps_ahead(
+        settings.algorithm, topology.build(graph, ranks)
+    )
     assert simulation.ahead <= lead
     assert lead == 0 or simulation.ahead > 0, "no rank was ahead"
 
@@ -80,7 +82,7 @@ def test_all_stop_at_the_same_step_by_the_clock(
     )  # fmt: skip
     results = load_run(tmp_path / "run").results
     assert results.attributes["status"] == "finished"
-    steps = results.records["train"]
+    steps = results.n_records["train"]
     assert steps.min() == steps.max() > 10
 
 
@@ -98,7 +100,7 @@ def test_a_resumed_run_does_not_take_its_past_for_delays(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("algorithm", ["allreduce", "local_sgd"])
 def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
-    simulation = Simulation(
+    simulation = Simulator(
         config.load(
             JOB,
             [
@@ -108,7 +110,7 @@ def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
         )
     )  # fmt: skip
     assert simulation.run()["drained_disagreement"] < 1e-15
-    assert np.ptp([local.rate for local in simulation.locals]) == 0
+    assert np.ptp([local.lr for local in simulation.locals]) == 0
 
 
 @pytest.mark.parametrize(

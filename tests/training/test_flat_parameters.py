@@ -22,10 +22,10 @@ def test_parameters_are_views_of_the_vector() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     flat = FlatParameters(model)
     assert flat.size == sum(p.numel() for p in before)
-    assert flat.host.size % BUCKET == 0 and not flat.host[flat.size :].any()
+    assert flat.host_view.size % BUCKET == 0 and not flat.host_view[flat.size :].any()
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
-    flat.host[:] = 1
+    flat.host_view[:] = 1
     assert all((p == 1).all() for p in model.parameters())
 
 
@@ -33,11 +33,13 @@ def test_the_optimizer_moves_the_vector() -> None:
     model = _model()
     flat = FlatParameters(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = flat.host.copy()
+    before = flat.host_view.copy()
     model(torch.randn(4, 3)).sum().backward()
     gradient = flat.gather_gradient().clone()
     optimizer.step()
-    np.testing.assert_allclose(flat.host, before - 0.1 * gradient.numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        flat.host_view, before - 0.1 * gradient.numpy(), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -76,7 +78,7 @@ def test_the_digest_sees_parameters_and_buffers() -> None:
     model = _model()
     flat = FlatParameters(model)
     digests = {flat.digest()}
-    flat.host[0] += 1
+    flat.host_view[0] += 1
     digests.add(flat.digest())
     model[1].running_mean += 1  # type: ignore[operator]
     digests.add(flat.digest())

@@ -14,7 +14,9 @@ from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
 
 PROGRAM = ROOT / "tests" / "programs" / "endpoint.py"
-LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8, notes=2)
+LAYOUT = Layout(
+    codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8, trailer_words=2
+)
 
 
 def make_endpoints(**options: float) -> list[VirtualEndpoint]:
@@ -30,7 +32,7 @@ def publish(endpoint: VirtualEndpoint, value: int) -> None:
     message = endpoint.publication.reserve()
     assert message is not None
     message.payload[:] = value
-    message.notes[:] = [value, -value]
+    message.trailer[:] = [value, -value]
     message.stamp(rank=endpoint.rank, step=value, time_ns=0)
     endpoint.publication.publish()
 
@@ -40,7 +42,7 @@ def value_of(reading: ReadRequest) -> int:
     message = reading.message
     assert reading.is_settled and message is not None
     value = message.header.step
-    assert (message.payload == value).all() and message.notes.tolist() == [value, -value]
+    assert (message.payload == value).all() and message.trailer.tolist() == [value, -value]
     return value
 
 

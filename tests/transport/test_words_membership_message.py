@@ -119,7 +119,9 @@ def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPa
 
 
 LAYOUTS = [
-    Layout(codec=0, elements=n, payload_dtype=np.dtype(dtype), payload_items=n, scales=s, checks=c)
+    Layout(
+        codec=0, elements=n, payload_dtype=np.dtype(dtype), payload_items=n, scales=s, checksums=c
+    )
     for n in (1, 16, 1000)
     for dtype in ("f4", "f8", "u1")
     for s, c in ((0, 0), (1, 1), (17, 33))
@@ -128,25 +130,30 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parts_of_a_message_are_aligned_and_apart(layout: Layout) -> None:
-    offsets = [0, layout.scales_at, layout.checks_at, layout.payload_at, layout.nbytes]
+    offsets = [0, layout.scales_at, layout.checksums_at, layout.payload_at, layout.nbytes]
     assert offsets == sorted(offsets) and all(offset % 64 == 0 for offset in offsets)
     message = Message(np.zeros(layout.nbytes, np.uint8), layout)
     message.stamp(rank=3, step=5, time_ns=7)
     message.sequence = 11
     message.scales[:] = 1.5
-    message.checks[:] = 99
+    message.checksums[:] = 99
     message.payload[:] = 42
     assert message.header.rank == 3 and message.sequence == 11
-    assert (message.scales == 1.5).all() and (message.checks == 99).all()
-    sizes = message.scales.size, message.checks.size, message.payload.size
-    assert sizes == (layout.scales, layout.checks, layout.payload_items)
+    assert (message.scales == 1.5).all() and (message.checksums == 99).all()
+    sizes = message.scales.size, message.checksums.size, message.payload.size
+    assert sizes == (layout.scales, layout.checksums, layout.payload_items)
     assert (message.payload == 42).all() and message.payload.dtype == layout.payload_dtype
 
 
 def test_sizes_beyond_2_gib() -> None:
     n = 3_000_000_001
     layout = Layout(
-        codec=0, elements=n, payload_dtype=np.dtype("f4"), payload_items=n, scales=n // 64, checks=7
+        codec=0,
+        elements=n,
+        payload_dtype=np.dtype("f4"),
+        payload_items=n,
+        scales=n // 64,
+        checksums=7,
     )
     assert layout.nbytes >= 4 * n + 4 * (n // 64) + 4 * 7 + 64
     assert layout.nbytes - (4 * n + 4 * (n // 64) + 4 * 7 + 64) < 3 * 64
