@@ -17,9 +17,9 @@ class ClippedGossip(algorithms.Algorithm):
     """x_i <- x_i + clip(w (x_j - x_i)), j a random neighbour; then x_i <- x_i - eta g_i."""
 
     name = "clipped_gossip"
-    receives = False  # no inbox: neighbours are read
-    conserves = False  # only the reader moves
-    keys = ("weight",)  # the keys of section `algorithm` that it uses
+    uses_inbox = False  # no inbox: neighbours are read
+    preserves_mean = False  # only the reader moves
+    config_keys = ("weight",)  # the keys of section `algorithm` that it uses
     request = None  # a neighbour's model that was asked for and is not here yet
 
     def start(self):
@@ -39,8 +39,8 @@ class ClippedGossip(algorithms.Algorithm):
         if self.request is None and request.message is not None:
             move = self.settings.weight * (request.message.payload - self.x)
             self.x += move * min(1, 1 / max(np.linalg.norm(move), 1e-30))
-        local.update()
-        self.restart(local.step)
+        local.apply()
+        self.restart(local.local_step)
         yield from ()  # a synchronous algorithm would yield what it waits for
 
 

@@ -50,7 +50,7 @@ class LocalOptimizer(Protocol):
         """Apply the gradient to the model: one step of the local optimizer.
 
         Args:
-            factor: on the learning rate, beside those of the schedule and of the gradient's delay.
+            lr_scale: on the learning rate, beside those of the schedule and of the gradient's delay.
         """
 
 

@@ -53,18 +53,18 @@ class Codec(Protocol):
         reply_delta: Message | None,
         publication: Message | None,
     ) -> ExchangeOutcome:
-        """Absorb deltas, move towards `theirs`, write the partner's delta and the own publication.
+        """Absorb deltas, move towards `partner_model`, write the partner's delta and the own publication.
 
         Both sides move by exactly the same amounts, so that the sum of all models and deltas on
         their way is conserved.
 
         Args:
             x: own model, 1-D, contiguous; changed in place.
-            arrived: deltas to absorb first, in this order.
-            theirs: the partner's publication, or None if there is no partner.
+            deltas: deltas to absorb first, in this order.
+            partner_model: the partner's publication, or None if there is no partner.
             weight: share of the distance to move, in (0, 1/2].
-            reply: receives the partner's delta, or None.
-            published: receives the new model, or None.
+            reply_delta: receives the partner's delta, or None.
+            publication: receives the new model, or None.
         """
 
     def delta(self, message: Message) -> np.ndarray:
