@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import griffe
 import pytest
 
 import mpi_dasgd
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.storage import schema
 from tests.support.mpi_ranks import ROOT, missing
+
+pytestmark = pytest.mark.slow
 
 # Attributes by which a page has the browser load something, or go somewhere.
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src")}
@@ -102,6 +106,38 @@ def test_every_column_of_the_results_stands_on_its_page(site: Path) -> None:
     text = (site / "api" / "storage.html").read_text()
     for table in (*schema.TABLES.values(), schema.RANKS, schema.CONSENSUS):
         assert not [c.name for c in table if f"<code>{c.name}</code>" not in text]
+
+
+def _described(members: Iterable[griffe.Object]) -> Iterator[tuple[str, str, set[str]]]:
+    """Yield each parameter and attribute that a docstring describes, and the names that exist."""
+    for member in members:
+        exists = {parameter.name.lstrip("*") for parameter in getattr(member, "parameters", ())}
+        if member.is_class:
+            exists |= set(member.all_members)
+            # griffe leaves out those that are set together, as in ``self.rank, self.size = ...``.
+            exists |= set(re.findall(r"self\.(\w+)(?=[\w., =]*\s=\s)", member.source))
+        for section in member.docstring.parsed if member.docstring else ():
+            if section.kind.value in ("parameters", "attributes") and not member.is_module:
+                for entry in section.value:
+                    yield member.path, entry.name.lstrip("*"), exists
+        if member.is_class or member.is_module:
+            yield from _described(m for m in member.members.values() if not m.is_alias)
+
+
+def test_docstrings_describe_only_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from build_site import MarkdownDocstrings
+
+    package = griffe.load(
+        "mpi_dasgd",
+        search_paths=[ROOT],
+        extensions=griffe.load_extensions(MarkdownDocstrings),
+        docstring_parser="google",
+        docstring_options={"warnings": False},
+    )
+    described = list(_described([package]))
+    assert len(described) > 500
+    assert not [f"{path}: {name}" for path, name, exists in described if name not in exists]
 
 
 def test_nothing_is_loaded_from_another_host(site: Path, pages: dict[Path, Links]) -> None:

@@ -31,6 +31,7 @@ def _run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_own_algorithm_is_short_and_converges_on_the_virtual_clock() -> None:
     assert len((EXAMPLES / "own_algorithm.py").read_text().splitlines()) < 60
     figures = ast.literal_eval(_run("own_algorithm.py"))
