@@ -37,7 +37,7 @@ class LocalOptimizer(Protocol):
     """What an algorithm sees of its own rank's training.
 
     Attributes:
-        step: number of gradients computed so far, from 1.
+        local_step: number of gradients computed so far, from 1.
         gradient: the newest gradient, 1-D, padded like the model; may be written to.
     """
 
@@ -68,7 +68,7 @@ class ExchangeRecord(NamedTuple):
         retries: candidates that were taken or full before one was found.
         distance: ||x_i - x_j||_2 before the average; NaN if it was not measured.
         rejected: buckets of the partner's publication that could not be decoded.
-        staleness: size of the symmetric difference of the two sets of gradients, -1 if unknown.
+        set_staleness: size of the symmetric difference of the two sets of gradients, -1 if unknown.
     """
 
     step: int

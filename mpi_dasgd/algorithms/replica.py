@@ -23,12 +23,12 @@ class Link:
 
     Attributes:
         rank: who.
-        behind: ranks that get their updates from here through it, itself included.
-        owed: what it must still get from here, (elements,), float64, on the grid.
-        fresh: whether gradients were added that it has not been told of.
-        left: whether something may be owed beside these.
-        told: what the last message to it said of being settled; nothing is owed at the start.
-        heard: what the last message from it said.
+        subtree_size: ranks that get their updates from here through it, itself included.
+        residual: what it must still get from here, (elements,), float64, on the grid.
+        has_new_updates: whether gradients were added that it has not been told of.
+        has_residual: whether something may be owed beside these.
+        advertised_settled: what the last message to it said of being settled; nothing is owed at the start.
+        peer_settled: what the last message from it said.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class Replica:
     Args:
         x: the model, 1-D; rounded to the grid, and from then on this sum.
         codec: says how updates cross the wire.
-        behind: for each neighbour how many ranks get their updates through it.
+        subtree_sizes: for each neighbour how many ranks get their updates through it.
 
     Attributes:
         links: by the neighbour's rank.

@@ -106,7 +106,7 @@ class _Case:
     """One size on one path.
 
     Attributes:
-        path: ``in place`` or ``remote``.
+        mode: ``in place`` or ``remote``.
         nbytes: payload.
         seconds: samples of each operation, in the order of the rounds, warm-up first.
     """

@@ -55,7 +55,7 @@ def make(
         elements, dtype: of the model.
         seed: of the run.
         rank: whose codec.
-        notes: 64-bit words that the algorithm adds to each message.
+        trailer_words: 64-bit words that the algorithm adds to each message.
 
     Raises:
         UserError: for an unknown name, or models that the codec does not take.

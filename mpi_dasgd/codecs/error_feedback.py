@@ -65,7 +65,7 @@ class UpdateQuantizer(ABC):
         """Write Q(owed) to `out` and subtract it from `owed`; return whether anything is left.
 
         Args:
-            owed: (elements,), float64, on the grid; changed in place.
+            residual: (elements,), float64, on the grid; changed in place.
             out: receives the payload; its header and notes are left alone.
         """
         left = False

@@ -61,8 +61,8 @@ class Layout:
         codec: number of the codec.
         elements: number of model elements.
         scales: number of float32 scales.
-        checks: number of uint32 checks.
-        notes: number of 64-bit words that an algorithm writes beside the payload.
+        checksums: number of uint32 checksums.
+        trailer_words: number of 64-bit words that an algorithm writes beside the payload.
         payload_dtype: type of the payload.
         payload_items: number of payload items.
     """
@@ -109,7 +109,7 @@ class Message:
 
     Attributes:
         buffer: the whole message.
-        notes, scales, checks, payload: int64, float32, uint32 and codec-typed views of its parts.
+        trailer, scales, checksums, payload: int64, float32, uint32 and codec-typed views of its parts.
         view: what a codec wants to keep with this memory from call to call.
     """
 

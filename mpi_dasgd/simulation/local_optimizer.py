@@ -18,10 +18,10 @@ class NumpyLocalOptimizer:
         expected_sum: of all ranks' `mass`, shape of `x`, float64; moved along with every update.
 
     Attributes:
-        step: gradients computed so far.
+        local_step: gradients computed so far.
         gradient: the newest, shape of `x`.
-        rate: learning rate of the next update.
-        seen: gradients of all ranks when its model was taken.
+        lr: learning rate of the next update.
+        gradients_seen: gradients of all ranks when its model was taken.
         algorithm: whose weight of the mass counts.
     """
 

@@ -19,7 +19,7 @@ class Trace:
     Attributes:
         gradients: number of gradients computed, per sample of the lists below.
         times: virtual time.
-        disagreement: mean_i |x_i - mean|^2.
+        consensus_distance: mean_i |x_i - mean|^2.
         distance: |mean - optimum|^2, the mean of the models that are trained.
     """
 

@@ -44,9 +44,9 @@ class Results:
     Attributes:
         attributes: of the run; `ranks` is the number of ranks started.
         rank: which ranks the rows stand for, (rows,) int32; lost ranks have no row.
-        records: valid records by table, (rows,) int64.
+        n_records: valid records by table, (rows,) int64.
         tables: columns by table, (rows, record), padded with the column's fill.
-        ranks: one value a rank, (rows,).
+        rank_table: one value a rank, (rows,).
         consensus: one value a milestone, (milestone,); empty if it was not measured.
         lost: why a rank's file could not be read, by rank.
     """

@@ -52,7 +52,7 @@ class Trajectory(Simulator):
         times: virtual time of each sample.
         means: mean model at each sample, (samples, d).
         ranks: all models at each sample, (samples, n, d), if wanted.
-        spread: mean_i |x_i - mean|^2 at each sample.
+        consensus_distance: mean_i |x_i - mean|^2 at each sample.
         figures: as `simulate --json` prints them.
     """
 

@@ -27,7 +27,7 @@ class Cayley:
 
     Attributes:
         shape: base of each digit of a rank; their product is the number of ranks.
-        hops: (degree, digits), distinct, none zero, each with its negative.
+        generators: (degree, digits), distinct, none zero, each with its negative.
     """
 
     shape: tuple[int, ...]

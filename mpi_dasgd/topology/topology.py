@@ -78,7 +78,7 @@ class Topology:
     Attributes:
         name: one of `NAMES`.
         size: number of ranks, absent ones included: ranks keep their numbers.
-        absent: ranks that were dropped; they have no neighbours.
+        removed: ranks that were dropped; they have no neighbours.
     """
 
     name: str

@@ -26,8 +26,8 @@ class FlatParameters:
 
     Attributes:
         size: number of parameters, without padding.
-        host: the vector, shape (padded,), float32, in host memory. On the CPU it is the memory of
-            the parameters; on a GPU `pull` and `push` copy between the two.
+        host_view: the vector, shape (padded,), float32, in host memory. On the CPU it is the memory of
+            the parameters; on a GPU `copy_to_host` and `copy_to_device` copy between the two.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:

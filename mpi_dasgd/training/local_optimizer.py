@@ -20,8 +20,8 @@ class TorchLocalOptimizer:
         parameters: of the module.
 
     Attributes:
-        step: gradients computed so far.
-        factor: what the schedule and the rule for delays multiply the base rates by.
+        local_step: gradients computed so far.
+        lr_scale: what the schedule and the rule for delays multiply the base rates by.
         update_seconds: time spent in the optimizer so far.
     """
 

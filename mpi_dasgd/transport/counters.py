@@ -18,9 +18,9 @@ class Counters:
         absorbed: messages taken out of the own inbox.
         publications: versions published.
         publications_skipped: versions not published since no slot was free.
-        taken: claims that failed because another rank had the version.
-        refusals: reservations that failed because an inbox was full.
-        retries: copies of a publication that was replaced meanwhile.
+        claims_lost: claims that failed because another rank had the version.
+        inbox_full: reservations that failed because an inbox was full.
+        torn_reads: copies of a publication that was replaced meanwhile.
         skipped: exchanges for which no partner was found.
     """
 

@@ -36,11 +36,11 @@ class ExchangeRequest:
     """One attempt to exchange with a neighbour: its publication pinned and a slot of its inbox reserved.
 
     Attributes:
-        settled: whether the attempt has ended, with a partner or without.
-        theirs: the partner's publication, readable until the pairing is completed or abandoned,
+        is_settled: whether the attempt has ended, with a partner or without.
+        partner_model: the partner's publication, readable until the exchange is committed or aborted,
             or None if there is no partner.
-        reply: where to write the partner's delta.
-        failed: candidates that were taken or full.
+        partner_delta: where to write the partner's delta.
+        failed_attempts: candidates that were taken or full.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class ExchangeRequest:
         self.reservation: Reservation | None = None
 
     def test(self) -> bool:
-        """Return whether the attempt has ended, as `Pending` has it."""
+        """Return whether the attempt has ended, as `Request` has it."""
         return self.is_settled
 
     def settle(
@@ -76,7 +76,7 @@ class ReadRequest:
     """A publication asked for, to be read without a claim.
 
     Attributes:
-        settled: whether the attempt has ended.
+        is_settled: whether the attempt has ended.
         rank: whose publication it is.
         message: the publication, readable until the next `Endpoint.read`, or None if there was none.
     """
@@ -87,7 +87,7 @@ class ReadRequest:
         self.message: Message | None = None
 
     def test(self) -> bool:
-        """Return whether the attempt has ended, as `Pending` has it."""
+        """Return whether the attempt has ended, as `Request` has it."""
         return self.is_settled
 
 

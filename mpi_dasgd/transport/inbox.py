@@ -49,7 +49,7 @@ class Inbox:
 
     Args:
         words, slots: shared memory of all ranks.
-        where: indices of the words.
+        word_map: indices of the words.
         rank: this rank.
         counters: counts messages, bytes and refusals.
         sent: messages to each rank so far, if another inbox of this rank goes on with the count.

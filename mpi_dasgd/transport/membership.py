@@ -31,7 +31,7 @@ class Membership:
         words: control words of all ranks. `beat` and `watch` may use another view than `words`,
             as they run in the courier's thread.
         rank, size: this rank, and how many there are.
-        silence: seconds without a heartbeat after which a rank counts as dead.
+        heartbeat_timeout: seconds without a heartbeat after which a rank counts as dead.
     """
 
     def __init__(self, words: Words, rank: int, size: int, heartbeat_timeout: float) -> None:

@@ -45,10 +45,10 @@ class Publication:
 
     Args:
         words, slots: shared memory of all ranks.
-        where: indices of the words.
+        word_map: indices of the words.
         rank: this rank.
         counters: counts publications, skips, retries.
-        held: versions that others may hold at the same time; while they do, nothing is published.
+        max_claims: versions that others may hold at the same time; while they do, nothing is published.
     """
 
     def __init__(

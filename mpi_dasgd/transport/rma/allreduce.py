@@ -30,7 +30,7 @@ class WatchedAllreduce:
 
     Args:
         comm: communicator of all ranks.
-        silence: seconds in a sum after which this rank ends, if others are lost.
+        heartbeat_timeout: seconds in a sum after which this rank ends, if others are lost.
         lost: returns which are; called by a thread of its own.
     """
 

@@ -50,11 +50,11 @@ class RmaEndpoint(Endpoint):
         comm: communicator of all ranks; not used for anything else.
         layout: of every message.
         topology: who may talk to whom.
-        path: see `WindowSlots`.
+        mode: see `WindowSlots`.
         publication_slots, inbox_slots: number of slots.
         held: see `Publication`.
         progress_interval: seconds between calls into MPI when there are several nodes.
-        silence: seconds without a heartbeat after which a rank counts as dead.
+        heartbeat_timeout: seconds without a heartbeat after which a rank counts as dead.
     """
 
     def __init__(

@@ -35,10 +35,10 @@ class ProgressContext:
         predecessor: hands of the courier that is left behind, if there was one.
 
     Attributes:
-        attending: whom the courier is talking to.
+        current_peer: rank that the thread is talking to.
         superseded: whether the courier was left behind; changes under a lock.
-        otherwise: what becomes of the question in hand if the courier is left behind.
-        courier: whose hands these are.
+        on_supersede: callback that settles the current request if this thread is replaced.
+        thread: thread that owns this state.
     """
 
     thread: ProgressThread

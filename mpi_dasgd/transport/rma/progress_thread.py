@@ -19,9 +19,9 @@ class ProgressThread:
     """Runs tasks in order, and chores at intervals, in one thread.
 
     Args:
-        chore: called every `chore_interval` seconds: heartbeats, notices of other ranks.
+        periodic_task: called every `chore_interval` seconds: heartbeats, notices of other ranks.
         chore_interval: seconds.
-        progress: called every `progress_interval` seconds and after every task, or None.
+        mpi_progress: called every `progress_interval` seconds and after every task, or None.
         progress_interval: seconds.
         arguments: given to every task and chore.
     """

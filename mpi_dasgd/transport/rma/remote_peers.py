@@ -37,8 +37,8 @@ class RemotePeers:
         ranks: of other nodes.
         views: makes what a courier alone uses: two threads never share an object that changes.
         slots, layout: the payload.
-        board: where ranks that cannot be reached are noted as dead.
-        courier: makes one that runs what is asked for, until it is stuck and a successor takes over;
+        membership: where ranks that cannot be reached are noted as dead.
+        new_thread: makes one that runs what is asked for, until it is stuck and a successor takes over;
             it must give these hands to every task.
     """
 

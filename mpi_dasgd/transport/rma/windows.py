@@ -103,8 +103,8 @@ class WindowSlots:
         UserError: if path is ``node`` and there are several nodes.
 
     Attributes:
-        near: ranks whose slots are in place.
-        describe: how payload travels, in words.
+        node_ranks: ranks whose slots are in place.
+        transfer_mode: how payload travels, in words.
     """
 
     kind = "host"
