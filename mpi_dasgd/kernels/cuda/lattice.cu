@@ -33,14 +33,14 @@ MPD_DEVICE mpd_u32 key_of(const MpdEncodedVector& vector, long long bucket) {
   return mpd_key(vector.seed, static_cast<mpd_u64>(bucket));
 }
 
-// What applies to all elements of a bucket. The checksum is loaded only when it is compared: it
-// would occupy a register from here on.
-struct BucketView {
+// The lattice of a bucket: its scale, and the key of its dither. The checksum is loaded only when
+// it is compared: it would occupy a register from here on.
+struct BucketLattice {
   float scale, inverse;
   mpd_u32 key;
 };
 
-MPD_DEVICE BucketView view_of(const MpdEncodedVector& vector, long long bucket) {
+MPD_DEVICE BucketLattice lattice_of(const MpdEncodedVector& vector, long long bucket) {
   const float scale = vector.scales[bucket];
   return {scale, mpd_inverse(scale), key_of(vector, bucket)};
 }
@@ -55,18 +55,18 @@ MPD_DEVICE float dither(const LaneWeights& weights, int k, int i, mpd_u32 key) {
 }
 
 template <bool DITHER>
-MPD_DEVICE mpd_u32 point_of(float y, const BucketView& view, const LaneWeights& weights, int k,
-                            int i, Rounded& rounded) {
-  float t = mpd_mul(y, view.inverse);
-  if (DITHER) t = mpd_add(t, dither(weights, k, i, view.key));
+MPD_DEVICE mpd_u32 point_of(float y, const BucketLattice& lattice, const LaneWeights& weights,
+                            int k, int i, Rounded& rounded) {
+  float t = mpd_mul(y, lattice.inverse);
+  if (DITHER) t = mpd_add(t, dither(weights, k, i, lattice.key));
   const mpd_u32 point = mpd_round(t);
   rounded.range_bits |= mpd_range_bits(point);
   return point;
 }
 
 template <int BITS, bool DITHER>
-MPD_DEVICE Rounded encode(const Elements& x, const BucketView& view, const LaneWeights& weights,
-                          Codes<BITS>& codes) {
+MPD_DEVICE Rounded encode(const Elements& x, const BucketLattice& lattice,
+                          const LaneWeights& weights, Codes<BITS>& codes) {
   Rounded rounded;
   clear<BITS>(codes);
 #pragma unroll
@@ -74,7 +74,7 @@ MPD_DEVICE Rounded encode(const Elements& x, const BucketView& view, const LaneW
     mpd_u32 sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const mpd_u32 z = point_of<DITHER>(x[k][i], view, weights, k, i, rounded);
+      const mpd_u32 z = point_of<DITHER>(x[k][i], lattice, weights, k, i, rounded);
       sum += mpd_fold<BITS>(z) * weights.low[i];
       put<BITS>(codes, k, i, z);
     }
@@ -86,8 +86,8 @@ MPD_DEVICE Rounded encode(const Elements& x, const BucketView& view, const LaneW
 // Codes of a publication against y -> their differences on the lattice, in the same place. Calls
 // visit(k, i, z).
 template <int BITS, bool DITHER, class Visit>
-MPD_DEVICE Rounded difference(const Elements& y, const BucketView& view, const LaneWeights& weights,
-                              Codes<BITS>& codes, Visit visit) {
+MPD_DEVICE Rounded difference(const Elements& y, const BucketLattice& lattice,
+                              const LaneWeights& weights, Codes<BITS>& codes, Visit visit) {
   Rounded rounded;
   Codes<BITS> delta_codes;
   clear<BITS>(delta_codes);
@@ -96,7 +96,7 @@ MPD_DEVICE Rounded difference(const Elements& y, const BucketView& view, const L
     mpd_u32 sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const mpd_u32 m = point_of<DITHER>(y[k][i], view, weights, k, i, rounded);
+      const mpd_u32 m = point_of<DITHER>(y[k][i], lattice, weights, k, i, rounded);
       const mpd_u32 d = static_cast<mpd_u32>(mpd_signed<BITS>(get<BITS>(codes, k, i) - m));
       sum += mpd_fold<BITS>(m + d) * weights.low[i];
       put<BITS>(delta_codes, k, i, d);
@@ -199,10 +199,10 @@ MPD_DEVICE bool apply(const MpdEncodedVector& delta, MpdBucketStats* stats, long
 }
 
 // Whether the points that were decoded from a bucket are those that were published.
-MPD_DEVICE bool is_valid(const Rounded& rounded, const BucketView& view, mpd_u32 checksum) {
+MPD_DEVICE bool is_valid(const Rounded& rounded, const BucketLattice& lattice, mpd_u32 checksum) {
   const mpd_u32 sum = warp_sum(rounded.sum), range_bits = warp_or(rounded.range_bits);
-  return mpd_in_range(range_bits) && mpd_scale_ok(view.scale) &&
-         mpd_checksum(sum, view.scale, view.key) == checksum;
+  return mpd_in_range(range_bits) && mpd_scale_ok(lattice.scale) &&
+         mpd_checksum(sum, lattice.scale, lattice.key) == checksum;
 }
 
 template <int BITS>
@@ -211,14 +211,14 @@ MPD_DEVICE bool exchange(const MpdKernelArguments& args, long long bucket,
   const MpdEncodedVector &partner_model = args.partner_model, &reply = args.reply_delta;
   Codes<BITS> delta_codes;
   load<BITS>(delta_codes, partner_model.codes, bucket);
-  const BucketView view = view_of(partner_model, bucket);
+  const BucketLattice lattice = lattice_of(partner_model, bucket);
   const auto ignore = [](int, int, mpd_u32) {};
   const Rounded rounded = partner_model.nearest
-                              ? difference<BITS, false>(y, view, weights, delta_codes, ignore)
-                              : difference<BITS, true>(y, view, weights, delta_codes, ignore);
-  const bool valid = is_valid(rounded, view, partner_model.checksums[bucket]);
+                              ? difference<BITS, false>(y, lattice, weights, delta_codes, ignore)
+                              : difference<BITS, true>(y, lattice, weights, delta_codes, ignore);
+  const bool valid = is_valid(rounded, lattice, partner_model.checksums[bucket]);
   write_stats<BITS>(args.stats, bucket, valid, delta_codes);
-  const float unit = valid ? mpd_mul(args.weight, view.scale) : 0.0f;
+  const float unit = valid ? mpd_mul(args.weight, lattice.scale) : 0.0f;
   if (valid)
     move<BITS>(y, unit, delta_codes);
   else
@@ -240,15 +240,15 @@ MPD_DEVICE bool merge(const MpdKernelArguments& args, long long bucket, const La
                       Elements& y) {
   Codes<BITS> delta_codes;
   load<BITS>(delta_codes, args.partner_model.codes, bucket);
-  const BucketView view = view_of(args.partner_model, bucket);
+  const BucketLattice lattice = lattice_of(args.partner_model, bucket);
   Elements averaged;
   const auto average = [&](int k, int i, mpd_u32 z) {
     float decoded = mpd_value(z);
-    if (SUBTRACT) decoded = mpd_sub(decoded, dither(weights, k, i, view.key));
-    averaged[k][i] = mpd_average(y[k][i], mpd_mul(view.scale, decoded), args.weight);
+    if (SUBTRACT) decoded = mpd_sub(decoded, dither(weights, k, i, lattice.key));
+    averaged[k][i] = mpd_average(y[k][i], mpd_mul(lattice.scale, decoded), args.weight);
   };
-  const Rounded rounded = difference<BITS, false>(y, view, weights, delta_codes, average);
-  const bool valid = is_valid(rounded, view, args.partner_model.checksums[bucket]);
+  const Rounded rounded = difference<BITS, false>(y, lattice, weights, delta_codes, average);
+  const bool valid = is_valid(rounded, lattice, args.partner_model.checksums[bucket]);
   write_stats<BITS>(args.stats, bucket, valid, delta_codes);
 #pragma unroll
   for (int k = 0; k < 8; ++k)
@@ -261,16 +261,16 @@ template <int BITS>
 MPD_DEVICE void publish(const MpdEncodedVector& out, long long bucket, const LaneWeights& weights,
                         const Elements& x) {
   Codes<BITS> codes;
-  const BucketView view = view_of(out, bucket);
-  const Rounded rounded = out.nearest ? encode<BITS, false>(x, view, weights, codes)
-                                      : encode<BITS, true>(x, view, weights, codes);
-  const bool valid = mpd_in_range(warp_or(rounded.range_bits)) && mpd_scale_ok(view.scale);
+  const BucketLattice lattice = lattice_of(out, bucket);
+  const Rounded rounded = out.nearest ? encode<BITS, false>(x, lattice, weights, codes)
+                                      : encode<BITS, true>(x, lattice, weights, codes);
+  const bool valid = mpd_in_range(warp_or(rounded.range_bits)) && mpd_scale_ok(lattice.scale);
   const mpd_u32 sum = warp_sum(rounded.sum);
   if (!valid) clear<BITS>(codes);  // every reader must reject it
   store<BITS>(codes, out.codes, bucket);
   if (lane() == 0)
-    out.checksums[bucket] =
-        valid ? mpd_checksum(sum, view.scale, view.key) : ~mpd_checksum(0, view.scale, view.key);
+    out.checksums[bucket] = valid ? mpd_checksum(sum, lattice.scale, lattice.key)
+                                  : ~mpd_checksum(0, lattice.scale, lattice.key);
 }
 
 template <int BITS, int PARTS>
