@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import inspect
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -138,6 +142,47 @@ def test_docstrings_describe_only_what_exists(monkeypatch: pytest.MonkeyPatch) -
     described = list(_described([package]))
     assert len(described) > 500
     assert not [f"{path}: {name}" for path, name, exists in described if name not in exists]
+
+
+# Names of MPI, which the package only writes about.
+FOREIGN = {"accumulate_ops", "Iallreduce"}
+
+
+def _prose_and_names(source: str) -> tuple[list[str], set[str]]:
+    """Return the docstrings and comments of a module, and every word of its code."""
+    tree = ast.parse(source)
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    texts = [node for node in strings if isinstance(node, ast.Constant)]
+    prose, lines = [str(node.value) for node in texts], {node.lineno for node in texts}
+    names: set[str] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            prose.append(token.string)
+        elif token.type != tokenize.STRING or token.start[0] not in lines:
+            names |= set(re.findall(r"\w+", token.string))
+    return prose, names
+
+
+def test_names_in_backticks_exist_in_the_code() -> None:
+    names = {*FOREIGN, *dir(builtins)}
+    for path in (ROOT / "mpi_dasgd" / "kernels").rglob("*.[hc]*"):
+        names |= set(re.findall(r"\w+", path.read_text())) if path.suffix != ".pyc" else set()
+    prose = {}
+    for path in (ROOT / "mpi_dasgd").rglob("*.py"):
+        names |= {path.stem, path.parent.name}
+        prose[path], words = _prose_and_names(path.read_text())
+        names |= words
+    quoted = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)")
+    found = [
+        (path, name) for path in prose for text in prose[path] for name in quoted.findall(text)
+    ]
+    assert len(found) > 500
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, name in found
+        if not set(name.removesuffix(".py").split(".")) <= names
+    ]
+    assert not missing
 
 
 def test_nothing_is_loaded_from_another_host(site: Path, pages: dict[Path, Links]) -> None:

@@ -249,7 +249,7 @@ class DASGD(Algorithm):
         self.versions[:] = arrays["versions"]
 
     def restart(self, step: int) -> None:
-        """Have the next step begin with `_agree`."""
+        """Have the next step begin with `_resynchronize`."""
         self.versions[self.endpoint.rank] = step
         self._resumed = True
 

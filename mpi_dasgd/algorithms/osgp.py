@@ -18,7 +18,7 @@ wait for is never left out: what a rank may not send now it sends with weight 0.
 Each gradient moves the sum of the X_i by eta g, whoever computes it. But z_i moves by (eta / w_i) g, and a
 rank that sends k times as often as others has k times less mass: on fast ranks w_i is small. Chance makes it
 smaller still: m sends without a message in between leave 2^-m. **A rank with less than 1/2 therefore sends
-no mass** (`FLOOR`), so that w_i >= 1/4 and no step is larger than 4 eta. That is push-sum as well: any split
+no mass** (`MIN_WEIGHT`), so that w_i >= 1/4 and no step is larger than 4 eta. That is push-sum as well: any split
 of the mass conserves it. Without the floor the run diverges (a test shows it).
 """
 

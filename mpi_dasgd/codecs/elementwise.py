@@ -21,7 +21,7 @@ __all__ = ["BFloat16Codec", "ElementwiseCodec", "Float16Codec", "QsgdCodec"]
 
 
 class ElementwiseCodec(ABC):
-    """Averages in float32 what `_pack` and `_unpack` make of a block.
+    """Averages in float32 what `pack` and `unpack` make of a block.
 
     Args:
         elements: number of model elements.

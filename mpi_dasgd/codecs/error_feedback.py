@@ -1,21 +1,23 @@
 """Updates: increments of a model on the wire, exact on a grid, with error feedback.
 
-All numbers are multiples of `GRID` = 2^-40. While they stay below `LIMIT` = 2^12, float64 adds and subtracts
-them without rounding, so that the order in which updates are added does not matter: replicas that have
-added the same updates are equal bit for bit. An update loses at most half a `GRID` once, at its source.
+All numbers are multiples of `GRID_STEP` = 2^-40. While they stay below `EXACT_RANGE` = 2^12,
+float64 adds and subtracts them without rounding, so that the order in which updates are added does
+not matter: replicas that have added the same updates are equal bit for bit. An update loses at most
+half a `GRID_STEP` once, at its source.
 
-What a rank still owes another is one vector. A message carries the part Q(owed) that the codec can say, and
-exactly that part is subtracted: owed <- owed - Q(owed). What is left goes with later messages (error
-feedback). Updates that found no room meanwhile are simply more that is owed.
+What a rank still owes another is one vector. A message carries the part Q(owed) that the codec can
+say, and exactly that part is subtracted: owed <- owed - Q(owed). What is left goes with later
+messages (error feedback). Updates that found no room meanwhile are simply more that is owed.
 
 - `none`: the type of the model. A sum may need more bits than float32 has; the rest stays owed.
 - `bf16`: the upper half of float32.
-- `qsgd8`: codes -127 .. 127 times a unit for each bucket of 1,024, rounded to the nearest: 0 stays 0. The
-  unit is a multiple of `GRID`; it is in the first half of the message's scales, the second is not used. The
-  rest is at most 1/254 of the largest that was owed, and 0 once that is below 127 `GRID`: some five messages
-  say all.
+- `qsgd8`: codes -127 .. 127 times a unit for each bucket of 1,024, rounded to the nearest: 0 stays
+  0. The unit is a multiple of `GRID_STEP`; it is in the first half of the message's scales, the
+  second is not used. The rest is at most 1/254 of the largest that was owed, and 0 once that is
+  below 127 `GRID_STEP`: some five messages say all.
 
-Codes relative to a reference (`lattice*`) have no place here: an update is no model near another one.
+Codes relative to a reference (`lattice*`) have no place here: an update is no model near another
+one.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _LARGEST = 127
 
 
 def round_to_grid(values: np.ndarray) -> np.ndarray:
-    """Round float64 `values` to the nearest multiples of `GRID`, in place; return them."""
+    """Round float64 `values` to the nearest multiples of `GRID_STEP`, in place; return them."""
     values *= 1 / GRID_STEP
     np.rint(values, out=values)
     values *= GRID_STEP

@@ -10,7 +10,7 @@ __all__ = ["NumpyLocalOptimizer"]
 
 
 class NumpyLocalOptimizer:
-    """The `mpi_dasgd.algorithms.Local` of a rank of a simulation.
+    """The `mpi_dasgd.algorithms.LocalOptimizer` of a rank of a simulation.
 
     Args:
         x: its model, 1-D; changed in place.

@@ -373,5 +373,5 @@ def _number(value: float) -> float | None:
 
 
 def simulate(config: Config) -> dict[str, object]:
-    """Run one simulation; see `Simulation.run`."""
+    """Run one simulation; see `Simulator.run`."""
     return Simulator(config).run()

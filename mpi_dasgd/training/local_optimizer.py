@@ -13,7 +13,7 @@ __all__ = ["TorchLocalOptimizer"]
 
 
 class TorchLocalOptimizer:
-    """The `mpi_dasgd.algorithms.Local` of a torch module.
+    """The `mpi_dasgd.algorithms.LocalOptimizer` of a torch module.
 
     Args:
         optimizer: its learning rates at construction are the base rates.

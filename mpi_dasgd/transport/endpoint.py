@@ -138,7 +138,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
-        """Try to pair with one of `candidates`, in this order. Never waits: see `Pairing.settled`."""
+        """Try to exchange with one of `candidates`, in this order. Never waits."""
 
     @abstractmethod
     def is_local(self, rank: int) -> bool:
@@ -156,7 +156,7 @@ class Endpoint(ABC):
     def read(self, rank: int, version: int | None = None) -> ReadRequest:
         """Ask for the publication of `rank`, the newest or a given version. Never waits.
 
-        The newest is a copy, whatever the owner does meanwhile; `Reading.message` is None if there
+        The newest is a copy, whatever the owner does meanwhile; `ReadRequest.message` is None if there
         is none. A given version (1, 2, ...) settles when it is there, and is only safe if its owner
         publishes nothing two versions newer before this rank has read it.
         """
@@ -167,7 +167,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def send(self, posting: SendBuffer) -> None:
-        """Send what `post` returned, written and stamped: it arrives exactly once, in order."""
+        """Send a buffer, written and stamped: it arrives exactly once, in order."""
 
     @abstractmethod
     def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:

@@ -110,7 +110,7 @@ class Membership:
     ) -> None:
         """Read notices and heartbeats; a rank that is silent for too long is put in `dead`.
 
-        Those of `avoided` are not read, and count as silent.
+        Those of `quarantined` are not read, and count as silent.
         """
         now = time.monotonic()
         # A time in which this rank itself did not run says nothing about the others.

@@ -31,7 +31,7 @@ class ProgressContext:
 
     Args:
         rank: this rank, which it attends at first.
-        views, layout: see `FarRanks`.
+        views, layout: see `RemotePeers`.
         predecessor: hands of the courier that is left behind, if there was one.
 
     Attributes:
@@ -88,14 +88,14 @@ class ProgressContext:
 
     @contextlib.contextmanager
     def publish_result(self) -> Iterator[bool]:
-        """Hand over the answer to a question, if the value is True: else `otherwise` has settled it."""
+        """Yield whether this thread may publish its result; else `on_supersede` has settled the request."""
         with self._lock:
             if not self.superseded:
                 self.on_supersede = None
             yield not self.superseded
 
     def supersede(self) -> None:
-        """Leave the courier behind; the caller sees to its successor, then calls `otherwise`."""
+        """Leave the courier behind; the caller sees to its successor, then calls `on_supersede`."""
         with self._lock:
             self.superseded = True
 

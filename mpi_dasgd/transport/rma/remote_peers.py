@@ -71,7 +71,7 @@ class RemotePeers:
         return hands
 
     def check(self, stall_timeout: float) -> None:
-        """Raise what failed in the courier; replace it if it is stuck for more than `patience` seconds."""
+        """Raise what failed in the courier; replace it if it is stuck for more than `stall_timeout` s."""
         for rank in tuple(self._outgoing):
             if self._membership.is_unreachable(rank):
                 self._outgoing.pop(rank, None)
@@ -88,7 +88,7 @@ class RemotePeers:
             hands.on_supersede()
 
     def stalled_peers(self, stall_timeout: float) -> set[int]:
-        """Return the rank with which the courier is stuck for more than `patience` seconds, if it is."""
+        """Return the rank with which the courier is stuck for more than `stall_timeout` s, if it is."""
         hands = self._context
         if hands.thread.busy_seconds <= stall_timeout:
             return set()
