@@ -1,68 +1,80 @@
-"""The rooms of the package: imports run downwards only, and light commands stay light."""
+"""The layers of the package: imports run downwards only, and light commands stay light.
+
+The contracts are import-linter's, in pyproject.toml. That they can fail is shown on copies of the
+package with one import too many.
+"""
 
 from __future__ import annotations
 
-import ast
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.support.mpi_ranks import ROOT
 
-PACKAGE = ROOT / "mpi_dasgd"
+PACKAGES = "Packages: imports run downwards only"
+PROTOCOL = "Transport: the protocol knows neither of its two memories"
+CIRCLES = "No circle among the modules of any package"
 
-# From the bottom up; a room may import from those before it, and from itself.
-FLOORS = [
-    {"errors", "__init__"},
-    {"config", "topology", "stepsize", "lr_schedule", "delays", "straggler", "parameters"},
-    {"launch"},
-    {"storage", "kernels", "tasks", "world", "progress"},
-    {"codecs", "analysis", "versions", "staleness"},
-    {"transport"},
-    {"algorithms"},
-    {"simulate", "virtual_rank", "trace", "local", "replay", "collective", "simulation"},
-    {"decentralized"},
-    {"evaluation", "state"},
-    {"conclusion"},
-    {"trainer", "training"},
-    {"doctor", "bench", "studies"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-
-
-def _room(path: Path) -> str:
-    part = path.relative_to(PACKAGE).parts[0]
-    return part.removesuffix(".py")
+PLANTED = {
+    "upwards": (PACKAGES, {"storage/schema.py": "from mpi_dasgd.training import trainer"}),
+    "upwards, where it is used": (
+        PACKAGES,
+        {"kernels/native.py": "def late():\n    from mpi_dasgd import codecs"},
+    ),
+    "sideways": (PACKAGES, {"tasks/idx.py": "from mpi_dasgd.staleness import delay_meter"}),
+    "upwards within transport": (
+        PROTOCOL,
+        {"transport/inbox.py": "from mpi_dasgd.transport.rma import windows"},
+    ),
+    "a circle within a package": (
+        CIRCLES,
+        {
+            "algorithms/allreduce.py": "from mpi_dasgd.algorithms import local_sgd",
+            "algorithms/local_sgd.py": "from mpi_dasgd.algorithms import allreduce",
+        },
+    ),
+}
 
 
-def _imported(path: Path) -> set[str]:
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "mpi_dasgd":
-            rooms |= {alias.name for alias in node.names if alias.name in FLOOR}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mpi_dasgd."):
-            rooms.add(str(node.module).split(".")[1])
-        elif isinstance(node, ast.Import):
-            rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mpi_dasgd.")}
-    return rooms
+def _broken_contracts(directory: Path) -> set[str]:
+    """Return the names of the contracts that the package in `directory` breaks."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+        + ["--no-cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory), "NO_COLOR": "1"},
+    )
+    broken = {line[: -len(" BROKEN")] for line in done.stdout.splitlines() if "BROKEN" in line}
+    broken = {name.partition(" (")[0].removesuffix(" BROKEN") for name in broken}
+    assert done.returncode == bool(broken), done.stdout + done.stderr
+    return broken
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
-)
-def test_imports_run_downwards(path: Path) -> None:
-    room = _room(path)
-    assert room in FLOOR, f"say in FLOORS where {room} belongs"
-    if room == "__init__":
-        return  # offers what lies above on first use
-    upwards = {other for other in _imported(path) if FLOOR[other] > FLOOR[room]}
-    sideways = {other for other in _imported(path) if other != room and FLOOR[other] == FLOOR[room]}
-    assert not upwards, f"{room} imports {upwards} from above"
-    assert not {(room, other) for other in sideways} & {(o, room) for o in sideways}
+def test_imports_run_downwards() -> None:
+    assert _broken_contracts(ROOT) == set()
+
+
+@pytest.mark.parametrize(("contract", "planted"), PLANTED.values(), ids=PLANTED)
+def test_an_import_too_many_is_found(
+    contract: str, planted: Mapping[str, str], tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cu", "*.h")
+    shutil.copytree(ROOT / "mpi_dasgd", tmp_path / "mpi_dasgd", ignore=ignored)
+    for name, line in planted.items():
+        path = tmp_path / "mpi_dasgd" / name
+        path.write_text(f"{path.read_text()}\n{line}\n")
+    assert contract in _broken_contracts(tmp_path)
 
 
 def _loaded_by(code: str) -> set[str]:
