@@ -14,6 +14,7 @@ import numpy as np
 from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload, Models
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import cpu, lattice, reference
+from mpi_dasgd.kernels.encoded import BUCKET
 
 __all__ = ["UNFUSED", "Cpu", "Gpu", "Lane", "cuda_device"]
 
@@ -82,9 +83,9 @@ class Cpu:
     """
 
     def __init__(self, elements: int, threads: int) -> None:
-        self.room = room = np.zeros(elements, np.float32)  # what passes leave for each other
+        self.scratch = np.zeros(elements, np.float32)  # from one pass to the next
         self.clock = time.thread_time if threads == 1 else time.perf_counter
-        self.repeats = min(max(_REPEATED // max(room.size, 1), 1), _REPEATS)
+        self.repeats = min(max(_REPEATED // max(elements, 1), 1), _REPEATS)
 
     def seconds(self, calls: Sequence[Call], instruction_set: str, repeats: int = 0) -> float:
         """Make these calls, several times for a small model, and return the seconds of one time."""
@@ -140,7 +141,7 @@ class Cpu:
         step = OPERATIONS[op].step(work)
         encode = cpu.prepared(OPERATIONS["encode"].step(work))
         return [
-            encode if name == "encode" else cpu.roofline(step, name, self.room)
+            encode if name == "encode" else cpu.roofline(step, name, self.scratch)
             for name in UNFUSED[op]
         ]
 
@@ -149,7 +150,7 @@ class Cpu:
         step = OPERATIONS[op].step(work)
         candidates: dict[str, Seconds] = {
             f"{instruction_set} {name}": partial(
-                self.seconds, [cpu.roofline(step, name, self.room)], instruction_set
+                self.seconds, [cpu.roofline(step, name, self.scratch)], instruction_set
             )
             for instruction_set in cpu.instruction_sets()
             for name in names
@@ -167,7 +168,7 @@ class Cpu:
         once()
         work.check(OPERATIONS[op], without="" if fused else "stats")
         if not fused:  # their statistics are of floating point numbers
-            distance = np.square(self.room[:1024] - work.models.origin[:1024]).max()
+            distance = np.square(self.scratch[:BUCKET] - work.models.origin[:BUCKET]).max()
             unit = np.float32(1) / np.square(work.partner_model.scales[0])
             if work.stats["max_d2"][0] != np.uint32(distance * unit):
                 raise MpiDasgdError("the statistics of the separate passes are wrong")
