@@ -185,6 +185,20 @@ def test_names_in_backticks_exist_in_the_code() -> None:
     assert not missing
 
 
+def test_files_that_the_guides_name_exist() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = listed.stdout.split()
+    if not files:
+        pytest.skip("not a git checkout")
+    path = re.compile(r"(?<![\w/.-])((?:\w+/)*\w+\.(?:py|h|cpp|cu|sbatch|md))\b")
+    guides = [file for file in files if file.endswith(".md") and not file.startswith(".")]
+    named = [(guide, p) for guide in guides for p in path.findall((ROOT / guide).read_text())]
+    assert len(named) > 50
+    placeholders = {"my_script.py", "mpi_dasgd/algorithms/NAME.py"}
+    ends = {"/".join(file.split("/")[-n:]) for file in files for n in range(1, 5)}
+    assert not [(guide, p) for guide, p in named if p not in ends | placeholders]
+
+
 def test_nothing_is_loaded_from_another_host(site: Path, pages: dict[Path, Links]) -> None:
     loaded = [(page.name, url) for page, links in pages.items() for url in links.loaded]
     assert loaded
