@@ -24,9 +24,13 @@ __all__ = [
     "choose_device",
     "expected_ranks",
     "log_to_stderr",
+    "peers_by_node",
+    "polled_barrier",
     "print_message",
     "start",
 ]
+
+_POLL_SECONDS = 1e-4  # between two tests of a polled barrier
 
 # Variables by which launchers tell a process how many there are, and which it is.
 _LAUNCHERS = (
@@ -39,7 +43,7 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True)
 class World:
-    """What this rank is part of.
+    """The ranks of a job and this one's place among them.
 
     Attributes:
         comm: clone of COMM_WORLD; nobody else uses it.
@@ -219,3 +223,29 @@ def start() -> World:
     world = World(comm, comm.rank, comm.size, node.rank, node.size, nodes, library)
     node.Free()
     return world
+
+
+def peers_by_node(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
+    """Return the first rank that shares rank 0's node, and the first that does not. Collective."""
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    leaders = comm.allgather(node.bcast(comm.rank))
+    node.Free()
+    same_node = next((rank for rank, leader in enumerate(leaders) if rank and leader == 0), None)
+    other_node = next((rank for rank, leader in enumerate(leaders) if leader != 0), None)
+    return same_node, other_node
+
+
+def polled_barrier(comm: MPI.Comm, serve: Callable[[], object] | None = None) -> None:
+    """Wait for all ranks without burning a core. Collective.
+
+    Args:
+        comm: communicator of the ranks to wait for.
+        serve: called between two tests of the barrier, so that this rank can answer others.
+    """
+    request = comm.Ibarrier()
+    while not request.Test():
+        if serve is not None:
+            serve()
+        time.sleep(_POLL_SECONDS)

@@ -136,8 +136,8 @@ class _Case:
 
 
 def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace) -> int:
-    from mpi_dasgd.bench.meeting import peers_by_node
     from mpi_dasgd.kernels import native
+    from mpi_dasgd.world import peers_by_node
 
     if environment.size < 2:
         raise UserError("bench rma: 2 ranks are needed, but the launcher started 1")
@@ -189,10 +189,10 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
         MpiDasgdError: a payload arrived other than it was sent.
     """
     from mpi_dasgd import topology
-    from mpi_dasgd.bench.meeting import polled_barrier
     from mpi_dasgd.bench.rma_operations import Peer
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+    from mpi_dasgd.world import polled_barrier
 
     codec = NoCodec(nbytes // 4, np.dtype(np.float32))
     own = comm.Dup()

@@ -45,8 +45,8 @@ def run(ranks: int, *, as_json: bool = False) -> int:
 
 def _in_these_ranks(rank: int, as_json: bool) -> int:
     """Probe in the ranks that a launcher has started; rank 0 prints."""
-    from mpi_dasgd.bench.meeting import polled_barrier
     from mpi_dasgd.doctor import probe
+    from mpi_dasgd.world import polled_barrier
 
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
     try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mpi_dasgd.bench.meeting import polled_barrier
 from mpi_dasgd.doctor.check import FAILS, OK, Check
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
+from mpi_dasgd.world import polled_barrier
 
 if TYPE_CHECKING:
     from mpi4py import MPI

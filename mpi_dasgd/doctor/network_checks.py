@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mpi_dasgd.bench.meeting import peers_by_node, polled_barrier
 from mpi_dasgd.doctor import contention
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
+from mpi_dasgd.world import peers_by_node, polled_barrier
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -158,9 +158,9 @@ def _carries(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
 def _exchange(environment: World) -> Check:
     """One pair exchange of every rank on the real transport: the sum of models must not change."""
     from mpi_dasgd import topology
-    from mpi_dasgd.bench.meeting import polled_barrier
     from mpi_dasgd.codecs.none import NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+    from mpi_dasgd.world import polled_barrier
 
     comm = environment.comm.Dup()
     codec = NoCodec(1024, np.dtype(np.float32))
