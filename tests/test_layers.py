@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.mpi_ranks import ROOT
 
+LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 PACKAGES = "Packages: imports run downwards only"
 PROTOCOL = "Transport: the protocol knows neither of its two memories"
 CIRCLES = "No circle among the modules of any package"
@@ -45,8 +46,7 @@ PLANTED = {
 def _broken_contracts(directory: Path) -> set[str]:
     """Return the names of the contracts that the package in `directory` breaks."""
     done = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
-        + ["--no-cache"],
+        [sys.executable, "-c", LINT, "--no-cache"],
         capture_output=True,
         text=True,
         check=False,
