@@ -9,18 +9,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import (
-    ABSORBED,
-    APPLIED,
-    INITIATED,
-    SKIPPED,
-    ExchangeRecord,
-    peer_rng,
-)
+from mpi_dasgd.algorithms.base import ABSORBED, APPLIED, INITIATED, SKIPPED, ExchangeRecord
+from mpi_dasgd.algorithms.build import build_run
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.simulation.local_optimizer import NumpyLocalOptimizer
 from mpi_dasgd.simulation.recorded_times import RecordedTimes, recorded_times
 from mpi_dasgd.simulation.trace import Trace
@@ -53,33 +45,22 @@ class Simulator:
         settings = config.simulation
         self.config = config
         self.size = settings.ranks
-        kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
-        self.problem = convex.build(config, kind.workers(self.size, config.algorithm))
         self.max_gradients = self._budget()
         momentum, decay = self._optimizer()
+        parts = build_run(config, self.size)
+        workers = parts.algorithm_cls.workers(self.size, config.algorithm)
+        self.problem = convex.build(config, workers)
         seed = config.run.seed
         dtype = np.dtype(settings.precision)
         dimension = self.problem.start.size
-        graph = topology.build(
-            config.topology.graph,
-            self.size,
-            degree=config.topology.degree,
-            file=config.topology.file,
-            seed=seed,
-        )
-        kind.validate(self.size, config.algorithm, graph)
-        codec, notes = kind.resolve_codec(config.codec), kind.trailer_words(self.size)
-        self.codecs = [
-            codecs.make(codec, dimension, dtype, seed=seed, rank=rank, trailer_words=notes)
-            for rank in range(self.size)
-        ]
+        self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
         self.clock = Clock()
         self.network = Network(
             self.clock,
             self.codecs[0].layout,
-            graph,
-            publication_slots=config.transport.publication_slots if kind.uses_publication else 0,
-            inbox_slots=config.transport.inbox_slots if kind.uses_inbox else 0,
+            parts.topology,
+            publication_slots=parts.publication_slots,
+            inbox_slots=parts.inbox_slots,
             latency=settings.latency,
             bandwidth=settings.bandwidth,
         )
@@ -92,14 +73,12 @@ class Simulator:
         ]
         self.endpoints = [endpoint(self.network, rank) for rank in range(self.size)]
         self.algorithms = [
-            kind(endpoint, codec, x, config.algorithm, peer_rng(seed, rank), self._record)
-            for rank, (endpoint, codec, x) in enumerate(
-                zip(self.endpoints, self.codecs, self.models, strict=True)
-            )
+            parts.make_algorithm(endpoint, codec, x, self._record)
+            for endpoint, codec, x in zip(self.endpoints, self.codecs, self.models, strict=True)
         ]
         for algorithm, local in zip(self.algorithms, self.locals, strict=True):
             algorithm.local, local.algorithm = local, algorithm
-        self._lockstep = kind.is_lockstep(config.algorithm)
+        self._lockstep = parts.lockstep
         slow = resolve_ranks(settings.slow_ranks, self.size)
         self._times: ComputeTimes | RecordedTimes
         if settings.compute == "recorded":
@@ -112,10 +91,9 @@ class Simulator:
             )
         self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
         self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
-        self._schedule = Schedule(**config.schedule.model_dump())
+        self._schedule, self._step_rule = parts.schedule, parts.step_rule
         self.gradients = 0
         self.waits = 0
-        self._rule = delay_rule(config.algorithm, self.size)
         self.ages, self.ages_s = array("q"), array("d")  # 8 bytes each: there may be millions
         self.delays = array("q")
         self.exchange_counts = {INITIATED: 0, ABSORBED: 0, SKIPPED: 0, APPLIED: 0}
@@ -223,7 +201,7 @@ class Simulator:
         endpoint.report_gradients(local.local_step)
         if not self.algorithms[rank].applies_step_rule:
             delay = endpoint.gradients() - local.gradients_seen - 1
-            local.lr *= self._rule(delay)
+            local.lr *= self._step_rule(delay)
             self.delays.append(delay)
         if self.config.simulation.gradients == "on":
             x = self.models[rank]

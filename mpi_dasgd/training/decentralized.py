@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from mpi_dasgd import algorithms, codecs, launch, topology, world
+from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
+from mpi_dasgd.algorithms.build import build_run
 from mpi_dasgd.config import consistency
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
-from mpi_dasgd.lr_schedule import Schedule, delay_rule
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
@@ -100,53 +100,32 @@ class Decentralized:
         self._config = config
         self._closed = False
         with environment.collective_errors():
-            kind = algorithms.find(config.algorithm.name, config.algorithm.variant)
-            graph_of_ranks = topology.build(
-                config.topology.graph,
-                self.size,
-                degree=config.topology.degree,
-                file=config.topology.file,
-                seed=config.run.seed,
-            )
-            self._schedule = Schedule(**config.schedule.model_dump())
+            parts = build_run(config, self.size)
             self.parameters = FlatParameters(model)
-            kind.validate(self.size, config.algorithm, graph_of_ranks)
-            self.codec = codecs.make(
-                kind.resolve_codec(config.codec),
-                self.parameters.host_view.size,
-                self.parameters.host_view.dtype,
-                seed=config.run.seed,
-                rank=self.rank,
-                trailer_words=kind.trailer_words(self.size),
-            )
-            for warning in kind.warnings(config) if self.rank == 0 else ():
+            x = self.parameters.host_view
+            self.codec = parts.make_codec(self.rank, x.size, x.dtype)
+            for warning in parts.warnings if self.rank == 0 else ():
                 _log.warning(warning)
-            self._lockstep = kind.is_lockstep(config.algorithm)
-            consistency.check(config, kind.name, self._lockstep)
+            consistency.check(config, parts.algorithm_cls.name, parts.lockstep)
         synchronize.broadcast_parameters(environment.comm, self.parameters)
         self.local = TorchLocalOptimizer(optimizer, self.parameters)
         transport = config.transport
         self.endpoint = RmaEndpoint(
             environment.comm,
             self.codec.layout,
-            graph_of_ranks,
+            parts.topology,
             mode=transport.path,
-            publication_slots=transport.publication_slots if kind.uses_publication else 0,
-            inbox_slots=transport.inbox_slots if kind.uses_inbox else 0,
+            publication_slots=parts.publication_slots,
+            inbox_slots=parts.inbox_slots,
             progress_interval=transport.progress_interval,
             heartbeat_timeout=transport.silence,
         )
-        self.algorithm = kind(
-            self.endpoint,
-            self.codec,
-            self.parameters.host_view,
-            config.algorithm,
-            algorithms.peer_rng(config.run.seed, self.rank),
-            record or (lambda exchange: None),
+        self.algorithm = parts.make_algorithm(
+            self.endpoint, self.codec, x, record or (lambda exchange: None)
         )
         self.algorithm.local = self.local
-        self._max_steps_ahead = kind.max_steps_ahead(config.algorithm, graph_of_ranks)
-        self._step_rule = delay_rule(config.algorithm, self.size)
+        self._lockstep, self._max_steps_ahead = parts.lockstep, parts.max_steps_ahead
+        self._schedule, self._step_rule = parts.schedule, parts.step_rule
         self.delay, self.delay_factor = 0, 1.0
         self._gradients_seen = 0
         self._begun = self._peers_checked = time.monotonic()

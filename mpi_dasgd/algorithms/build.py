@@ -1,0 +1,125 @@
+"""Builder of an algorithm's parts: the same for ranks over MPI and for ranks of the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mpi_dasgd import algorithms, codecs, topology
+from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, peer_rng
+from mpi_dasgd.codecs import Codec
+from mpi_dasgd.config.schema import CodecConfig, Config
+from mpi_dasgd.lr_schedule import Schedule, delay_rule
+from mpi_dasgd.topology import Topology
+from mpi_dasgd.transport.endpoint import Endpoint
+
+__all__ = ["RunParts", "build_run"]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Parts that all ranks of a run share, and makers of those that each rank has of its own.
+
+    Attributes:
+        config: configuration of the run.
+        algorithm_cls: class of the algorithm.
+        topology: graph of the ranks.
+        codec_config: section ``codec``, with `auto` resolved.
+        schedule: factor on the learning rate as a function of progress.
+        step_rule: factor on the learning rate as a function of a gradient's delay, in gradients.
+    """
+
+    config: Config
+    algorithm_cls: type[Algorithm]
+    topology: Topology
+    codec_config: CodecConfig
+    schedule: Schedule
+    step_rule: Callable[[int], float]
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks make the same number of steps."""
+        return self.algorithm_cls.is_lockstep(self.config.algorithm)
+
+    @property
+    def publication_slots(self) -> int:
+        """Slots of a rank's publication; 0 for an algorithm that publishes no models."""
+        uses = self.algorithm_cls.uses_publication
+        return self.config.transport.publication_slots if uses else 0
+
+    @property
+    def inbox_slots(self) -> int:
+        """Slots of a rank's inbox; 0 for an algorithm that sends no messages."""
+        return self.config.transport.inbox_slots if self.algorithm_cls.uses_inbox else 0
+
+    @cached_property
+    def max_steps_ahead(self) -> int:
+        """Steps by which a rank can be ahead of rank 0's next exchange, if ranks are in lockstep."""
+        return self.algorithm_cls.max_steps_ahead(self.config.algorithm, self.topology)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on settings that work together, but hardly as their user expects."""
+        return self.algorithm_cls.warnings(self.config)
+
+    def make_codec(self, rank: int, elements: int, dtype: np.dtype) -> Codec:
+        """Make the codec of `rank`, for models of `elements` elements of `dtype`.
+
+        Raises:
+            UserError: the codec does not take such models.
+        """
+        return codecs.make(
+            self.codec_config,
+            elements,
+            dtype,
+            seed=self.config.run.seed,
+            rank=rank,
+            trailer_words=self.algorithm_cls.trailer_words(self.topology.size),
+        )
+
+    def make_algorithm(
+        self,
+        endpoint: Endpoint,
+        codec: Codec,
+        x: np.ndarray,
+        record: Callable[[ExchangeRecord], None],
+    ) -> Algorithm:
+        """Make the algorithm of the rank of `endpoint`.
+
+        Args:
+            endpoint: access to the other ranks.
+            codec: codec of this rank.
+            x: model of this rank, 1-D and padded; the algorithm changes it in place.
+            record: called with every exchange.
+        """
+        rng = peer_rng(self.config.run.seed, endpoint.rank)
+        return self.algorithm_cls(endpoint, codec, x, self.config.algorithm, rng, record)
+
+
+def build_run(config: Config, size: int) -> RunParts:
+    """Find the algorithm of `config`, build the graph of its `size` ranks, and validate the two.
+
+    Raises:
+        UserError: settings that are unknown, or that do not fit each other or `size`.
+    """
+    algorithm_cls = algorithms.find(config.algorithm.name, config.algorithm.variant)
+    graph = topology.build(
+        config.topology.graph,
+        size,
+        degree=config.topology.degree,
+        file=config.topology.file,
+        seed=config.run.seed,
+    )
+    schedule = Schedule(**config.schedule.model_dump())
+    algorithm_cls.validate(size, config.algorithm, graph)
+    return RunParts(
+        config,
+        algorithm_cls,
+        graph,
+        algorithm_cls.resolve_codec(config.codec),
+        schedule,
+        delay_rule(config.algorithm, size),
+    )
