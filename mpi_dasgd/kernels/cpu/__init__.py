@@ -99,9 +99,6 @@ def _library() -> ctypes.CDLL:
     library = native.load()
     assert library is not None, "chosen only where there is one"
     library.mpd_instruction_sets.restype = ctypes.c_char_p
-    if not hasattr(library, "mpd_fused_step"):  # transition: a library built before the renaming
-        for new, old in (("mpd_fused_step", "mpd_lattice_step"), ("mpd_roofline", "mpd_yardstick")):
-            setattr(library, new, getattr(library, old))
     library.mpd_fused_step.restype = library.mpd_roofline.restype = None
     return library
 
