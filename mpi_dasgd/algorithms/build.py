@@ -12,7 +12,8 @@ from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, peer_rng
 from mpi_dasgd.codecs import Codec
 from mpi_dasgd.config.schema import CodecConfig, Config
-from mpi_dasgd.lr_schedule import Schedule, delay_rule
+from mpi_dasgd.lr_schedule import Schedule
+from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Endpoint
 
@@ -113,7 +114,7 @@ def build_run(config: Config, size: int) -> RunParts:
         file=config.topology.file,
         seed=config.run.seed,
     )
-    schedule = Schedule(**config.schedule.model_dump())
+    schedule = Schedule(config.schedule)
     algorithm_cls.validate(size, config.algorithm, graph)
     return RunParts(
         config,

@@ -79,7 +79,7 @@ class DdpTrainer:
             sharded=config.task.data == "sharded",
         )
         self.straggler = straggler.Straggler(
-            straggler.StragglerSettings(**config.straggler.model_dump()),
+            config.straggler,
             self.rank,
             self.size,
             config.run.seed,

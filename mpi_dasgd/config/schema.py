@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,8 +73,27 @@ class ScheduleConfig(Section):
     milestones: tuple[Fraction, ...] = Field(
         (0.5, 0.75), description="shares of the budget at which `step` multiplies by gamma"
     )
-    gamma: float = Field(0.1, description="factor of `step` at each milestone", gt=0)
+    gamma: float = Field(
+        0.1, description="factor of `step` at each milestone", gt=0, allow_inf_nan=False
+    )
     final: Fraction = Field(0.0, description="factor at which `cosine` ends")
+
+    @model_validator(mode="after")
+    def _shares_ascend(self) -> ScheduleConfig:
+        if self.warmup == 1:
+            raise ValueError(
+                f"warmup is a share of the budget from 0 to below 1, got {self.warmup:g}; "
+                "divide a number of samples by the budget"
+            )
+        bounds = (0.0, *self.milestones, 1.0)
+        if not all(low < high for low, high in pairwise(bounds)):
+            raise ValueError(
+                "milestones are shares of the budget, ascending and between 0 and 1, got "
+                f"{', '.join(f'{m:g}' for m in self.milestones)}; divide epochs by their total"
+            )
+        if self.name == "step" and not self.milestones:
+            raise ValueError("schedule step needs milestones, for example 0.5 and 0.75")
+        return self
 
 
 class BudgetConfig(Section):
@@ -218,13 +238,23 @@ class StragglerConfig(Section):
     ranks: tuple[int, ...] = Field(
         (-1,), description="constant, pause: the slow ranks; negative from the end"
     )
-    factor: float = Field(10.0, description="constant: how many times slower", ge=1)
+    factor: float = Field(
+        10.0, description="constant: how many times slower", ge=1, allow_inf_nan=False
+    )
     mode: Literal["sleep", "work"] = Field(
         "sleep", description="sleep, or compute the gradient again"
     )
-    sigma: float = Field(0.5, description="lognormal: spread of the factor", gt=0)
+    sigma: float = Field(
+        0.5, description="lognormal: spread of the factor", gt=0, allow_inf_nan=False
+    )
     period: Positive = Field(100, description="pause: steps between two pauses")
-    pause: float = Field(0.1, description="pause: seconds", ge=0)
+    pause: float = Field(0.1, description="pause: seconds", ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _constant_needs_ranks(self) -> StragglerConfig:
+        if self.kind == "constant" and not self.ranks:
+            raise ValueError("kind constant needs ranks, for example -1, the last one")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -260,10 +290,12 @@ class SimulationConfig(Section):
         "of the run `times`",
     )
     times: str | None = Field(None, description="recorded: directory of a run, or its results.h5")
-    mean: float = Field(1.0, description="mean time of a step, in units of virtual time", gt=0)
-    sigma: float = Field(0.5, description="lognormal: spread", gt=0)
+    mean: float = Field(
+        1.0, description="mean time of a step, in units of virtual time", gt=0, allow_inf_nan=False
+    )
+    sigma: float = Field(0.5, description="lognormal: spread", gt=0, allow_inf_nan=False)
     slow_ranks: tuple[int, ...] = Field((), description="ranks that are slow_factor times slower")
-    slow_factor: float = Field(10.0, description="how many times slower", ge=1)
+    slow_factor: float = Field(10.0, description="how many times slower", ge=1, allow_inf_nan=False)
     latency: float = Field(
         0.0, description="time of one message or word operation; 0: as within a node", ge=0
     )

@@ -13,11 +13,11 @@ from mpi_dasgd.algorithms.base import ABSORBED, APPLIED, INITIATED, SKIPPED, Exc
 from mpi_dasgd.algorithms.build import build_run
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.simulation.compute_times import ComputeTimes
 from mpi_dasgd.simulation.local_optimizer import NumpyLocalOptimizer
 from mpi_dasgd.simulation.recorded_times import RecordedTimes, recorded_times
 from mpi_dasgd.simulation.trace import Trace
 from mpi_dasgd.staleness.version_vectors import SetStaleness
-from mpi_dasgd.straggler import ComputeTimes, resolve_ranks
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.endpoint import Request
@@ -79,16 +79,13 @@ class Simulator:
         for algorithm, local in zip(self.algorithms, self.locals, strict=True):
             algorithm.local, local.algorithm = local, algorithm
         self._lockstep = parts.lockstep
-        slow = resolve_ranks(settings.slow_ranks, self.size)
         self._times: ComputeTimes | RecordedTimes
         if settings.compute == "recorded":
             if settings.times is None:
                 raise UserError("simulation.times: 'recorded' needs the directory of a run")
             self._times = recorded_times(settings.times, self.size)
         else:
-            self._times = ComputeTimes(
-                settings.compute, settings.mean, settings.sigma, slow, settings.slow_factor
-            )
+            self._times = ComputeTimes(settings)
         self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
         self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
         self._schedule, self._step_rule = parts.schedule, parts.step_rule

@@ -20,7 +20,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.lr_schedule import delay_rule
+from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
 from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
 

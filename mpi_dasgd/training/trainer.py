@@ -82,7 +82,7 @@ class Trainer:
                 sharded=config.task.data == "sharded",
             )
             self.straggler = straggler.Straggler(
-                straggler.StragglerSettings(**config.straggler.model_dump()),
+                config.straggler,
                 self.rank,
                 self.size,
                 config.run.seed,

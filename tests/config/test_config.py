@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from mpi_dasgd import algorithms, codecs, config, lr_schedule, straggler, topology
+from mpi_dasgd import algorithms, codecs, config, topology
 from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
 
@@ -94,7 +94,3 @@ def test_names_in_the_schema_are_those_of_the_code() -> None:
     assert _literals("algorithm", "name") == set(algorithms.ALGORITHMS)
     assert _literals("codec", "name") == {"auto", *codecs.CODECS}
     assert _literals("topology", "graph") == set(topology.NAMES)
-    assert _literals("schedule", "name") == set(lr_schedule.NAMES)
-    assert _literals("straggler", "kind") == set(straggler.KINDS)
-    assert _literals("straggler", "mode") == set(straggler.MODES)
-    assert _literals("simulation", "compute") == {"recorded", *straggler.TIME_KINDS}
