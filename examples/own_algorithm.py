@@ -17,8 +17,8 @@ class ClippedGossip(algorithms.Algorithm):
     """x_i <- x_i + clip(w (x_j - x_i)), j a random neighbour; then x_i <- x_i - eta g_i."""
 
     name = "clipped_gossip"
-    uses_inbox = False  # no inbox: neighbours are read
-    preserves_mean = False  # only the reader moves
+    # Neighbours are read, so that it needs no inbox; only the reader moves.
+    capabilities = algorithms.Capabilities(uses_inbox=False, preserves_mean=False)
     config_keys = ("weight",)  # the keys of section `algorithm` that it uses
     request = None  # a neighbour's model that was asked for and is not here yet
 

@@ -47,7 +47,7 @@ def test_the_citation_names_the_version_and_the_four_papers() -> None:
         for identifier in paper["identifiers"]
     }
     implemented = {
-        re.sub(r".*(arXiv [\d.]+).*", r"\1", ALGORITHMS[name].paper)
+        re.sub(r".*(arXiv [\d.]+).*", r"\1", ALGORITHMS[name].description.paper)
         for name in ("adpsgd", "swarm", "dasgd", "asgd")
     }
     assert cited == implemented

@@ -9,6 +9,7 @@ from mpi_dasgd.algorithms.allreduce import AllReduce
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, LocalOptimizer, peer_rng
 from mpi_dasgd.algorithms.dasgd import DASGD
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.dpsgd import DPSGD
 from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.algorithms.local_sgd import LocalSGD
@@ -26,6 +27,8 @@ __all__ = [
     "ALGORITHMS",
     "VARIANTS",
     "Algorithm",
+    "Capabilities",
+    "Description",
     "ExchangeRecord",
     "LocalOptimizer",
     "find",
@@ -34,8 +37,8 @@ __all__ = [
 ]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
-    kind.name: kind
-    for kind in (
+    algorithm_cls.name: algorithm_cls
+    for algorithm_cls in (
         ADPSGD,
         Swarm,
         DASGD,
@@ -72,7 +75,7 @@ def find(name: str, variant: str | None = None) -> type[Algorithm]:
         )
     if variant is None:
         return ALGORITHMS[name]
-    variants = {kind.variant: kind for kind in VARIANTS.get(name, ())}
+    variants = {algorithm_cls.variant: algorithm_cls for algorithm_cls in VARIANTS.get(name, ())}
     if variant not in variants:
         valid = f"it has {', '.join(variants)}" if variants else "it has none"
         raise UserError(f"algorithm.variant: {name!r} has no variant {variant!r}: {valid}")

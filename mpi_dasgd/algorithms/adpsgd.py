@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Request
 
@@ -38,14 +39,18 @@ class ADPSGD(Algorithm):
 
     name = "adpsgd"
     variant = "pair"
-    paper = "Lian et al. 2018, arXiv 1710.06952"
-    exchanges = "models, in pairs that conserve the mean"
-    traffic = "2 M / H"
-    memory = "8 M"
-    waits = "never"
+    description = Description(
+        paper="Lian et al. 2018, arXiv 1710.06952",
+        exchanges="models, in pairs that conserve the mean",
+        traffic="2 M / H",
+        memory="8 M",
+        waits="never",
+    )
+    capabilities = Capabilities(
+        minimum_ranks=2,
+    )
     config_keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
-    minimum_ranks = 2
 
     def start(self) -> None:
         """Publish the initial model."""

@@ -39,6 +39,7 @@ from mpi_dasgd.algorithms.base import (
     ExchangeRecord,
     LocalOptimizer,
 )
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
@@ -55,15 +56,19 @@ class BipartiteADPSGD(Algorithm):
 
     name = "adpsgd"
     variant = "bipartite"
-    paper = "Lian et al. 2018, arXiv 1710.06952"
-    exchanges = "models, in pairs of an active and a passive rank"
-    traffic = "M / H"
-    memory = "4 M"
-    uses_publication = False
-    waits = "active ranks, for a gradient of a passive one"
+    description = Description(
+        paper="Lian et al. 2018, arXiv 1710.06952",
+        exchanges="models, in pairs of an active and a passive rank",
+        traffic="M / H",
+        memory="4 M",
+        waits="active ranks, for a gradient of a passive one",
+    )
+    capabilities = Capabilities(
+        uses_publication=False,
+        minimum_ranks=2,
+    )
     config_keys = ("order", "local_steps", "tries", "weight")
     codecs = PAIR_CODECS
-    minimum_ranks = 2
 
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
 from mpi_dasgd.transport.endpoint import Request
@@ -35,17 +36,21 @@ class PullADPSGD(Algorithm):
 
     name = "adpsgd"
     variant = "pull"
-    paper = "KungFu and others, not Lian et al."
-    exchanges = "models, read by one side: the mean is not conserved"
-    traffic = "M / H"
-    memory = "5 M"
-    uses_inbox = False
-    waits = "never"
+    description = Description(
+        paper="KungFu and others, not Lian et al.",
+        exchanges="models, read by one side: the mean is not conserved",
+        traffic="M / H",
+        memory="5 M",
+        waits="never",
+        effective_step="1 to 1.33; with order = gradient 0.51 to 0.67",
+    )
+    capabilities = Capabilities(
+        preserves_mean=False,
+        uses_inbox=False,
+        minimum_ranks=2,
+    )
     config_keys = ("order", "local_steps", "weight")
-    effective_step = "1 to 1.33; with order = gradient 0.51 to 0.67"
     codecs = PAIR_CODECS
-    preserves_mean = False
-    minimum_ranks = 2
 
     def start(self) -> None:
         """Publish the initial model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["AllReduce"]
@@ -18,14 +19,18 @@ class AllReduce(Algorithm):
     """Mini-batch SGD with the union of all ranks' batches, as by PyTorch DDP or Horovod."""
 
     name = "allreduce"
-    paper = "large-batch SGD"
-    exchanges = "gradients"
-    traffic = "2 M (n-1)/n"
-    memory = "0"
-    waits = "every step"
-    synchronous = True
-    uses_publication = False
-    uses_inbox = False
+    description = Description(
+        paper="large-batch SGD",
+        exchanges="gradients",
+        traffic="2 M (n-1)/n",
+        memory="0",
+        waits="every step",
+    )
+    capabilities = Capabilities(
+        synchronous=True,
+        uses_publication=False,
+        uses_inbox=False,
+    )
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Both lines."""

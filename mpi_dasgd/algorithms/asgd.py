@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mpi_dasgd.algorithms.base import APPLIED, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.server import ServerAlgorithm
 from mpi_dasgd.algorithms.work_queue import SHUTDOWN, Outbox, WorkItem, send_work_item
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
@@ -44,16 +45,21 @@ class ASGD(ServerAlgorithm):
     """A server that applies gradients as they arrive."""
 
     name = "asgd"
-    paper = "Koloskova et al. 2022, arXiv 2206.08307"
-    exchanges = "gradients to a server, its model back"
-    traffic = "M; server: (n-1) M"
-    uses_publication = False
-    memory = "4 M; server, more for each point without room: P"
-    waits = "for the server's answer; with clients = uniform or a low concurrency, for a point"
+    description = Description(
+        paper="Koloskova et al. 2022, arXiv 2206.08307",
+        exchanges="gradients to a server, its model back",
+        traffic="M; server: (n-1) M",
+        memory="4 M; server, more for each point without room: P",
+        waits="for the server's answer; with clients = uniform or a low concurrency, for a point",
+        effective_step="n",
+    )
+    capabilities = Capabilities(
+        preserves_mean=False,
+        applies_step_rule=True,
+        uses_publication=False,
+        minimum_ranks=2,
+    )
     config_keys = ("clients", "concurrency", "server_works", "delay_threshold")
-    effective_step = "n"
-    preserves_mean = False
-    applies_step_rule = True
 
     @classmethod
     def trailer_words(cls, ranks: int) -> int:

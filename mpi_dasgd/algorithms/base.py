@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.codecs import Settings as CodecSettings
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
@@ -103,35 +104,14 @@ class Algorithm(ABC):
     versions: np.ndarray | None = None
     """Gradients of each rank that are in this rank's model, (ranks,) int64, if it counts them."""
     name: ClassVar[str]
-    paper: ClassVar[str]
-    exchanges: ClassVar[str]
-    """What crosses the wire, in words."""
-    traffic: ClassVar[str]
-    """Bytes that a rank sends and reads a step: a formula as `catalogue.evaluate` takes it; M is a model in
-    the codec, H the local steps, r the neighbours."""
-    memory: ClassVar[str]
-    """What a rank holds beside model, gradient and optimizer: a formula; P is a model in its own type."""
-    waits: ClassVar[str]
-    """Whether, and for what, ranks wait."""
-    effective_step: ClassVar[str] = "1"
-    """By how many eta/n one gradient moves the mean of the models."""
+    description: ClassVar[Description] = Description()
+    capabilities: ClassVar[Capabilities] = Capabilities()
     variant: ClassVar[str] = ""
     """Which value of `algorithm.variant` this class stands for; '' if there is only one."""
     codecs: ClassVar[tuple[str, ...]] = ("none",)
     """Codecs that it can use, the first one the default."""
-    synchronous: ClassVar[bool] = False
-    """Whether all ranks make the same number of steps, in step."""
-    preserves_mean: ClassVar[bool] = True
-    """Whether exchanges leave the sum of all `mass` and of the messages on their way as it is."""
-    applies_step_rule: ClassVar[bool] = False
-    """Whether it applies `algorithm.step_rule` itself; else the driver does, by what the board says."""
     config_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of section ``algorithm`` that it heeds, beside name, variant, and the rule for delays."""
-    minimum_ranks: ClassVar[int] = 1
-    uses_publication: ClassVar[bool] = True
-    """Whether it needs publications."""
-    uses_inbox: ClassVar[bool] = True
-    """Whether it needs inboxes."""
 
     def __init__(
         self,
@@ -166,7 +146,8 @@ class Algorithm(ABC):
             return settings.model_copy(update={"name": cls.codecs[0]})
         if settings.name not in cls.codecs:
             raise UserError(
-                f"codec.name: {cls.name!r} cannot use {settings.name!r}: it sends {cls.exchanges}; "
+                f"codec.name: {cls.name!r} cannot use {settings.name!r}: it sends "
+                f"{cls.description.exchanges}; "
                 f"it can use {', '.join(cls.codecs)}"
             )
         return settings
@@ -195,7 +176,7 @@ class Algorithm(ABC):
     @classmethod
     def is_lockstep(cls, settings: Settings) -> bool:
         """Return whether all ranks make the same number of steps: always, or with these settings."""
-        return cls.synchronous
+        return cls.capabilities.synchronous
 
     @classmethod
     def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:
@@ -227,9 +208,10 @@ class Algorithm(ABC):
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """The part of `check` that has its reasons in the algorithm."""
-        if ranks < cls.minimum_ranks:
+        minimum = cls.capabilities.minimum_ranks
+        if ranks < minimum:
             raise UserError(
-                f"algorithm.name: {cls.name!r} needs at least {cls.minimum_ranks} ranks, got {ranks}; "
+                f"algorithm.name: {cls.name!r} needs at least {minimum} ranks, got {ranks}; "
                 "start it with `mpi-dasgd launch -n 4 train ...`, or mpirun -n 4"
             )
         if settings.variant not in (None, cls.variant):  # `algorithms.find` chooses the class

@@ -48,13 +48,13 @@ class RunParts:
     @property
     def publication_slots(self) -> int:
         """Slots of a rank's publication; 0 for an algorithm that publishes no models."""
-        uses = self.algorithm_cls.uses_publication
+        uses = self.algorithm_cls.capabilities.uses_publication
         return self.config.transport.publication_slots if uses else 0
 
     @property
     def inbox_slots(self) -> int:
         """Slots of a rank's inbox; 0 for an algorithm that sends no messages."""
-        return self.config.transport.inbox_slots if self.algorithm_cls.uses_inbox else 0
+        return self.config.transport.inbox_slots if self.algorithm_cls.capabilities.uses_inbox else 0
 
     @cached_property
     def max_steps_ahead(self) -> int:

@@ -6,7 +6,7 @@ import ast
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
 from mpi_dasgd.config.schema import CodecConfig as CodecSettings
 from mpi_dasgd.errors import UserError
 
-__all__ = ["SYMBOLS", "Sizes", "evaluate", "kinds", "markdown", "rows", "text"]
+__all__ = ["SYMBOLS", "Sizes", "algorithm_classes", "evaluate", "markdown", "rows", "text"]
 
 SYMBOLS = (
     "M: bytes of a model or gradient in the codec; P: of a model in its own type; n ranks; H local steps; "
@@ -74,9 +74,14 @@ class Sizes:
             raise UserError(f"algorithms: --codec {self.codec!r} is not known (valid: {valid})")
 
 
-def kinds() -> list[type[Algorithm]]:
-    """Return all algorithms, each followed by its other variants."""
-    return [kind for name, first in ALGORITHMS.items() for kind in VARIANTS.get(name, (first,))]
+def algorithm_classes() -> list[type[Algorithm]]:
+    """Return all algorithms that describe themselves, each followed by its other variants."""
+    return [
+        algorithm_cls
+        for name, default in ALGORITHMS.items()
+        for algorithm_cls in VARIANTS.get(name, (default,))
+        if algorithm_cls.description.paper
+    ]
 
 
 def rows(sizes: Sizes | None = None) -> list[dict[str, Any]]:
@@ -87,34 +92,37 @@ def rows(sizes: Sizes | None = None) -> list[dict[str, Any]]:
             under ``""``.
     """
     table = []
-    for kind in kinds():
-        other = kind.variant and kind is not ALGORITHMS[kind.name]
+    for algorithm_cls in algorithm_classes():
+        name, variant = algorithm_cls.name, algorithm_cls.variant
+        is_default = algorithm_cls is ALGORITHMS[name]
         row: dict[str, Any] = {
-            "algorithm": f"{kind.name} {kind.variant}" if other else kind.name,
-            "name": kind.name,
-            "variant": kind.variant,
-            **{key: getattr(kind, key) for key in COLUMNS if key != "algorithm"},
-            "codecs": list(kind.codecs),
+            "algorithm": name if is_default else f"{name} {variant}",
+            "name": name,
+            "variant": variant,
+            **asdict(algorithm_cls.description),
+            "codecs": list(algorithm_cls.codecs),
         }
         if sizes is not None:
-            symbols, row["codec"] = _symbols(kind, sizes)
+            symbols, row["codec"] = _symbols(algorithm_cls, sizes)
             for key in ("traffic", "memory"):
                 row[f"{key}_bytes"] = evaluate(row[key], symbols)
         table.append(row)
     return table
 
 
-def _symbols(kind: type[Algorithm], sizes: Sizes) -> tuple[dict[str, float], str]:
+def _symbols(algorithm_cls: type[Algorithm], sizes: Sizes) -> tuple[dict[str, float], str]:
     """Return the values of the symbols for an algorithm, and the codec that it uses."""
-    usable = sizes.codec in kind.codecs
-    settings = CodecSettings.model_validate({"name": sizes.codec if usable else kind.codecs[0]})
+    usable = sizes.codec in algorithm_cls.codecs
+    settings = CodecSettings.model_validate(
+        {"name": sizes.codec if usable else algorithm_cls.codecs[0]}
+    )
     codec = codecs.make(
         settings,
         sizes.parameters,
         np.dtype(np.float32),
         seed=0,
         rank=0,
-        trailer_words=kind.trailer_words(sizes.ranks),
+        trailer_words=algorithm_cls.trailer_words(sizes.ranks),
     )
     values = {
         "M": codec.layout.nbytes,

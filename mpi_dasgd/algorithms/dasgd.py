@@ -49,6 +49,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import APPLIED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.replica import Link, Replica
 from mpi_dasgd.codecs.error_feedback import EXACT_RANGE
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
@@ -64,17 +65,21 @@ class DASGD(Algorithm):
     """Whole replicas that exchange gradients, each of them exactly once."""
 
     name = "dasgd"
-    paper = "Tosi & Theobald 2023, arXiv 2309.03754"
-    exchanges = "updates, to all ranks"
-    traffic = "(n-1) M; tree, about: 2 M"
-    uses_publication = False
-    memory = "4 M + 2 n P; tree of degree r: 4 M + 2 (r+1) P"  # a float64 sum is 2 P
-    waits = "never"
+    description = Description(
+        paper="Tosi & Theobald 2023, arXiv 2309.03754",
+        exchanges="updates, to all ranks",
+        traffic="(n-1) M; tree, about: 2 M",
+        memory="4 M + 2 n P; tree of degree r: 4 M + 2 (r+1) P",  # a float64 sum is 2 P
+        waits="never",
+        effective_step="n",
+    )
+    capabilities = Capabilities(
+        preserves_mean=False,  # one update moves the sum of the models n times
+        uses_publication=False,
+        minimum_ranks=2,
+    )
     config_keys = ("relay",)
-    effective_step = "n"
     codecs = ("none", "bf16", "qsgd8")
-    preserves_mean = False  # one update moves the sum of the models n times
-    minimum_ranks = 2
     versions: np.ndarray
 
     @classmethod

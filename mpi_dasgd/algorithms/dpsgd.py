@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.topology import Topology
@@ -40,14 +41,18 @@ class DPSGD(Algorithm):
     """Synchronous averages with all neighbours, overlapped with the gradient."""
 
     name = "dpsgd"
-    paper = "Lian et al. 2017, arXiv 1705.09056"
-    exchanges = "models, read by all neighbours"
-    traffic = "r M / H"
-    memory = "4 M + P"
-    uses_inbox = False
-    waits = "every H steps, for the neighbours"
+    description = Description(
+        paper="Lian et al. 2017, arXiv 1705.09056",
+        exchanges="models, read by all neighbours",
+        traffic="r M / H",
+        memory="4 M + P",
+        waits="every H steps, for the neighbours",
+    )
+    capabilities = Capabilities(
+        synchronous=True,
+        uses_inbox=False,
+    )
     config_keys = ("local_steps",)
-    synchronous = True
 
     @classmethod
     def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Description
 from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.algorithms.server import ServerAlgorithm
 from mpi_dasgd.transport.endpoint import ReadRequest, Request
@@ -43,11 +44,13 @@ class EASGD(ServerAlgorithm):
     """Workers tied elastically to a center."""
 
     name = "easgd"
-    paper = "Zhang et al. 2015, arXiv 1412.6651"
-    exchanges = "models with a center, elastically"
-    traffic = "2 M / H; server: 0"
-    memory = "9 M; server that works: 9 M + 2 P"
-    waits = "never"
+    description = Description(
+        paper="Zhang et al. 2015, arXiv 1412.6651",
+        exchanges="models with a center, elastically",
+        traffic="2 M / H; server: 0",
+        memory="9 M; server that works: 9 M + 2 P",
+        waits="never",
+    )
     config_keys = ("elasticity", "local_steps", "server_works")
     codecs = ("none", "bf16", "fp16", "lattice8", "lattice4", "lattice16", "qsgd8")
 

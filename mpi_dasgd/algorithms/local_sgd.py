@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["LocalSGD"]
@@ -24,15 +25,19 @@ class LocalSGD(Algorithm):
     """Exact averages of the models, every H steps."""
 
     name = "local_sgd"
-    paper = "Stich 2019, arXiv 1805.09767"
-    exchanges = "models, summed over all ranks"
-    traffic = "2 M (n-1)/n / H"
-    memory = "0"
-    waits = "every H steps"
+    description = Description(
+        paper="Stich 2019, arXiv 1805.09767",
+        exchanges="models, summed over all ranks",
+        traffic="2 M (n-1)/n / H",
+        memory="0",
+        waits="every H steps",
+    )
+    capabilities = Capabilities(
+        synchronous=True,
+        uses_publication=False,
+        uses_inbox=False,
+    )
     config_keys = ("local_steps",)
-    synchronous = True
-    uses_publication = False
-    uses_inbox = False
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One local step; every H of them the average."""

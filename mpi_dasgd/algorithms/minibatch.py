@@ -11,6 +11,7 @@ mean (n-1)/2. Momentum and schedule see n gradients where `allreduce` has one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
@@ -25,7 +26,7 @@ class MiniBatch(ASGD):
     """A server that gives its model to all workers when all their gradients are in."""
 
     name = "minibatch"
-    waits = "for the slowest worker of each batch"
+    description = replace(ASGD.description, waits="for the slowest worker of each batch")
 
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:

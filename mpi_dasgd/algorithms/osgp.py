@@ -25,6 +25,7 @@ of the mass conserves it. Without the floor the run diverges (a test shows it).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mpi_dasgd.algorithms.base import SKIPPED, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.push_sum import MIN_WEIGHT, PushSum
@@ -39,10 +40,12 @@ class OSGP(PushSum):
     """Push-sum that does not wait, or only for messages of long ago."""
 
     name = "osgp"
-    paper = "Assran et al. 2019, arXiv 1811.10792"
-    memory = "4 M"
-    uses_publication = False
-    waits = "never; with `overlap`: for messages of so many steps ago"
+    description = replace(
+        PushSum.description,
+        paper="Assran et al. 2019, arXiv 1811.10792",
+        memory="4 M",
+        waits="never; with `overlap`: for messages of so many steps ago",
+    )
     config_keys = ("local_steps", "overlap")
 
     @classmethod

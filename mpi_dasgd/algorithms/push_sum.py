@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
@@ -55,9 +56,11 @@ class PushSum(Algorithm):
     its staleness known.
     """
 
-    exchanges = "models with push-sum weights, sent one way"
-    traffic = "M / H"
-    minimum_ranks = 2
+    description = Description(
+        exchanges="models with push-sum weights, sent one way",
+        traffic="M / H",
+    )
+    capabilities = Capabilities(uses_publication=False, minimum_ranks=2)
 
     weight_quanta: int
     """Own weight, in quanta."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm
+from mpi_dasgd.algorithms.description import Capabilities
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
@@ -20,7 +21,7 @@ class ServerAlgorithm(Algorithm):
     A server that works deals with others between its own gradients only, so that these wait for it.
     """
 
-    minimum_ranks = 2
+    capabilities = Capabilities(minimum_ranks=2)
 
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:

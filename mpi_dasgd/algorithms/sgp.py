@@ -25,6 +25,7 @@ shown.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,12 +43,14 @@ class SGP(PushSum):
     """Synchronous push-sum with one out-neighbour a step."""
 
     name = "sgp"
-    paper = "Assran et al. 2019, arXiv 1811.10792"
-    uses_publication = False
-    memory = "4 M; more for each early message: M"
-    waits = "every H steps, for one rank"
+    description = replace(
+        PushSum.description,
+        paper="Assran et al. 2019, arXiv 1811.10792",
+        memory="4 M; more for each early message: M",
+        waits="every H steps, for one rank",
+    )
+    capabilities = replace(PushSum.capabilities, synchronous=True)
     config_keys = ("local_steps",)
-    synchronous = True
 
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:

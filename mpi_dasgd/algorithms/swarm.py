@@ -36,6 +36,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.endpoint import Request
@@ -48,14 +49,18 @@ class Swarm(Algorithm):
 
     name = "swarm"
     variant = "nonblocking"
-    paper = "Nadiradze et al. 2021, arXiv 1910.12308"
-    exchanges = "models, in pairs that conserve the mean"
-    traffic = "2 M / H"
-    memory = "8 M + 2 P"
-    waits = "never"
+    description = Description(
+        paper="Nadiradze et al. 2021, arXiv 1910.12308",
+        exchanges="models, in pairs that conserve the mean",
+        traffic="2 M / H",
+        memory="8 M + 2 P",
+        waits="never",
+    )
+    capabilities = Capabilities(
+        minimum_ranks=2,
+    )
     config_keys = ("local_steps", "local_steps_law", "tries", "weight")
     codecs = PAIR_CODECS
-    minimum_ranks = 2
 
     def start(self) -> None:
         """Publish the initial model: B_i = Y_i = x_i."""

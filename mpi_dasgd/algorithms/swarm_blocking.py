@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 
 from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
 from mpi_dasgd.transport.control_words import FREE, READY
@@ -46,14 +47,18 @@ class BlockingSwarm(Algorithm):
 
     name = "swarm"
     variant = "blocking"
-    paper = "Nadiradze et al. 2021, arXiv 1910.12308"
-    exchanges = "models, in pairs that conserve the mean"
-    traffic = "M / H"
-    memory = "8 M"
-    waits = "at the end of a phase, for a neighbour at the end of its own"
+    description = Description(
+        paper="Nadiradze et al. 2021, arXiv 1910.12308",
+        exchanges="models, in pairs that conserve the mean",
+        traffic="M / H",
+        memory="8 M",
+        waits="at the end of a phase, for a neighbour at the end of its own",
+    )
+    capabilities = Capabilities(
+        minimum_ranks=2,
+    )
     config_keys = ("local_steps", "local_steps_law", "weight")
     codecs = PAIR_CODECS
-    minimum_ranks = 2
 
     def start(self) -> None:
         """Nothing is published before the end of the first phase."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
 from mpi_dasgd.algorithms.pull_averaging import PullExchange
@@ -33,17 +34,21 @@ class PullSwarm(Algorithm):
 
     name = "swarm"
     variant = "pull"
-    paper = "code of Nadiradze et al., not their paper"
-    exchanges = "models, read by one side: the mean is not conserved"
-    traffic = "M / H"
-    memory = "5 M"
-    uses_inbox = False
-    waits = "never"
+    description = Description(
+        paper="code of Nadiradze et al., not their paper",
+        exchanges="models, read by one side: the mean is not conserved",
+        traffic="M / H",
+        memory="5 M",
+        waits="never",
+        effective_step="0.67 to 0.8 at H = 1, 0.86 to 0.94 at H = 4",
+    )
+    capabilities = Capabilities(
+        preserves_mean=False,
+        uses_inbox=False,
+        minimum_ranks=2,
+    )
     config_keys = ("local_steps", "local_steps_law", "weight")
-    effective_step = "0.67 to 0.8 at H = 1, 0.86 to 0.94 at H = 4"
     codecs = PAIR_CODECS
-    preserves_mean = False
-    minimum_ranks = 2
 
     def start(self) -> None:
         """Publish the initial model."""

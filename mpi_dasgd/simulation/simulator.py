@@ -196,7 +196,7 @@ class Simulator:
         self.gradients += 1
         endpoint = self.endpoints[rank]
         endpoint.report_gradients(local.local_step)
-        if not self.algorithms[rank].applies_step_rule:
+        if not self.algorithms[rank].capabilities.applies_step_rule:
             delay = endpoint.gradients() - local.gradients_seen - 1
             local.lr *= self._step_rule(delay)
             self.delays.append(delay)
@@ -265,7 +265,7 @@ class Simulator:
         kind = self.algorithms[0]
         error = total = None
         mean = self.mean_model()
-        if kind.preserves_mean:
+        if kind.capabilities.preserves_mean:
             total = np.sum([a.mass() for a in self.algorithms], axis=0, dtype=np.float64)
             total += self._in_flight()
             scale = np.abs(self.models).sum(0, dtype=np.float64).max()

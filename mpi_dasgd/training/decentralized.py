@@ -220,7 +220,7 @@ class Decentralized:
         self.endpoint.report_gradients(local.local_step)
         self.delay = max(0, self.endpoint.gradients() - self._gradients_seen - 1)
         local.lr_scale = self._schedule.factor(self.progress)
-        if not self.algorithm.applies_step_rule:
+        if not self.algorithm.capabilities.applies_step_rule:
             self.delay_factor = self._step_rule(self.delay)
             local.lr_scale *= self.delay_factor
         if self._timed_lockstep and self.rank == 0 and self.progress >= 1.0:

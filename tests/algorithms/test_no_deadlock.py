@@ -9,7 +9,7 @@ import pytest
 
 from mpi_dasgd import config
 from mpi_dasgd.algorithms import Algorithm
-from mpi_dasgd.algorithms.catalogue import kinds
+from mpi_dasgd.algorithms.catalogue import algorithm_classes
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -48,22 +48,24 @@ def random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("random_delays")
 @pytest.mark.parametrize("ranks", [7, 8])
-@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: f"{kind.name} {kind.variant}".strip())
-def test_no_deadlock_and_no_wait(kind: type[Algorithm], ranks: int) -> None:
+@pytest.mark.parametrize(
+    "algorithm_cls", algorithm_classes(), ids=lambda cls: f"{cls.name} {cls.variant}".strip()
+)
+def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> None:
     """All ranks go on, odd and even; those that claim to wait for nobody, and no others, never yield."""
     overrides = [
-        f"algorithm.name={kind.name}", f"simulation.ranks={ranks}", "simulation.slow_ranks=[-1]",
+        f"algorithm.name={algorithm_cls.name}", f"simulation.ranks={ranks}", "simulation.slow_ranks=[-1]",
         "simulation.slow_factor=5", "simulation.compute=exponential", "simulation.dimension=1",
         "simulation.gradients=off", f"budget.samples={EVENTS}",
     ]  # fmt: skip
-    if kind.variant:
-        overrides.append(f"algorithm.variant={kind.variant}")
-    if kind.variant == "bipartite":
+    if algorithm_cls.variant:
+        overrides.append(f"algorithm.variant={algorithm_cls.variant}")
+    if algorithm_cls.variant == "bipartite":
         overrides.append("topology.graph=ring")
-    elif kind.name in ("sgp", "osgp"):
+    elif algorithm_cls.name in ("sgp", "osgp"):
         overrides.append("topology.graph=exponential")
     settings = config.load(JOB, overrides)
-    if kind.variant == "bipartite" and ranks % 2:
+    if algorithm_cls.variant == "bipartite" and ranks % 2:
         with pytest.raises(UserError, match="odd circle"):
             Simulator(settings, _InOrder)
         return
@@ -83,4 +85,4 @@ def test_no_deadlock_and_no_wait(kind: type[Algorithm], ranks: int) -> None:
         if event == EVENTS // 2:
             halfway = min(local.local_step for local in workers)
     assert min(local.local_step for local in workers) > 1.5 * halfway > 0
-    assert (simulation.waits == 0) == kind.waits.startswith("never")
+    assert (simulation.waits == 0) == algorithm_cls.description.waits.startswith("never")
