@@ -54,7 +54,7 @@ from mpi_dasgd.algorithms.replica import Link, Replica
 from mpi_dasgd.codecs.error_feedback import EXACT_RANGE
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.topology import Topology
+from mpi_dasgd.topology import Topology, tree_branches
 from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
 
@@ -107,7 +107,7 @@ class DASGD(Algorithm):
         rank, graph = self.endpoint.rank, self.endpoint.topology
         self._relays = self.settings.relay == "tree" or not graph.is_complete
         behind = (
-            graph.tree_branches(rank) if self._relays else dict.fromkeys(graph.neighbours(rank), 1)
+            tree_branches(graph, rank) if self._relays else dict.fromkeys(graph.neighbours(rank), 1)
         )
         self._replica = Replica(self.x, self.codec, behind)
         self._links = self._replica.links

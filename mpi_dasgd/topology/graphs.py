@@ -1,4 +1,4 @@
-"""How the graphs over the ranks are made: by rule, at random, or from an edge file."""
+"""Construction of graphs over the ranks: by rule, at random, or from an edge file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Cayley:
-    """A vertex-transitive graph by rule: a rank, written in the mixed base `shape`, plus a hop.
+    """A Cayley graph: neighbours of a rank, as digits in the mixed base `shape`, differ by a generator.
 
     Attributes:
         shape: base of each digit of a rank; their product is the number of ranks.
@@ -35,24 +35,25 @@ class Cayley:
 
     @classmethod
     def undirected(cls, shape: tuple[int, ...], generators: Iterable[tuple[int, ...]]) -> Cayley:
-        """Make the graph from hops that are walked both ways."""
+        """Make the graph from generators, to each of which its negative is added."""
         one_way = np.array(list(generators), dtype=np.int64).reshape(-1, len(shape))
         both = np.unique(np.concatenate([one_way, -one_way]) % np.array(shape), axis=0)
         return cls(shape, both[both.any(axis=1)])
 
     def neighbours(self, ranks: Ints) -> Ints:
-        """Return the (len(ranks), degree) neighbours, unsorted."""
+        """Return the neighbours of `ranks`, (len(ranks), degree), unsorted."""
         digits = np.stack(np.unravel_index(ranks, self.shape), axis=-1)
         moved = (digits[:, None, :] + self.generators) % np.array(self.shape)
-        ranks_there: Ints = np.ravel_multi_index(tuple(np.moveaxis(moved, -1, 0)), self.shape)
-        return ranks_there
+        neighbours: Ints = np.ravel_multi_index(tuple(np.moveaxis(moved, -1, 0)), self.shape)
+        return neighbours
 
     def adjacency(self) -> Any:
         """Return the (size, size) 0/1 matrix as a csr_array."""
-        near = self.neighbours(np.arange(math.prod(self.shape)))
-        size, degree = near.shape
+        neighbours = self.neighbours(np.arange(math.prod(self.shape)))
+        size, degree = neighbours.shape
         starts = np.arange(size + 1) * degree
-        return sp.csr_array((np.ones(near.size), near.ravel(), starts), shape=(size, size))
+        ones = np.ones(neighbours.size)
+        return sp.csr_array((ones, neighbours.ravel(), starts), shape=(size, size))
 
     def eigenvalues(self) -> NDArray[np.float64]:
         """Return the (size - 1,) eigenvalues of the adjacency matrix other than the degree.
@@ -151,7 +152,7 @@ def _adjacency(graph: Any) -> Any:
 
 
 def read_edges(path: Path, size: int) -> tuple[Any, bool]:
-    """Read a connected graph from a file with one "i j" or "i j weight" a line; # starts a comment.
+    """Read a connected graph from a file with "i j" or "i j weight" per line; # starts a comment.
 
     Returns:
         The (size, size) adjacency, or the weights, as a csr_array; and whether it has weights.

@@ -1,4 +1,4 @@
-"""Who may talk to whom: graphs over the ranks, their mixing weights and their spectra.
+"""Graphs over the ranks: which ranks may exchange models, and with which mixing weights.
 
 Regular graphs are kept as a rule (each rank computes its own neighbours in O(degree)), so that a
 ring of 65,536 ranks or a complete graph of 4096 costs a rank nothing; whole matrices are built only
@@ -11,40 +11,36 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import breadth_first_order, connected_components, shortest_path
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.csgraph import connected_components, shortest_path
 
+from mpi_dasgd.config.schema import TopologyConfig
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.topology.graphs import Cayley, cayley_graph, random_regular, read_edges
 
 __all__ = ["NAMES", "Topology", "build"]
 
-NAMES = (
-    "ring",
-    "complete",
-    "exponential",
-    "hypercube",
-    "torus",
-    "random_regular",
-    "bipartite_exponential",
-    "edges",
-)
+NAMES: tuple[str, ...] = get_args(TopologyConfig.model_fields["graph"].annotation)
+"""Names of all graphs: those of `topology.graph` in a configuration."""
 
-DENSE_RANKS = 1500  # up to here a dense eigensolver takes about a second
-LISTED_RANKS = 64  # complete graphs of more have no lists of neighbours
-LANCZOS_RESTARTS = 200  # a random 3-regular graph of 65,536 ranks needs about 30
+LISTED_RANKS = 64
+"""Ranks up to which complete graphs have lists of neighbours."""
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class AllButOne(Sequence[int]):
-    """All ranks but one, ascending: they take no memory, as lists of all ranks of a large graph would."""
+    """All ranks but one, ascending, without the memory of a list.
+
+    Args:
+        size: number of ranks.
+        rank: the rank that is left out.
+    """
 
     size: int
     rank: int
@@ -73,12 +69,12 @@ class AllButOne(Sequence[int]):
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """An undirected graph over the ranks 0..size-1 and what is derived from it.
+    """An undirected graph over the ranks 0..size-1, with mixing weights.
 
     Attributes:
         name: one of `NAMES`.
-        size: number of ranks, absent ones included: ranks keep their numbers.
-        removed: ranks that were dropped; they have no neighbours.
+        size: number of ranks, removed ones included: ranks keep their numbers.
+        removed: ranks that `without` took out; they have no neighbours.
     """
 
     name: str
@@ -89,7 +85,7 @@ class Topology:
     _tuples: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def neighbours(self, rank: int) -> Sequence[int]:
-        """Return the ranks that `rank` may talk to, ascending."""
+        """Return the ranks that `rank` may exchange with, ascending."""
         if rank not in self._tuples:
             if self.name == "complete" and self.size > LISTED_RANKS and not self.removed:
                 return AllButOne(self.size, rank)
@@ -110,25 +106,34 @@ class Topology:
         return tuple((1.0 / (1.0 + larger)).tolist())
 
     def eccentricity(self, rank: int) -> int:
-        """Return how many edges the farthest rank is away from `rank`, in a graph without absent ranks."""
-        hops = shortest_path(self._adjacency(), unweighted=True, indices=rank)
-        return int(hops.max())
+        """Return the number of edges to the rank farthest from `rank`; no rank may be removed."""
+        distances = shortest_path(self.adjacency(), unweighted=True, indices=rank)
+        return int(distances.max())
 
     @property
     def edges(self) -> Ints:
-        """The (m, 2) edges i < j, sorted; built anew at each call."""
-        pairs = np.stack(self._adjacency().nonzero(), axis=1).astype(np.int64)
+        """Edges i < j, (edges, 2), int64, sorted; computed at each access."""
+        pairs = np.stack(self.adjacency().nonzero(), axis=1).astype(np.int64)
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]
         return pairs[np.lexsort(pairs.T[::-1])]
+
+    def adjacency(self) -> Any:
+        """Return the adjacency matrix as a (size, size) csr_array, the weights of an edge file as data."""
+        graph = self._graph.adjacency() if isinstance(self._graph, Cayley) else self._graph
+        if self.removed:
+            keep = sp.diags_array(self._alive.astype(float))
+            graph = (keep @ graph @ keep).tocsr()
+            graph.eliminate_zeros()
+        return graph
 
     def mixing_matrix(self) -> Any:
         """Return the mixing matrix W as a (size, size) float64 csr_array.
 
         Symmetric and doubly stochastic: the weights of the edge file where it gives them, else
         Metropolis-Hastings, W_ij = 1 / (1 + max(degree_i, degree_j)) (Xiao, Boyd and Lashkari,
-        2004). Absent ranks have a 1 on the diagonal.
+        2004). Removed ranks have a 1 on the diagonal.
         """
-        graph = self._adjacency().tocoo()
+        graph = self.adjacency().tocoo()
         rows, columns = graph.coords
         larger = np.maximum(self._degrees[rows], self._degrees[columns])
         weights = graph.data if self._weighted else 1.0 / (1.0 + larger)
@@ -137,42 +142,13 @@ class Topology:
         own = np.maximum(1.0 - others.sum(axis=1), 0.0)
         return (others + sp.diags_array(own)).tocsr()
 
-    def spectral_gap(self) -> float:
-        """Return 1 - max(|lambda_2|, |lambda_n|) of W over the ranks that are not absent.
-
-        0 if they are not connected, 1 if there is only one.
-        """
-        if self.size - len(self.removed) == 1:
-            return 1.0
-        if self._by_rule:
-            walk = (1.0 + self._graph.eigenvalues()) / (1.0 + len(self._graph.generators))
-            return float(1.0 - np.abs(walk).max())
-        return _gap(self._without_removed(self.mixing_matrix())) if self.is_connected else 0.0
-
-    def algebraic_connectivity(self) -> float:
-        """Return the second smallest eigenvalue of the unweighted Laplacian D - A.
-
-        Over the ranks that are not absent; 0 if they are not connected or there is only one.
-        """
-        if self.size - len(self.removed) == 1:
-            return 0.0
-        if self._by_rule:
-            return float(len(self._graph.generators) - self._graph.eigenvalues().max())
-        if not self.is_connected:
-            return 0.0
-        graph = self._without_removed(self._adjacency())
-        graph.data[:] = 1.0
-        degrees = graph.sum(axis=1)
-        # I - L / (2 max degree) is a lazy walk with eigenvalues in [0, 1]: its gap is lambda_2's.
-        scale = 2.0 * degrees.max()
-        return float(scale * _gap((sp.diags_array(1.0 - degrees / scale) + graph / scale).tocsr()))
-
     @cached_property
     def is_connected(self) -> bool:
-        """Whether every rank that is not absent can reach every other."""
-        if self._by_rule:
+        """Whether every rank that is not removed can reach every other."""
+        if self.cayley is not None:
             return True
-        parts = connected_components(self._without_removed(self._adjacency()), return_labels=False)
+        kept = self.remaining
+        parts = connected_components(self.adjacency()[kept][:, kept], return_labels=False)
         return bool(parts == 1)
 
     @property
@@ -182,62 +158,47 @@ class Topology:
 
     @cached_property
     def bipartition(self) -> NDArray[np.int8] | None:
-        """Which of two sets each rank is in, 0 or 1, so that all edges are between them; rank 0 is in 0.
+        """Side of each rank, 0 or 1, (size,), with all edges between the sides and rank 0 on side 0.
 
-        None if there are no two such sets.
+        None if the graph is not bipartite.
         """
-        colour = np.full(self.size, -1, dtype=np.int8)
+        sides = np.full(self.size, -1, dtype=np.int8)
         for start in range(self.size):
-            if colour[start] >= 0:
+            if sides[start] >= 0:
                 continue
-            colour[start] = 0
+            sides[start] = 0
             frontier = [start]
             while frontier:
                 rank = frontier.pop()
-                near = self._neighbour_array(rank)
-                seen = colour[near]
-                if (seen == colour[rank]).any():
+                neighbours = self._neighbour_array(rank)
+                if (sides[neighbours] == sides[rank]).any():
                     return None
-                fresh = near[seen < 0]
-                colour[fresh] = 1 - colour[rank]
-                frontier.extend(fresh.tolist())
-        return colour
+                unseen = neighbours[sides[neighbours] < 0]
+                sides[unseen] = 1 - sides[rank]
+                frontier.extend(unseen.tolist())
+        return sides
 
     @cached_property
     def is_complete(self) -> bool:
         """Whether every rank may talk to every other."""
         return bool((self._degrees == self.size - 1).all())
 
-    def tree_branches(self, rank: int) -> dict[int, int]:
-        """Return the neighbours of `rank` in the breadth-first spanning tree from rank 0.
-
-        With each of them: how many ranks lie behind it, itself included. All ranks build the same tree.
-        """
-        parents, below = self._tree
-        branches = {int(k): int(below[k]) for k in np.flatnonzero(parents == rank)}
-        if parents[rank] >= 0:
-            branches[int(parents[rank])] = self.size - int(below[rank])
-        return branches
-
-    @cached_property
-    def _tree(self) -> tuple[Ints, Ints]:
-        """Parent of each rank in the spanning tree, negative for rank 0, and the size of its subtree."""
-        order, parents = breadth_first_order(self._adjacency(), 0)
-        below = np.ones(self.size, dtype=np.int64)
-        for rank in order[:0:-1]:
-            below[parents[rank]] += below[rank]
-        return parents.astype(np.int64), below
-
     def without(self, ranks: Iterable[int]) -> Topology:
-        """Return the graph without `ranks`: neighbours and weights renewed, connected or not.
+        """Return the graph without `ranks`, connected or not.
 
-        The numbering and `size` stay; weight that went to a dropped rank returns to the sender.
+        The numbering and `size` stay; the mixing weight of a removed neighbour goes to the rank itself.
         """
         return replace(self, removed=self.removed | frozenset(ranks), _tuples={})
 
     @property
-    def _by_rule(self) -> bool:
-        return isinstance(self._graph, Cayley) and not self.removed
+    def cayley(self) -> Cayley | None:
+        """The rule that makes this graph; None if there is none, or if ranks were removed."""
+        return self._graph if isinstance(self._graph, Cayley) and not self.removed else None
+
+    @property
+    def remaining(self) -> Ints:
+        """Ranks that were not removed, ascending."""
+        return np.flatnonzero(self._alive)
 
     @cached_property
     def _alive(self) -> NDArray[np.bool_]:
@@ -265,19 +226,8 @@ class Topology:
     def _neighbour_array(self, rank: int) -> Ints:
         if rank in self.removed:
             return np.empty(0, dtype=np.int64)
-        near = self._all_neighbours(rank)
-        return near[self._alive[near]] if self.removed else near
-
-    def _adjacency(self) -> Any:
-        graph = self._graph.adjacency() if isinstance(self._graph, Cayley) else self._graph
-        if self.removed:
-            keep = sp.diags_array(self._alive.astype(float))
-            graph = (keep @ graph @ keep).tocsr()
-            graph.eliminate_zeros()
-        return graph
-
-    def _without_removed(self, matrix: Any) -> Any:
-        return matrix[self._alive][:, self._alive]
+        neighbours = self._all_neighbours(rank)
+        return neighbours[self._alive[neighbours]] if self.removed else neighbours
 
 
 def build(
@@ -295,7 +245,7 @@ def build(
             and 1 + 2^m both ways (Assran et al., 2019), `torus` is 2-D and as square as can be.
         size: number of ranks; 1 gives a graph without edges.
         degree: neighbours per rank, for `random_regular`.
-        file: edge file, for `edges`: one "i j" or "i j weight" a line, # starts a comment.
+        file: edge file, for `edges`: "i j" or "i j weight" per line, # starts a comment.
         seed: seed of `random_regular`.
 
     Raises:
@@ -320,23 +270,3 @@ def build(
     if name == "random_regular":
         return Topology(name, size, random_regular(size, degree, seed))
     return Topology(name, size, cayley_graph(name, size))
-
-
-def _gap(matrix: Any) -> float:
-    """Return 1 - max(|lambda_2|, |lambda_n|) of a connected doubly stochastic matrix."""
-    size = matrix.shape[0]
-    if size <= DENSE_RANKS:
-        values = np.linalg.eigvalsh(matrix.toarray())
-        return float(1.0 - max(-values[0], values[-2]))
-    rest = LinearOperator((size, size), matvec=lambda x: matrix @ x - x.mean(), dtype=float)
-    start = np.random.default_rng(0).standard_normal(size)
-    kind = {"return_eigenvectors": False, "v0": start}
-    try:
-        values = eigsh(rest, k=1, which="LM", ncv=50, maxiter=LANCZOS_RESTARTS, tol=1e-8, **kind)
-        return float(1.0 - abs(values[0]))
-    except ArpackNoConvergence:
-        # Lanczos fails on graphs that mix slowly; most have small separators, so that a sparse
-        # factorization at each end of the spectrum is cheap.
-        top = eigsh(matrix.tocsc(), k=2, sigma=1.0 + 1e-6, **kind).min()
-        bottom = eigsh(matrix.tocsc(), k=1, sigma=-1.0 - 1e-6, tol=1e-4, **kind).min()
-        return float(1.0 - max(top, -bottom))

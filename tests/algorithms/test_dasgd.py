@@ -308,7 +308,7 @@ def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
 @pytest.mark.parametrize(("graph", "ranks"), [("ring", 9), ("torus", 12), ("complete", 5)])
 def test_branches_make_one_spanning_tree(graph: str, ranks: int) -> None:
     built = topology.build(graph, ranks)
-    branches = [built.tree_branches(rank) for rank in range(ranks)]
+    branches = [topology.tree_branches(built, rank) for rank in range(ranks)]
     for rank, near in enumerate(branches):
         assert set(near) <= set(built.neighbours(rank))
         assert all(rank in branches[other] for other in near)
@@ -385,7 +385,7 @@ def test_a_resumed_run_begins_with_the_mean_and_agrees_again(graph: str) -> None
     )  # fmt: skip
     saved = Saved(*settings)
     saved.run()
-    branches = [saved.network.topology.tree_branches(rank) for rank in range(4)]
+    branches = [topology.tree_branches(saved.network.topology, rank) for rank in range(4)]
     mean = np.zeros(8)
     for rank, state in saved.states.items():
         mean += state["sum"]

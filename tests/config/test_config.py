@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from mpi_dasgd import algorithms, codecs, config, topology
+from mpi_dasgd import algorithms, codecs, config
 from mpi_dasgd.config import schema
 from mpi_dasgd.errors import UserError
 
@@ -93,4 +93,3 @@ def _literals(section: str, key: str) -> set[str]:
 def test_names_in_the_schema_are_those_of_the_code() -> None:
     assert _literals("algorithm", "name") == set(algorithms.ALGORITHMS)
     assert _literals("codec", "name") == {"auto", *codecs.CODECS}
-    assert _literals("topology", "graph") == set(topology.NAMES)
