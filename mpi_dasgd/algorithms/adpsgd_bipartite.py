@@ -135,7 +135,7 @@ class BipartiteADPSGD(Algorithm):
     def _wait_for_reply(self, step: int) -> Iterator[Request]:
         """Active: wait for the answer, if one is owed: x_i <- x_i + (x_j - x_i)/2."""
         inbox = self.endpoint.inbox
-        answer = self.endpoint.until(lambda: inbox.has_messages or self._partner_is_dead)
+        answer = self.endpoint.wait_until(lambda: inbox.has_messages or self._partner_is_dead)
         while self._awaiting_reply_from is not None:
             while not answer.test():
                 yield answer

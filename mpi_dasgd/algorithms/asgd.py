@@ -132,7 +132,7 @@ class ASGD(ServerAlgorithm):
             self._item = None
         inbox = self.endpoint.inbox
         while not self._items:
-            arrival = self.endpoint.until(lambda: inbox.has_messages)
+            arrival = self.endpoint.wait_until(lambda: inbox.has_messages)
             while not arrival.test():
                 yield arrival
             self._items.extend(inbox.receive())
@@ -151,7 +151,7 @@ class ASGD(ServerAlgorithm):
             posting = posting or endpoint.acquire_send_buffer(0)
             return posting is not None
 
-        there = endpoint.until(room, (0,))
+        there = endpoint.wait_until(room, (0,))
         while not there.test():
             yield there
         assert posting is not None
@@ -166,7 +166,7 @@ class ASGD(ServerAlgorithm):
             local.gradient[:] = own
             self._apply(local, 0, job)
         while self._item is None:
-            something = self.endpoint.until(self.end_training)
+            something = self.endpoint.wait_until(self.end_training)
             while not something.test():
                 yield something
             self.serve(local)

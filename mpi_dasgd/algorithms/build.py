@@ -54,7 +54,9 @@ class RunParts:
     @property
     def inbox_slots(self) -> int:
         """Slots of a rank's inbox; 0 for an algorithm that sends no messages."""
-        return self.config.transport.inbox_slots if self.algorithm_cls.capabilities.uses_inbox else 0
+        return (
+            self.config.transport.inbox_slots if self.algorithm_cls.capabilities.uses_inbox else 0
+        )
 
     @cached_property
     def max_steps_ahead(self) -> int:

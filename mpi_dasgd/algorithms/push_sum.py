@@ -151,7 +151,7 @@ class PushSum(Algorithm):
     def _until(self, condition: Callable[[], bool], *ranks: int) -> Iterator[Request]:
         """Wait for `condition`, which depends on words of `ranks`, and take in what arrives meanwhile."""
         endpoint = self.endpoint
-        something = endpoint.until(
+        something = endpoint.wait_until(
             lambda: condition() or (self._accepts_messages and endpoint.inbox.has_messages),
             (endpoint.rank, *ranks),
         )

@@ -96,7 +96,7 @@ class BlockingSwarm(Algorithm):
 
     def _wait(self, condition: Callable[[], bool]) -> Iterator[Request]:
         """Wait for own control words."""
-        pending = self.endpoint.until(condition)
+        pending = self.endpoint.wait_until(condition)
         while not pending.test():
             yield pending
 

@@ -21,8 +21,10 @@ from mpi_dasgd.staleness.version_vectors import SetStaleness
 from mpi_dasgd.tasks import convex
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.endpoint import Request
+from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+from mpi_dasgd.transport.virtual.network import Network
 
 __all__ = ["Simulator", "simulate"]
 
@@ -55,12 +57,16 @@ class Simulator:
         dimension = self.problem.start.size
         self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
         self.clock = Clock()
-        self.network = Network(
-            self.clock,
+        memory = SharedMemory(
             self.codecs[0].layout,
-            parts.topology,
+            self.size,
             publication_slots=parts.publication_slots,
             inbox_slots=parts.inbox_slots,
+        )
+        self.network = Network(
+            self.clock,
+            memory,
+            parts.topology,
             latency=settings.latency,
             bandwidth=settings.bandwidth,
         )
@@ -239,11 +245,12 @@ class Simulator:
     def _in_flight(self) -> np.ndarray:
         """Sum of the deltas that were sent and not absorbed."""
         total = np.zeros(self.models.shape[1])
-        where = self.network.word_map
+        memory = self.network.memory
+        word_map = memory.word_map
         for rank in range(self.size):
-            for slot, index in enumerate(where.inbox):
-                if self.network.read(rank, index) & 3 == READY:
-                    message = self.network.view(rank, len(where.publication) + slot)
+            for slot, index in enumerate(word_map.inbox):
+                if memory.read(rank, index) & 3 == READY:
+                    message = memory.view(rank, len(word_map.publication) + slot)
                     total += self.algorithms[rank].mass_of(message)
         return total
 

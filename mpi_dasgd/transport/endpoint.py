@@ -170,7 +170,9 @@ class Endpoint(ABC):
         """Send a buffer, written and stamped: it arrives exactly once, in order."""
 
     @abstractmethod
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
+    def wait_until(
+        self, condition: Callable[[], bool], ranks: Iterable[int] | None = None
+    ) -> Request:
         """Return what is done when `condition` holds.
 
         Args:

@@ -58,7 +58,7 @@ class Publication:
         word_map: WordMap,
         rank: int,
         counters: Counters,
-        max_claims: int,
+        max_claims: int = 2,
     ) -> None:
         self._words = words
         self._slots = slots

@@ -20,6 +20,7 @@ from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.storage.schema import APPLIED
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
+from tests.support.random_delays import RandomDelays
 from tests.support.training import train
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
@@ -195,24 +196,9 @@ def test_with_latency_a_worker_waits_for_the_server_only(ranks: int) -> None:
     assert figures["wait_time"] == pytest.approx(0.5 * figures["gradients"], rel=0.02)
 
 
-class _Jittery(VirtualEndpoint):
+def _jittery(network: Network, rank: int) -> VirtualEndpoint:
     """Every message has a delay of its own; those of a sender keep their order."""
-
-    def __init__(self, network: Network, rank: int) -> None:
-        super().__init__(network, rank)
-        self._random = random.Random(rank)
-        self._busy = 0.0
-
-    def _after_transfer(self, event: Callable[[], None]) -> None:
-        clock = self._network.clock
-        self._busy = max(self._busy, clock.now + self._random.expovariate(2.0))
-        self._in_flight += 1
-
-        def arrive() -> None:
-            self._in_flight -= 1
-            event()
-
-        clock.after(self._busy - clock.now, arrive)
+    return VirtualEndpoint(network, rank, RandomDelays(random.Random(rank), mean=0.5))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +217,7 @@ def test_no_deadlock_whatever_the_delays(setting: list[str], samples: int) -> No
     figures, _ = _run(
         *setting, "simulation.latency=0.1", "simulation.compute=exponential",
         "simulation.gradients=off", "simulation.dimension=1", f"budget.samples={samples}",
-        endpoint=_Jittery,
+        endpoint=_jittery,
     )  # fmt: skip
     assert figures["events"] > 4 * samples
 

@@ -14,8 +14,10 @@ from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import ExchangeOutcome, Message, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+from mpi_dasgd.transport.virtual.network import Network
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
 
@@ -116,7 +118,8 @@ def test_an_answer_in_the_middle_of_a_step_waits_for_the_next() -> None:
     clock = Clock()
     codec = Meanwhile(4, np.dtype(np.float32))
     codec.clock = clock
-    network = Network(clock, codec.layout, topology.build("complete", 2), latency=1.0)
+    memory = SharedMemory(codec.layout, 2)
+    network = Network(clock, memory, topology.build("complete", 2), latency=1.0)
     models = [np.full(4, value, np.float32) for value in (0.0, 1024.0)]
     records: list[Any] = []
     algorithms = [

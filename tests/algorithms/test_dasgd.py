@@ -57,7 +57,7 @@ class Watched(Simulator):
         expected = (self.updates * GRID_STEP).astype(self.models.dtype)
         for algorithm, model in zip(self.algorithms, self.models, strict=True):
             assert algorithm.is_drained
-            assert algorithm.versions.tolist() == self.network.counts
+            assert algorithm.versions.tolist() == self.network.gradient_counts
             np.testing.assert_array_equal(model, expected)
 
 
@@ -262,7 +262,11 @@ def test_the_version_vectors_are_rebuilt_from_the_results(graph: str) -> None:
     assert found.missing.mean() == pytest.approx(meter.missing_average, rel=1e-12)
     assert found.missing.max() == meter.missing_maximum
     # the spread of each gradient, one by one
-    own = [(rank, s) for rank in range(5) for s in range(1, simulation.network.counts[rank] + 1)]
+    own = [
+        (rank, s)
+        for rank in range(5)
+        for s in range(1, simulation.network.gradient_counts[rank] + 1)
+    ]
     order = sorted(
         (time, rank, int(step))
         for rank, rows in enumerate(simulation.rows)
@@ -398,7 +402,7 @@ def test_a_resumed_run_begins_with_the_mean_and_agrees_again(graph: str) -> None
     simulation.updates = _integers(round_to_grid(mean / 4))
     assert simulation.run()["waits"] == 4  # each rank once
     simulation.check_agreement()
-    assert min(simulation.network.counts) > 10
+    assert min(simulation.network.gradient_counts) > 10
 
 
 class Mortal(VirtualEndpoint):

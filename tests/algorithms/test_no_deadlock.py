@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -14,39 +13,12 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
+from tests.support.random_delays import RandomDelays
 from tests.support.virtual_ranks import JOB
 
 EVENTS = 100_000
 
 
-class _InOrder(VirtualEndpoint):
-    """Messages of one sender do not overtake each other, as on windows."""
-
-    def __init__(self, network: Network, rank: int) -> None:
-        super().__init__(network, rank)
-        self._last = 0.0
-
-    def _after_transfer(self, event: Callable[[], None]) -> None:
-        clock = self._network.clock
-        self._last = max(self._last, clock.now + self._network.transfer)
-        self._in_flight += 1
-
-        def arrive() -> None:
-            self._in_flight -= 1
-            event()
-
-        clock.after(self._last - clock.now, arrive)
-
-
-@pytest.fixture
-def random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the latency of the network finds another one, exponential of mean 0.2 steps."""
-    dice = random.Random(1)
-    latency = property(lambda network: dice.expovariate(5.0), lambda network, value: None)
-    monkeypatch.setattr(Network, "latency", latency, raising=False)
-
-
-@pytest.mark.usefixtures("random_delays")
 @pytest.mark.parametrize("ranks", [7, 8])
 @pytest.mark.parametrize(
     "algorithm_cls", algorithm_classes(), ids=lambda cls: f"{cls.name} {cls.variant}".strip()
@@ -65,11 +37,16 @@ def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> 
     elif algorithm_cls.name in ("sgp", "osgp"):
         overrides.append("topology.graph=exponential")
     settings = config.load(JOB, overrides)
+    rng = random.Random(1)
+
+    def endpoint(network: Network, rank: int) -> VirtualEndpoint:
+        return VirtualEndpoint(network, rank, RandomDelays(rng, mean=0.2))
+
     if algorithm_cls.variant == "bipartite" and ranks % 2:
         with pytest.raises(UserError, match="odd circle"):
-            Simulator(settings, _InOrder)
+            Simulator(settings, endpoint)
         return
-    simulation = Simulator(settings, _InOrder)
+    simulation = Simulator(settings, endpoint)
     for algorithm in simulation.algorithms:
         algorithm.start()
     for rank in range(ranks):

@@ -215,7 +215,7 @@ def test_a_checkpoint_in_the_middle_of_a_phase_holds_all() -> None:
     again.algorithms[0].load_state(saved)
     again.algorithms[0].restart(4)
     np.testing.assert_array_equal(again.algorithms[0].mass(), before.mass())
-    publication = again.network.view(0, again.network.read(0, HEAD) & 0xFF)
+    publication = again.memory.view(0, again.memory.read(0, HEAD) & 0xFF)
     np.testing.assert_array_equal(publication.payload, saved["live"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mpi_dasgd.transport.inbox import Inbox, ReceivedMessage
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
 from tests.support.mpi_ranks import ROOT
+from tests.support.random_delays import RandomDelays
 from tests.support.rank_pool import run_pooled
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
@@ -238,26 +240,15 @@ class _Counting(VirtualEndpoint):
     """Messages take random times, and their weight is counted."""
 
     def __init__(self, network: Network, rank: int) -> None:
-        super().__init__(network, rank)
-        self.inbox = _CountingInbox(network, network, network.word_map, rank, self.counters)
+        delays = RandomDelays(random.Random(rank), mean=0.3, overtaking=True)
+        super().__init__(network, rank, delays)
+        memory = network.memory
+        self.inbox = _CountingInbox(memory, memory, memory.word_map, rank, self.counters)
         self.sent = 0
-        self._random = np.random.default_rng([rank, 7])
 
     def send(self, posting: SendBuffer) -> None:
         self.sent += int(posting.message.trailer[0])
         super().send(posting)
-
-    def _after_transfer(self, event: Callable[[], None]) -> None:
-        self._in_flight += 1
-
-        def arrive() -> None:
-            self._in_flight -= 1
-            event()
-
-        self._network.clock.after(self._random.exponential(0.3), arrive)
-
-    def _settle(self, reading: Any) -> None:
-        self._network.clock.after(self._random.exponential(0.3), reading.settle)
 
 
 def _weight(simulation: Simulator) -> int:

@@ -144,8 +144,8 @@ def post(endpoint: RmaEndpoint) -> bool:
 def until(endpoint: RmaEndpoint) -> bool:
     """A wait for words ends when they change, not before."""
     everyone = range(COMM.size)
-    counted = endpoint.until(lambda: endpoint.gradients() == COMM.size, everyone)
-    arrived = endpoint.until(lambda: endpoint.inbox.has_messages)
+    counted = endpoint.wait_until(lambda: endpoint.gradients() == COMM.size, everyone)
+    arrived = endpoint.wait_until(lambda: endpoint.inbox.has_messages)
     good = not counted.test() and not arrived.test()
     COMM.Barrier()
     endpoint.report_gradients(1)

@@ -14,12 +14,11 @@ from functools import partial
 
 import numpy as np
 
-from mpi_dasgd import topology
 from mpi_dasgd.codecs import Message
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
 from tests.programs.ledger import Ledger, layout
 from tests.programs.player import Player
 
@@ -82,33 +81,33 @@ class Memory:
 
     Args:
         stage: whose steps these are.
-        network: the memory.
+        memory: the memory.
         rank: who looks at it.
         near: whether other ranks' slots are in place, or must be got and put.
     """
 
-    def __init__(self, stage: Stage, network: Network, rank: int, near: bool) -> None:
+    def __init__(self, stage: Stage, memory: SharedMemory, rank: int, near: bool) -> None:
         self._stage = stage
-        self._network = network
+        self._memory = memory
         self._rank = rank
         self._near = near
 
     def read(self, rank: int, index: int) -> int:
         self._stage.wait()
-        return self._network.read(rank, index)
+        return self._memory.read(rank, index)
 
     def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
         self._stage.wait()
-        return self._network.swap(rank, index, expected, new)
+        return self._memory.swap(rank, index, expected, new)
 
     def view(self, rank: int, index: int) -> Message | None:
-        return self._network.view(rank, index) if self._near or rank == self._rank else None
+        return self._memory.view(rank, index) if self._near or rank == self._rank else None
 
     def get(self, rank: int, index: int, out: Message) -> None:
-        self._copy(self._network.view(rank, index), out)
+        self._copy(self._memory.view(rank, index), out)
 
     def put(self, rank: int, index: int, message: Message) -> None:
-        self._copy(message, self._network.view(rank, index))
+        self._copy(message, self._memory.view(rank, index))
 
     def _copy(self, source: Message, out: Message) -> None:
         # The header goes with the second half: the halves differ in any case.
@@ -144,18 +143,12 @@ def play(
     Returns:
         What was found, and what was done.
     """
-    network = Network(
-        Clock(),
-        layout(_ELEMENTS),
-        topology.build("complete", RANKS),
-        publication_slots=slots,
-        inbox_slots=slots,
-    )
+    shared_memory = SharedMemory(layout(_ELEMENTS), RANKS, slots, slots)
     stage = Stage(choices)
     players = []
     for rank in range(RANKS):
-        memory = Memory(stage, network, rank, near)
-        shared = memory, memory, network.word_map, rank, Counters()
+        memory = Memory(stage, shared_memory, rank, near)
+        shared = memory, memory, shared_memory.word_map, rank, Counters()
         players.append(
             Player(
                 publication(*shared, max_claims=slots - 2),

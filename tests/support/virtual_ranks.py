@@ -15,8 +15,10 @@ from mpi_dasgd.codecs import NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.simulation.simulator import simulate
 from mpi_dasgd.transport.control_words import READY
+from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+from mpi_dasgd.transport.virtual.network import Network
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 
@@ -60,13 +62,14 @@ class Ranks:
         self.models = models
         size, elements = models.shape
         codec = NoCodec(elements, models.dtype)
-        self.network = Network(Clock(), codec.layout, graph or topology.build("complete", size))
+        self.memory = SharedMemory(codec.layout, size)
+        network = Network(Clock(), self.memory, graph or topology.build("complete", size))
         self.records: list[ExchangeRecord] = []
         kind = algorithms.find(settings.name, settings.variant)
         self.locals = [Local(x) for x in models]
         self.algorithms = [
             kind(
-                VirtualEndpoint(self.network, rank),
+                VirtualEndpoint(network, rank),
                 codec,
                 x,
                 settings,
@@ -92,12 +95,12 @@ class Ranks:
 
     def now(self) -> np.ndarray:
         """The vectors that exchanges move, with what is on its way to them."""
-        where = self.network.word_map
+        word_map = self.memory.word_map
         found = np.array([algorithm.mass() for algorithm in self.algorithms])
         for rank, algorithm in enumerate(self.algorithms):
-            for slot, index in enumerate(where.inbox):
-                if self.network.read(rank, index) & 3 == READY:
-                    message = self.network.view(rank, len(where.publication) + slot)
+            for slot, index in enumerate(word_map.inbox):
+                if self.memory.read(rank, index) & 3 == READY:
+                    message = self.memory.view(rank, len(word_map.publication) + slot)
                     found[rank] += algorithm.mass_of(message)
         return found
 

@@ -8,8 +8,10 @@ import pytest
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.transport.endpoint import ReadRequest
+from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+from mpi_dasgd.transport.virtual.network import Network
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, rank_counts, run_ranks
 
@@ -19,8 +21,13 @@ LAYOUT = Layout(
 )
 
 
-def make_endpoints(**options: float) -> list[VirtualEndpoint]:
-    network = Network(Clock(), LAYOUT, topology.build("complete", 3), **options)
+def make_endpoints(inbox_slots: int = 4, **options: float) -> list[VirtualEndpoint]:
+    network = Network(
+        Clock(),
+        SharedMemory(LAYOUT, 3, inbox_slots=inbox_slots),
+        topology.build("complete", 3),
+        **options,
+    )
     return [VirtualEndpoint(network, rank) for rank in range(3)]
 
 
@@ -189,7 +196,7 @@ def test_what_was_not_delivered_does_not_arrive() -> None:
 def test_a_wait_ends_once_when_a_word_makes_its_condition_true() -> None:
     receiver, sender, _ = make_endpoints(latency=1.0)
     woken: list[float] = []
-    arrival = receiver.until(lambda: receiver.inbox.has_messages)
+    arrival = receiver.wait_until(lambda: receiver.inbox.has_messages)
     assert not arrival.test()
     receiver._network.notify(arrival, lambda: woken.append(clock_of(receiver).now))
     publish(receiver, 1)  # a word of its own that matters not
@@ -204,7 +211,7 @@ def test_a_wait_ends_once_when_a_word_makes_its_condition_true() -> None:
 def test_a_wait_for_words_of_others() -> None:
     waiter, one, two = make_endpoints()
     woken: list[str] = []
-    both = waiter.until(
+    both = waiter.wait_until(
         lambda: all(waiter.publication.locate(rank, 1) is not None for rank in (1, 2)), (1, 2)
     )
     waiter._network.notify(both, lambda: woken.append("both"))
@@ -220,7 +227,7 @@ def test_a_wait_for_words_of_others() -> None:
 def test_a_wait_for_what_is_so_already() -> None:
     waiter = make_endpoints()[0]
     woken: list[str] = []
-    nothing = waiter.until(lambda: True)
+    nothing = waiter.wait_until(lambda: True)
     assert nothing.test()
     waiter._network.notify(nothing, lambda: woken.append("now"))
     assert not woken, "not before the call returns"

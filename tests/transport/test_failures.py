@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.control_words import CLAIMED, FREE, READY
@@ -23,7 +22,7 @@ from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.rma.progress_context import ProgressContext
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.remote_peers import RemotePeers
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import run_ranks
 
@@ -42,8 +41,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 class Wire:
     """The words and slots of all ranks as rank 0 sees them: calls to the others may block, or fail."""
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(self, memory: SharedMemory) -> None:
+        self.memory = memory
         self.dead: set[int] = set()
         self._stopped: dict[tuple[int, str], threading.Event] = {}
 
@@ -66,22 +65,22 @@ class Wire:
 
     def read(self, rank: int, index: int) -> int:
         self._call(rank, "read")
-        return self.network.read(rank, index)
+        return self.memory.read(rank, index)
 
     def swap(self, rank: int, index: int, expected: int, new: int) -> bool:
         self._call(rank, "swap")
-        return self.network.swap(rank, index, expected, new)
+        return self.memory.swap(rank, index, expected, new)
 
     def view(self, rank: int, index: int) -> Message | None:
-        return self.network.view(rank, index) if rank == 0 else None
+        return self.memory.view(rank, index) if rank == 0 else None
 
     def get(self, rank: int, index: int, out: Message) -> None:
         self._call(rank, "get")
-        self.network.get(rank, index, out)
+        self.memory.get(rank, index, out)
 
     def put(self, rank: int, index: int, message: Message) -> None:
         self._call(rank, "put")
-        self.network.put(rank, index, message)
+        self.memory.put(rank, index, message)
 
     def fence(self) -> None:
         pass
@@ -91,17 +90,17 @@ class Far:
     """Rank 0, and the far ranks 1 and 2, which live in the test's thread."""
 
     def __init__(self, *, watches: bool) -> None:
-        self.network = Network(Clock(), LAYOUT, topology.build("complete", 3))
-        self.wire = Wire(self.network)
+        self.memory = SharedMemory(LAYOUT, 3)
+        self.wire = Wire(self.memory)
         self.board = Membership(self.wire, 0, 3, SILENCE)
-        self.boards = [Membership(self.network, rank, 3, SILENCE) for rank in range(3)]
-        shared = self.network, self.network, self.network.word_map
+        self.boards = [Membership(self.memory, rank, 3, SILENCE) for rank in range(3)]
+        shared = self.memory, self.memory, self.memory.word_map
         self.publications = [Publication(*shared, rank, Counters(), 2) for rank in range(3)]
         self.inboxes = [Inbox(*shared, rank, Counters()) for rank in range(3)]
         sent: defaultdict[int, int] = defaultdict(int)
 
         def views(counters: Counters) -> tuple[Publication, Inbox]:
-            mine = self.wire, self.wire, self.network.word_map, 0, counters
+            mine = self.wire, self.wire, self.memory.word_map, 0, counters
             return Publication(*mine, 2), Inbox(*mine, sent)
 
         def chore(hands: ProgressContext) -> None:
@@ -153,8 +152,8 @@ class Far:
 
     def states(self, rank: int) -> tuple[set[int], set[int]]:
         """States of the slots of publication and inbox."""
-        where = self.network.word_map
-        read = functools.partial(self.network.read, rank)
+        where = self.memory.word_map
+        read = functools.partial(self.memory.read, rank)
         return {read(i) & 3 for i in where.publication}, {read(i) & 3 for i in where.inbox}
 
 
@@ -227,20 +226,20 @@ def test_a_message_that_got_stuck_arrives_once_after_a_pause(far: Far, call: str
 
 @watched
 def test_a_pause_kills_nobody_and_the_own_heart_beats_on(far: Far) -> None:
-    far.boards[1].send_heartbeat(far.network)
+    far.boards[1].send_heartbeat(far.memory)
     wait_for(lambda: far.board._heartbeats[1] == 1)
     far.wire.stop(1)
     far.replace()
     beat = far.board._own_values[0]
     until = time.monotonic() + SILENCE / 3
     while time.monotonic() < until:
-        far.boards[2].send_heartbeat(far.network)
+        far.boards[2].send_heartbeat(far.memory)
         far.ranks.check(0.1)
         assert far.board.dead == set() and far.ranks._context.quarantined == {1}
         time.sleep(0.01)
     assert far.board._own_values[0] > beat + 3
     far.boards[1].report_samples(33)
-    far.boards[1].send_heartbeat(far.network)
+    far.boards[1].send_heartbeat(far.memory)
     far.wire.resume()
     wait_for(lambda: far.board.samples[1] == 33)
     assert far.board.dead == set() and far.ranks._context.quarantined == set()
@@ -252,7 +251,7 @@ def test_an_avoided_rank_is_dead_after_its_silence(far: Far) -> None:
     begun = time.monotonic()
 
     def dead() -> bool:
-        far.boards[2].send_heartbeat(far.network)
+        far.boards[2].send_heartbeat(far.memory)
         far.ranks.check(PATIENCE)
         return far.board.dead == {1}
 

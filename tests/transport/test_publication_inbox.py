@@ -12,22 +12,24 @@ from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import claim_and_reserve
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+from mpi_dasgd.transport.virtual.network import Network
 
 SLOTS = 4
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
 
 
 class Rank:
-    """Publication, inbox and counters of one rank of a network."""
+    """Publication, inbox and counters of one rank."""
 
-    def __init__(self, network: Network, rank: int, held: int = 2) -> None:
-        self.network = network
+    def __init__(self, memory: SharedMemory, rank: int, max_claims: int = 2) -> None:
+        self.memory = memory
         self.rank = rank
         self.counters = Counters()
-        shared = network, network, network.word_map, rank, self.counters
-        self.publication = Publication(*shared, held)
+        shared = memory, memory, memory.word_map, rank, self.counters
+        self.publication = Publication(*shared, max_claims)
         self.inbox = Inbox(*shared)
 
     def publish(self, value: float) -> bool:
@@ -59,21 +61,17 @@ class Rank:
 
     def words(self) -> list[int]:
         """All words of this rank."""
-        return [self.network.read(self.rank, index) for index in range(self.network.word_map.count)]
-
-
-def make_network(ranks: int = 3, **options: float) -> Network:
-    return Network(Clock(), LAYOUT, topology.build("complete", ranks), **options)
+        return [self.memory.read(self.rank, index) for index in range(self.memory.word_map.count)]
 
 
 @pytest.fixture
-def network() -> Network:
-    return make_network()
+def memory() -> SharedMemory:
+    return SharedMemory(LAYOUT, 3)
 
 
 @pytest.fixture
-def ranks(network: Network) -> list[Rank]:
-    return [Rank(network, rank) for rank in range(3)]
+def ranks(memory: SharedMemory) -> list[Rank]:
+    return [Rank(memory, rank) for rank in range(3)]
 
 
 def staging() -> Message:
@@ -105,52 +103,52 @@ def test_a_version_serves_one_exchange(ranks: list[Rank]) -> None:
     assert claim is not None and claim.version == 2
 
 
-def test_a_claimed_version_stays_where_it_is(network: Network, ranks: list[Rank]) -> None:
+def test_a_claimed_version_stays_where_it_is(memory: SharedMemory, ranks: list[Rank]) -> None:
     owner, reader, _ = ranks
     owner.publish(1.0)
     claim = reader.publication.claim(0)
     assert claim is not None
     for value in range(2, 20):
         assert owner.publish(value)
-    assert np.all(network.view(0, claim.slot).payload == 1.0)
+    assert np.all(memory.view(0, claim.slot).payload == 1.0)
     reader.publication.release(claim)
     for value in range(20, 30):
         assert owner.publish(value)
     assert owner.counters.publications == 29
 
 
-def test_published_and_claimed_slots_are_never_written(network: Network) -> None:
-    owner, reader = Rank(network, 0, held=3), Rank(network, 1)
+def test_published_and_claimed_slots_are_never_written(memory: SharedMemory) -> None:
+    owner, reader = Rank(memory, 0, max_claims=3), Rank(memory, 1)
     claims = []
     for value in range(3):
         owner.publish(value)
         claims.append(reader.publication.claim(0))
-    contents = [network.view(0, claim.slot).payload[0] for claim in claims if claim is not None]
+    contents = [memory.view(0, claim.slot).payload[0] for claim in claims if claim is not None]
     assert contents == [0.0, 1.0, 2.0]
     assert len({claim.slot for claim in claims if claim is not None}) == 3
 
 
-@pytest.mark.parametrize("held", [1, 2])
-def test_no_more_versions_are_held_than_allowed(network: Network, held: int) -> None:
-    owner, reader = Rank(network, 0, held), Rank(network, 1)
+@pytest.mark.parametrize("max_claims", [1, 2])
+def test_no_more_versions_are_held_than_allowed(memory: SharedMemory, max_claims: int) -> None:
+    owner, reader = Rank(memory, 0, max_claims), Rank(memory, 1)
     claims = []
-    for value in range(held):
+    for value in range(max_claims):
         assert owner.publish(value)
         claims.append(reader.publication.claim(0))
-    assert owner.publication.claims == held
+    assert owner.publication.claims == max_claims
     for skipped in range(1, 4):
         assert owner.publication.reserve() is None
         assert owner.counters.publications_skipped == skipped
-    assert owner.counters.publications == held
+    assert owner.counters.publications == max_claims
     assert claims[0] is not None
     reader.publication.release(claims[0])
-    assert owner.publication.claims == held - 1
+    assert owner.publication.claims == max_claims - 1
     assert owner.publish(9.0)
 
 
 def test_no_free_slot_skips_the_publication() -> None:
-    network = make_network(publication_slots=3)
-    owner, reader = Rank(network, 0, held=99), Rank(network, 1)
+    memory = SharedMemory(LAYOUT, 3, publication_slots=3)
+    owner, reader = Rank(memory, 0, max_claims=99), Rank(memory, 1)
     for value in range(3):
         assert owner.publish(value)
         assert reader.publication.claim(0) is not None
@@ -226,12 +224,12 @@ def test_read_tries_again_if_the_owner_overtakes(
     def sync() -> None:
         if left[0]:  # after the copy, before the second look
             left[0] -= 1
-            monkeypatch.setattr(type(reader.network), "fence", lambda self: None)
+            monkeypatch.setattr(type(reader.memory), "fence", lambda self: None)
             for _ in range(2):
                 owner.publish(float(owner.counters.publications))
-            monkeypatch.setattr(type(reader.network), "fence", lambda self: sync())
+            monkeypatch.setattr(type(reader.memory), "fence", lambda self: sync())
 
-    monkeypatch.setattr(type(reader.network), "fence", lambda self: sync())
+    monkeypatch.setattr(type(reader.memory), "fence", lambda self: sync())
     out = staging()
     assert reader.publication.read(0, out) is whole
     assert reader.counters.torn_reads == replacements
@@ -246,11 +244,11 @@ def test_a_replaced_version_is_whole_while_its_slot_is_not_written_again(
     owner.publish(1.0)
     assert other.publication.claim(0) is not None  # pins the slot
 
-    def sync(network: Network) -> None:
-        monkeypatch.setattr(Network, "fence", lambda self: None)
+    def sync(memory: SharedMemory) -> None:
+        monkeypatch.setattr(SharedMemory, "fence", lambda self: None)
         owner.publish(2.0)
 
-    monkeypatch.setattr(Network, "fence", sync)
+    monkeypatch.setattr(SharedMemory, "fence", sync)
     out = staging()
     assert reader.publication.read(0, out) and np.all(out.payload == 1.0)
     assert reader.counters.torn_reads == 0
@@ -321,7 +319,7 @@ def test_a_reserved_or_cancelled_slot_holds_no_message(ranks: list[Rank]) -> Non
         sender.inbox.send(reserved, message)
         assert receiver.receive() == [(1, float(value))]
     assert sender.counters.messages == 3 * SLOTS
-    assert [receiver.network.read(0, i) for i in receiver.network.word_map.inbox] == [
+    assert [receiver.memory.read(0, i) for i in receiver.memory.word_map.inbox] == [
         pack_slot_word(FREE)
     ] * 4
 
@@ -339,24 +337,24 @@ def test_order_is_that_of_sending_not_of_slots(ranks: list[Rank]) -> None:
 
 
 def test_a_message_waits_for_an_earlier_one_that_was_not_seen(
-    network: Network, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
+    memory: SharedMemory, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver, sender, _ = ranks
     second_slot, first_slot = sender.inbox.reserve(0), sender.inbox.reserve(0)
     assert first_slot is not None and second_slot is not None
     if first_slot.slot > second_slot.slot:  # the scan goes upwards
         first_slot, second_slot = second_slot, first_slot
-    real = Network.read
+    real = SharedMemory.read
 
-    def read(self: Network, rank: int, index: int) -> int:
+    def read(self: SharedMemory, rank: int, index: int) -> int:
         value = real(self, rank, index)
         if index == self.word_map.inbox[first_slot.slot]:  # seen empty; then both are sent
-            monkeypatch.setattr(Network, "read", real)
+            monkeypatch.setattr(SharedMemory, "read", real)
             for slot in (first_slot, second_slot):
-                sender.inbox.send(slot, network.view(0, SLOTS + slot.slot))
+                sender.inbox.send(slot, memory.view(0, SLOTS + slot.slot))
         return value
 
-    monkeypatch.setattr(Network, "read", read)
+    monkeypatch.setattr(SharedMemory, "read", read)
     assert receiver.inbox.receive() == []
     assert [sender for sender, _ in receiver.receive()] == [1, 1]
 
@@ -406,7 +404,9 @@ def test_meet_gets_both_or_neither(ranks: list[Rank], full: bool) -> None:
 
 @pytest.mark.parametrize("latency", [0.0, 1.0])
 def test_pairing_tries_candidates_in_order(latency: float) -> None:
-    network = make_network(4, latency=latency)
+    network = Network(
+        Clock(), SharedMemory(LAYOUT, 4), topology.build("complete", 4), latency=latency
+    )
     ends = [VirtualEndpoint(network, rank) for rank in range(4)]
     for end in ends:
         assert end.publication.reserve() is not None

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.transport import membership
@@ -32,13 +31,13 @@ from mpi_dasgd.transport.control_words import (
 )
 from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING, Membership
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
-from mpi_dasgd.transport.virtual.network import Clock, Network
+from mpi_dasgd.transport.virtual.memory import SharedMemory
 
 LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
 
 
-def make_network(ranks: int) -> Network:
-    return Network(Clock(), LAYOUT, topology.build("complete", ranks))
+def make_memory(ranks: int) -> SharedMemory:
+    return SharedMemory(LAYOUT, ranks)
 
 
 def staging() -> Message:
@@ -70,8 +69,8 @@ def test_word_map_gives_each_word_its_own_place() -> None:
 
 
 def test_board_shows_what_others_report() -> None:
-    network = make_network(3)
-    boards = [Membership(network, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
+    memory = make_memory(3)
+    boards = [Membership(memory, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
     boards[1].report_samples(40)
     boards[2].report_samples(2)
     boards[2].publish_status(FINISHED)
@@ -88,17 +87,17 @@ def test_board_shows_what_others_report() -> None:
 def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    network = make_network(6)
-    boards = [Membership(network, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
+    memory = make_memory(6)
+    boards = [Membership(memory, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
     boards[2].publish_status(FINISHED)
     boards[3].publish_status(FAILED)
     boards[4].publish_status(DEPARTED)
     for moment in range(31):
         now[0] = 0.1 * moment
-        boards[1].send_heartbeat(network)
+        boards[1].send_heartbeat(memory)
         if moment < 5:
-            boards[5].send_heartbeat(network)
-        boards[0].detect_failures(range(6), network)
+            boards[5].send_heartbeat(memory)
+        boards[0].detect_failures(range(6), memory)
         expected = {2} if moment > 10 else set()
         expected |= {5} if moment > 14 else set()
         assert boards[0].dead == expected, moment
@@ -107,10 +106,10 @@ def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    network = make_network(2)
-    watcher = Membership(network, 0, 2, heartbeat_timeout=1.0)
+    memory = make_memory(2)
+    watcher = Membership(memory, 0, 2, heartbeat_timeout=1.0)
     for _ in range(4):
-        watcher.detect_failures(range(2), network)
+        watcher.detect_failures(range(2), memory)
         now[0] += 100
     assert watcher.dead == set()
 

@@ -238,7 +238,9 @@ class RmaEndpoint(Endpoint):
         else:
             self.inbox.send(posting.reservation, posting.message)
 
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
+    def wait_until(
+        self, condition: Callable[[], bool], ranks: Iterable[int] | None = None
+    ) -> Request:
         """Return what is done when `condition` holds; whoever waits polls it."""
         return _Condition(condition)
 

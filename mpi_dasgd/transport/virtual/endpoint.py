@@ -18,7 +18,7 @@ from mpi_dasgd.transport.endpoint import (
 )
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.virtual.network import Network, VirtualCondition
+from mpi_dasgd.transport.virtual.network import Delays, Network, VirtualCondition
 
 __all__ = ["VirtualEndpoint"]
 
@@ -27,86 +27,92 @@ class VirtualEndpoint(Endpoint):
     """One virtual rank's transport.
 
     Args:
-        network: what all ranks share.
+        network: clock, memory and delays of all ranks.
         rank: this rank.
-        held: see `Publication`.
+        delays: delays of this rank's operations; None: those of the network.
     """
 
-    def __init__(self, network: Network, rank: int, held: int = 2) -> None:
+    def __init__(self, network: Network, rank: int, delays: Delays | None = None) -> None:
         self.rank, self.size = rank, network.topology.size
-        self._network = network
         self.topology = network.topology
         self.counters = Counters()
-        where = network.word_map
-        self.publication = Publication(network, network, where, rank, self.counters, held)
-        self.inbox = Inbox(network, network, where, rank, self.counters)
+        memory = network.memory
+        self.publication = Publication(memory, memory, memory.word_map, rank, self.counters)
+        self.inbox = Inbox(memory, memory, memory.word_map, rank, self.counters)
+        self._network = network
+        self._clock = network.clock
+        self._memory = memory
+        self._delays = network.delays if delays is None else delays
         self._in_flight = 0
-        self._rounds = 0
+        self._allreduces = 0
 
     def neighbours(self) -> Sequence[int]:
-        return self._network.topology.neighbours(self.rank)
+        return self.topology.neighbours(self.rank)
 
     def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
-        pairing = ExchangeRequest()
-        if self._network.latency or self._network.bandwidth:
-            self._network.clock.after(
-                self._network.latency, lambda: self._try_candidates(pairing, list(candidates))
+        request = ExchangeRequest()
+        if not self._delays.instant:
+            self._clock.after(
+                self._delays.word_delay(), lambda: self._try_candidates(request, list(candidates))
             )
-            return pairing
+            return request
         for rank in candidates:
-            if self._try_partner(pairing, rank):
-                return pairing
-            pairing.failed_attempts += 1
-        pairing.is_settled = True
-        return pairing
+            if self._try_partner(request, rank):
+                return request
+            request.failed_attempts += 1
+        request.is_settled = True
+        return request
 
-    def _try_partner(self, pairing: ExchangeRequest, rank: int) -> bool:
-        met = claim_and_reserve(self.publication, self.inbox, rank)
-        if met is None:
+    def _try_partner(self, request: ExchangeRequest, rank: int) -> bool:
+        claimed = claim_and_reserve(self.publication, self.inbox, rank)
+        if claimed is None:
             return False
-        claim, reservation = met
-        self.counters.bytes_received += self._network.layout.nbytes
-        theirs, reply = self._network.view(rank, claim.slot), self.inbox.view_of(reservation)
-        pairing.settle(claim, reservation, theirs, reply)
+        claim, reservation = claimed
+        self.counters.bytes_received += self._memory.layout.nbytes
+        partner_model = self._memory.view(rank, claim.slot)
+        request.settle(claim, reservation, partner_model, self.inbox.view_of(reservation))
         return True
 
-    def _try_candidates(self, pairing: ExchangeRequest, candidates: list[int]) -> None:
-        """The question has arrived at the first candidate: its answer, and perhaps the next question."""
-        network = self._network
-        found = ExchangeRequest()
-        if self._try_partner(found, candidates.pop(0)):
-            found.failed_attempts = pairing.failed_attempts
-            network.clock.after(network.transfer, lambda: vars(pairing).update(vars(found)))
+    def _try_candidates(self, request: ExchangeRequest, candidates: list[int]) -> None:
+        """Try the first candidate, whom the request has reached now, and pass on to the next."""
+        attempt = ExchangeRequest()
+        if self._try_partner(attempt, candidates.pop(0)):
+            attempt.failed_attempts = request.failed_attempts
+            delay = self._delays.message_delay(self._clock.now)
+            self._clock.after(delay, lambda: vars(request).update(vars(attempt)))
         elif candidates:
-            pairing.failed_attempts += 1
-            network.clock.after(
-                2 * network.latency, lambda: self._try_candidates(pairing, candidates)
+            request.failed_attempts += 1
+            self._clock.after(
+                2 * self._delays.word_delay(), lambda: self._try_candidates(request, candidates)
             )
         else:
-            pairing.failed_attempts += 1
-            network.clock.after(network.latency, lambda: setattr(pairing, "is_settled", True))
+            request.failed_attempts += 1
+            self._clock.after(
+                self._delays.word_delay(), lambda: setattr(request, "is_settled", True)
+            )
 
     def is_local(self, rank: int) -> bool:
-        return not (self._network.latency or self._network.bandwidth)
+        return self._delays.instant
 
-    def commit_exchange(self, pairing: ExchangeRequest) -> None:
-        claim, reservation, reply = pairing.claim, pairing.reservation, pairing.partner_delta
-        assert claim is not None and reservation is not None and reply is not None
+    def commit_exchange(self, request: ExchangeRequest) -> None:
+        claim, reservation, delta = request.claim, request.reservation, request.partner_delta
+        assert claim is not None and reservation is not None and delta is not None
 
         def deliver() -> None:
-            self.inbox.send(reservation, reply)
+            self.inbox.send(reservation, delta)
             self.publication.release(claim)
 
         self._after_transfer(deliver)
 
-    def abort_exchange(self, pairing: ExchangeRequest) -> None:
-        if pairing.claim is None or pairing.reservation is None:
+    def abort_exchange(self, request: ExchangeRequest) -> None:
+        if request.claim is None or request.reservation is None:
             return
-        self.inbox.cancel(pairing.reservation)
-        self.publication.release(pairing.claim)
+        self.inbox.cancel(request.reservation)
+        self.publication.release(request.claim)
 
     def _after_transfer(self, event: Callable[[], None]) -> None:
-        if not self._network.transfer:
+        """Let `event` happen when a message sent now has arrived."""
+        if self._delays.instant:
             event()
             return
         self._in_flight += 1
@@ -115,52 +121,51 @@ class VirtualEndpoint(Endpoint):
             self._in_flight -= 1
             event()
 
-        self._network.clock.after(self._network.transfer, arrive)
+        self._clock.after(self._delays.message_delay(self._clock.now), arrive)
 
     def is_flushed(self) -> bool:
         return self._in_flight == 0
 
     def time_ns(self) -> int:
-        return int(self._network.clock.now * 1e9)
+        return int(self._clock.now * 1e9)
 
     def read(self, rank: int, version: int | None = None) -> ReadRequest:
-        reading = _VirtualRead(rank)
-        network = self._network
+        request = _VirtualRead(rank)
         if version is not None:
-            self._await(reading, version)
-        elif network.transfer:
-            network.clock.after(network.latency, lambda: self._copy(reading))
+            self._await_version(request, version)
+        elif self._delays.instant:
+            self._copy_newest(request)
         else:
-            self._copy(reading)
-        return reading
+            self._clock.after(self._delays.word_delay(), lambda: self._copy_newest(request))
+        return request
 
-    def _copy(self, reading: _VirtualRead) -> None:
-        network = self._network
-        copy = Message(np.empty(network.layout.nbytes, np.uint8), network.layout)
-        if self.publication.read(reading.rank, copy):
-            reading.message = copy
-            self.counters.bytes_received += network.layout.nbytes
-        self._settle(reading)
+    def _copy_newest(self, request: _VirtualRead) -> None:
+        layout = self._memory.layout
+        copy = Message(np.empty(layout.nbytes, np.uint8), layout)
+        if self.publication.read(request.rank, copy):
+            request.message = copy
+            self.counters.bytes_received += layout.nbytes
+        self._settle(request)
 
-    def _await(self, reading: _VirtualRead, version: int) -> None:
-        slot = self.publication.locate(reading.rank, version)
+    def _await_version(self, request: _VirtualRead, version: int) -> None:
+        slot = self.publication.locate(request.rank, version)
         if slot is None:
-            there = VirtualCondition(
+            published = VirtualCondition(
                 self._network,
-                lambda: self.publication.locate(reading.rank, version) is not None,
-                (reading.rank,),
+                lambda: self.publication.locate(request.rank, version) is not None,
+                (request.rank,),
             )
-            there.notify(lambda: self._await(reading, version))
+            published.notify(lambda: self._await_version(request, version))
             return
-        reading.message = self._network.view(reading.rank, slot)
-        self.counters.bytes_received += self._network.layout.nbytes
-        self._settle(reading)
+        request.message = self._memory.view(request.rank, slot)
+        self.counters.bytes_received += self._memory.layout.nbytes
+        self._settle(request)
 
-    def _settle(self, reading: _VirtualRead) -> None:
-        if self._network.transfer:
-            self._network.clock.after(self._network.transfer, reading.settle)
+    def _settle(self, request: _VirtualRead) -> None:
+        if self._delays.instant:
+            request.settle()
         else:
-            reading.settle()
+            self._clock.after(self._delays.message_delay(self._clock.now), request.settle)
 
     def acquire_send_buffer(self, rank: int) -> SendBuffer | None:
         reservation = self.inbox.reserve(rank)
@@ -170,12 +175,14 @@ class VirtualEndpoint(Endpoint):
         assert message is not None, "virtual slots are in place"
         return SendBuffer(rank, message, reservation)
 
-    def send(self, posting: SendBuffer) -> None:
-        reservation = posting.reservation
+    def send(self, buffer: SendBuffer) -> None:
+        reservation = buffer.reservation
         assert reservation is not None
-        self._after_transfer(lambda: self.inbox.send(reservation, posting.message))
+        self._after_transfer(lambda: self.inbox.send(reservation, buffer.message))
 
-    def until(self, condition: Callable[[], bool], ranks: Iterable[int] | None = None) -> Request:
+    def wait_until(
+        self, condition: Callable[[], bool], ranks: Iterable[int] | None = None
+    ) -> Request:
         return VirtualCondition(
             self._network, condition, (self.rank,) if ranks is None else tuple(ranks)
         )
@@ -184,33 +191,33 @@ class VirtualEndpoint(Endpoint):
         return self._network.gradients
 
     def gradients_of(self, rank: int) -> int:
-        return self._network.counts[rank]
+        return self._network.gradient_counts[rank]
 
     def report_gradients(self, gradients: int) -> None:
-        self._network.gradients += gradients - self._network.counts[self.rank]
-        self._network.counts[self.rank] = gradients
+        self._network.gradients += gradients - self._network.gradient_counts[self.rank]
+        self._network.gradient_counts[self.rank] = gradients
 
     def allreduce(self, array: np.ndarray) -> Request:
-        self._rounds += 1
-        return self._network.join(self._rounds, array)
+        self._allreduces += 1
+        return self._network.join_allreduce(self._allreduces, array)
 
     def total_counters(self) -> Counters:
         return self.counters
 
 
 class _VirtualRead(ReadRequest):
-    """A reading that wakes whoever waits for it."""
+    """A read request that calls back its waiter when it is settled."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
         self._wake: Callable[[], None] | None = None
 
     def settle(self) -> None:
-        """It has ended."""
+        """Mark the request as settled, and wake its waiter."""
         self.is_settled = True
         if self._wake is not None:
             self._wake()
 
     def notify(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when it is settled, which it is not yet."""
+        """Call `wake` when the request is settled, which it is not yet."""
         self._wake = wake
