@@ -66,9 +66,8 @@ class _Unclaimed(Publication):
 class _WithoutClaims(VirtualEndpoint):
     def __init__(self, network: Any, rank: int) -> None:
         super().__init__(network, rank)
-        self.publication = _Unclaimed(
-            network, network, network.word_map, rank, self.counters, max_claims=2
-        )
+        memory = network.memory
+        self.publication = _Unclaimed(memory, memory, memory.word_map, rank, self.counters)
 
 
 def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
