@@ -257,9 +257,9 @@ class ASGD(ServerAlgorithm):
         meter = self.meter
         return {
             "applied": meter.applied,
-            "delay_mean": meter.applied_average,
-            "delay_average": meter.average,
-            "delay_max": meter.maximum,
+            "server_delay_mean": meter.applied_average,
+            "server_delay_average": meter.average,
+            "server_delay_max": meter.maximum,
             "delayed_fraction": meter.fraction_above(self.threshold),
             "concurrency": meter.concurrency,
             "concurrency_max": meter.concurrency_max,

@@ -11,7 +11,7 @@ from mpi_dasgd.analysis.run import Run
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.results import Results, gather, results_path
 from mpi_dasgd.storage.runfile import plain, rank_path
-from mpi_dasgd.storage.schema import FORMAT, RANKS, TABLES
+from mpi_dasgd.storage.schema import FORMAT, OLD_RANK_COLUMNS, RANKS, TABLES
 
 __all__ = ["Run", "load_run"]
 
@@ -87,7 +87,10 @@ def _results(file: h5py.File, attributes: dict[str, Any]) -> Results:
             table: {column.name: file[table][column.name][()] for column in columns}
             for table, columns in TABLES.items()
         },
-        rank_table={name: _values(file["ranks"][name]) for name in _rank_columns(file["ranks"])},
+        rank_table={
+            OLD_RANK_COLUMNS.get(name, name): _values(file["ranks"][name])
+            for name in _rank_columns(file["ranks"])
+        },
         consensus={name: data[()] for name, data in file.get("consensus", {}).items()},
         lost=lost,
     )

@@ -1,7 +1,7 @@
 """Delays of gradients as Koloskova, Stich and Jaggi (2022; arXiv 2206.08307) define them.
 
-A server applies one gradient an iteration: gradient t = 0, 1, ... makes x_{t+1} of x_t. A *job* is a
-point that a client was given: it starts at the iteration s whose point x_s that is, and ends when its
+A server applies one gradient per iteration: gradient t = 0, 1, ... makes x_{t+1} of x_t. A *job* is a
+point that a client was given: it starts at the iteration s whose point x_s it is, and ends when its
 gradient is applied, at iteration t. C_t is the multiset of the jobs in flight when gradient t arrives.
 
 - delay of an applied gradient: tau_t = t - s;
@@ -11,7 +11,7 @@ gradient is applied, at iteration t. C_t is the multiset of the jobs in flight w
   the second sum: its next job starts at T and counts 0, which is the -1;
 - tau_max: the largest of both kinds.
 
-Each job but the one applied ages by one an iteration. Whatever the schedule therefore
+Each job but the one applied ages by one per iteration. Hence, for any schedule,
 
     sum_{t<T} tau_t + sum_{in flight} (T - s) = sum_{t<T} (|C_t| - 1),
 
@@ -26,10 +26,10 @@ __all__ = ["DelayMeter"]
 
 
 class DelayMeter:
-    """Counts the jobs of a server's clients, and measures their delays. Delays are in gradients.
+    """Meter of the delays and the concurrency of a server's jobs. Delays are in gradients.
 
     Args:
-        first: iteration from which it counts; that of the checkpoint when a run is resumed.
+        first: iteration of the first gradient; that of the checkpoint when a run is resumed.
 
     Attributes:
         t: iteration: gradients applied, those before `first` included.
@@ -50,12 +50,13 @@ class DelayMeter:
         self.concurrency_max = 0
         self.histogram: Counter[int] = Counter()
         self._first = first
-        self._starts: dict[int, list[int]] = {}  # of the jobs in flight, by client, oldest first
+        self._starts: dict[
+            int, list[int]
+        ] = {}  # iterations at which jobs in flight began, by client
         self._starts_sum = 0
-        self._clients: dict[int, list[int]] = {}  # number and sum of delays, by client
 
     def start(self, client: int) -> None:
-        """A job begins: `client` is given the point x_t."""
+        """Begin a job: `client` was given the point x_t."""
         self._starts.setdefault(client, []).append(self.t)
         self._starts_sum += self.t
         self.in_flight += 1
@@ -65,21 +66,18 @@ class DelayMeter:
         return start in self._starts.get(client, ())
 
     def apply(self, client: int, start: int) -> int:
-        """The gradient of a job in flight is applied, which ends iteration t; return its delay."""
+        """End iteration t with the gradient of a job in flight; return its delay."""
         self.concurrency_sum += self.in_flight
         self.concurrency_max = max(self.concurrency_max, self.in_flight)
         self._end(client, start)
         delay = self.t - start
         self.applied_sum += delay
         self.histogram[delay] += 1
-        totals = self._clients.setdefault(client, [0, 0])
-        totals[0] += 1
-        totals[1] += delay
         self.t += 1
         return delay
 
     def give_up(self, client: int) -> int:
-        """The gradients of `client` will never come; return how many jobs it had in flight."""
+        """End all jobs of `client`, whose gradients will never come; return how many were in flight."""
         starts = list(self._starts.get(client, ()))
         for start in starts:
             self.given_up_sum += self.t - start
@@ -93,12 +91,12 @@ class DelayMeter:
 
     @property
     def applied(self) -> int:
-        """T: number of gradients applied."""
+        """T, number of gradients applied since `first`."""
         return self.t - self._first
 
     @property
     def in_flight_sum(self) -> int:
-        """Sum of the delays that jobs in flight have now."""
+        """Sum of the present delays of the jobs in flight."""
         return self.in_flight * self.t - self._starts_sum
 
     @property
@@ -109,7 +107,7 @@ class DelayMeter:
 
     @property
     def applied_average(self) -> float:
-        """Average over applied gradients alone."""
+        """Mean delay of applied gradients alone; 0 before the first."""
         return self.applied_sum / max(1, self.applied)
 
     @property
@@ -120,15 +118,10 @@ class DelayMeter:
 
     @property
     def concurrency(self) -> float:
-        """Mean of |C_t|."""
+        """Mean of |C_t| over all iterations; 0 before the first."""
         return self.concurrency_sum / max(1, self.applied)
 
     def fraction_above(self, threshold: float) -> float:
         """Return the share of applied gradients whose delay is above `threshold`."""
         above = sum(count for delay, count in self.histogram.items() if delay > threshold)
         return above / max(1, self.applied)
-
-    def client_average(self, client: int) -> float:
-        """tau_avg^i: mean delay of the applied gradients of `client`; 0 if there was none."""
-        count, total = self._clients.get(client, (0, 0))
-        return total / max(1, count)

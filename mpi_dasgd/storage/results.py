@@ -19,6 +19,7 @@ from mpi_dasgd.storage.schema import (
     FORMAT,
     FORMAT_VERSION,
     LIBVER,
+    OLD_RANK_COLUMNS,
     RANKS,
     TABLES,
     Column,
@@ -197,7 +198,8 @@ def _rank_table(records: Sequence[RankRecord]) -> dict[str, np.ndarray]:
             "wall_s": float(train["time"][-1]) if len(train["time"]) else 0.0,
         }
         row |= {k: record.attributes[k] for k in RANK_ATTRIBUTES[1:] if k in record.attributes}
-        row |= {"status": record.status, **record.counters}
+        row |= {"status": record.status}
+        row |= {OLD_RANK_COLUMNS.get(k, k): value for k, value in record.counters.items()}
         if row["wall_s"] > 0:
             row.setdefault("samples_per_s", row["samples"] / row["wall_s"])
         rows.append(row)

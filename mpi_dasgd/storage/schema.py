@@ -20,6 +20,7 @@ __all__ = [
     "INITIATED",
     "KINDS",
     "LIBVER",
+    "OLD_RANK_COLUMNS",
     "RANKS",
     "SKIPPED",
     "TABLES",
@@ -142,9 +143,16 @@ RANKS: tuple[Column, ...] = (
     Column("buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left alone"),
     Column("buckets_corrupt", "i8", "buckets", "buckets of deltas that failed their check"),
     Column("applied", "i8", "gradients", "gradients that the server applied"),
-    Column("delay_mean", "f8", "gradients", "mean delay of the gradients that the server applied"),
-    Column("delay_average", "f8", "gradients", "tau_avg: the same, those in flight included"),
-    Column("delay_max", "i8", "gradients", "tau_max: the largest of these delays"),
+    Column(
+        "server_delay_mean",
+        "f8",
+        "gradients",
+        "mean delay of the gradients that the server applied",
+    ),
+    Column(
+        "server_delay_average", "f8", "gradients", "tau_avg: the same, those in flight included"
+    ),
+    Column("server_delay_max", "i8", "gradients", "tau_max: the largest of these delays"),
     Column("delayed_fraction", "f8", "1", "share of applied gradients with a delay above tau_C"),
     Column("concurrency", "f8", "gradients", "mean number of gradients in flight"),
     Column("concurrency_max", "i8", "gradients", "tau_C: the largest number in flight"),
@@ -163,6 +171,10 @@ CONSENSUS: tuple[Column, ...] = (
     Column("consensus_distance", "f8", "1", "mean over ranks of ||x_i - mean||^2"),
     Column("consensus_relative", "f8", "1", "consensus distance / ||mean||^2"),
 )
+
+
+OLD_RANK_COLUMNS = {f"delay_{name}": f"server_delay_{name}" for name in ("mean", "average", "max")}
+"""Names that columns of /ranks had in older files, and their names now."""
 
 
 def rank_column(name: str, values: Iterable[float]) -> Column:

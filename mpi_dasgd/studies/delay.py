@@ -82,8 +82,8 @@ def samples(seeds: int, quick: bool) -> Dataset:
         slopes = run.grad_norm_sq / run.grad_norm_sq[0]
         average = np.cumsum(slopes) / np.arange(1, len(slopes) + 1)
         return {
-            "tau_max": run.figures["delay_max"],
-            "tau_avg": run.figures["delay_average"],
+            "tau_max": run.figures["server_delay_max"],
+            "tau_avg": run.figures["server_delay_average"],
             "rate_used": rate or allowed,
             "average": time_until_stays_below(run.counts, average, AVERAGE),
             "settled": time_until_stays_below(run.counts, slopes, LEVEL),
