@@ -1,4 +1,4 @@
-"""Benchmarks: each measures beside its limit or its rival in one run, and keeps raw samples."""
+"""Benchmarks: each measures against a baseline within one run, and keeps its raw samples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ __all__ = ["NAMES", "run"]
 NAMES = ("kernel", "quality", "rma", "training")
 
 
-def run(name: str, rest: Sequence[str]) -> int:
-    """Run benchmark `name` with its own arguments and return its exit code.
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a benchmark and return its exit code.
+
+    Args:
+        name: one of `NAMES`.
+        arguments: command-line arguments of the benchmark.
 
     Raises:
         UserError: there is no such benchmark.
@@ -23,4 +27,4 @@ def run(name: str, rest: Sequence[str]) -> int:
             f"bench: {name!r} is not known{nearest(name, NAMES)} (valid: {', '.join(NAMES)})"
         )
     module = importlib.import_module(f"mpi_dasgd.bench.{name}")
-    return int(module.main(list(rest)))
+    return int(module.main(list(arguments)))

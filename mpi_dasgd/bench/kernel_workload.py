@@ -1,14 +1,13 @@
-"""What `bench kernel` works on: models and messages, every operation of the codec, and a check of it."""
+"""Operations of the lattice codec for `bench kernel`: their arrays and a check of their results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
+from mpi_dasgd.bench.kernel_models import Models, uniform
 from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
 from mpi_dasgd.kernels.encoded import (
@@ -21,54 +20,35 @@ from mpi_dasgd.kernels.encoded import (
     codes_of,
 )
 
-__all__ = ["OPERATIONS", "KernelWorkload", "Models", "Operation"]
+__all__ = ["OPERATIONS", "POISON", "KernelWorkload", "Operation"]
 
-_DISTANCE = 1e-3  # of the models, in each element at most
-_RUBBISH = 77  # where results will be
-_BLOCK = 64  # buckets that are compared at a time
-_CHECKED = 16  # blocks that are compared with the reference; all of a small model
+POISON = 77
+"""Value of every result before an operation, so that the check finds what was not written."""
 
-
-class Models:
-    """A model, what changes it, and a place to work on it, in the memory of one device.
-
-    Args:
-        origin: float32, host memory: what `x` is set to by `restore`.
-        gradient: float32, host memory.
-        xp: NumPy or CuPy.
-    """
-
-    def __init__(self, origin: np.ndarray, gradient: np.ndarray, xp: ModuleType = np) -> None:
-        self.origin, self.host_gradient, self.xp = origin, gradient, xp
-        self.gradient = xp.asarray(gradient)
-        self.x, self.velocity = (xp.empty(origin.size, np.float32) for _ in range(2))
-
-    @classmethod
-    def make(cls, elements: int) -> Models:
-        """Return models of any numbers, in host memory."""
-        rng = np.random.default_rng(elements)
-        return cls(_uniform(rng, elements, 0.1), _uniform(rng, elements, 0.01))
-
-    def restore(self) -> None:
-        """Set the model back to the beginning."""
-        self.x[:] = self.xp.asarray(self.origin)
-
-
-def _uniform(rng: np.random.Generator, elements: int, limit: float) -> np.ndarray:
-    values = rng.random(elements, np.float32)
-    values -= np.float32(0.5)
-    values *= np.float32(2 * limit)
-    return values
+# Largest distance between an element of the model and the partner's.
+_DISTANCE = 1e-3
+# Buckets that are compared at a time.
+_BLOCK = 64
+# Blocks that are compared with the reference; a small model is compared as a whole.
+_CHECKED_BLOCKS = 16
 
 
 class KernelWorkload:
-    """Arrays of one device for all operations with one number of bits.
+    """Arrays on one device for all operations with one number of bits per code.
 
     Args:
-        models: of this device; shared with other numbers of bits.
+        models: models on the device; workloads with other numbers of bits may share them.
         partner_model: publication of a partner, in host memory.
-        delta: of a partner, in host memory.
-        threads: of every step.
+        delta: delta of a partner, in host memory.
+        threads: number of CPU threads of every operation.
+
+    Attributes:
+        elements, bits: length of the model, and bits per code.
+        received: `partner_model` and `delta` in host memory.
+        partner_model, delta: their copies on the device.
+        reply_delta, publication: messages that operations write.
+        nearest: `publication`, but rounded to the nearest.
+        stats, delta_stats: statistics that operations write, `BUCKET_STATS`, shape (buckets,).
     """
 
     def __init__(
@@ -77,7 +57,7 @@ class KernelWorkload:
         self.models, self.threads = models, threads
         self.elements, self.bits = models.origin.size, partner_model.bits
         self.received = (partner_model, delta)
-        self.partner_model, self.delta = (self._here(encoded) for encoded in self.received)
+        self.partner_model, self.delta = (self._to_device(encoded) for encoded in self.received)
         xp = models.xp
         self.reply_delta = EncodedVector.empty(self.elements, self.bits, 3, xp=xp)
         self.publication = p = EncodedVector.empty(self.elements, self.bits, 4, xp=xp)
@@ -93,12 +73,12 @@ class KernelWorkload:
 
     @classmethod
     def make(cls, models: Models, bits: int, threads: int = 1) -> KernelWorkload:
-        """Return the work in host memory; other devices take theirs from it."""
+        """Return a workload in host memory, with messages from a random partner near `models`."""
         elements = models.origin.size
         partner_model = EncodedVector.empty(elements, bits, 1)
         # Both sides of an exchange stay within reach, even with a delta absorbed before.
         partner_model.scales[:] = 4 * _DISTANCE / (2 ** (bits - 1) - 3)
-        partner = _uniform(np.random.default_rng(bits), elements, _DISTANCE)
+        partner = uniform(np.random.default_rng(bits), elements, _DISTANCE)
         partner += models.origin
         lattice.encode(partner, partner_model, threads=threads)
         delta = EncodedVector.empty(elements, bits, 2)
@@ -107,88 +87,63 @@ class KernelWorkload:
         return cls(models, partner_model, delta, threads)
 
     def on(self, models: Models) -> KernelWorkload:
-        """Return the same work on another device, where `models` lie."""
+        """Return the same workload on the device of `models`."""
         return KernelWorkload(models, *self.received)
 
     def restore(self) -> None:
-        """Set everything that operations change back to the beginning, and results to rubbish."""
+        """Reset everything that operations change; results are filled with `POISON`."""
         self.models.restore()
         self.models.velocity[:] = self.models.x
         for message in (self.reply_delta, self.publication):
-            message.codes[:] = _RUBBISH
-            message.checksums[:] = _RUBBISH
-        self.reply_delta.scales[:] = _RUBBISH
+            message.codes[:] = POISON
+            message.checksums[:] = POISON
+        self.reply_delta.scales[:] = POISON
         for stats in (self.stats, self.delta_stats):
-            stats.view(np.uint32)[:] = _RUBBISH
+            stats.view(np.uint32)[:] = POISON
 
-    def step(self) -> FusedStep:
-        """Return a step that does nothing yet."""
+    def empty_step(self) -> FusedStep:
+        """Return a step on the model that does nothing yet."""
         return FusedStep(self.models.x, self.threads)
 
-    def check(self, operation: Operation, without: str = "") -> None:
-        """Compare all results of an operation on restored arrays with the reference, bit for bit.
+    def check(self, operation: Operation, ignored: str = "") -> None:
+        """Compare all results of an operation with the NumPy reference, bit for bit.
+
+        The operation must have run once since `restore`.
 
         Args:
-            operation: what was done, once.
-            without: name of results that may differ.
+            operation: operation whose results are compared.
+            ignored: name of a result that may differ; empty for none.
 
         Raises:
-            MpiDasgdError: the results are wrong.
+            MpiDasgdError: a result is wrong, or the data made buckets fail.
         """
-        computed = {name: _host(array) for name, array, _ in self._results()}
-        for first in self._blocks():
-            part = self._part(first)
-            step = operation.step(part)
+        computed = {name: _to_host(array) for name, array, _ in self.results()}
+        for first in self._checked_blocks():
+            block = self._block(first)
+            step = operation.step(block)
             reference.run(step, first_bucket=first)
-            for name, expected, items in part._results():
-                here = computed[name][first * items : first * items + expected.size]
-                if name != without and expected.tobytes() != here.tobytes():
+            for name, expected, items in block.results():
+                actual = computed[name][first * items : first * items + expected.size]
+                if name != ignored and expected.tobytes() != actual.tobytes():
                     raise MpiDasgdError(
-                        f"{name} is wrong from bucket {first} on: other bits than the NumPy reference's"
+                        f"{name} is wrong from bucket {first} on: other bits than the NumPy "
+                        "reference's"
                     )
-            if step.partner_model is not None and part.stats["rejected"].any():
+            if step.partner_model is not None and block.stats["rejected"].any():
                 raise MpiDasgdError(f"buckets from {first} on were rejected: the data is no good")
 
-    def check_sound(self) -> None:
-        """Make sure that no bucket was rejected in what was done last.
+    def check_none_rejected(self) -> None:
+        """Require that the last operation rejected no bucket.
 
         Raises:
-            MpiDasgdError: one was.
+            MpiDasgdError: a bucket was rejected.
         """
-        rejected = _host(self.stats)["rejected"] == 1
+        rejected = _to_host(self.stats)["rejected"] == 1
         if rejected.any():
             raise MpiDasgdError(f"{rejected.sum()} buckets were rejected while time was taken")
 
-    def _blocks(self) -> list[int]:
-        """Return first buckets of the blocks to compare: among them the first and the last ones."""
-        firsts = range(0, buckets_of(self.elements), _BLOCK)
-        if len(firsts) <= _CHECKED:
-            return list(firsts)
-        rng = np.random.default_rng()
-        return [0, firsts[-1], *rng.choice(firsts[1:-1], _CHECKED - 2, replace=False).tolist()]
-
-    def _part(self, first: int) -> KernelWorkload:
-        """Return the work on the buckets of one block, on copies in host memory."""
-        here = slice(first * BUCKET, (first + _BLOCK) * BUCKET)
-        models = Models(self.models.origin[here], self.models.host_gradient[here])
-        partner_model, delta = (
-            _part(encoded, first, models.origin.size) for encoded in self.received
-        )
-        return KernelWorkload(models, partner_model, delta)
-
-    def _here(self, encoded: EncodedVector) -> EncodedVector:
-        copy = self.models.xp.asarray
-        codes, scales, checksums = (
-            copy(encoded.codes),
-            copy(encoded.scales),
-            copy(encoded.checksums),
-        )
-        return EncodedVector(
-            encoded.elements, encoded.bits, codes, scales, checksums, encoded.seed, encoded.nearest
-        )
-
-    def _results(self) -> Iterator[tuple[str, Array, int]]:
-        """Yield everything that operations write: name, array, and its items in a bucket."""
+    def results(self) -> Iterator[tuple[str, Array, int]]:
+        """Yield name, array and items per bucket of everything that operations write."""
         yield "x", self.models.x, BUCKET
         yield "velocity", self.models.velocity, BUCKET
         yield "stats", self.stats, 1
@@ -199,93 +154,128 @@ class KernelWorkload:
             yield f"{name}.scales", message.scales, 1
             yield f"{name}.checksums", message.checksums, 1
 
+    def _checked_blocks(self) -> list[int]:
+        """Return the first buckets of the blocks to compare: first, last and random blocks."""
+        firsts = range(0, buckets_of(self.elements), _BLOCK)
+        if len(firsts) <= _CHECKED_BLOCKS:
+            return list(firsts)
+        middle = np.random.default_rng().choice(firsts[1:-1], _CHECKED_BLOCKS - 2, replace=False)
+        return [0, firsts[-1], *middle.tolist()]
 
-def _part(encoded: EncodedVector, first: int, elements: int) -> EncodedVector:
+    def _block(self, first: int) -> KernelWorkload:
+        """Return the workload of the block that begins with bucket `first`, in host memory."""
+        elements = slice(first * BUCKET, (first + _BLOCK) * BUCKET)
+        models = Models(self.models.origin[elements], self.models.host_gradient[elements])
+        partner_model, delta = (
+            _encoded_block(encoded, first, models.origin.size) for encoded in self.received
+        )
+        return KernelWorkload(models, partner_model, delta)
+
+    def _to_device(self, encoded: EncodedVector) -> EncodedVector:
+        copy = self.models.xp.asarray
+        return EncodedVector(
+            encoded.elements,
+            encoded.bits,
+            copy(encoded.codes),
+            copy(encoded.scales),
+            copy(encoded.checksums),
+            encoded.seed,
+            encoded.nearest,
+        )
+
+
+def _encoded_block(encoded: EncodedVector, first: int, elements: int) -> EncodedVector:
+    """Return the part of an encoded vector from bucket `first` on, as views."""
     items, buckets = codes_of(BUCKET, encoded.bits), buckets_of(elements)
-    here = slice(first, first + buckets)
-    codes = encoded.codes[first * items : (first + buckets) * items]
     return EncodedVector(
-        elements, encoded.bits, codes, encoded.scales[here], encoded.checksums[here], encoded.seed
+        elements,
+        encoded.bits,
+        encoded.codes[first * items : (first + buckets) * items],
+        encoded.scales[first : first + buckets],
+        encoded.checksums[first : first + buckets],
+        encoded.seed,
     )
 
 
-def _host(array: Any) -> np.ndarray:
-    """Return an array as NumPy's; the one of statistics goes as bytes."""
+def _to_host(array: Array) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
-    return array.view(np.uint8).get().view(array.dtype)
+    # Copied as bytes, because the dtype of the statistics is structured.
+    host: np.ndarray = array.view(np.uint8).get().view(array.dtype)
+    return host
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Something that the codec does.
+    """One operation of the codec.
 
     Attributes:
-        floats: bytes of float32 that it reads and writes, an element.
-        codes: how many arrays of codes it reads or writes.
-        parts: makes it of a step that does nothing yet.
+        float_bytes: bytes of float32 that it reads and writes, per element.
+        code_arrays: number of arrays of codes that it reads or writes.
+        fill: adds the operation to a step that does nothing yet.
     """
 
-    floats: int
-    codes: int
-    parts: Callable[[KernelWorkload, FusedStep], None]
+    float_bytes: int
+    code_arrays: int
+    fill: Callable[[KernelWorkload, FusedStep], None]
 
     def traffic(self, bits: int) -> float:
-        """Bytes that it reads and writes, an element; without scales and checksums, .008 more."""
-        return self.floats + self.codes * bits / 8
+        """Return the bytes read and written per element; scales and checksums add 0.008."""
+        return self.float_bytes + self.code_arrays * bits / 8
 
-    def step(self, work: KernelWorkload) -> FusedStep:
-        """Return it as a step on the arrays of `work`."""
-        step = work.step()
-        self.parts(work, step)
+    def step(self, workload: KernelWorkload) -> FusedStep:
+        """Return the operation as a step on the arrays of a workload."""
+        step = workload.empty_step()
+        self.fill(workload, step)
         step.validate()
         return step
 
 
-def _encode(work: KernelWorkload, step: FusedStep) -> None:
-    step.publication = work.publication
+def _encode(workload: KernelWorkload, step: FusedStep) -> None:
+    step.publication = workload.publication
 
 
-def _encode_nearest(work: KernelWorkload, step: FusedStep) -> None:
-    step.publication = work.nearest
+def _encode_nearest(workload: KernelWorkload, step: FusedStep) -> None:
+    step.publication = workload.nearest
 
 
-def _apply(work: KernelWorkload, step: FusedStep) -> None:
-    step.deltas, step.delta_stats = (work.delta,), (work.delta_stats,)
+def _apply(workload: KernelWorkload, step: FusedStep) -> None:
+    step.deltas = (workload.delta,)
+    step.delta_stats = (workload.delta_stats,)
 
 
-def _exchange(work: KernelWorkload, step: FusedStep) -> None:
-    step.partner_model, step.stats, step.reply_delta = (
-        work.partner_model,
-        work.stats,
-        work.reply_delta,
-    )
+def _exchange(workload: KernelWorkload, step: FusedStep) -> None:
+    step.partner_model = workload.partner_model
+    step.stats = workload.stats
+    step.reply_delta = workload.reply_delta
 
 
-def _merge(work: KernelWorkload, step: FusedStep) -> None:
-    step.partner_model, step.stats, step.merge = work.partner_model, work.stats, 1
+def _merge(workload: KernelWorkload, step: FusedStep) -> None:
+    step.partner_model = workload.partner_model
+    step.stats = workload.stats
+    step.merge = 1
 
 
-def _merge_subtract(work: KernelWorkload, step: FusedStep) -> None:
-    _merge(work, step)
+def _merge_subtract(workload: KernelWorkload, step: FusedStep) -> None:
+    _merge(workload, step)
     step.merge = 2
 
 
-def _merge_forward(work: KernelWorkload, step: FusedStep) -> None:
-    _merge(work, step)
-    _encode(work, step)
+def _merge_forward(workload: KernelWorkload, step: FusedStep) -> None:
+    _merge(workload, step)
+    _encode(workload, step)
 
 
-def _sgd_encode(work: KernelWorkload, step: FusedStep) -> None:
-    step.velocity, step.gradient = work.models.velocity, work.models.gradient
+def _sgd_encode(workload: KernelWorkload, step: FusedStep) -> None:
+    step.velocity, step.gradient = workload.models.velocity, workload.models.gradient
     step.lr, step.momentum, step.weight_decay = 1e-3, 0.9, 1e-4
-    _encode(work, step)
+    _encode(workload, step)
 
 
-def _fused(work: KernelWorkload, step: FusedStep) -> None:
-    _apply(work, step)
-    _exchange(work, step)
-    _encode(work, step)
+def _fused(workload: KernelWorkload, step: FusedStep) -> None:
+    _apply(workload, step)
+    _exchange(workload, step)
+    _encode(workload, step)
 
 
 OPERATIONS = {
@@ -299,3 +289,4 @@ OPERATIONS = {
     "sgd_encode": Operation(20, 1, _sgd_encode),
     "fused": Operation(8, 4, _fused),
 }
+"""All operations by name."""

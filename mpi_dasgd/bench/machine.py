@@ -1,4 +1,4 @@
-"""What the machine has left for a benchmark."""
+"""Memory and cores that other programs leave to a benchmark."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["available_memory", "load"]
+__all__ = ["available_memory", "load_average"]
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still take, or None where nobody says."""
+    """Return the bytes of memory that can still be allocated, or None if the system does not say.
+
+    Linux only: the value is MemAvailable of ``/proc/meminfo``.
+    """
     try:
         match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -18,6 +21,6 @@ def available_memory() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def load() -> float:
-    """Return how many processes ran or wanted to, in the mean of the last minute."""
+def load_average() -> float:
+    """Return the load average of the last minute, in runnable processes."""
     return os.getloadavg()[0]

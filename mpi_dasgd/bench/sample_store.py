@@ -1,8 +1,8 @@
-"""Samples of a benchmark: kept raw in HDF5, told by their median and quartiles."""
+"""Raw samples of a benchmark in HDF5, and their quartiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,18 @@ from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.schema import LIBVER
 
-__all__ = ["DIRECTORY", "Quartiles", "quartiles", "read_samples", "samples_path", "write_samples"]
+__all__ = [
+    "DIRECTORY",
+    "Quartiles",
+    "columns_of",
+    "quartiles",
+    "read_samples",
+    "samples_path",
+    "write_samples",
+]
 
 DIRECTORY = "bench-results"
-"""Where benchmarks leave their samples unless told otherwise."""
+"""Default directory for raw samples, relative to the working directory."""
 
 
 class Quartiles(NamedTuple):
@@ -31,12 +39,16 @@ class Quartiles(NamedTuple):
 
 
 def quartiles(samples: ArrayLike) -> Quartiles:
-    """Return the quartiles of 1-D samples, interpolated linearly."""
+    """Return the quartiles of samples, shape (n,), interpolated linearly, in their unit."""
     return Quartiles(*np.percentile(np.asarray(samples, np.float64), (25, 50, 75)).tolist())
 
 
 def samples_path(name: str, directory: str | Path | None = None) -> Path:
-    """Return ``DIRECTORY/NAME-DATE-TIME.h5`` in a directory that exists now.
+    """Return the path ``DIRECTORY/NAME-DATE-TIME.h5`` and make its directory.
+
+    Args:
+        name: name of the benchmark.
+        directory: directory of the file; None for `DIRECTORY`.
 
     Raises:
         UserError: the directory cannot be made.
@@ -52,20 +64,32 @@ def samples_path(name: str, directory: str | Path | None = None) -> Path:
     return folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.h5"
 
 
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the columns of a table, given its rows, which all have the same keys."""
+    columns: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
 def write_samples(
     path: Path,
     name: str,
     columns: Mapping[str, ArrayLike],
     attributes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one table of raw samples, with where it came from, and return `path`.
+    """Write one table of raw samples with its provenance, and return `path`.
 
     Args:
-        path: HDF5 file to write, whole or not at all; an existing one is replaced.
+        path: HDF5 file, written atomically; an existing file is replaced.
         name: name of the benchmark, and of the group that holds the columns.
-        columns: 1-D columns of equal length, numbers or strings; units belong in their names,
-            as in ``seconds`` or ``bytes``.
-        attributes: of the group: what was measured, and with which settings.
+        columns: columns of numbers or strings, shape (n,) each. Their names contain the unit, as
+            in ``seconds`` or ``bytes``.
+        attributes: attributes of the group: settings of the measurement.
+
+    Raises:
+        ValueError: the columns differ in length.
     """
     lengths = {column: len(np.asarray(values)) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -84,7 +108,12 @@ def write_samples(
 
 
 def read_samples(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read a file of `write_samples`: its columns, and all attributes together."""
+    """Read a file that `write_samples` wrote.
+
+    Returns:
+        The columns by name, shape (n,) each, and the attributes of file and group in one mapping;
+        its entry ``bench`` is the name of the benchmark.
+    """
     with h5py.File(path, "r") as file:
         (name,) = file
         group = file[name]

@@ -1,4 +1,4 @@
-"""`bench kernel`: its figures follow from its raw samples, and what it computes is right."""
+"""`bench kernel`: its report follows from its raw samples, and wrong results are found."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from mpi_dasgd import bench
-from mpi_dasgd.bench import kernel, kernel_workload, rooflines
-from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload, Models
-from mpi_dasgd.bench.rooflines import UNFUSED, Gpu, cuda_device
+from mpi_dasgd.bench import cpu_timer, kernel
+from mpi_dasgd.bench.cpu_timer import UNFUSED
+from mpi_dasgd.bench.gpu_timer import GpuTimer, cuda_device
+from mpi_dasgd.bench.kernel_models import Models
+from mpi_dasgd.bench.kernel_workload import OPERATIONS, POISON, KernelWorkload
 from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import cpu, native
@@ -25,9 +27,10 @@ from tests.support.mpi_ranks import ROOT
 NATIVE = native.load() is not None
 needs_native = pytest.mark.skipif(not NATIVE, reason=native.status())
 needs_no_gpu = pytest.mark.skipif(cuda_device()[0] is not None, reason="there is a CUDA device")
-SETS = cpu.instruction_sets() if NATIVE else []
+INSTRUCTION_SETS = cpu.instruction_sets() if NATIVE else []
 
-TRAFFIC = {  # bytes an element with 8 bits: float32 read, codes read, float32 written, codes written
+# Bytes per element with 8 bits: float32 read, codes read, float32 written, codes written.
+TRAFFIC = {
     "encode": 4 + 0 + 0 + 1,
     "encode_nearest": 4 + 0 + 0 + 1,
     "apply": 4 + 1 + 4 + 0,
@@ -52,31 +55,36 @@ def run(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> dict[
 
 @needs_native
 @needs_no_gpu
-def test_figures_follow_from_the_raw_samples(
+def test_the_report_follows_from_the_raw_samples(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = run(capsys, tmp_path, "--sizes", "5000", "2Ki", "--rounds", "2")
     rows = report["rows"]
     for elements in (5000, 2048):
-        here = {(r["op"], r["backend"], r["bits"]) for r in rows if r["elements"] == elements}
-        codec = {entry for entry in here if entry[2]}
+        sized = [row for row in rows if row["elements"] == elements]
+        measured = {(row["op"], row["backend"], row["bits"]) for row in sized}
+        codec = {entry for entry in measured if entry[2]}
         expected = set()
         for bits in BITS:
-            for op in OPERATIONS if bits == 8 else kernel.MAIN:
-                expected |= {(op, backend, bits) for backend in (*SETS, "numpy")}
-                expected |= {(f"{op}_unfused", backend, bits) for backend in SETS if op in UNFUSED}
+            for op in OPERATIONS if bits == 8 else kernel.MAIN_OPERATIONS:
+                expected |= {(op, backend, bits) for backend in (*INSTRUCTION_SETS, "numpy")}
+                expected |= {
+                    (f"{op}_unfused", backend, bits)
+                    for backend in INSTRUCTION_SETS
+                    if op in UNFUSED
+                }
         assert codec == expected
-        assert {op for op, _, bits in here if not bits} == {"memcpy", "triad"}
-        assert len(here) == len([r for r in rows if r["elements"] == elements])
+        assert {op for op, _, bits in measured if not bits} == {"memcpy", "triad"}
+        assert len(measured) == len(sized)
     columns, attributes = read_samples(report["samples"])
     assert attributes["bench"] == "kernel" and attributes["threads"] == 1
     assert {"load_before", "clock", "cpu_model", "numpy"} < set(attributes)
     for row in rows:
-        here = columns["warm_up"] == 0
+        selected = columns["warm_up"] == 0
         for name in ("op", "backend", "bits", "elements"):
-            here &= columns[name] == row[name]
-        seconds = columns["seconds"][here]
-        yardstick = [columns[f"yardstick_{when}_seconds"][here] for when in ("before", "after")]
+            selected &= columns[name] == row[name]
+        seconds = columns["seconds"][selected]
+        baseline = [columns[f"yardstick_{when}_seconds"][selected] for when in ("before", "after")]
         assert seconds.size == row["samples"] == 2
         assert row["median_ms"] == pytest.approx(np.median(seconds) * 1e3)
         assert row["min_ms"] == pytest.approx(seconds.min() * 1e3)
@@ -86,50 +94,62 @@ def test_figures_follow_from_the_raw_samples(
             assert row["ratio_to_trivial"] is row["ratio_to_fused"] is None
             continue
         unfused = row["op"].endswith("_unfused")
-        ratios = quartiles(seconds / np.mean(yardstick, axis=0))
+        ratios = quartiles(seconds / np.mean(baseline, axis=0))
         assert row["ratio_to_fused" if unfused else "ratio_to_trivial"] == pytest.approx(
             ratios.median
         )
         assert row["ratio_to_trivial" if unfused else "ratio_to_fused"] is None
         assert (row["ratio_q1"], row["ratio_q3"]) == pytest.approx((ratios.q1, ratios.q3))
-        assert row["ratio_of_min"] == pytest.approx(seconds.min() / np.min(yardstick))
+        assert row["ratio_of_min"] == pytest.approx(seconds.min() / np.min(baseline))
         if row["bits"] == 8:
             assert row["bytes_per_element"] == TRAFFIC[row["op"]], row["op"]
 
 
 @needs_native
-def test_choices(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_options_choose_operations_backends_and_bits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     arguments = "--sizes 1Mi --bits 4 16 --backends numpy SSE2 --ops apply exchange --threads 2"
-    if "SSE2" not in SETS:
-        arguments = arguments.replace("SSE2", SETS[-1])
+    if "SSE2" not in INSTRUCTION_SETS:
+        arguments = arguments.replace("SSE2", INSTRUCTION_SETS[-1])
     rows = run(capsys, tmp_path, *arguments.split(), "--rounds", "1")["rows"]
-    found = [(r["op"], r["backend"], r["bits"]) for r in rows if r["bits"]]
+    measured = [(r["op"], r["backend"], r["bits"]) for r in rows if r["bits"]]
     expected = {
-        (op, b, bits)
+        (op, backend, bits)
         for op in ("apply", "exchange")
-        for b in ("numpy", SETS[-1])
+        for backend in ("numpy", INSTRUCTION_SETS[-1])
         for bits in (4, 16)
     }
-    expected |= {("exchange_unfused", SETS[-1], bits) for bits in (4, 16)}
-    assert set(found) == expected and len(found) == len(expected)
+    expected |= {("exchange_unfused", INSTRUCTION_SETS[-1], bits) for bits in (4, 16)}
+    assert set(measured) == expected and len(measured) == len(expected)
     assert {r["threads"] for r in rows} == {2}
     assert {r["bytes_per_element"] for r in rows if r["op"] == "exchange"} == {9, 12}
-    assert cpu.instruction_sets()[0] in native.load().mpd_instruction_set().decode()  # as before
+    # The best instruction set is in use again.
+    assert cpu.instruction_sets()[0] in native.load().mpd_instruction_set().decode()
 
 
 @needs_native
 def test_exchange_is_not_far_from_memory_bandwidth(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = ["--sizes", "2M", "--bits", "8", "--backends", SETS[0], "--ops", "exchange"]
+    arguments = [
+        "--sizes",
+        "2M",
+        "--bits",
+        "8",
+        "--backends",
+        INSTRUCTION_SETS[0],
+        "--ops",
+        "exchange",
+    ]
     rows = run(capsys, tmp_path, *arguments, "--rounds", "9")["rows"]
     (fused,) = [row for row in rows if row["op"] == "exchange"]
-    if SETS[0].startswith("AVX"):
+    if INSTRUCTION_SETS[0].startswith("AVX"):
         assert fused["ratio_to_trivial"] < 8, fused
 
 
 @needs_native
-def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
+def test_the_table_ends_with_the_path_of_the_samples(tmp_path: Path) -> None:
     command = "-m mpi_dasgd bench kernel --sizes 1000 --rounds 1 --ops encode exchange --bits 8"
     done = subprocess.run(
         [sys.executable, *command.split()],
@@ -148,45 +168,46 @@ def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
     assert lines[-1] == f"raw samples: bench-results/{samples.name}"
 
 
-# --- what it computes ---
+# --- results and their check ---
 
 
 @needs_native
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", ["trivial", "streamed"])
-def test_trivial_loops_write_what_they_should_and_leave_the_models(bits: int, name: str) -> None:
-    work = KernelWorkload.make(Models.make(5 * 1024), bits)
-    models = work.models
-    for isa in SETS:
+def test_roofline_loops_write_all_outputs_and_no_model(bits: int, name: str) -> None:
+    workload = KernelWorkload.make(Models.make(5 * 1024), bits)
+    models = workload.models
+    for isa in INSTRUCTION_SETS:
         cpu.use_instruction_set(isa)
         for op, operation in OPERATIONS.items():
-            work.restore()
-            before = {part: array.tobytes() for part, array, _ in work._results()}
-            step = operation.step(work)
+            workload.restore()
+            before = {part: array.tobytes() for part, array, _ in workload.results()}
+            step = operation.step(workload)
             cpu.roofline(step, name, np.zeros_like(models.x))()
             written = {
-                part for part, array, _ in work._results() if array.tobytes() != before[part]
+                part for part, array, _ in workload.results() if array.tobytes() != before[part]
             }
             outputs = {"reply_delta": step.reply_delta, "publication": step.publication}
             expected = {f"{part}.codes" for part, out in outputs.items() if out is not None}
             assert written == expected, (op, isa)
-            for part in expected:  # all of it
-                codes = getattr(work, part.split(".")[0]).codes
-                assert (codes != kernel_workload._RUBBISH).mean() > 0.9, (op, isa)
-    cpu.use_instruction_set(SETS[0])
+            for part in expected:
+                codes = getattr(workload, part.split(".")[0]).codes
+                # Some codes are this value by chance.
+                assert (codes != POISON).mean() > 0.9, (op, isa)
+    cpu.use_instruction_set(INSTRUCTION_SETS[0])
 
 
 @needs_native
-def test_a_kernel_that_computes_rubbish_fails(
+def test_a_wrong_result_of_a_kernel_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     prepared = cpu.prepared
 
     def wrong(step: FusedStep) -> Any:
-        right = prepared(step)
+        correct = prepared(step)
 
         def call() -> None:
-            right()
+            correct()
             step.x[-1] += 1
 
         return call
@@ -200,26 +221,26 @@ def test_a_kernel_that_computes_rubbish_fails(
 
 
 @needs_native
-def test_separate_passes_that_compute_rubbish_fail(
+def test_a_wrong_result_of_separate_passes_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(rooflines.UNFUSED, "exchange", ("decode", "statistics", "move"))
+    monkeypatch.setitem(cpu_timer.UNFUSED, "exchange", ("decode", "statistics", "move"))
     with pytest.raises(MpiDasgdError, match=r"exchange_unfused with .* is wrong"):
         bench.run("kernel", ["--sizes", "5000", "--rounds", "1", "--out", str(tmp_path)])
 
 
 @needs_native
-def test_a_large_model_is_compared_in_parts() -> None:
-    work = KernelWorkload.make(Models.make(40 * 64 * 1024 + 17), 8)
-    firsts = work._blocks()
+def test_a_large_model_is_compared_in_blocks() -> None:
+    workload = KernelWorkload.make(Models.make(40 * 64 * 1024 + 17), 8)
+    firsts = workload._checked_blocks()
     assert len(firsts) == 16 and {0, 40 * 64} < set(firsts)
     operation = OPERATIONS["fused"]
-    work.restore()
-    cpu.run(operation.step(work))
-    work.check(operation)
-    work.models.x[-1] += 1
+    workload.restore()
+    cpu.run(operation.step(workload))
+    workload.check(operation)
+    workload.models.x[-1] += 1
     with pytest.raises(MpiDasgdError, match="x is wrong from bucket 2560 on"):
-        work.check(operation)
+        workload.check(operation)
 
 
 class Pointer:
@@ -239,9 +260,9 @@ class Pointer:
 
 
 class Event:
-    """One of a device that is done when it is asked for the first time."""
+    """CUDA event that has occurred when it is first queried, and has not at later queries."""
 
-    asked = 0
+    queries = 0
 
     def record(self) -> None:
         pass
@@ -251,12 +272,12 @@ class Event:
 
     @property
     def done(self) -> bool:
-        Event.asked += 1
-        return Event.asked == 1
+        Event.queries += 1
+        return Event.queries == 1
 
 
 @needs_native
-def test_lanes_of_a_gpu_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_operations_on_a_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimpleNamespace(
         Device=lambda: SimpleNamespace(attributes={"L2CacheSize": 100_000}),
         Event=Event,
@@ -265,23 +286,27 @@ def test_lanes_of_a_gpu_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     fake = SimpleNamespace(cuda=cuda, asarray=np.array, empty=np.empty, zeros=np.zeros)
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(Gpu, "_PLUG", 1000)
-    host = KernelWorkload.make(Models.make(3000), 8)
-    gpu = Gpu(host.models)
-    lanes = [*gpu.memory(), *gpu.lanes(host, list(OPERATIONS))]
-    assert len(lanes) == 1 + len(OPERATIONS)
-    assert len(gpu.models) == 1 + int(2 * 100_000 / (5 * 3000))  # of encode, which touches least
-    for lane in lanes:
-        lane.prepare()
-        launches = max(gpu._sets(lane.traffic * 3000), 8)
-        assert lane.run() == pytest.approx(4e-3 / launches)
-        lane.yardstick()
-        lane.check()
-    assert gpu.plugs == 8  # the device had waited, once
-    gpu.models[0].x.fill(np.nan)
-    lane.run()
+    monkeypatch.setattr(GpuTimer, "_BUSY_BYTES", 1000)
+    workload = KernelWorkload.make(Models.make(3000), 8)
+    timer = GpuTimer(workload.models)
+    operations = [
+        *timer.memory_operations(),
+        *timer.codec_operations(workload, list(OPERATIONS)),
+    ]
+    assert len(operations) == 1 + len(OPERATIONS)
+    # The operation with the least traffic, encode, needs the most sets of arrays.
+    assert len(timer.model_sets) == 1 + int(2 * 100_000 / (5 * 3000))
+    for operation in operations:
+        operation.prepare()
+        launches = max(timer._set_count(operation.traffic * 3000), 8)
+        assert operation.run() == pytest.approx(4e-3 / launches)
+        operation.run_baseline()
+        operation.check()
+    assert timer.busy_copies == 8, "doubled after the one time that the device was idle"
+    timer.model_sets[0].x.fill(np.nan)
+    operation.run()
     with pytest.raises(MpiDasgdError, match="buckets were rejected while time was taken"):
-        lane.check()
+        operation.check()
 
 
 # --- arguments ---
@@ -300,7 +325,7 @@ def test_lanes_of_a_gpu_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--sizes", "1000000M"], "give smaller --sizes"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str) -> None:
+def test_wrong_kernel_options_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.run("kernel", arguments)
 
@@ -308,12 +333,12 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 @needs_native
 @needs_no_gpu
 @pytest.mark.parametrize("option", ["--backend", "--backends"])
-def test_no_gpu(option: str) -> None:
+def test_cuda_without_a_device_is_refused(option: str) -> None:
     with pytest.raises(UserError, match="there is no CUDA device here"):
         bench.run("kernel", [option, "cuda"])
 
 
-def test_without_native_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_native_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
-    with pytest.raises(UserError, match="yardsticks are part of what is missing"):
+    with pytest.raises(UserError, match="roofline loops are part of what is missing"):
         bench.run("kernel", [])

@@ -1,0 +1,48 @@
+"""Vectors that `bench kernel` updates: a model, its gradient and its velocity."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+
+__all__ = ["Models", "uniform"]
+
+
+class Models:
+    """A model with gradient and velocity in the memory of one device.
+
+    Args:
+        origin: initial model, float32, shape (elements,), in host memory.
+        gradient: gradient, float32, shape (elements,), in host memory.
+        xp: NumPy or CuPy.
+
+    Attributes:
+        origin, host_gradient: the arguments.
+        x: model, float32, shape (elements,), on the device; operations change it.
+        velocity: momentum buffer, float32, shape (elements,), on the device.
+        gradient: copy of the gradient on the device.
+    """
+
+    def __init__(self, origin: np.ndarray, gradient: np.ndarray, xp: ModuleType = np) -> None:
+        self.origin, self.host_gradient, self.xp = origin, gradient, xp
+        self.gradient = xp.asarray(gradient)
+        self.x, self.velocity = (xp.empty(origin.size, np.float32) for _ in range(2))
+
+    @classmethod
+    def make(cls, elements: int) -> Models:
+        """Return random models in host memory, the same for the same number of elements."""
+        rng = np.random.default_rng(elements)
+        return cls(uniform(rng, elements, 0.1), uniform(rng, elements, 0.01))
+
+    def restore(self) -> None:
+        """Reset the model to `origin`."""
+        self.x[:] = self.xp.asarray(self.origin)
+
+
+def uniform(rng: np.random.Generator, elements: int, limit: float) -> np.ndarray:
+    """Return uniform random numbers in [-limit, limit), float32, shape (elements,)."""
+    values = rng.random(elements, np.float32)
+    values -= np.float32(0.5)
+    values *= np.float32(2 * limit)
+    return values
