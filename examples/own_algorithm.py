@@ -47,7 +47,7 @@ class ClippedGossip(algorithms.Algorithm):
 if "ranks" in sys.argv:
     model = torch.nn.Linear(10, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with Decentralized(model, optimizer, "clipped_gossip", samples=20_000) as training:
+    with Decentralized(model, optimizer, "clipped_gossip", total_samples=20_000) as training:
         while not training.finished:
             x = torch.randn(32, 10)
             optimizer.zero_grad()

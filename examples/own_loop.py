@@ -13,7 +13,7 @@ x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 x = x.float() / 16
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-training = mpi_dasgd.Decentralized(model, optimizer, samples=60_000)  # 2
+training = mpi_dasgd.Decentralized(model, optimizer, total_samples=60_000)  # 2
 
 torch.manual_seed(1 + training.rank)  # every rank draws its own batches
 while not training.finished:

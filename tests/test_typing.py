@@ -22,12 +22,12 @@ from mpi_dasgd.analysis import load_run
 
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-training = mpi_dasgd.Decentralized(model, optimizer, samples=1000)
+training = mpi_dasgd.Decentralized(model, optimizer, total_samples=1000)
 while not training.finished:
     training.step(32)
 training.close()
 ages: np.ndarray = load_run("runs/a").column("exchange", "age_s")
-mpi_dasgd.Decentralized(model, optimizer, samples="many")  # "samples" .* expected "int | None"
+mpi_dasgd.Decentralized(model, optimizer, total_samples="many")  # "total_samples" .* expected "int | None"
 mpi_dasgd.Decentralized(model)  # Missing positional argument "optimizer"
 training.step(model)  # Argument 1 to "step" .* expected "int"
 training.ended  # "Decentralized" has no attribute "ended"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ def load_checkpoint(training: Decentralized, directory: Path) -> int:
         if meta["step"] != max(common):
             arrays, meta = load(directory, training.rank, step=max(common), size=training.size)
         _load_state(training, arrays, meta)
-    steps = world.comm.allgather(training.local.local_step)
+    local_steps = world.comm.allgather(training.local.local_step)
     with world.collective_errors():
-        training.resumed_at(steps)
+        _count_seen_gradients(training, local_steps)
     return max(common)
 
 
@@ -94,7 +94,31 @@ def _load_state(
     training.parameters.set_buffers(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # tuples that JSON has made lists
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
-    training.resume(meta["local_step"], meta["samples"], meta["elapsed"])
+    _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])
+
+
+def _resume(training: Decentralized, local_step: int, samples: int, elapsed: float) -> None:
+    """Take over the counts of a checkpoint, and publish them and the model that has been set."""
+    training.local.local_step = local_step
+    training.budget.resume(samples, elapsed)
+    training.endpoint.membership.report_samples(samples)
+    training.endpoint.report_gradients(local_step)
+    training.algorithm.restart(local_step)
+
+
+def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -> None:
+    """Count the gradients of the earlier part of the run, given the steps of all ranks, as seen.
+
+    Raises:
+        UserError: ranks in lockstep are at different steps.
+    """
+    if training.lockstep and len(set(local_steps)) > 1:
+        raise UserError(
+            f"run.resume: ranks of {training.algorithm.name!r} go in step, but their checkpoints are "
+            f"of steps {list(local_steps)}; begin anew"
+        )
+    training.endpoint.membership.gradients[:] = local_steps
+    training.learning_rate.gradients_seen = sum(local_steps)
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ class Trainer:
         )
         self.progress = ProgressLine(self.rank == 0)
         environment.comm.Barrier()
-        self.training.restart_clock()
+        self.training.budget.restart_clock()
 
     def _attributes(self, resumed: int | None) -> dict[str, Any]:
         config = self.config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.config import consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
+from mpi_dasgd.training.budget import Budget
+from mpi_dasgd.training.learning_rate import LearningRate
 from tests.support.training import train
 from tests.support.virtual_ranks import JOB
 
@@ -148,3 +152,115 @@ def test_eccentricity() -> None:
     assert topology.build("complete", 7).eccentricity(0) == 1
     assert topology.build("ring", 7).eccentricity(3) == 3
     assert topology.build("hypercube", 16).eccentricity(5) == 4
+
+
+class _Membership:
+    """What other ranks have said: 10 samples; rank 0's last step."""
+
+    def __init__(self) -> None:
+        self.last_step = 0
+        self.total_samples = 10
+
+    def read_last_step(self, rank: int) -> int:
+        assert rank == 0
+        return self.last_step
+
+    def publish_last_step(self, step: int) -> None:
+        self.last_step = step
+
+
+def _budget(*overrides: str, lockstep: bool = False, rank: int = 0) -> tuple[Budget, _Membership]:
+    parts: Any = SimpleNamespace(
+        config=config.load(None, overrides),
+        lockstep=lockstep,
+        max_steps_ahead=2,
+        topology=topology.build("complete", 4),
+    )
+    membership: Any = _Membership()
+    return Budget(parts, membership, rank), membership
+
+
+def _set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr("mpi_dasgd.training.budget.time.monotonic", lambda: seconds)
+
+
+def test_progress_is_a_fraction_of_the_samples_of_all_ranks() -> None:
+    budget, membership = _budget("budget.samples=40")
+    assert (budget.total_samples, budget.progress) == (10, 0.25)
+    assert not budget.is_spent(1)
+    membership.total_samples = 41
+    assert budget.progress == 1.0
+    assert budget.is_spent(1)
+
+
+def test_ranks_in_lockstep_know_the_samples_of_all_without_reading() -> None:
+    budget, _ = _budget("budget.samples=40", lockstep=True)
+    budget.samples = 9
+    assert (budget.total_samples, budget.progress) == (36, 0.9)
+    budget.samples = 10
+    assert budget.is_spent(1)
+
+
+def test_a_budget_in_seconds_goes_on_where_an_earlier_part_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _set_clock(monkeypatch, 100.0)
+    budget, _ = _budget("budget.seconds=8")
+    _set_clock(monkeypatch, 101.0)
+    assert (budget.elapsed, budget.progress) == (1.0, 0.125)
+    budget.resume(5, 3.0)
+    assert budget.samples == 5
+    budget.restart_clock()
+    assert budget.elapsed == 3.0
+    _set_clock(monkeypatch, 107.0)
+    assert budget.is_spent(1)
+
+
+def test_without_a_budget_training_never_ends() -> None:
+    budget, _ = _budget()
+    assert budget.progress == 0.0
+    assert not budget.is_spent(10**9)
+
+
+def test_rank_0_declares_the_last_step_once_and_all_obey_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _set_clock(monkeypatch, 0.0)
+    settings = ("budget.seconds=8", "algorithm.name=local_sgd", "algorithm.local_steps=4")
+    budget, membership = _budget(*settings, lockstep=True)
+    other, others_view = _budget(*settings, lockstep=True, rank=1)
+    budget.declare_last_step(5)
+    assert membership.last_step == 0  # there is time left
+    _set_clock(monkeypatch, 9.0)
+    other.declare_last_step(5)
+    assert others_view.last_step == 0  # it is for rank 0 to say
+    assert not budget.is_spent(5)
+    budget.declare_last_step(5)
+    assert membership.last_step == 8 + 2  # the next exchange, and what another may be ahead
+    budget.declare_last_step(9)
+    assert membership.last_step == 10
+    assert not budget.is_spent(9)
+    assert budget.is_spent(10)
+
+
+@pytest.mark.parametrize("applies_itself", [False, True])
+def test_the_learning_rate_follows_progress_and_delay(applies_itself: bool) -> None:
+    gradients = [0]
+    endpoint: Any = SimpleNamespace(gradients=lambda: gradients[0])
+    parts: Any = SimpleNamespace(
+        algorithm_cls=SimpleNamespace(
+            capabilities=SimpleNamespace(applies_step_rule=applies_itself)
+        ),
+        schedule=SimpleNamespace(factor=lambda progress: 1 - progress),
+        step_rule=lambda delay: 1 / (1 + delay),
+    )
+    rate = LearningRate(parts, endpoint)
+    gradients[0] = 1  # its own
+    assert rate.of_gradient(0.5) == 0.5
+    assert rate.delay == 0
+    rate.begin_gradient()
+    gradients[0] += 4  # its own, and three of others
+    assert rate.of_gradient(0.5) == (0.5 if applies_itself else 0.125)
+    assert rate.delay == 3
+    assert rate.delay_factor == (1.0 if applies_itself else 0.25)
+    assert rate.scheduled(0.25) == 0.75

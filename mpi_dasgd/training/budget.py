@@ -1,0 +1,91 @@
+"""Budget of a run: how much of it all ranks have used, and when training ends."""
+
+from __future__ import annotations
+
+import time
+
+from mpi_dasgd.algorithms.build import RunParts
+from mpi_dasgd.transport.membership import Membership
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """Budget of a run, in samples of all ranks or in wall time.
+
+    Args:
+        parts: parts of the run.
+        membership: samples that the other ranks have reported.
+        rank: this rank.
+
+    Attributes:
+        samples: samples that this rank has processed.
+    """
+
+    def __init__(self, parts: RunParts, membership: Membership, rank: int) -> None:
+        self.samples = 0
+        self._limit = parts.config.budget
+        self._local_steps = parts.config.algorithm.local_steps
+        self._lockstep = parts.lockstep
+        self._max_steps_ahead = parts.max_steps_ahead
+        self._membership = membership
+        self._rank, self._size = rank, parts.topology.size
+        self._elapsed_before = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count `elapsed` from now on, added to that of an earlier part of the run."""
+        self._started = time.monotonic() - self._elapsed_before
+
+    def resume(self, samples: int, elapsed: float) -> None:
+        """Continue from the samples of this rank and the seconds of an earlier part of the run.
+
+        `restart_clock` then sets the clock.
+        """
+        self.samples = samples
+        self._elapsed_before = elapsed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self._started
+
+    @property
+    def total_samples(self) -> int:
+        """Samples that all ranks have processed, as far as this rank has seen."""
+        if self._lockstep:
+            return self.samples * self._size
+        return self._membership.total_samples
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the budget that is used, in [0, 1]; 0 without a budget."""
+        if self._limit.samples is not None:
+            return min(1.0, self.total_samples / self._limit.samples)
+        if self._limit.seconds is not None:
+            return min(1.0, self.elapsed / self._limit.seconds)
+        return 0.0
+
+    def is_spent(self, local_step: int) -> bool:
+        """Return whether training ends after `local_step` steps of this rank."""
+        if self._stops_by_declaration:
+            last_step = self._membership.read_last_step(0)
+            return 0 < last_step <= local_step
+        return self.progress >= 1.0
+
+    @property
+    def _stops_by_declaration(self) -> bool:
+        """Whether rank 0 declares the last step: clocks would stop ranks at different ones."""
+        return self._lockstep and self._limit.seconds is not None
+
+    def declare_last_step(self, local_step: int) -> None:
+        """Publish once, on rank 0 in its step `local_step`, where ranks in lockstep stop.
+
+        It happens as soon as the time is up, and names a step beyond all that any rank can have
+        started by then. Without such a budget, and on other ranks, nothing happens.
+        """
+        if not self._stops_by_declaration or self._rank != 0 or self.progress < 1.0:
+            return
+        if self._membership.read_last_step(0) == 0:
+            next_exchange = -(-local_step // self._local_steps) * self._local_steps
+            self._membership.publish_last_step(next_exchange + self._max_steps_ahead)

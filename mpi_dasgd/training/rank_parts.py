@@ -1,0 +1,106 @@
+"""Builder of one rank over MPI: its flat model, its windows, and the algorithm on both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpi_dasgd import launch, world
+from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
+from mpi_dasgd.algorithms.build import RunParts, build_run
+from mpi_dasgd.codecs import Codec, Layout
+from mpi_dasgd.config import Config, consistency
+from mpi_dasgd.training import synchronize
+from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+
+if TYPE_CHECKING:
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+
+__all__ = ["RankParts", "build_rank", "start_world"]
+
+_log = logging.getLogger("mpi_dasgd")
+
+
+@dataclass(frozen=True)
+class RankParts:
+    """Parts of one rank.
+
+    Attributes:
+        run: parts that all ranks share.
+        parameters: parameters of the model, equal on all ranks.
+        local: optimizer of this rank.
+        codec: codec of the messages.
+        endpoint: transport on MPI windows.
+        algorithm: algorithm on all of these, not started.
+    """
+
+    run: RunParts
+    parameters: FlatParameters
+    local: TorchLocalOptimizer
+    codec: Codec
+    endpoint: RmaEndpoint
+    algorithm: Algorithm
+
+
+def build_rank(
+    config: Config,
+    environment: world.World,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    record: Callable[[ExchangeRecord], None] | None,
+) -> RankParts:
+    """Build a rank as `config` says. Collective.
+
+    Args:
+        config: configuration of the run.
+        environment: the ranks, and this one's place among them.
+        model: its parameters become those of rank 0.
+        optimizer: optimizer over the parameters of `model`.
+        record: called with every exchange.
+
+    Raises:
+        UserError: settings that do not fit each other, the model, or the number of ranks.
+    """
+    with environment.collective_errors():
+        run = build_run(config, environment.size)
+        parameters = FlatParameters(model)
+        x = parameters.host_view
+        codec = run.make_codec(environment.rank, x.size, x.dtype)
+        for warning in run.warnings if environment.rank == 0 else ():
+            _log.warning(warning)
+        consistency.check(config, run.algorithm_cls.name, run.lockstep)
+    synchronize.broadcast_parameters(environment.comm, parameters)
+    local = TorchLocalOptimizer(optimizer, parameters)
+    endpoint = _make_endpoint(environment, codec.layout, run)
+    algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
+    algorithm.local = local
+    return RankParts(run, parameters, local, codec, endpoint, algorithm)
+
+
+def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> RmaEndpoint:
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # not before: it starts MPI
+
+    transport = run.config.transport
+    return RmaEndpoint(
+        environment.comm,
+        layout,
+        run.topology,
+        mode=transport.path,
+        publication_slots=run.publication_slots,
+        inbox_slots=run.inbox_slots,
+        progress_interval=transport.progress_interval,
+        heartbeat_timeout=transport.silence,
+    )
+
+
+def start_world() -> world.World:
+    """Start MPI for a program that has not done so; an uncaught exception then ends all ranks."""
+    launch.setting_up()
+    environment = world.start()
+    environment.abort_on_exception()
+    return environment

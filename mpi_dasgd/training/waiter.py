@@ -1,0 +1,79 @@
+"""Waiting for other ranks without keeping the core, and noticing when one of them is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpi_dasgd.algorithms import Algorithm
+from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.transport.membership import FAILED
+
+if TYPE_CHECKING:
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # its import starts MPI
+
+__all__ = ["PEER_CHECK_SECONDS", "Waiter"]
+
+PEER_CHECK_SECONDS = 0.005  # seconds between two reads of the other ranks' status
+
+
+class Waiter:
+    """Waits for other ranks, and checks that those that are needed live.
+
+    Args:
+        endpoint: transport of this rank.
+        algorithm: algorithm of this rank.
+
+    Attributes:
+        wait_seconds: time spent in `wait` so far.
+    """
+
+    def __init__(self, endpoint: RmaEndpoint, algorithm: Algorithm) -> None:
+        self.wait_seconds = 0.0
+        self._endpoint = endpoint
+        self._algorithm = algorithm
+        self._last_check = time.monotonic()
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Call `is_done` until it returns True; yield the core between calls, up to 0.5 ms.
+
+        Raises:
+            PeerLost: see `check_peers`.
+        """
+        started = time.perf_counter()
+        pause = 0.0
+        while not is_done():
+            time.sleep(pause)
+            waited = time.perf_counter() - started
+            pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
+            if waited > PEER_CHECK_SECONDS:
+                self.check_peers()
+        self.wait_seconds += time.perf_counter() - started
+
+    def poll(self, is_done: Callable[[], object]) -> None:
+        """Call `is_done` until it returns something true, but no longer than some milliseconds."""
+        started = time.perf_counter()
+        pause = 0.0
+        while not is_done() and time.perf_counter() - started < PEER_CHECK_SECONDS:
+            time.sleep(pause)
+            pause = min(2e-4, pause + 1e-5)
+
+    def check_peers_if_due(self) -> None:
+        """Call `check_peers` if the last call is more than `PEER_CHECK_SECONDS` ago."""
+        if time.monotonic() - self._last_check > PEER_CHECK_SECONDS:
+            self.check_peers()
+
+    def check_peers(self) -> None:
+        """Read the status of the other ranks.
+
+        Raises:
+            PeerLost: a rank has failed, or one that the algorithm cannot do without is gone.
+        """
+        self._endpoint.refresh_membership()
+        self._last_check = time.monotonic()
+        membership = self._endpoint.membership
+        if FAILED in membership.status:
+            raise PeerLost(f"rank {membership.status.index(FAILED)} has failed")
+        if lost := membership.dead & self._algorithm.required_ranks:
+            raise PeerLost(f"rank {min(lost)} is gone, and {self._algorithm.name} needs it")

@@ -1,0 +1,184 @@
+"""Waiting for other ranks, and the end of all exchanges, with other ranks that do as they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.training.shutdown import drain
+from mpi_dasgd.training.waiter import PEER_CHECK_SECONDS, Waiter
+from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
+
+
+class Clock:
+    """Time in which only sleep passes, and a microsecond per look at it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time of the modules under test."""
+    clock = Clock()
+    monkeypatch.setattr("mpi_dasgd.training.waiter.time", clock)
+    monkeypatch.setattr("mpi_dasgd.training.shutdown.time", clock)
+    return clock
+
+
+class Endpoint:
+    """Transport of rank 0 of three; `on_refresh` says what becomes of the others meanwhile."""
+
+    def __init__(self, on_refresh: Callable[[Endpoint], None] = lambda endpoint: None) -> None:
+        self.membership = SimpleNamespace(
+            status=[RUNNING] * 3, dead=set(), publish_status=self._publish
+        )
+        self.refreshed = 0
+        self.unsent = 0
+        self._on_refresh = on_refresh
+
+    def _publish(self, status: int) -> None:
+        assert self.is_flushed(), "it has stopped before all was sent"
+        self.membership.status[0] = status
+
+    def refresh_membership(self) -> None:
+        self.refreshed += 1
+        self._on_refresh(self)
+
+    def is_flushed(self) -> bool:
+        return self.unsent == 0
+
+
+class Algorithm:
+    """Absorbing one message lets the transport send one."""
+
+    name = "some"
+    required_ranks: frozenset[int] = frozenset()
+    is_drained = True
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.absorbed: list[int] = []
+        self.released = False
+        self._endpoint = endpoint
+
+    def absorb(self, step: int) -> None:
+        self.absorbed.append(step)
+        self._endpoint.unsent = max(0, self._endpoint.unsent - 1)
+
+    def finalize(self) -> Iterator[Any]:
+        answers = iter([False, True])
+        yield SimpleNamespace(test=lambda: next(answers))
+        self.released = True
+
+
+def _parts(endpoint: Endpoint) -> tuple[Any, Any, Waiter]:
+    algorithm: Any = Algorithm(endpoint)
+    transport: Any = endpoint
+    return transport, algorithm, Waiter(transport, algorithm)
+
+
+def test_a_wait_ends_when_it_is_done_and_its_time_is_counted() -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    answers = iter([False, False, True])
+    waiter.wait(lambda: next(answers))
+    assert next(answers, None) is None
+    assert waiter.wait_seconds > 0
+    waiter.wait(lambda: True)
+    assert endpoint.refreshed == 0
+
+
+@pytest.mark.parametrize("status", [FAILED, RUNNING])
+def test_a_long_wait_ends_when_a_rank_that_is_needed_is_lost(status: int) -> None:
+    endpoint = Endpoint()
+    _, algorithm, waiter = _parts(endpoint)
+    if status == FAILED:
+        endpoint.membership.status[1] = FAILED
+    else:
+        endpoint.membership.dead.add(1)
+        waiter.check_peers()  # it can do without
+        algorithm.required_ranks = frozenset({1, 2})
+    words = "rank 1 has failed" if status == FAILED else "rank 1 is gone, and some needs it"
+    with pytest.raises(PeerLost, match=words):
+        waiter.wait(lambda: False)
+
+
+def test_peers_are_checked_no_more_often_than_they_must(clock: Clock) -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    checks = []
+    for _ in range(30):
+        clock.sleep(PEER_CHECK_SECONDS / 10)
+        waiter.check_peers_if_due()
+        checks.append(endpoint.refreshed)
+    assert checks[8] == 0
+    assert checks[-1] == 3
+
+
+def test_a_long_wait_checks_the_peers_and_yields_the_core_for_half_a_millisecond_at_most(
+    clock: Clock,
+) -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    calls: list[float] = []
+    waiter.wait(lambda: calls.append(clock.now) or clock.now > 101)  # type: ignore[func-returns-value]
+    pauses = [after - before for before, after in pairwise(calls)]
+    assert pauses[0] < 1e-5 < max(pauses) < 6e-4
+    assert endpoint.refreshed > 1000
+    assert waiter.wait_seconds == pytest.approx(1, abs=0.01)
+
+
+def test_a_poll_ends_by_itself() -> None:
+    _, _, waiter = _parts(Endpoint())
+    assert waiter.wait_seconds == 0
+    calls: list[None] = []
+    waiter.poll(lambda: calls.append(None))
+    assert len(calls) > 1
+    calls.clear()
+    waiter.poll(lambda: calls.append(None) or True)  # type: ignore[func-returns-value]
+    assert len(calls) == 1
+
+
+def test_draining_sends_all_then_absorbs_until_the_others_have_stopped() -> None:
+    def stop(endpoint: Endpoint) -> None:
+        assert endpoint.membership.status[0] == FINISHED
+        if endpoint.refreshed == 3:
+            endpoint.membership.status[1] = FINISHED
+        if endpoint.refreshed == 5:
+            endpoint.membership.dead.add(2)  # is not waited for
+
+    endpoint = Endpoint(stop)
+    endpoint.unsent = 2
+    transport, algorithm, waiter = _parts(endpoint)
+    drain(transport, algorithm, waiter, 7)
+    assert algorithm.released
+    assert endpoint.refreshed == 5
+    assert algorithm.absorbed == [7] * (2 + 5 + 1)  # the last one after all have stopped
+
+
+def test_draining_goes_on_until_the_algorithm_is_drained() -> None:
+    endpoint = Endpoint()
+    endpoint.membership.status[1:] = [FINISHED, FINISHED]
+    transport, algorithm, waiter = _parts(endpoint)
+    algorithm.is_drained = False
+
+    def arrive(endpoint: Endpoint) -> None:
+        algorithm.is_drained = endpoint.refreshed == 4
+
+    endpoint._on_refresh = arrive
+    drain(transport, algorithm, waiter, 7)
+    assert endpoint.refreshed == 4
