@@ -16,11 +16,14 @@ BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test doctor bench gpu-check lint docs clean
+.PHONY: help train test test-fast coverage doctor bench gpu-check lint docs clean
 
 ifeq ($(CI),true)
 export MPI_DASGD_REQUIRE_NATIVE := 1
 endif
+
+# Some containers set it: every rank would compile the whole package anew, and its start take longer.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +35,17 @@ train: $(VENV)/.train  ## quick start: train on 4 ranks, then the all-reduce bas
 
 test: $(VENV)/.test  ## all tests, with MPICH and Open MPI; PYTEST="-k word" chooses
 	$(if $(PYTEST),$(BIN)/python -m pytest $(PYTEST),$(ALL_TESTS))
+
+test-fast: $(VENV)/.test  ## the inner loop: neither ranks nor compilers, in about a minute
+	$(BIN)/python -m pytest -m "not mpi and not slow" $(SHARED) $(PYTEST)
+
+coverage: $(VENV)/.test  ## which lines the tests without ranks run: build/coverage.xml
+	mkdir -p build
+	status=0
+	$(BIN)/python -m pytest -m "not mpi" $(SHARED) --cov --cov-report= $(PYTEST) || status=$$?
+	$(BIN)/coverage xml -q -o build/coverage.xml
+	echo "coverage: $$($(BIN)/coverage report --format=total) % of the lines of mpi_dasgd"
+	exit $$status
 
 test-%: $(VENV)/.test  ## the MPI tests at so many ranks: test-8
 	MPI_DASGD_TEST_RANKS=$* $(BIN)/python -m pytest -m mpi $(PYTEST)
@@ -62,11 +76,13 @@ clean:  ## remove what was built; the environment (.venv) and the results (runs)
 	find mpi_dasgd tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.train $(VENV)/.test $(VENV)/.docs
 
-# Tests that start ranks need the cores for themselves; the others share them.
+# Tests that start ranks need the cores for themselves, but for those that only wait (`concurrent`).
+# One worker more than cores, as one does that. tests/conftest.py says which tests stay together.
+SHARED := -n $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4))) --dist loadscope
 define ALL_TESTS
 status=0
-$(BIN)/python -m pytest -m "not mpi" -n auto --maxprocesses 4 --dist loadfile || status=$$?
-$(BIN)/python -m pytest -m mpi || status=$$?
+$(BIN)/python -m pytest -m "not mpi or concurrent" $(SHARED) || status=$$?
+$(BIN)/python -m pytest -m "mpi and not concurrent" || status=$$?
 exit $$status
 endef
 

@@ -5,13 +5,30 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from mpi_dasgd.launch import mpiexec
+from tests.support import mpi_ranks
 from tests.support.fake_hosts import Hosts, isolated_hosts
 from tests.support.mpi_ranks import CI, MPIS, mpi_library, rank_counts
 from tests.support.rank_pool import close_pools
+
+STARTS_RANKS = {"mpi", "n_ranks", "two_hosts"}  # fixtures
+
+TOGETHER = {
+    "test_cuda_compile.py": "compiled kernels",
+    "test_native_build.py": "wheel",
+    "test_launch.py": "ranks",
+    "test_world.py": "ranks",
+    "test_docs.py": "site",
+    "test_cuda_shim.py": "library",
+    "test_report.py": "runs",
+    "test_results.py": "run",
+    "test_bench_quality.py": "table",
+}
+"""Files whose tests one process runs, by what they share; the longest first."""
 
 
 @functools.cache
@@ -38,10 +55,38 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start ranks, for ``make test-N``."""
+    """Mark the tests that start ranks; under xdist, what takes longest begins first."""
     for item in items:
-        if {"mpi", "n_ranks", "two_hosts"} & set(getattr(item, "fixturenames", ())):
+        concurrent = item.get_closest_marker("concurrent") is not None
+        if concurrent or STARTS_RANKS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.mpi)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = list(TOGETHER)
+        items.sort(
+            key=lambda item: order.index(n) if (n := item.path.name) in order else len(order)
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``--dist loadscope``: deal the tests out one by one, but for those of `TOGETHER`.
+
+    It is what ``--dist loadgroup`` is for, which does nothing with pytest 9.2 and xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(nodeid.partition("::")[0].rpartition("/")[2], nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Beside other tests only such ranks are started as bear it."""
+    beside = "PYTEST_XDIST_WORKER" in os.environ
+    mpi_ranks.may_start = not beside or item.get_closest_marker("concurrent") is not None
 
 
 @pytest.fixture(params=MPIS)

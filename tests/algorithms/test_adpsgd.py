@@ -25,6 +25,7 @@ PULL = "algorithm.variant=pull"
 GRAPH = "topology.graph=bipartite_exponential"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -42,6 +43,7 @@ def test_effective_step_is_one(settings: tuple[str, ...]) -> None:
     assert effective_step(*small, *settings) == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "half"), [(AVERAGE, 1.0), (GRADIENT, 0.5)])
 @pytest.mark.parametrize(("compute", "variation"), [("exponential", 1.0), ("constant", 0.0)])
 def test_effective_step_of_pull_is_as_documented(
@@ -57,6 +59,7 @@ def test_effective_step_of_pull_is_as_documented(
         assert found == pytest.approx({AVERAGE: 1.0, GRADIENT: 0.51}[order], abs=0.03)
 
 
+@pytest.mark.slow
 def test_average_first_has_more_disagreement_under_noise() -> None:
     settings = ["simulation.noise=5", "optimizer.lr=0.05", "simulation.latency=0"]
     first, last = (run(*settings, order)["final_disagreement"] for order in (AVERAGE, GRADIENT))
@@ -95,6 +98,7 @@ def test_contraction_on_the_complete_graph_over_all_edges(
     assert np.mean(after) / gamma(models) == pytest.approx(theory(8), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_contraction_per_event_of_pair_in_a_long_run() -> None:
     ranks = Ranks(np.zeros((8, 32)), Settings())
     dice, values = random.Random(1), np.random.default_rng(1)
@@ -134,6 +138,7 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
     assert np.mean(ratios) == pytest.approx(1 - (1 + 1 / 8) / 14, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("graph", "degree"),
     [
@@ -282,6 +287,7 @@ def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.Mon
 # Codecs and refusals.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", sorted(set(codecs.CODECS) - {"none"}))
 @pytest.mark.parametrize("settings", [(BIPARTITE, "topology.graph=ring"), (AVERAGE,), (PULL,)])
 def test_every_codec(codec: str, settings: tuple[str, ...]) -> None:

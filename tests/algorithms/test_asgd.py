@@ -122,6 +122,7 @@ def test_the_meter_agrees_with_brute_force(seed: int) -> None:
     _brute_force(DelayMeter(), 600, random.Random(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "above", "slowest"),
     [
@@ -148,6 +149,7 @@ def test_average_delay_is_concurrency_whatever_the_speeds(
         assert np.mean(figures["delays_of"][3]) > 5 * np.mean(figures["delays_of"][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "concurrency"),
     [
@@ -209,6 +211,7 @@ def _jittery(network: Network, rank: int) -> VirtualEndpoint:
     return VirtualEndpoint(network, rank, RandomDelays(random.Random(rank), mean=0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "samples"),
     [
@@ -326,6 +329,7 @@ def _gradients_a_second(demands: Sequence[float], jobs: int) -> float:
     return float(sums[jobs - 1] / sums[jobs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("concurrency", "slow"), [(1, 4), (4, 4), (40, 0)])
 def test_time_of_uniform_clients(concurrency: int, slow: int) -> None:
     """Lemma 11: C gradients take the mean of the clients' times, if no point waits for a busy client.
@@ -371,6 +375,7 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
     return total / (int(applied) - 2500), minima
 
 
+@pytest.mark.slow
 def test_free_clients_minimize_the_wrong_function() -> None:
     """Whoever is free: sum p_i f_i with p_i the share of gradients; uniform: the mean. Section 5."""
     free, minima = _fixed_point()
@@ -382,6 +387,7 @@ def test_free_clients_minimize_the_wrong_function() -> None:
     assert np.linalg.norm(uniform) < 0.25 * size
 
 
+@pytest.mark.slow
 def test_adaptive_steps_bring_the_bias_back() -> None:
     uniform, minima = _fixed_point(UNIFORM)
     adaptive, _ = _fixed_point(UNIFORM, "algorithm.step_rule=drop")

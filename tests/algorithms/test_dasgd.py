@@ -146,6 +146,7 @@ def test_version_vectors_count_the_symmetric_difference_of_gradient_sets(
     assert (simulation.models == 1).all()  # every gradient has reached every replica
 
 
+@pytest.mark.slow
 def test_it_never_waits_in_ten_thousand_events() -> None:
     figures = Watched(
         "simulation.ranks=7", "simulation.compute=lognormal", "simulation.slow_ranks=[3]",
@@ -188,6 +189,7 @@ class Threaded(VirtualEndpoint):
         clock.after(at - clock.now, arrive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "latency", "expected"),
     [(4, 0.1, 1.4), (4, 0.5, 3.3), (4, 1.0, 6.1), (16, 0.1, 2.65), (16, 0.5, 9.9)],

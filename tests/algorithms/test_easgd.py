@@ -86,6 +86,7 @@ def test_alpha_is_the_papers_by_default() -> None:
     assert not server.computes_gradients and server.x is server.center
 
 
+@pytest.mark.slow
 def test_the_center_converges_and_holds_the_workers() -> None:
     simulation = _simulation(
         "simulation.noise=1", "simulation.condition=5", "optimizer.lr=0.1", "budget.samples=6000"
@@ -124,6 +125,7 @@ def _slow_center(monkeypatch: pytest.MonkeyPatch | None) -> dict[str, Any]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_center_serves_each_worker_once(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = _slow_center(None)
     assert figures["final_disagreement"] < figures["max_disagreement"]

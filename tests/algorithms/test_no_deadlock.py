@@ -16,6 +16,8 @@ from mpi_dasgd.transport.virtual.network import Network
 from tests.support.random_delays import RandomDelays
 from tests.support.virtual_ranks import JOB
 
+pytestmark = pytest.mark.slow
+
 EVENTS = 100_000
 
 

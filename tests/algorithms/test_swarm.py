@@ -28,6 +28,7 @@ SLOW = "simulation.slow_ranks=[0]"
 PROGRAMS = ROOT / "tests" / "programs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -47,6 +48,7 @@ def test_effective_step_is_one(settings: tuple[str, ...]) -> None:
     assert effective_step(*small, *settings) == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "documented"), [(1, 0.67), (4, 0.865)])
 def test_effective_step_of_pull_is_as_documented(steps: int, documented: float) -> None:
     """On Poisson clocks: 2/3 at H = 1, as publications lack the average that came after them."""
@@ -128,6 +130,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
     np.testing.assert_allclose(simulation.models.sum(0), simulation._expected_sum, rtol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["exponential", "constant"])
 @pytest.mark.parametrize(
     ("ranks", "graph", "latency"),

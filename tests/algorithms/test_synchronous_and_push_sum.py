@@ -300,6 +300,7 @@ def _after(advance: Callable[[], bool], simulation: Simulator) -> Callable[[], b
     return checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "graph", "ranks", "slots", "extra"),
     [
@@ -391,6 +392,7 @@ def _worst(floor: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_osgp_with_a_straggler_is_stable_and_without_a_floor_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -153,6 +153,7 @@ def test_without_results_the_rank_files_are_read(tmp_path: Path) -> None:
     assert summary["samples"] == 300
 
 
+@pytest.mark.slow
 def test_a_live_run_reports(tmp_path: Path) -> None:
     record = RunFile(rank_path(tmp_path, 0), rank=0, size=2, attributes={"algorithm": "alone"})
     row = [1.0] * len(TABLES["train"])
@@ -271,6 +272,7 @@ class _Page(HTMLParser):
                 (self.images if value.startswith("data:") else self.links).append(value)
 
 
+@pytest.mark.slow
 def test_page_stands_alone(runs: list[Run], tmp_path: Path) -> None:
     picture, page = write_report(runs, tmp_path / "new" / "folder")
     assert picture == tmp_path / "new" / "folder" / "report.png"
@@ -291,6 +293,7 @@ def test_page_stands_alone(runs: list[Run], tmp_path: Path) -> None:
     assert "&#34;learning_rate&#34;: 0.05" in text
 
 
+@pytest.mark.slow
 def test_page_escapes_names_and_says_what_is_missing(tmp_path: Path) -> None:
     write_run(
         tmp_path / "run",
@@ -352,6 +355,7 @@ def test_traffic_adds_up_over_the_ranks(tmp_path: Path) -> None:
     assert np.interp(1.5, seconds, moved) == 2400
 
 
+@pytest.mark.slow
 def test_a_regression_without_accuracy_reports(tmp_path: Path) -> None:
     consensus = write_run(tmp_path, step_s=(0.001, 0.001), samples=4_000)
     for name in list(consensus):
@@ -432,6 +436,7 @@ def test_no_runs() -> None:
     assert not Path("unused").exists()
 
 
+@pytest.mark.slow
 def test_analysis_imports_neither_torch_nor_mpi(runs: list[Run], tmp_path: Path) -> None:
     code = (
         "import sys; from mpi_dasgd.analysis.page import write_report;"

@@ -105,6 +105,7 @@ def test_the_report_follows_from_the_raw_samples(
             assert row["bytes_per_element"] == TRAFFIC[row["op"]], row["op"]
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_options_choose_operations_backends_and_bits(
     capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -108,6 +108,7 @@ def test_detection_refuses_points_out_of_range() -> None:
         detection._points(np.ones((1, 1024), np.float32), scales, None)
 
 
+@pytest.mark.slow
 def test_rounding_at_random_is_without_bias() -> None:
     found = {bias.method: bias for bias in biases(300, 0)}
     assert set(found) == {
@@ -119,6 +120,7 @@ def test_rounding_at_random_is_without_bias() -> None:
         assert bias.deviation < 2 / (300 * 16384) ** 0.5, bias  # as of independent elements
 
 
+@pytest.mark.slow
 def test_gossip_compares_with_the_codec_none() -> None:
     settings = [Setting("lattice8", 2.0, 0.9), Setting("fp16"), Setting("lattice8", 2.0, 0.9, 0.25)]
     rows = list(gossip("gauss", settings, 12, 0))
@@ -137,6 +139,7 @@ def test_gossip_compares_with_the_codec_none() -> None:
     assert RANKS == 8
 
 
+@pytest.mark.slow
 def test_command_json_and_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,7 @@ def test_ranks_draw_different_seeds() -> None:
 # --- the algorithm with codecs, on the virtual clock ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("latency", [0, 0.3])
 def test_adpsgd_with_every_codec_conserves_the_sum_and_never_waits(
@@ -236,12 +237,14 @@ def test_adpsgd_with_every_codec_conserves_the_sum_and_never_waits(
     assert apart < {"bf16": 1e-3, "fp16": 1e-4, "qsgd8": 0.05}.get(name, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 def test_effective_step_with_every_codec(name: str) -> None:
     figures = _figures(f"codec.name={name}", "simulation.latency=0.02")
     assert figures["effective_step"] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_four_bits_do_not_drive_the_models_apart(seed: int) -> None:
     """Doubling the own estimate on a rejection does: with gamma 1.5 seed 1 ended 1e4 apart."""
@@ -250,6 +253,7 @@ def test_four_bits_do_not_drive_the_models_apart(seed: int) -> None:
     assert _figures(*settings, "codec.name=lattice4")["max_disagreement"] < 10 * exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lattice8", "lattice16"])
 def test_a_straggler_and_a_jump_of_the_learning_rate_do_no_harm(name: str) -> None:
     """Distances grow 30-fold at half time: buckets fail, are counted, and nothing diverges."""
@@ -277,6 +281,7 @@ def test_a_simulation_with_a_codec_repeats_bit_for_bit() -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_counts_of_the_codec_are_in_the_figures() -> None:
     simulation = Simulator(
         config.load(JOB, ["simulation.precision=float32", "codec.name=lattice8"])

@@ -92,6 +92,7 @@ def test_between_hosts_the_courier_makes_progress(mpi: str, two_hosts: Hosts) ->
     assert progress["with_courier"]["put_us"] < 0.1e6
 
 
+@pytest.mark.slow
 def test_without_an_mpi_library_it_says_what_to_do(tmp_path: Path) -> None:
     done = examine(tmp_path, "/nothing/libmpi.so")
     assert done.returncode == 1

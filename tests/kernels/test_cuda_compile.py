@@ -22,6 +22,8 @@ from mpi_dasgd.kernels import cuda
 from mpi_dasgd.kernels.encoded import BITS
 from tests.support.mpi_ranks import missing
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 OPTIONS = (*cuda.OPTIONS, "-ftz=true", "--device-as-default-execution-space")
 """Our options, and those that CuPy 14 adds after them."""
@@ -64,7 +66,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Kernel]]
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_fit_into_the_registers(
     kernels: dict[int, list[Kernel]], architecture: int
@@ -75,7 +76,6 @@ def test_kernels_fit_into_the_registers(
         assert not kernel.count("LDL|STL"), kernel
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectors_pass_once_and_16_bytes_at_a_time(
     kernels: dict[int, list[Kernel]], architecture: int
@@ -87,7 +87,6 @@ def test_vectors_pass_once_and_16_bytes_at_a_time(
     assert found == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_warps_do_not_synchronize_or_share_memory(
     kernels: dict[int, list[Kernel]], architecture: int
@@ -98,7 +97,6 @@ def test_warps_do_not_synchronize_or_share_memory(
         assert "smem" not in kernel.report
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_is_flushed_or_contracted(
     kernels: dict[int, list[Kernel]], architecture: int

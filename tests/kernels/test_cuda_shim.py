@@ -26,6 +26,8 @@ from mpi_dasgd.kernels.encoded import BITS, EncodedVector, FusedStep
 from tests.support.lattice_cases import Case, cases, outcomes
 from tests.support.mpi_ranks import ROOT, missing
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((1, 32), (2, 96), (64, 256))
 """Grid and block sizes of the launches, instead of those for a real device."""
 

@@ -60,6 +60,7 @@ def test_the_library_has_the_instruction_sets_of_this_machine() -> None:
     assert [*expected, *(["AVX2"] if " avx2 " in flags else []), "SSE2"] == SETS
 
 
+@pytest.mark.slow
 @needs_native
 @bits_of
 @rounding
@@ -79,6 +80,7 @@ def test_results_do_not_depend_on_the_number_of_threads(bits: int, threads: int)
         assert outcomes(case, _with_threads(threads)) == outcomes(case, cpu.run), str(case)
 
 
+@pytest.mark.slow
 @needs_native
 @bits_of
 def test_large_models_have_the_same_bits(bits: int) -> None:
@@ -106,6 +108,7 @@ def test_alignment_does_not_matter(offset: int) -> None:
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
+@pytest.mark.slow
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
@@ -225,6 +228,7 @@ def test_statistics_are_those_of_the_integers_that_moved(bits: int) -> None:
     np.testing.assert_array_equal(of_delta, stats)
 
 
+@pytest.mark.slow
 @bits_of
 def test_rounding_at_random_is_unbiased(bits: int) -> None:
     rng = np.random.default_rng(1)
@@ -290,6 +294,7 @@ def test_fused_equals_the_separate_operations() -> None:
     assert results(True) == results(False)
 
 
+@pytest.mark.slow
 def test_sgd_and_encode_are_a_step_of_torch_and_its_codes() -> None:
     torch = pytest.importorskip("torch")
     x, _, scales = _pair(8, 0.5)

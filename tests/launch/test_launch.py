@@ -19,7 +19,7 @@ from mpi_dasgd.launch import Outcome, mpiexec
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, mpi_library, run_ranks
 
-pytestmark = pytest.mark.mpi
+pytestmark = pytest.mark.concurrent
 
 START = """
 import os, signal, sys, time
@@ -138,7 +138,7 @@ def test_time_limit_shows_the_stacks_of_all_ranks(mpi):
     )
     start = time.monotonic()
     with pytest.raises(AssertionError) as failure:
-        run_ranks(3, program, mpi=mpi, timeout=4)
+        run_ranks(3, program, mpi=mpi, timeout=6)
     assert time.monotonic() - start < 15
     text = str(failure.value)
     stacks = text.split("--- stacks of rank ")[1:]
@@ -375,67 +375,6 @@ def test_unknown_library_is_refused():
 
 # --- several hosts ---
 
-WINDOW = f"""{START}
-import numpy as np
-win = MPI.Win.Allocate(1000 * 8, 8, comm=comm)
-win.Lock_all(MPI.MODE_NOCHECK)
-own = np.frombuffer(win.tomemory(), "i8")
-"""
-
-
-def test_windows_between_hosts(mpi, two_hosts: Hosts):
-    program = WINDOW + (
-        "assert comm.Split_type(MPI.COMM_TYPE_SHARED).size == 2\n"
-        "sent = np.full(1000, 10 + rank); got = np.zeros(1000, 'i8')\n"
-        "comm.Barrier()\n"
-        "peer = (rank + 2) % 4\n"  # on the other host
-        "win.Put(sent, peer); win.Flush(peer)\n"
-        "comm.Barrier()\n"
-        "win.Sync(); assert (own == 10 + peer).all(), own\n"
-        "win.Get(got, peer); win.Flush(peer)\n"
-        "assert (got == 10 + rank).all(), got\n"
-        "sys.stdout.write(f'{rank} {os.uname().nodename}\\n')\n"
-        "win.Unlock_all(); win.Free()\n"
-    )
-    done = run_ranks(4, program, mpi=mpi, hosts=two_hosts)
-    expected = [f"{rank} {two_hosts.names[rank // 2]}" for rank in range(4)]
-    assert sorted(done.stdout.splitlines()) == expected
-
-
-def test_target_outside_mpi_stalls_the_origin(mpi, two_hosts: Hosts):
-    """Why there is a courier: over TCP nothing completes unless the target calls into MPI.
-
-    The probe must be on a communicator that spans the hosts: MPICH makes no progress over the
-    network for COMM_SELF.
-    """
-    program = f"""{WINDOW}
-import threading
-own[0] = 0
-def probe(until):
-    while time.monotonic() < until:
-        comm.Iprobe()
-        time.sleep(0.0005)
-for helped in (False, True):
-    comm.Barrier()
-    if rank == 0:
-        time.sleep(0.3)
-        one = np.ones(1, "i8"); old = np.zeros(1, "i8")
-        start = time.monotonic()
-        win.Fetch_and_op(one, old, 1, 0, MPI.SUM); win.Flush(1)
-        sys.stdout.write(str(time.monotonic() - start) + "\\n")
-    else:
-        thread = threading.Thread(target=probe, args=(time.monotonic() + 1.5,))
-        if helped: thread.start()
-        time.sleep(1.5)
-        if helped: thread.join()
-comm.Barrier()
-win.Unlock_all(); win.Free()
-"""
-    done = run_ranks(2, program, mpi=mpi, hosts=two_hosts)
-    alone, helped = map(float, done.stdout.split())
-    assert alone > 0.9  # the rest of the target's 1.5 s
-    assert helped < 0.4
-
 
 def test_killed_rank_on_another_host(two_hosts: Hosts):
     """Not with Open MPI: a socket that closes ends its ranks, whatever their error handlers."""
@@ -451,5 +390,5 @@ def test_killed_rank_on_another_host(two_hosts: Hosts):
 
 def test_time_limit_reaches_other_hosts(mpi, two_hosts: Hosts):
     with pytest.raises(AssertionError, match=r"ranks \[137, 137\]") as failure:
-        run_ranks(2, START + "time.sleep(50)", mpi=mpi, hosts=two_hosts, timeout=4)
+        run_ranks(2, START + "time.sleep(50)", mpi=mpi, hosts=two_hosts, timeout=6)
     assert str(failure.value).count("program.py") == 2

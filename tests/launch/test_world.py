@@ -32,7 +32,7 @@ def test_what_launchers_say() -> None:
     assert expected_ranks({"SLURM_NTASKS": "8"}) == (1, 0)  # sbatch, not srun
 
 
-@pytest.mark.mpi
+@pytest.mark.concurrent
 @pytest.mark.parametrize("n", rank_counts(2, 4))
 def test_ranks_find_each_other(n: int) -> None:
     run_ranks(
@@ -48,7 +48,7 @@ def test_ranks_find_each_other(n: int) -> None:
     )
 
 
-@pytest.mark.mpi
+@pytest.mark.concurrent
 def test_separate_one_rank_jobs_are_refused_once() -> None:
     """What a launcher of another MPI does: every process is a world of its own."""
     program = "from mpi_dasgd.cli import main; import sys; sys.exit(main(['train', sys.argv[1]]))"
@@ -69,7 +69,7 @@ def test_separate_one_rank_jobs_are_refused_once() -> None:
     assert errors[1] == ""
 
 
-@pytest.mark.mpi
+@pytest.mark.concurrent
 @pytest.mark.parametrize("where", ["main", "thread"])
 def test_an_uncaught_exception_ends_all_ranks_and_is_said_once(where: str) -> None:
     done = run_ranks(
@@ -104,7 +104,7 @@ def test_an_uncaught_exception_ends_all_ranks_and_is_said_once(where: str) -> No
     assert "rank 1 failed and ends the job" in done.stderr
 
 
-@pytest.mark.mpi
+@pytest.mark.concurrent
 def test_bad_input_of_one_rank_ends_all_with_one_message() -> None:
     done = run_ranks(
         3,
@@ -129,7 +129,7 @@ def test_bad_input_of_one_rank_ends_all_with_one_message() -> None:
     assert done.stderr.count("error: file x: expected y (rank 2)") == 1
 
 
-@pytest.mark.mpi
+@pytest.mark.concurrent
 def test_own_scripts_refuse_different_models_with_one_message() -> None:
     done = run_ranks(
         2,

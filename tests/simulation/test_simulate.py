@@ -32,6 +32,7 @@ def _effective_step(*overrides: str) -> float:
     return float(np.mean([figures["effective_step"] for figures in _seeds(*overrides)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "latency"),
     [(2, 0.02), (3, 0.02), (8, 0.02), (16, 0.02), (2, 0), (16, 0), (3, 0.7), (16, 0.7)],
@@ -42,6 +43,7 @@ def test_effective_step_of_adpsgd(ranks: int, latency: float) -> None:
     assert _effective_step(*setting, SLOW) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", ["ring", "exponential", "torus", "hypercube"])
 def test_effective_step_on_sparse_graphs(graph: str) -> None:
     assert _effective_step(f"topology.graph={graph}") == pytest.approx(1, abs=0.03)
@@ -70,6 +72,7 @@ class _WithoutClaims(VirtualEndpoint):
         self.publication = _Unclaimed(memory, memory, memory.word_map, rank, self.counters)
 
 
+@pytest.mark.slow
 def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
     # A small inbox alone bounds how many deltas add up; with a large one only the claim does.
     settings = [
@@ -84,6 +87,7 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
     assert all(figures["diverged"] for figures in broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "latency", "gradients", "exchanges"),
     [
@@ -112,6 +116,7 @@ def test_sum_and_gradients_add_up_with_gradients_on() -> None:
     assert _run("simulation.precision=float32")["conservation_error"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["constant", "uniform", "lognormal", "exponential"])
 @pytest.mark.parametrize("network", ["latency=0", "latency=0.5", "bandwidth=400"])
 def test_adpsgd_never_yields(compute: str, network: str) -> None:
@@ -147,6 +152,7 @@ def test_a_run_repeats_bit_for_bit() -> None:
     assert first["final_distance"] != other["final_distance"]
 
 
+@pytest.mark.slow
 def test_disagreement_under_noise_matches_the_prototype() -> None:
     # design, section 4: 0.30 for claims with four tries; rate 0.05, noise 5, dimension 8
     figures = _seeds(
@@ -168,6 +174,7 @@ def test_logistic_regression_comes_near_its_known_optimum() -> None:
     assert 0 <= figures["excess_loss"] < 2e-3
 
 
+@pytest.mark.slow
 def test_heterogeneous_functions_have_the_mean_as_their_optimum() -> None:
     figures = _run("simulation.heterogeneity=1", "budget.samples=40000")
     assert figures["final_distance"] < 0.1

@@ -7,12 +7,17 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from tests.support.mpi_ranks import ROOT
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import json, resource, sys
 from mpi_dasgd.config import load
 from mpi_dasgd.simulation.simulator import simulate
+
 before = resource.getrusage(resource.RUSAGE_SELF)
 figures = simulate(load(sys.argv[1], sys.argv[2:]))
 after = resource.getrusage(resource.RUSAGE_SELF)

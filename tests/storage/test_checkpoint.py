@@ -303,6 +303,7 @@ def test_a_failed_write_is_reported(tmp_path: Path) -> None:
         saves.wait()
 
 
+@pytest.mark.slow
 def test_sigkill_keeps_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
     delays = random.Random(1)
     for trial in range(5):

@@ -438,6 +438,7 @@ def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> Non
     assert resumed.complete
 
 
+@pytest.mark.slow
 def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it() -> None:
     model = torch.nn.Linear(2, 1)
     parameters = FlatParameters(model)

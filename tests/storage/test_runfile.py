@@ -93,6 +93,7 @@ def test_append_does_not_touch_the_file(tmp_path: Path) -> None:
     assert mean < 50e-6
 
 
+@pytest.mark.slow
 def test_xarray_reads_a_live_file(tmp_path: Path) -> None:
     path = tmp_path / "rank00000.h5"
     with RunFile(path, rank=0, size=1, attributes={}) as record:
@@ -133,6 +134,7 @@ def test_background_flush_without_any_call(tmp_path: Path, monkeypatch: pytest.M
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_every_flushed_row(tmp_path: Path) -> None:
     delays = random.Random(0)
     for trial in range(10):

@@ -33,6 +33,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
     return studies.find(name).summary(_samples(name)).rows
 
 
+@pytest.mark.slow
 def test_throughput_with_a_slow_worker_is_that_of_theory() -> None:
     assert _figures("slowdown")["largest_deviation_constant_times"] < 0.02
 

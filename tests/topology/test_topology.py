@@ -335,6 +335,7 @@ def test_sparse_solvers_agree_with_the_dense_one(
         assert spectral_gap(graph) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gap_of_a_long_path() -> None:
     size = 4000
     path = build("ring", size).without([0])

@@ -17,6 +17,7 @@ SCRIPTS = st.tuples(*[st.lists(st.sampled_from(MOVES), min_size=8, max_size=12)]
 SCHEDULES = st.lists(st.integers(0, RANKS - 1), min_size=150, max_size=150)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(SCRIPTS, SCHEDULES, st.integers(0, 999), st.booleans(), st.integers(3, 4))
 def test_no_interleaving_breaks_the_protocols(
