@@ -19,7 +19,7 @@ class ClippedGossip(algorithms.Algorithm):
     name = "clipped_gossip"
     # Neighbours are read, so that it needs no inbox; only the reader moves.
     capabilities = algorithms.Capabilities(uses_inbox=False, preserves_mean=False)
-    config_keys = ("weight",)  # the keys of section `algorithm` that it uses
+    config_keys = ("mixing_weight",)  # the keys of section `algorithm` that it uses
     request = None  # a neighbour's model that was asked for and is not here yet
 
     def start(self):
@@ -37,7 +37,7 @@ class ClippedGossip(algorithms.Algorithm):
         request = self.request or self.endpoint.read(self.rng.choice(self.endpoint.neighbours()))
         self.request = None if request.test() else request
         if self.request is None and request.message is not None:
-            move = self.settings.weight * (request.message.payload - self.x)
+            move = self.settings.mixing_weight * (request.message.payload - self.x)
             self.x += move * min(1, 1 / max(np.linalg.norm(move), 1e-30))
         local.apply()
         self.restart(local.local_step)

@@ -17,11 +17,11 @@ class Schedule:
     """A factor on the base learning rate as a function of global progress.
 
     - `constant`: 1.
-    - `cosine`: falls from 1, at the end of the warm-up, to `config.final` at progress 1
+    - `cosine`: falls from 1, at the end of the warm-up, to `config.end_factor` at progress 1
       (Loshchilov and Hutter, 2017, without restarts).
     - `step`: multiplies by `config.gamma` at each of `config.milestones`.
 
-    A warm-up multiplies the factor by a line from `config.warmup_start` at progress 0 to 1 at
+    A warm-up multiplies the factor by a line from `config.warmup_start_factor` at progress 0 to 1 at
     progress `config.warmup`.
 
     Args:
@@ -43,10 +43,13 @@ class Schedule:
         factor = 1.0
         if config.name == "cosine":
             elapsed = max(0.0, progress - config.warmup) / (1.0 - config.warmup)
-            factor = config.final + (1.0 - config.final) * (1.0 + math.cos(math.pi * elapsed)) / 2.0
+            factor = (
+                config.end_factor
+                + (1.0 - config.end_factor) * (1.0 + math.cos(math.pi * elapsed)) / 2.0
+            )
         elif config.name == "step":
             factor = config.gamma ** sum(progress >= milestone for milestone in config.milestones)
         if progress < config.warmup:
-            start = config.warmup_start
+            start = config.warmup_start_factor
             factor *= start + (1.0 - start) * progress / config.warmup
         return factor

@@ -75,10 +75,10 @@ class Straggler:
 
     def __init__(self, config: StragglerConfig, rank: int, size: int, seed: int) -> None:
         slowed = resolve_ranks(config.ranks, size)
-        if not slowed or config.kind in RANDOM_KINDS:
+        if not slowed or config.distribution in RANDOM_KINDS:
             slowed = frozenset(range(size))
         self.config = config
-        self.active = config.kind != "none" and rank in slowed
+        self.active = config.distribution != "none" and rank in slowed
         self._entropy = (seed, rank)
 
     def extra_seconds(self, step: int, compute_seconds: float) -> float:
@@ -91,12 +91,14 @@ class Straggler:
         config = self.config
         if not self.active:
             return 0.0
-        if config.kind == "constant":
+        if config.distribution == "constant":
             return (config.factor - 1.0) * compute_seconds
-        if config.kind == "pause":
+        if config.distribution == "pause":
             return config.pause if (step + 1) % config.period == 0 else 0.0
         rng = np.random.default_rng(np.random.SeedSequence(self._entropy, spawn_key=(step,)))
-        return max(0.0, random_factor(config.kind, config.sigma, rng) - 1.0) * compute_seconds
+        return (
+            max(0.0, random_factor(config.distribution, config.sigma, rng) - 1.0) * compute_seconds
+        )
 
     def slow_down(
         self, step: int, compute_seconds: float, repeat: Callable[[], object] | None = None
@@ -106,9 +108,9 @@ class Straggler:
         Args:
             step: step of this rank, from 0.
             compute_seconds: time that its gradient took.
-            repeat: computes the gradient once more. In mode `work`, kind `constant` calls it
+            repeat: computes the gradient once more. In mode `busy`, distribution `constant` calls it
                 factor - 1 times, rounded down, and keeps the core busy for the remaining fraction;
-                the other kinds, and `repeat` None, keep the core busy for the whole time.
+                the other distributions, and `repeat` None, keep the core busy for the whole time.
         """
         extra = self.extra_seconds(step, compute_seconds)
         if extra <= 0.0:
@@ -116,7 +118,7 @@ class Straggler:
         if self.config.mode == "sleep":
             time.sleep(extra)
             return
-        if self.config.kind == "constant" and repeat is not None:
+        if self.config.distribution == "constant" and repeat is not None:
             fraction, repeats = math.modf(self.config.factor - 1.0)
             for _ in range(int(repeats)):
                 repeat()

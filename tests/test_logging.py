@@ -67,7 +67,7 @@ LOOP = """
 import logging, sys, torch, mpi_dasgd
 from mpi_dasgd import config
 logging.basicConfig(stream=sys.stdout, format="mine %(levelname)s %(name)s %(message)s")
-settings = ["task.data=sharded", "algorithm.step_rule=inverse", "budget.samples=8"]
+settings = ["task.data=sharded", "algorithm.delay_adaptive_rule=inverse", "budget.samples=8"]
 model = torch.nn.Linear(1, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 with mpi_dasgd.Decentralized(model, optimizer, config=config.load(None, settings)) as training:
@@ -79,7 +79,7 @@ with mpi_dasgd.Decentralized(model, optimizer, config=config.load(None, settings
 
 @pytest.mark.mpi
 def test_a_loop_of_ones_own_gets_warnings_where_it_wants_them() -> None:
-    warning = "algorithm.step_rule: 'inverse' with data that differ between ranks"
+    warning = "algorithm.delay_adaptive_rule: 'inverse' with data that differ between ranks"
     done = run_ranks(2, LOOP)
     assert done.stdout.count(f"mine WARNING mpi_dasgd {warning}") == 1
     assert warning not in done.stderr
@@ -92,8 +92,8 @@ def test_training_prints_warnings_in_the_name_of_the_program(tmp_path: Path) -> 
     from mpi_dasgd import cli
     sys.exit(cli.main(["train", *sys.argv[1:]]))
     """
-    keys = ["task.data=sharded", "algorithm.step_rule=inverse", "budget.samples=64"]
-    keys += ["algorithm.name=alone", "evaluation.points=1", f"run.directory={tmp_path}"]
+    keys = ["task.data=sharded", "algorithm.delay_adaptive_rule=inverse", "budget.samples=64"]
+    keys += ["algorithm.name=alone", "evaluation.count=1", f"run.directory={tmp_path}"]
     done = run_ranks(1, program, str(ROOT / "jobs" / "train.toml"), *keys)
-    warning = "mpi-dasgd: warning: algorithm.step_rule: 'inverse' with data that differ"
+    warning = "mpi-dasgd: warning: algorithm.delay_adaptive_rule: 'inverse' with data that differ"
     assert re.findall(f"^{warning}", done.stderr, re.M) == [warning]

@@ -22,7 +22,7 @@ def test_constant_is_one_throughout() -> None:
 
 
 def test_cosine() -> None:
-    cosine = schedule("cosine", final=0.1)
+    cosine = schedule("cosine", end_factor=0.1)
     assert cosine.factor(0.0) == pytest.approx(1.0)
     assert cosine.factor(0.5) == pytest.approx(0.55)
     assert cosine.factor(0.25) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
@@ -36,10 +36,10 @@ def test_step() -> None:
 
 
 def test_warmup_is_linear_and_then_leaves_the_schedule_alone() -> None:
-    constant = schedule("constant", warmup=0.2, warmup_start=0.25)
+    constant = schedule("constant", warmup=0.2, warmup_start_factor=0.25)
     values = [constant.factor(p) for p in (0.0, 0.1, 0.2, 0.9)]
     assert values == pytest.approx([0.25, 0.625, 1.0, 1.0])
-    cosine = schedule("cosine", warmup=0.2, warmup_start=0.0)
+    cosine = schedule("cosine", warmup=0.2, warmup_start_factor=0.0)
     assert [cosine.factor(p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx(
         [0.0, 0.5, 1.0, 0.5, 0.0]
     )
@@ -47,7 +47,9 @@ def test_warmup_is_linear_and_then_leaves_the_schedule_alone() -> None:
 
 @pytest.mark.parametrize("name", get_args(ScheduleConfig.model_fields["name"].annotation))
 def test_factor_falls_after_warmup_and_never_leaves_its_range(name: str) -> None:
-    warmed = schedule(name, warmup=0.1, warmup_start=0.0, milestones=(0.4, 0.8), final=0.05)
+    warmed = schedule(
+        name, warmup=0.1, warmup_start_factor=0.0, milestones=(0.4, 0.8), end_factor=0.05
+    )
     values = [warmed.factor(i / 200) for i in range(201)]
     assert all(0.0 <= v <= 1.0 for v in values)
     rising, falling = values[:21], values[20:]
@@ -56,7 +58,7 @@ def test_factor_falls_after_warmup_and_never_leaves_its_range(name: str) -> None
 
 
 def test_overrun_of_the_budget_stays_at_the_end() -> None:
-    cosine = schedule("cosine", final=0.2)
+    cosine = schedule("cosine", end_factor=0.2)
     assert cosine.factor(1.3) == cosine.factor(1.0) == pytest.approx(0.2)
 
 
@@ -67,8 +69,8 @@ def test_overrun_of_the_budget_stays_at_the_end() -> None:
         (".warmup=1.0", "warmup is a share .* divide a number of samples by the budget"),
         (".warmup=-0.1", "schedule.warmup.*greater than or equal to 0"),
         (".warmup=500", "schedule.warmup.*less than or equal to 1, got 500"),
-        (".warmup_start=1.5", "schedule.warmup_start.*less than or equal to 1"),
-        (".final=-1.0", "schedule.final.*greater than or equal to 0"),
+        (".warmup_start_factor=1.5", "schedule.warmup_start_factor.*less than or equal to 1"),
+        (".end_factor=-1.0", "schedule.end_factor.*greater than or equal to 0"),
         (".gamma=0.0", "schedule.gamma.*greater than 0"),
         (".gamma=nan", "schedule.gamma.*"),
         (".gamma=inf", "schedule.gamma.*finite"),

@@ -25,24 +25,24 @@ def test_none_slows_nobody() -> None:
 
 
 def test_constant_slows_the_given_ranks_only() -> None:
-    settings = StragglerConfig(kind="constant", ranks=(-1, 1), factor=3.5)
+    settings = StragglerConfig(distribution="constant", ranks=(-1, 1), factor=3.5)
     assert [extras(settings, rank, steps=1)[0] for rank in range(4)] == [0.0, 5.0, 0.0, 5.0]
 
 
 def test_pause_comes_every_period() -> None:
-    settings = StragglerConfig(kind="pause", ranks=(), period=4, pause=0.3)
+    settings = StragglerConfig(distribution="pause", ranks=(), period=4, pause=0.3)
     assert extras(settings, 2, steps=9) == [0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.3, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["lognormal", "exponential"])
 def test_random_kinds_repeat_and_differ_between_ranks_and_seeds(kind: str) -> None:
-    settings = StragglerConfig(kind=kind, ranks=())
+    settings = StragglerConfig(distribution=kind, ranks=())
     assert extras(settings, 1, seed=7) == extras(settings, 1, seed=7)
     assert extras(settings, 1, seed=7) != extras(settings, 1, seed=8)
     assert extras(settings, 1, seed=7) != extras(settings, 2, seed=7)
     # A resumed run asks for step 30 first and must get what the whole run got.
     assert Straggler(settings, 1, 4, 7).extra_seconds(30, 2.0) == extras(settings, 1, seed=7)[30]
-    named = StragglerConfig(kind=kind, ranks=(-1,))  # the default of the configuration
+    named = StragglerConfig(distribution=kind, ranks=(-1,))  # the default of the configuration
     for rank in range(4):
         assert any(extras(named, rank)) and extras(named, rank) == extras(settings, rank)
 
@@ -50,9 +50,9 @@ def test_random_kinds_repeat_and_differ_between_ranks_and_seeds(kind: str) -> No
 @pytest.mark.parametrize(
     ("settings", "mean_factor"),
     [
-        (StragglerConfig(kind="lognormal", sigma=0.5), 2 * NormalDist().cdf(0.25)),
-        (StragglerConfig(kind="lognormal", sigma=1.0), 2 * NormalDist().cdf(0.5)),
-        (StragglerConfig(kind="exponential"), 1 + math.exp(-1)),
+        (StragglerConfig(distribution="lognormal", sigma=0.5), 2 * NormalDist().cdf(0.25)),
+        (StragglerConfig(distribution="lognormal", sigma=1.0), 2 * NormalDist().cdf(0.5)),
+        (StragglerConfig(distribution="exponential"), 1 + math.exp(-1)),
     ],
 )
 def test_random_kinds_have_the_documented_mean(
@@ -64,7 +64,7 @@ def test_random_kinds_have_the_documented_mean(
 
 
 def test_extra_time_is_proportional_to_the_step() -> None:
-    straggler = Straggler(StragglerConfig(kind="exponential"), 0, 1, 0)
+    straggler = Straggler(StragglerConfig(distribution="exponential"), 0, 1, 0)
     slow = [straggler.extra_seconds(step, 3.0) for step in range(20)]
     fast = [straggler.extra_seconds(step, 1.0) for step in range(20)]
     assert slow == pytest.approx([3 * extra for extra in fast])
@@ -77,14 +77,14 @@ def timed(straggler: Straggler, seconds: float, **options: object) -> tuple[floa
 
 
 def test_sleep_lasts_and_leaves_the_core_idle() -> None:
-    straggler = Straggler(StragglerConfig(kind="constant", ranks=(0,), factor=4.0), 0, 2, 0)
+    straggler = Straggler(StragglerConfig(distribution="constant", ranks=(0,), factor=4.0), 0, 2, 0)
     wall, cpu = timed(straggler, 0.02)
     assert 0.06 <= wall < 2.0
     assert cpu < 0.03
 
 
 def test_work_without_repeat_keeps_the_core_busy() -> None:
-    settings = StragglerConfig(kind="constant", ranks=(0,), factor=4.0, mode="work")
+    settings = StragglerConfig(distribution="constant", ranks=(0,), factor=4.0, mode="busy")
     wall, cpu = timed(Straggler(settings, 0, 2, 0), 0.05)
     assert 0.15 <= wall < 3.0
     # Other processes may hold the core for a while, but sleeping would use almost nothing.
@@ -93,7 +93,7 @@ def test_work_without_repeat_keeps_the_core_busy() -> None:
 
 def test_work_repeats_the_gradient() -> None:
     calls: list[int] = []
-    settings = StragglerConfig(kind="constant", ranks=(0,), factor=4.0, mode="work")
+    settings = StragglerConfig(distribution="constant", ranks=(0,), factor=4.0, mode="busy")
     Straggler(settings, 0, 2, 0).slow_down(0, 1000.0, lambda: calls.append(1))
     assert len(calls) == 3
     Straggler(settings, 1, 2, 0).slow_down(0, 1000.0, lambda: calls.append(1))
@@ -102,7 +102,7 @@ def test_work_repeats_the_gradient() -> None:
 
 def test_work_makes_up_for_the_fraction_of_a_factor() -> None:
     calls: list[int] = []
-    settings = StragglerConfig(kind="constant", ranks=(0,), factor=2.5, mode="work")
+    settings = StragglerConfig(distribution="constant", ranks=(0,), factor=2.5, mode="busy")
     wall, _ = timed(Straggler(settings, 0, 2, 0), 0.06, repeat=lambda: calls.append(1))
     assert len(calls) == 1
     assert 0.03 <= wall < 2.0
@@ -110,7 +110,7 @@ def test_work_makes_up_for_the_fraction_of_a_factor() -> None:
 
 def test_sleep_never_repeats_the_gradient() -> None:
     calls: list[int] = []
-    settings = StragglerConfig(kind="constant", ranks=(0,), factor=3.0)
+    settings = StragglerConfig(distribution="constant", ranks=(0,), factor=3.0)
     Straggler(settings, 0, 1, 0).slow_down(0, 0.001, lambda: calls.append(1))
     assert calls == []
 
@@ -123,14 +123,17 @@ def test_resolve_ranks() -> None:
         ):
             resolve_ranks((rank,), 8)
     with pytest.raises(UserError, match="rank 4"):
-        Straggler(StragglerConfig(kind="constant", ranks=(4,)), 0, 4, 0)
+        Straggler(StragglerConfig(distribution="constant", ranks=(4,)), 0, 4, 0)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("kind=lognorml", "straggler.kind.*did you mean 'lognormal'"),
-        ("{kind='constant',ranks=[]}", "straggler: kind constant needs ranks, for example -1"),
+        ("distribution=lognorml", "straggler.distribution.*did you mean 'lognormal'"),
+        (
+            "{distribution='constant',ranks=[]}",
+            "straggler: distribution constant needs ranks, for example -1",
+        ),
         ("mode=spin", "straggler.mode.*sleep"),
         ("factor=0.5", "straggler.factor.*greater than or equal to 1"),
         ("factor=inf", "straggler.factor.*finite"),

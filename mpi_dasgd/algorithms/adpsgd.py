@@ -49,7 +49,7 @@ class ADPSGD(Algorithm):
     capabilities = Capabilities(
         minimum_ranks=2,
     )
-    config_keys = ("order", "local_steps", "tries", "weight")
+    config_keys = ("order", "local_steps", "max_attempts", "mixing_weight")
     codecs = PAIR_CODECS
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class ADPSGD(Algorithm):
         """One gradient, and after every `local_steps` of them one exchange."""
         if local.local_step % self.settings.local_steps:
             local.apply()  # 3
-        elif self.settings.order == "average":
+        elif self.settings.order == "adapt_with_combine":
             self._pairs.exchange(self.x, local.local_step, publish=False)  # 2
             local.apply()  # 3
             self._pairs.publish(self.x, local.local_step)

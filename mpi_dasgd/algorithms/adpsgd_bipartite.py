@@ -16,12 +16,12 @@ How it is done here, and why:
   j moves by as much the other way. So both end at the same mean (to the rounding of the codec), and their
   sum is conserved with any codec, although only one coded model has crossed the wire.
 - The model of an active rank does not change between request and answer. It asks at the end of a step and
-  waits at the end of the next, so that the exchange runs while it computes (`algorithm.order` = average).
-  With order = gradient it applies the gradient first, asks, and waits at once.
+  waits at the end of the next, so that the exchange runs while it computes (`algorithm.order` = adapt_with_combine).
+  With order = adapt_then_combine it applies the gradient first, asks, and waits at once.
 - The paper's passive ranks answer from a thread of their own, at any time; here a passive rank answers
   between two gradients. An active rank may thus wait for one gradient of its partner: a straggler on the
   passive side holds up who draws it.
-- A passive rank that dies is given up. A full inbox counts as busy: another neighbour is tried, `tries` in
+- A passive rank that dies is given up. A full inbox counts as busy: another neighbour is tried, `max_attempts` in
   all.
 """
 
@@ -67,7 +67,7 @@ class BipartiteADPSGD(Algorithm):
         uses_publication=False,
         minimum_ranks=2,
     )
-    config_keys = ("order", "local_steps", "tries", "weight")
+    config_keys = ("order", "local_steps", "max_attempts", "mixing_weight")
     codecs = PAIR_CODECS
 
     @classmethod
@@ -98,7 +98,7 @@ class BipartiteADPSGD(Algorithm):
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """One gradient; an active rank asks after every `local_steps` of them."""
         self._step = local.local_step
-        if self.settings.order == "gradient":
+        if self.settings.order == "adapt_then_combine":
             local.apply()
             if not self.active:
                 self._answer(local.local_step)
@@ -120,7 +120,7 @@ class BipartiteADPSGD(Algorithm):
         """Active: send x_i to a neighbour j, uniform among those with room in their inbox."""
         endpoint = self.endpoint
         neighbours = endpoint.neighbours()
-        tries = min(self.settings.tries, len(neighbours))
+        tries = min(self.settings.max_attempts, len(neighbours))
         for rank in self.rng.sample(neighbours, tries):
             posting = endpoint.acquire_send_buffer(rank)
             if posting is not None:
@@ -152,7 +152,9 @@ class BipartiteADPSGD(Algorithm):
         for arrival in arrivals:
             message = arrival.message
             header = message.header
-            self.codec.average_pair(self.x, (message,), None, self.settings.weight, None, None)
+            self.codec.average_pair(
+                self.x, (message,), None, self.settings.mixing_weight, None, None
+            )
             self.endpoint.inbox.free(arrival)
             if arrival.sender == self._awaiting_reply_from:  # else of one that was taken for dead
                 self._awaiting_reply_from = None
@@ -177,7 +179,7 @@ class BipartiteADPSGD(Algorithm):
                     self._requests.append(request)  # no way to answer now: when called again
                     continue
                 outcome = self.codec.average_pair(
-                    self.x, (), request.message, self.settings.weight, posting.message, None
+                    self.x, (), request.message, self.settings.mixing_weight, posting.message, None
                 )
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
                 endpoint.send(posting)

@@ -11,7 +11,7 @@ E|mean' - mean|^2 = Gamma / (2 n^2 (n-1)) an event, Gamma = sum_i |x_i - mean|^2
 with `pair` (1 - 1/(2(n-1)) - 1/(2n(n-1)) against 1 - 1/(n-1) on the complete graph), and disagreement and
 noise of the mean are about twice as large.
 
-With `algorithm.order` = gradient it is 2, 1, publish, in one pass. Then half of every gradient is lost: the
+With `algorithm.order` = adapt_then_combine it is 2, 1, publish, in one pass. Then half of every gradient is lost: the
 effective step is 0.51, not 1. Both figures are for memoryless compute times. With even ones the models that
 a rank reads are half a step ahead of its own, and the steps are 1/(1 - (1 - cv^2)/4) times as large, cv
 being the compute times' coefficient of variation: 1.33 and 0.67 if they are constant. The average that
@@ -42,14 +42,14 @@ class PullADPSGD(Algorithm):
         traffic="M / H",
         memory="5 M",
         waits="never",
-        effective_step="1 to 1.33; with order = gradient 0.51 to 0.67",
+        effective_step="1 to 1.33; with order = adapt_then_combine 0.51 to 0.67",
     )
     capabilities = Capabilities(
         preserves_mean=False,
         uses_inbox=False,
         minimum_ranks=2,
     )
-    config_keys = ("order", "local_steps", "weight")
+    config_keys = ("order", "local_steps", "mixing_weight")
     codecs = PAIR_CODECS
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class PullADPSGD(Algorithm):
         """One gradient, and after every `local_steps` of them one average."""
         if local.local_step % self.settings.local_steps:
             local.apply()  # 2
-        elif self.settings.order == "gradient":
+        elif self.settings.order == "adapt_then_combine":
             local.apply()  # 2
             self._pulls.average(self.x, local.local_step, publish=True)  # 1, 3
         else:

@@ -1,7 +1,7 @@
 """Asynchronous SGD with a server (Koloskova, Stich, Jaggi; NeurIPS 2022; arXiv 2206.08307).
 
 Rank 0 keeps the model x and applies every gradient with the full rate when it arrives. Algorithm 1, and
-Algorithm 2 for data that differ between clients (`clients` = uniform):
+Algorithm 2 for data that differ between clients (`client_sampling` = uniform):
 
 1. start:    C_0: all workers hold x_0, or the first `concurrency` of them; beyond one each points queue
 2. server:   gradient t arrives from j_t, who began it at x_s:  tau_t = t - s,
@@ -10,11 +10,11 @@ Algorithm 2 for data that differ between clients (`clients` = uniform):
              Algorithm 2: k_t drawn uniformly from all workers, busy or not; there it waits its turn
 4. worker:   computes its gradient at the point it has, sends it, and takes the next point, or waits for it
 
-eta(tau) is the rule of Theorem 8 (`step_rule`), with tau_C = the concurrency unless `delay_threshold` is set.
+eta(tau) is the rule of Theorem 8 (`delay_adaptive_rule`), with tau_C = the concurrency unless `delay_threshold` is set.
 Algorithm 1 favours the data of fast workers, and so does that rule; the draw of Algorithm 2 does not.
 
 A worker that leaves says so, and the server gives its points to others, as it does if a worker dies. A
-server that works (`server_works`) serves between its own gradients, which are delayed like any other; the
+server that works (`server_trains`) serves between its own gradients, which are delayed like any other; the
 paper's does not work. The optimizer, and its momentum, are the server's; the paper has plain SGD.
 """
 
@@ -32,8 +32,8 @@ from mpi_dasgd.algorithms.work_queue import SHUTDOWN, Outbox, WorkItem, send_wor
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.staleness.step_rule import delay_rule
+from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request, SendBuffer
 from mpi_dasgd.transport.inbox import ReceivedMessage
@@ -50,7 +50,7 @@ class ASGD(ServerAlgorithm):
         exchanges="gradients to a server, its model back",
         traffic="M; server: (n-1) M",
         memory="4 M; server, more for each point without room: P",
-        waits="for the server's answer; with clients = uniform or a low concurrency, for a point",
+        waits="for the server's answer; with client_sampling = uniform or a low concurrency, for a point",
         effective_step="n",
     )
     capabilities = Capabilities(
@@ -59,7 +59,7 @@ class ASGD(ServerAlgorithm):
         uses_publication=False,
         minimum_ranks=2,
     )
-    config_keys = ("clients", "concurrency", "server_works", "delay_threshold")
+    config_keys = ("client_sampling", "concurrency", "server_trains", "delay_threshold")
 
     @classmethod
     def trailer_words(cls, ranks: int) -> int:
@@ -75,10 +75,12 @@ class ASGD(ServerAlgorithm):
                 f"algorithm.local_steps: {cls.name!r} sends every gradient, expected 1, got "
                 f"{settings.local_steps}; easgd makes local steps"
             )
-        if settings.server_works and (settings.clients == "uniform" or settings.concurrency):
+        if settings.server_trains and (
+            settings.client_sampling == "uniform" or settings.concurrency
+        ):
             raise UserError(
-                "algorithm.server_works: with clients = uniform or a concurrency, rank 0 would have to "
-                "compute at points that its model has left; expected false, got true"
+                "algorithm.server_trains: with client_sampling = uniform or a concurrency, rank 0 would "
+                "have to compute at points that its model has left; expected false, got true"
             )
 
     @classmethod
@@ -86,10 +88,10 @@ class ASGD(ServerAlgorithm):
         """Warn of what favours the data of fast workers, and of a server that is slow to answer."""
         warnings = super().warnings(config)
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
-        if sharded and config.algorithm.clients == "free":
+        if sharded and config.algorithm.client_sampling == "idle":
             warnings.append(
-                "algorithm.clients: 'free' with data that differ between ranks favours the data of fast "
-                "ranks; 'uniform' does not (Koloskova et al. 2022, section 5)"
+                "algorithm.client_sampling: 'idle' with data that differ between ranks favours the data "
+                "of fast ranks; 'uniform' does not (Koloskova et al. 2022, section 5)"
             )
         return warnings
 
@@ -206,7 +208,7 @@ class ASGD(ServerAlgorithm):
 
     def _choose(self, client: int | None) -> Sequence[int]:
         """Line 3: who is given the newest point, after `client`'s gradient, or for a job given up."""
-        if self.settings.clients == "uniform":
+        if self.settings.client_sampling == "uniform":
             return (self.rng.choice(self.living),)
         if client is not None:
             self._idle.append(client)

@@ -166,10 +166,10 @@ class Algorithm(ABC):
     def warnings(cls, config: Config) -> list[str]:
         """Return what a user should know of a configuration that works, but not as one may think."""
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
-        if config.algorithm.step_rule != "constant" and sharded:
+        if config.algorithm.delay_adaptive_rule != "constant" and sharded:
             return [
-                f"algorithm.step_rule: {config.algorithm.step_rule!r} with data that differ between "
-                "ranks favours the data of fast ranks (Koloskova et al. 2022, section 5)"
+                f"algorithm.delay_adaptive_rule: {config.algorithm.delay_adaptive_rule!r} with data that "
+                "differ between ranks favours the data of fast ranks (Koloskova et al. 2022, section 5)"
             ]
         return []
 
@@ -191,10 +191,10 @@ class Algorithm(ABC):
             UserError: says why, and what would do.
         """
         cls.validate_requirements(ranks, settings, graph)
-        heeded = {"name", "variant", "step_rule", *cls.config_keys}
-        if settings.step_rule != "constant":
+        heeded = {"name", "variant", "delay_adaptive_rule", *cls.config_keys}
+        if settings.delay_adaptive_rule != "constant":
             heeded.add("delay_threshold")
-        if settings.step_rule == "capped":
+        if settings.delay_adaptive_rule == "capped":
             heeded.add("delay_cap")
         for key, field in type(settings).model_fields.items():
             value = getattr(settings, key)
@@ -218,10 +218,10 @@ class Algorithm(ABC):
             raise UserError(
                 f"algorithm.variant: {cls.__name__} is {cls.variant!r}, got {settings.variant!r}"
             )
-        if settings.step_rule != "constant" and cls.is_lockstep(settings):
+        if settings.delay_adaptive_rule != "constant" and cls.is_lockstep(settings):
             raise UserError(
-                f"algorithm.step_rule: {settings.step_rule!r} is for asynchronous algorithms; "
-                f"{cls.name!r} has no delays: leave it at 'constant'"
+                f"algorithm.delay_adaptive_rule: {settings.delay_adaptive_rule!r} is for asynchronous "
+                f"algorithms; {cls.name!r} has no delays: leave it at 'constant'"
             )
 
     @property

@@ -41,7 +41,7 @@ class Capabilities:
         synchronous: whether all ranks make the same number of steps, in lockstep.
         preserves_mean: whether exchanges conserve the sum of all `Algorithm.mass` and of the
             messages in flight.
-        applies_step_rule: whether the algorithm applies `algorithm.step_rule` itself; otherwise the
+        applies_step_rule: whether the algorithm applies `algorithm.delay_adaptive_rule` itself; otherwise the
             driver does, by the delays that the membership words show.
         uses_publication: whether it needs slots for publications.
         uses_inbox: whether it needs slots for inboxes.

@@ -8,7 +8,7 @@ Every H = `local_steps` steps of its own clock worker i
 3. elastic:  d = alpha (x_i - ĉ);  x_i <- x_i - d;  send d to rank 0; no room there: skip this exchange
 4. center:   rank 0, when d arrives:  c <- c + d, and publish c
 
-alpha = `elasticity`, else beta / p with the paper's beta = 0.9, p workers. EAMSGD is the same with momentum
+alpha = `moving_rate`, else beta / p with the paper's beta = 0.9, p workers. EAMSGD is the same with momentum
 in the workers' optimizer; momentum is never averaged. The result is the center.
 
 Nobody waits: the paper's worker fetches c and updates it in one transaction, here d may be of a center
@@ -20,7 +20,7 @@ before step 3, and applies it after; this order has the gradient always at the m
 Records: a worker's `partner_step` is its own step at which it asked for the center, `age_s` the center's
 age; the server's `step` is the number of deltas absorbed so far.
 
-A server that works (`server_works`) has c beside its own model, and ends with c as its model.
+A server that works (`server_trains`) has c beside its own model, and ends with c as its model.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class EASGD(ServerAlgorithm):
         memory="9 M; server that works: 9 M + 2 P",
         waits="never",
     )
-    config_keys = ("elasticity", "local_steps", "server_works")
+    config_keys = ("moving_rate", "local_steps", "server_trains")
     codecs = ("none", "bf16", "fp16", "lattice8", "lattice4", "lattice16", "qsgd8")
 
     def start(self) -> None:
         """Publish the center, which is the initial model."""
         super().start()
         workers = self.workers(self.endpoint.size, self.settings)
-        self.alpha = self.settings.elasticity or _BETA / len(workers)
+        self.alpha = self.settings.moving_rate or _BETA / len(workers)
         self.center = self.x
         self._started = self.x
         if self.endpoint.rank == 0 and self.computes_gradients:

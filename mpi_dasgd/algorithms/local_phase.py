@@ -16,13 +16,13 @@ class Phases:
     but the source of random numbers must be kept in a checkpoint.
 
     Args:
-        settings: section ``algorithm``: `local_steps` is H, `local_steps_law` fixed or geometric.
+        settings: section ``algorithm``: `local_steps` is H, `local_steps_distribution` fixed or geometric.
         rng: of the rank.
     """
 
     def __init__(self, settings: Settings, rng: random.Random) -> None:
         self._mean = settings.local_steps
-        self._geometric = settings.local_steps_law == "geometric"
+        self._geometric = settings.local_steps_distribution == "geometric"
         self._rng = rng
 
     def ends(self, step: int) -> bool:

@@ -33,9 +33,9 @@ class MiniBatch(ASGD):
         """Refuse settings that choose clients: a batch has them all."""
         super().validate_requirements(ranks, settings, graph)
         for key, value, expected in (
-            ("clients", settings.clients, "free"),
+            ("client_sampling", settings.client_sampling, "idle"),
             ("concurrency", settings.concurrency, None),
-            ("step_rule", settings.step_rule, "constant"),
+            ("delay_adaptive_rule", settings.delay_adaptive_rule, "constant"),
         ):
             if value != expected:
                 raise UserError(

@@ -8,10 +8,10 @@ can overlap (`push_sum.py` has the mass, and why z is held):
 3. send:     half of (X_i, w_i) to one rank
 4. model:    z_i = X_i / w_i
 
-`overlap` unset: asynchronous. The receiver is a neighbour drawn uniformly, of any graph; if its inbox is full
+`overlap_tau` unset: asynchronous. The receiver is a neighbour drawn uniformly, of any graph; if its inbox is full
 the mass stays here. Nobody ever waits.
 
-`overlap = tau`: the paper's tau-OSGP. Receivers rotate as in `sgp`, and step k waits until the messages of
+`overlap_tau = tau`: the paper's tau-OSGP. Receivers rotate as in `sgp`, and step k waits until the messages of
 step k - tau and before are there. The paper sends every tau steps: `local_steps = tau`. A message that others
 wait for is never left out: what a rank may not send now it sends with weight 0.
 
@@ -44,20 +44,20 @@ class OSGP(PushSum):
         PushSum.description,
         paper="Assran et al. 2019, arXiv 1811.10792",
         memory="4 M",
-        waits="never; with `overlap`: for messages of so many steps ago",
+        waits="never; with `overlap_tau`: for messages of so many steps ago",
     )
-    config_keys = ("local_steps", "overlap")
+    config_keys = ("local_steps", "overlap_tau")
 
     @classmethod
     def is_lockstep(cls, settings: Settings) -> bool:
-        """With `overlap` ranks wait for each other's messages."""
-        return settings.overlap is not None
+        """With `overlap_tau` ranks wait for each other's messages."""
+        return settings.overlap_tau is not None
 
     @classmethod
     def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
         """Refuse graphs without a rotation, if messages are waited for."""
         super().validate_requirements(ranks, settings, graph)
-        if settings.overlap is not None:
+        if settings.overlap_tau is not None:
             cls._check_rotation(settings, graph)
 
     def restart(self, step: int) -> None:
@@ -75,11 +75,11 @@ class OSGP(PushSum):
         self._receive()  # 2, 4
         if step % self.settings.local_steps:
             return
-        if self.settings.overlap is None:
+        if self.settings.overlap_tau is None:
             self._try_send(step)  # 3
             return
         yield from self._wait_and_send(self._out_neighbour(step), step)  # 3
-        while self._due <= step - self.settings.overlap:
+        while self._due <= step - self.settings.overlap_tau:
             yield from self._until(lambda: self._due in self._come)
             self._come.remove(self._due)
             self._due += self.settings.local_steps
@@ -101,7 +101,7 @@ class OSGP(PushSum):
     def _receive(self) -> None:
         inbox = self.endpoint.inbox
         for arrival in inbox.receive():
-            if self.settings.overlap is not None:
+            if self.settings.overlap_tau is not None:
                 self._come.add(arrival.message.header.step)
             self._accumulate(arrival.message, self._step)
             inbox.free(arrival)

@@ -2,7 +2,7 @@
 
 1. absorb:   y_i <- y_i + sum of the deltas in the inbox
 2. claim:    the publication ŷ_j of a neighbour j, and a slot of j's inbox; if either is taken try another
-             neighbour, `tries` in all, else skip this exchange
+             neighbour, `max_attempts` in all, else skip this exchange
 3. average:  d = w (ŷ_j - y_i);  y_i <- y_i + d;  send -d to j
 4. publish:  y_i, last
 
@@ -43,7 +43,7 @@ class PairExchange:
 
     Args:
         endpoint, codec, rng, record: of the algorithm.
-        settings: section ``algorithm``: `tries` and `weight` count.
+        settings: section ``algorithm``: `max_attempts` and `mixing_weight` count.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PairExchange:
             y,
             [arrival.message for arrival in arrivals],
             pairing.partner_model if settled else None,
-            self._settings.weight,
+            self._settings.mixing_weight,
             pairing.partner_delta if settled else None,
             publication,
         )
@@ -100,7 +100,7 @@ class PairExchange:
             drawn, self._candidates = self._candidates, []
             return drawn
         neighbours = self._endpoint.neighbours()
-        return self._rng.sample(neighbours, min(self._settings.tries, len(neighbours)))
+        return self._rng.sample(neighbours, min(self._settings.max_attempts, len(neighbours)))
 
     def conclude(self, pairing: ExchangeRequest, step: int, outcome: ExchangeOutcome) -> None:
         """Send the partner's delta, or record that no partner was found."""
@@ -138,7 +138,9 @@ class PairExchange:
         if arrivals:
             messages = [arrival.message for arrival in arrivals]
             publication = self._endpoint.publication.reserve() if publish else None
-            self._codec.average_pair(y, messages, None, self._settings.weight, None, publication)
+            self._codec.average_pair(
+                y, messages, None, self._settings.mixing_weight, None, publication
+            )
             self._free(arrivals, step)
             announce(self._endpoint, publication, step)
         return len(arrivals)

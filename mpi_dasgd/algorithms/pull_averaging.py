@@ -28,7 +28,7 @@ class PullExchange:
 
     Args:
         endpoint, codec, rng, record: of the algorithm.
-        settings: section ``algorithm``: `weight` counts.
+        settings: section ``algorithm``: `mixing_weight` counts.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class PullExchange:
         settled = reading.is_settled  # once: the courier may settle it at any moment
         theirs = reading.message if settled else None
         publication = endpoint.publication.reserve() if publish else None
-        outcome = self._codec.average_pair(y, (), theirs, self._settings.weight, None, publication)
+        outcome = self._codec.average_pair(
+            y, (), theirs, self._settings.mixing_weight, None, publication
+        )
         announce(endpoint, publication, step)
         if settled:
             self._record_read(theirs, step, outcome)

@@ -76,7 +76,7 @@ class PushSum(Algorithm):
         offsets = rotation(graph.name, graph.size) or ()
         hops = max(len(offsets), graph.size - 1 if graph.name == "ring" else 0)
         each = 1 + -(
-            -(settings.overlap or 0) // settings.local_steps
+            -(settings.overlap_tau or 0) // settings.local_steps
         )  # exchanges that one may be ahead
         return hops * each * settings.local_steps
 

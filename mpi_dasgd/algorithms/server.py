@@ -69,9 +69,9 @@ class ServerAlgorithm(Algorithm):
     def warnings(cls, config: Config) -> list[str]:
         """Warn that a server that works answers between its own gradients only."""
         warnings = super().warnings(config)
-        if config.algorithm.server_works:
+        if config.algorithm.server_trains:
             warnings.append(
-                "algorithm.server_works: rank 0 deals with at most transport.inbox_slots = "
+                "algorithm.server_trains: rank 0 deals with at most transport.inbox_slots = "
                 f"{config.transport.inbox_slots} messages between two gradients of its own; with more "
                 "workers than that raise it"
             )
@@ -80,7 +80,7 @@ class ServerAlgorithm(Algorithm):
     @classmethod
     def workers(cls, size: int, settings: Settings) -> range:
         """Return the ranks that compute gradients."""
-        return range(0 if settings.server_works else 1, size)
+        return range(0 if settings.server_trains else 1, size)
 
     @classmethod
     def model_ranks(cls, size: int) -> range:

@@ -1,6 +1,6 @@
 """SwarmSGD, non-blocking (Nadiradze, Sabour, Davies, Li, Alistarh; NeurIPS 2021; arXiv 1910.12308).
 
-Each rank makes H local steps, or a geometric number of mean H (`algorithm.local_steps_law`), and then
+Each rank makes H local steps, or a geometric number of mean H (`algorithm.local_steps_distribution`), and then
 averages with one neighbour drawn uniformly, which goes on with its own local steps. A rank has a live
 vector Y_i, that others read and move, and a base vector B_i, from which its local phase has started:
 
@@ -23,7 +23,7 @@ How it is done here, and why:
   B_i and a_i stay in the type of the model.
 - The paper's graphs are r-regular, with Poisson clocks of equal rate, so that each edge interacts alike.
   Any graph and any speeds are allowed here; the mean is conserved on all of them.
-- With H = 1 all this is `adpsgd` with `algorithm.order` = average, number by number; not with weight decay,
+- With H = 1 all this is `adpsgd` with `algorithm.order` = adapt_with_combine, number by number; not with weight decay,
   which acts on B_i here and on the average there.
 
 Also: `swarm_blocking`, and `swarm_pull`, which is what the authors' code does.
@@ -59,7 +59,7 @@ class Swarm(Algorithm):
     capabilities = Capabilities(
         minimum_ranks=2,
     )
-    config_keys = ("local_steps", "local_steps_law", "tries", "weight")
+    config_keys = ("local_steps", "local_steps_distribution", "max_attempts", "mixing_weight")
     codecs = PAIR_CODECS
 
     def start(self) -> None:

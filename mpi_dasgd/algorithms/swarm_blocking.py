@@ -57,7 +57,7 @@ class BlockingSwarm(Algorithm):
     capabilities = Capabilities(
         minimum_ranks=2,
     )
-    config_keys = ("local_steps", "local_steps_law", "weight")
+    config_keys = ("local_steps", "local_steps_distribution", "mixing_weight")
     codecs = PAIR_CODECS
 
     def start(self) -> None:
@@ -127,7 +127,12 @@ class BlockingSwarm(Algorithm):
     def _average(self, pairing: ExchangeRequest, step: int) -> None:
         """Both move to their mean: x_i <- x_i + d, d = w (x_j - x_i); send -d to j."""
         outcome = self.codec.average_pair(
-            self.x, (), pairing.partner_model, self.settings.weight, pairing.partner_delta, None
+            self.x,
+            (),
+            pairing.partner_model,
+            self.settings.mixing_weight,
+            pairing.partner_delta,
+            None,
         )
         self._pairs.conclude(pairing, step, outcome)
 

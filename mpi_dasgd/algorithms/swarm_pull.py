@@ -47,7 +47,7 @@ class PullSwarm(Algorithm):
         uses_inbox=False,
         minimum_ranks=2,
     )
-    config_keys = ("local_steps", "local_steps_law", "weight")
+    config_keys = ("local_steps", "local_steps_distribution", "mixing_weight")
     codecs = PAIR_CODECS
 
     def start(self) -> None:

@@ -81,7 +81,7 @@ def message(codec: Codec) -> Message:
 
 def open_pair(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> tuple[Codec, Codec]:
     """Return the codecs of two ranks, which know how far their models are apart."""
-    settings = codecs.Settings(name=name, gamma=GAMMA)
+    settings = codecs.Settings(name=name, scale_margin=GAMMA)
     pair = [codecs.make(settings, x.size, x.dtype, seed=seed, rank=rank) for rank in range(2)]
     for codec in pair:
         if isinstance(codec, LatticeCodec):

@@ -114,7 +114,7 @@ class DdpTrainer:
         counters: dict[str, Any] = {"steps": self.step, "samples": self.samples}
         if self._sent is not None:
             counters["bytes_sent"] = (tcp_bytes_sent() or 0) - self._sent
-        points = self.config.evaluation.points
+        points = self.config.evaluation.count
         self._milestone(points)
         self.file.close("finished", counters)
         dist.barrier()
@@ -144,7 +144,7 @@ class DdpTrainer:
         return float(np.median(seconds[1:]))
 
     def _train(self) -> None:
-        seconds, points = self.config.budget.seconds, self.config.evaluation.points
+        seconds, points = self.config.budget.seconds, self.config.evaluation.count
         assert seconds is not None, "measured for a time"
         milestone = 1
         while True:

@@ -95,7 +95,7 @@ class Setting:
 
     def codecs(self, seed: int) -> list[Codec]:
         """Make the codecs of all ranks."""
-        settings = codecs.Settings(name=self.codec, gamma=self.gamma, rho=self.rho)
+        settings = codecs.Settings(name=self.codec, scale_margin=self.gamma, scale_decay=self.rho)
         size, dtype = BUCKETS * BUCKET, np.dtype(np.float32)
         return [codecs.make(settings, size, dtype, seed=seed, rank=rank) for rank in range(RANKS)]
 

@@ -128,13 +128,13 @@ class Measurement:
             "algorithm.name": algorithm,
             **({"codec.name": codec} if codec else {}),
             "evaluation.live": "false",
-            "evaluation.points": points,
+            "evaluation.count": points,
         }
         if cell.straggler != "none":
             settings |= {
-                "straggler.kind": "constant",
+                "straggler.distribution": "constant",
                 "straggler.factor": cell.factor,
-                "straggler.mode": "sleep" if cell.straggler[0] == "s" else "work",
+                "straggler.mode": "sleep" if cell.straggler[0] == "s" else "busy",
             }
         return load(None, (f"{key}={value}" for key, value in settings.items()))
 

@@ -200,7 +200,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
         own,
         codec.layout,
         topology.build("complete", comm.size),
-        mode="remote" if path == "remote" else "auto",
+        mode="rma" if path == "remote" else "auto",
         publication_slots=3,
         inbox_slots=2,  # in place one of them is reserved throughout
     )
@@ -223,7 +223,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     if wrong:
         raise MpiDasgdError(
             f"bench rma: {wrong} payloads of {nbytes} bytes ({path}) arrived other than they were "
-            "sent: do not train with this MPI library; try another, or transport.path=remote"
+            "sent: do not train with this MPI library; try another, or transport.mode=rma"
         )
     return case
 

@@ -55,8 +55,8 @@ class AdaptiveScale:
             gamma = 3.0 if bits > 4 else 1.5
         if gamma / levels > _COARSEST:
             raise UserError(
-                f"codec.gamma: with {bits} bits expected at most {_COARSEST * levels:g}, got {gamma:g}: "
-                "coarser codes drive the models apart; take a smaller gamma or more bits"
+                f"codec.scale_margin: with {bits} bits expected at most {_COARSEST * levels:g}, got "
+                f"{gamma:g}: coarser codes drive the models apart; take a smaller margin or more bits"
             )
         buckets = -(-elements // bucket)
         self.estimate = np.zeros(buckets, np.float32)

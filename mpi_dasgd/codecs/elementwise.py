@@ -37,7 +37,7 @@ class ElementwiseCodec(ABC):
         if dtype != np.float32:
             raise UserError(
                 f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
-                "simulation.precision=float32"
+                "simulation.dtype=float32"
             )
         self.layout = layout
         self.counters: dict[str, int] = {}

@@ -54,7 +54,7 @@ class LatticeCodec:
         if dtype != np.float32:
             raise UserError(
                 f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
-                "simulation.precision=float32"
+                "simulation.dtype=float32"
             )
         buckets = buckets_of(elements)
         self._bits = bits
@@ -67,7 +67,9 @@ class LatticeCodec:
             scales=buckets,
             checksums=buckets,
         )
-        self.scale = AdaptiveScale(elements, bits, BUCKET, settings.gamma, settings.rho)
+        self.scale = AdaptiveScale(
+            elements, bits, BUCKET, settings.scale_margin, settings.scale_decay
+        )
         self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
         self._threads = settings.threads
         self._seeds = seeds

@@ -36,8 +36,8 @@ def check(config: Config, name: str, in_step: bool) -> None:
             f"schedule: {name!r} with budget.seconds needs 'constant' without warm-up, or the ranks' "
             "learning rates would differ; give budget.samples or budget.epochs instead"
         )
-    if in_step and budget.seconds is not None and config.checkpoint.points:
+    if in_step and budget.seconds is not None and config.checkpoint.count:
         raise UserError(
-            f"checkpoint.points: {name!r} with budget.seconds would save its ranks at different steps; "
+            f"checkpoint.count: {name!r} with budget.seconds would save its ranks at different steps; "
             "give budget.samples or budget.epochs instead"
         )

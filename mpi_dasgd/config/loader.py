@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from mpi_dasgd.config.deprecated import current_key, renamed
 from mpi_dasgd.config.schema import Config, Section
 from mpi_dasgd.errors import UserError, nearest
 
@@ -38,6 +39,9 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
             raise UserError(f"configuration file {path}: {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"configuration file {path} is not TOML: {error}") from error
+        for section, values in data.items():
+            if isinstance(values, dict):
+                data[section] = _renamed(section, values, path)
     for override in overrides:
         _set(data, override)
     try:
@@ -46,6 +50,14 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         source = "configuration" if path is None else str(path)
         lines = [_explain(item) for item in error.errors()]
         raise UserError(f"{source}: " + f"\n{source}: ".join(lines)) from None
+
+
+def _renamed(section: str, values: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Translate old names before the overrides, which may name the same key as it is now."""
+    try:
+        return renamed(section, values)
+    except ValueError as error:
+        raise UserError(f"{path}: {section}: {error}") from error
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -59,7 +71,7 @@ def _set(data: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *sections, last = key.strip().split(".")
-    field = _fields(sections).get(last)
+    field = _fields(sections).get(current_key(".".join(sections), last))
     if field is not None and field.annotation in (str, str | None) and not isinstance(value, str):
         value = text  # a name such as 3 or nan
     for section in sections:
@@ -68,7 +80,7 @@ def _set(data: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section!r} is a value, not a section")
     if sections == ["budget"]:
         data.clear()  # one budget replaces another
-    data[last] = value
+    data |= renamed(".".join(sections), {last: value})
 
 
 def _explain(item: Mapping[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -16,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from mpi_dasgd.config.deprecated import renamed
+
 __all__ = ["OWN_ALGORITHMS", "AlgorithmConfig", "CodecConfig", "Config", "Section"]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -23,9 +27,19 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are refused."""
+    """Base of all sections: frozen, and unknown keys are refused; old names are translated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, data: Any) -> Any:
+        return renamed(cls.section(), data) if isinstance(data, Mapping) else data
+
+    @classmethod
+    def section(cls) -> str:
+        """Return the name of the section in a configuration file."""
+        return cls.__name__.removesuffix("Config").lower()
 
 
 class RunConfig(Section):
@@ -69,14 +83,14 @@ class ScheduleConfig(Section):
         "constant", description="course of the learning rate over GLOBAL progress"
     )
     warmup: Fraction = Field(0.0, description="share of the budget with linear warm-up")
-    warmup_start: Fraction = Field(0.1, description="factor at which warm-up starts")
+    warmup_start_factor: Fraction = Field(0.1, description="factor at which warm-up starts")
     milestones: tuple[Fraction, ...] = Field(
         (0.5, 0.75), description="shares of the budget at which `step` multiplies by gamma"
     )
     gamma: float = Field(
         0.1, description="factor of `step` at each milestone", gt=0, allow_inf_nan=False
     )
-    final: Fraction = Field(0.0, description="factor at which `cosine` ends")
+    end_factor: Fraction = Field(0.0, description="factor at which `cosine` ends")
 
     @model_validator(mode="after")
     def _shares_ascend(self) -> ScheduleConfig:
@@ -119,6 +133,13 @@ def _known_algorithm(name: Any, check: ValidatorFunctionWrapHandler) -> Any:
     return name if name in OWN_ALGORITHMS else check(name)
 
 
+_ORDERS = {"atc": "adapt_then_combine", "awc": "adapt_with_combine"}
+
+
+def _full_order(order: Any) -> Any:
+    return _ORDERS.get(order, order) if isinstance(order, str) else order
+
+
 class AlgorithmConfig(Section):
     name: Annotated[
         Literal[
@@ -133,21 +154,26 @@ class AlgorithmConfig(Section):
         description="adpsgd: pair, bipartite, pull; swarm: nonblocking, blocking, pull; "
         "unset: the first",
     )
-    order: Literal["gradient", "average"] | None = Field(
+    order: Annotated[
+        Literal["adapt_then_combine", "adapt_with_combine"] | None, BeforeValidator(_full_order)
+    ] = Field(
         None,
-        description="adpsgd: what a step applies first; unset: gradient for pair, else average",
+        description="adpsgd: apply the gradient, then average (atc), or average and apply the gradient "
+        "taken before (awc); unset: adapt_then_combine for pair, else adapt_with_combine",
     )
     local_steps: Positive = Field(1, description="H: local steps between two exchanges")
-    local_steps_law: Literal["fixed", "geometric"] = Field(
+    local_steps_distribution: Literal["fixed", "geometric"] = Field(
         "fixed", description="swarm: every phase has H steps, or a geometric number of mean H"
     )
-    tries: Positive = Field(4, description="adpsgd, swarm: neighbours tried for one exchange")
-    weight: float = Field(
+    max_attempts: Positive = Field(
+        4, description="adpsgd, swarm: neighbours tried for one exchange"
+    )
+    mixing_weight: float = Field(
         0.5, description="adpsgd, swarm: share of the distance that each side moves", gt=0, le=0.5
     )
-    step_rule: Literal["constant", "inverse", "capped", "drop"] = Field(
+    delay_adaptive_rule: Literal["constant", "inverse", "capped", "drop"] = Field(
         "constant",
-        description="rate of a gradient older than delay_threshold: unchanged, eta / delay, "
+        description="step size of a gradient older than delay_threshold: unchanged, eta / delay, "
         "min(eta, c / delay), 0",
     )
     delay_threshold: float | None = Field(
@@ -158,21 +184,21 @@ class AlgorithmConfig(Section):
     delay_cap: float | None = Field(
         None, description="capped: c / eta, in gradients; unset: delay_threshold", gt=0
     )
-    clients: Literal["free", "uniform"] = Field(
-        "free",
-        description="asgd: the next point goes to whoever is free (Algorithm 1), or to one of all "
-        "clients drawn uniformly, busy or not (Algorithm 2)",
+    client_sampling: Literal["idle", "uniform"] = Field(
+        "idle",
+        description="asgd: the next model goes to an idle client (Algorithm 1), or to one drawn "
+        "uniformly from all clients, busy or not (Algorithm 2)",
     )
     concurrency: Positive | None = Field(
         None, description="asgd: gradients in flight; unset: one for each rank that works"
     )
-    server_works: bool = Field(
+    server_trains: bool = Field(
         False, description="asgd, minibatch, easgd: rank 0, the server, also computes gradients"
     )
-    elasticity: float | None = Field(
+    moving_rate: float | None = Field(
         None, description="easgd: alpha, the elastic weight; unset: 0.9 / workers", gt=0, le=0.5
     )
-    overlap: Positive | None = Field(
+    overlap_tau: Positive | None = Field(
         None, description="osgp: steps after which a message is waited for; unset: never"
     )
     relay: Literal["auto", "direct", "tree"] = Field(
@@ -185,10 +211,10 @@ class AlgorithmConfig(Section):
 class TopologyConfig(Section):
     graph: Literal[
         "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
-        "bipartite_exponential", "edges",
+        "bipartite_exponential", "edge_list",
     ] = Field("complete", description="who may talk to whom")  # fmt: skip
     degree: Positive | None = Field(None, description="random_regular: neighbours of each rank")
-    file: str | None = Field(None, description="edges: file with one `i j [weight]` a line")
+    file: str | None = Field(None, description="edge_list: file with one `i j [weight]` per line")
 
 
 class CodecConfig(Section):
@@ -202,21 +228,22 @@ class CodecConfig(Section):
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic", description="lattice: at random without bias, or to the nearest"
     )
-    gamma: float | None = Field(
+    scale_margin: float | None = Field(
         None,
         description="lattice: margin of the scale over distances seen; unset: 3, lattice4: 1.5",
         gt=1,
     )
-    rho: float = Field(
+    scale_decay: float = Field(
         0.9, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
     )
     threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
 
 
 class TransportConfig(Section):
-    path: Literal["auto", "node", "remote"] = Field(
+    mode: Literal["auto", "shared_memory", "rma"] = Field(
         "auto",
-        description="auto: in place within a node, Get/Put between nodes; node and remote force one",
+        description="auto: in place within a node, Get/Put between nodes; shared_memory and rma force "
+        "one of them",
     )
     memory: Literal["host"] = Field("host", description="memory kind of the payload windows")
     publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
@@ -226,13 +253,13 @@ class TransportConfig(Section):
         description="seconds between progress calls when a neighbour is on another node",
         gt=0,
     )
-    silence: float = Field(
+    heartbeat_timeout: float = Field(
         10.0, description="seconds without a heartbeat after which a rank counts as dead", gt=0
     )
 
 
 class StragglerConfig(Section):
-    kind: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
+    distribution: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
         "none", description="artificial slowness"
     )
     ranks: tuple[int, ...] = Field(
@@ -241,7 +268,7 @@ class StragglerConfig(Section):
     factor: float = Field(
         10.0, description="constant: how many times slower", ge=1, allow_inf_nan=False
     )
-    mode: Literal["sleep", "work"] = Field(
+    mode: Literal["sleep", "busy"] = Field(
         "sleep", description="sleep, or compute the gradient again"
     )
     sigma: float = Field(
@@ -252,20 +279,20 @@ class StragglerConfig(Section):
 
     @model_validator(mode="after")
     def _constant_needs_ranks(self) -> StragglerConfig:
-        if self.kind == "constant" and not self.ranks:
-            raise ValueError("kind constant needs ranks, for example -1, the last one")
+        if self.distribution == "constant" and not self.ranks:
+            raise ValueError("distribution constant needs ranks, for example -1, the last one")
         return self
 
 
 class EvaluationConfig(Section):
-    points: int = Field(
+    count: int = Field(
         10, description="evaluations, evenly over the budget; the last is at its end", ge=1
     )
     live: bool = Field(True, description="each rank also evaluates its own model during the run")
 
 
 class CheckpointConfig(Section):
-    points: int = Field(0, description="checkpoints, evenly over the budget; 0: none", ge=0)
+    count: int = Field(0, description="checkpoints, evenly over the budget; 0: none", ge=0)
     keep: int = Field(2, description="checkpoints kept", ge=2)
 
 
@@ -281,26 +308,26 @@ class SimulationConfig(Section):
     noise: float = Field(
         0.0, description="quadratic: standard deviation of gradient noise per coordinate", ge=0
     )
-    gradients: Literal["on", "off"] = Field(
-        "on", description="off: exchanges alone, to test conservation"
-    )
-    compute: Literal["constant", "uniform", "lognormal", "exponential", "recorded"] = Field(
+    gradients: bool = Field(True, description="false: exchanges alone, to test conservation")
+    compute_time: Literal["constant", "uniform", "lognormal", "exponential", "recorded"] = Field(
         "uniform",
-        description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean; recorded: those "
-        "of the run `times`",
+        description="distribution of a step's time; uniform is 0.5 .. 1.5 of the mean; recorded: "
+        "those of `recorded_run`",
     )
-    times: str | None = Field(None, description="recorded: directory of a run, or its results.h5")
-    mean: float = Field(
+    recorded_run: str | None = Field(
+        None, description="recorded: directory of a run, or its results.h5"
+    )
+    compute_mean: float = Field(
         1.0, description="mean time of a step, in units of virtual time", gt=0, allow_inf_nan=False
     )
-    sigma: float = Field(0.5, description="lognormal: spread", gt=0, allow_inf_nan=False)
+    compute_sigma: float = Field(0.5, description="lognormal: spread", gt=0, allow_inf_nan=False)
     slow_ranks: tuple[int, ...] = Field((), description="ranks that are slow_factor times slower")
     slow_factor: float = Field(10.0, description="how many times slower", ge=1, allow_inf_nan=False)
     latency: float = Field(
         0.0, description="time of one message or word operation; 0: as within a node", ge=0
     )
     bandwidth: float = Field(0.0, description="bytes per unit of time; 0: without limit", ge=0)
-    precision: Literal["float32", "float64"] = Field("float64", description="type of the models")
+    dtype: Literal["float32", "float64"] = Field("float64", description="dtype of the models")
 
 
 class Config(Section):

@@ -54,8 +54,8 @@ def checks(environment: World) -> list[Check]:
     one = environment.nodes == 1 and comm.allreduce(library is not None, MPI.LAND)
     fast = NodeWords(comm, 2, library) if one and library is not None else None
     shared = WindowSlots(comm, node, layout, 1) if near is not None else None
-    remote = WindowSlots(comm, node, layout, 1, "remote")
-    small = WindowSlots(comm, node, NoCodec(_PUT // 4, np.dtype(np.float32)).layout, 1, "remote")
+    remote = WindowSlots(comm, node, layout, 1, "rma")
+    small = WindowSlots(comm, node, NoCodec(_PUT // 4, np.dtype(np.float32)).layout, 1, "rma")
     node.Free()
     found = [
         *(_progress(comm, words, small, where, rank) for where, rank in others.items()),

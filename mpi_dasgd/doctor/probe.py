@@ -128,7 +128,7 @@ def _windows(environment: World) -> Check:
         return Check("windows", WARNING, f"{text}; it is needed with several nodes only", values)
     remedy = "install another MPI, as in `pip install 'mpi_dasgd[mpich]'`"
     if "Allocate_shared" in bad:
-        remedy = f"set transport.path=remote, or {remedy}"
+        remedy = f"set transport.mode=rma, or {remedy}"
     return Check("windows", FAILS, f"{text}; {remedy}", values)
 
 
@@ -198,7 +198,7 @@ def _exchange(environment: World) -> Check:
         )
     text = (
         f"pair exchange ({path}) changed the sum of the models or found no partner: this MPI "
-        "library does not keep its promises; try transport.path=remote, or another MPI"
+        "library does not keep its promises; try transport.mode=rma, or another MPI"
     )
     return Check("exchange", FAILS, text, {"path": path})
 

@@ -23,11 +23,11 @@ class ComputeTimes:
     def __init__(self, config: SimulationConfig) -> None:
         slow = resolve_ranks(config.slow_ranks, config.ranks)
         self._means = [
-            (config.slow_factor if rank in slow else 1.0) * config.mean
+            (config.slow_factor if rank in slow else 1.0) * config.compute_mean
             for rank in range(config.ranks)
         ]
-        self._distribution = config.compute
-        self._sigma = config.sigma
+        self._distribution = config.compute_time
+        self._sigma = config.compute_sigma
 
     def draw(self, rank: int, rng: np.random.Generator) -> float:
         """Draw the virtual seconds that the next gradient of `rank` takes."""

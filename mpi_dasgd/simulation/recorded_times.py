@@ -52,8 +52,8 @@ def recorded_times(run: str | Path, ranks: int) -> RecordedTimes:
     results = load_run(run).results
     if len(results.rank) != ranks:
         raise UserError(
-            f"simulation.times: {run} has {len(results.rank)} ranks, and {ranks} are simulated: set "
-            f"simulation.ranks={len(results.rank)}"
+            f"simulation.recorded_run: {run} has {len(results.rank)} ranks, and {ranks} are simulated: "
+            f"set simulation.ranks={len(results.rank)}"
         )
     table = results.tables["train"]
     compute, exchange = [], []

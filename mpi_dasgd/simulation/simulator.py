@@ -53,7 +53,7 @@ class Simulator:
         workers = parts.algorithm_cls.workers(self.size, config.algorithm)
         self.problem = convex.build(config, workers)
         seed = config.run.seed
-        dtype = np.dtype(settings.precision)
+        dtype = np.dtype(settings.dtype)
         dimension = self.problem.start.size
         self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
         self.clock = Clock()
@@ -71,7 +71,7 @@ class Simulator:
             bandwidth=settings.bandwidth,
         )
         self.models = np.tile(self.problem.start.astype(dtype), (self.size, 1))
-        if settings.gradients == "off":
+        if not settings.gradients:
             self.models += np.random.default_rng([seed, 2]).normal(size=self.models.shape)
         self._expected_sum = self.models.sum(0, dtype=np.float64)  # what conservation demands
         self.locals = [
@@ -86,15 +86,15 @@ class Simulator:
             algorithm.local, local.algorithm = local, algorithm
         self._lockstep = parts.lockstep
         self._times: ComputeTimes | RecordedTimes
-        if settings.compute == "recorded":
-            if settings.times is None:
-                raise UserError("simulation.times: 'recorded' needs the directory of a run")
-            self._times = recorded_times(settings.times, self.size)
+        if settings.compute_time == "recorded":
+            if settings.recorded_run is None:
+                raise UserError("simulation.recorded_run: 'recorded' needs the directory of a run")
+            self._times = recorded_times(settings.recorded_run, self.size)
         else:
             self._times = ComputeTimes(settings)
         self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
         self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
-        self._schedule, self._step_rule = parts.schedule, parts.step_rule
+        self._schedule, self._step_rule = parts.schedule, parts.delay_adaptive_rule
         self.gradients = 0
         self.waits = 0
         self.ages, self.ages_s = array("q"), array("d")  # 8 bytes each: there may be millions
@@ -206,7 +206,7 @@ class Simulator:
             delay = endpoint.gradients() - local.gradients_seen - 1
             local.lr *= self._step_rule(delay)
             self.delays.append(delay)
-        if self.config.simulation.gradients == "on":
+        if self.config.simulation.gradients:
             x = self.models[rank]
             local.gradient[:] = self.problem.gradient(rank, x, self._noise_rng[rank])
         self._resume(rank, self.algorithms[rank].step(local))
@@ -332,7 +332,7 @@ class Simulator:
         if (
             not isinstance(problem, convex.Quadratic)
             or problem.noise
-            or config.simulation.gradients == "off"
+            or not config.simulation.gradients
             or not plain
             or any(options.values())
             or self.diverged

@@ -38,7 +38,7 @@ def delay_rule(config: AlgorithmConfig, default_threshold: int) -> Callable[[int
     """Return the configured factor on the learning rate as a function of the delay.
 
     Args:
-        config: section ``algorithm``: step_rule, delay_threshold and delay_cap count.
+        config: section ``algorithm``: delay_adaptive_rule, delay_threshold and delay_cap count.
         default_threshold: threshold where the configuration gives none, in gradients.
     """
     threshold = default_threshold if config.delay_threshold is None else config.delay_threshold
@@ -47,6 +47,6 @@ def delay_rule(config: AlgorithmConfig, default_threshold: int) -> Callable[[int
         "capped": threshold if config.delay_cap is None else config.delay_cap,
         "drop": 0.0,
     }
-    if config.step_rule == "constant":
+    if config.delay_adaptive_rule == "constant":
         return lambda delay: 1.0
-    return lambda delay: delay_adaptive(delay, threshold, caps[config.step_rule])
+    return lambda delay: delay_adaptive(delay, threshold, caps[config.delay_adaptive_rule])

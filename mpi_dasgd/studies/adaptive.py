@@ -1,6 +1,6 @@
 """Whether steps that adapt to the delay help decentralized algorithms with a straggler.
 
-Question: does a smaller step for late gradients (`algorithm.step_rule`) help `adpsgd`, `swarm` and
+Question: does a smaller step for late gradients (`algorithm.delay_adaptive_rule`) help `adpsgd`, `swarm` and
     `dasgd`?
 Paper: none for these; the rule is that of Koloskova et al. 2022, theorem 8, for a server.
 Setting: 8 ranks, quadratic of 16 dimensions with noise 1, one rank 1, 10 or 100 times slower; a gradient
@@ -33,10 +33,10 @@ SEEDS = 3
 RANKS = 8
 RULES: dict[str, dict[str, Any]] = {
     "constant": {},
-    "inverse": {"algorithm.step_rule": "inverse"},
-    "capped": {"algorithm.step_rule": "capped"},
-    "drop": {"algorithm.step_rule": "drop"},
-    "drop 4n": {"algorithm.step_rule": "drop", "algorithm.delay_threshold": 4.0 * RANKS},
+    "inverse": {"algorithm.delay_adaptive_rule": "inverse"},
+    "capped": {"algorithm.delay_adaptive_rule": "capped"},
+    "drop": {"algorithm.delay_adaptive_rule": "drop"},
+    "drop 4n": {"algorithm.delay_adaptive_rule": "drop", "algorithm.delay_threshold": 4.0 * RANKS},
 }
 EPSILON = 1.0
 EVERY, MOMENTS = 16, 120
@@ -95,7 +95,9 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "slowdown": Axis(
                 [10] if quick else [1, 10, 100], "1", "how many times slower one rank is"
             ),
-            "rule": Axis(list(RULES)[: 2 if quick else 5], "1", "step_rule; 4n: delay_threshold"),
+            "rule": Axis(
+                list(RULES)[: 2 if quick else 5], "1", "delay_adaptive_rule; 4n: delay_threshold"
+            ),
             "rate": Axis([0.1] if quick else [0.1, 0.2], "1", "rate; dasgd: 1/8 of it"),
             "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
         },

@@ -70,7 +70,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             vary(
                 base,
                 {
-                    "algorithm.step_rule": rule,
+                    "algorithm.delay_adaptive_rule": rule,
                     "simulation.slow_factor": slowdown,
                     "optimizer.lr": rate or allowed,
                     "budget.samples": gradients,
@@ -94,7 +94,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
         "delay",
         base,
         {
-            "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.step_rule"),
+            "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.delay_adaptive_rule"),
             "slowdown": Axis(
                 [1, 30] if quick else [1, 3, 10, 30, 100, 300],
                 "1",

@@ -64,8 +64,8 @@ def samples(seeds: int, quick: bool) -> Dataset:
         config = vary(
             base,
             {
-                "algorithm.clients": clients,
-                "algorithm.step_rule": rule,
+                "algorithm.client_sampling": clients,
+                "algorithm.delay_adaptive_rule": rule,
                 "simulation.slow_factor": slowdown,
                 "run.seed": seed,
             },
@@ -92,8 +92,8 @@ def samples(seeds: int, quick: bool) -> Dataset:
         "heterogeneous",
         base,
         {
-            "clients": Axis(["free", "uniform"], "1", "algorithm.clients"),
-            "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.step_rule"),
+            "clients": Axis(["idle", "uniform"], "1", "algorithm.client_sampling"),
+            "rule": Axis(RULES[:2] if quick else RULES, "1", "algorithm.delay_adaptive_rule"),
             "slowdown": Axis(
                 [10] if quick else [1, 3, 10], "1", "how many times slower 4 of 16 workers are"
             ),
@@ -121,14 +121,14 @@ def summary(samples: Dataset) -> Summary:
     """Bias, measured and in closed form."""
     middle = {name: spread(samples[name])[1] for name in samples.arrays}
     rows: list[dict[str, Any]] = []
-    for i, clients in enumerate(samples["clients"].tolist()):
+    for i, clients in enumerate(_clients(samples)):
         for j, rule in enumerate(samples["rule"].tolist()):
             for k, slowdown in enumerate(samples["slowdown"].tolist()):
                 row: dict[str, Any] = {"clients": clients, "rule": rule, "slow-down": slowdown}
                 row |= {name: float(values[i, j, k]) for name, values in middle.items()}
                 rows.append(row)
     last = {(r["clients"], r["rule"]): r for r in rows}
-    free, fair = last["free", "constant"], last["uniform", "constant"]
+    free, fair = last["idle", "constant"], last["uniform", "constant"]
     figures = {
         "bias_free_constant_over_speeds": free["bias"] / free["by_speeds"],
         "bias_uniform_over_free_constant": fair["bias"] / free["bias"],
@@ -140,19 +140,24 @@ def summary(samples: Dataset) -> Summary:
     return Summary(rows, figures)
 
 
+def _clients(samples: Dataset) -> list[str]:
+    """Return the values of `algorithm.client_sampling`; files of before call `idle` `free`."""
+    return ["idle" if name == "free" else name for name in samples["clients"].tolist()]
+
+
 def draw(samples: Dataset, path: Path) -> Path:
     """Bias against slow-down, one panel for each way to choose clients."""
     from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:
         k = samples["slowdown"]
-        for i, (axis, clients) in enumerate(zip(axes, samples["clients"].tolist(), strict=True)):
+        for i, (axis, clients) in enumerate(zip(axes, _clients(samples), strict=True)):
             for j, rule in enumerate(samples["rule"].tolist()):
                 plotting.band(axis, k, samples["bias"][i, j], j, rule)
                 closed = spread(samples["by_steps"])[1][i, j]
                 plotting.theory(axis, k, closed, "sum w_i b_i / sum w_i" if j == 0 else "")
             axis.set(xscale="log", yscale="log", xlabel="slow-down of 4 of 16 workers")
-            title = "whoever is free" if clients == "free" else "drawn uniformly"
+            title = "whoever is free" if clients == "idle" else "drawn uniformly"
             axis.set(ylabel="|x - optimum|^2", title=f"Next point to: {title}")
             plotting.ticks(axis.xaxis, k)
             axis.legend(loc="upper left")

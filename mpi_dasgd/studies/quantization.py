@@ -41,7 +41,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "task.batch_size": BATCH,
             "algorithm.name": "swarm",
             "simulation.ranks": RANKS,
-            "simulation.precision": "float32",
+            "simulation.dtype": "float32",
             "optimizer.lr": 0.5,
             "budget.samples": gradients * BATCH,
         }

@@ -48,7 +48,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
                 {
                     "algorithm.name": algorithm,
                     "simulation.ranks": WORKERS + (algorithm in SERVERS),
-                    "simulation.compute": compute,
+                    "simulation.compute_time": compute,
                     "simulation.slow_factor": slowdown,
                     "budget.samples": gradients,
                     "run.seed": seed,

@@ -245,7 +245,7 @@ def build(
             and 1 + 2^m both ways (Assran et al., 2019), `torus` is 2-D and as square as can be.
         size: number of ranks; 1 gives a graph without edges.
         degree: neighbours per rank, for `random_regular`.
-        file: edge file, for `edges`: "i j" or "i j weight" per line, # starts a comment.
+        file: edge file, for `edge_list`: "i j" or "i j weight" per line, # starts a comment.
         seed: seed of `random_regular`.
 
     Raises:
@@ -258,11 +258,13 @@ def build(
         raise UserError(f"topology {name}: size must be at least 1, got {size}")
     if degree is not None and name != "random_regular":
         raise UserError(f"topology {name} takes no degree (got {degree}); random_regular does")
-    if file is not None and name != "edges":
-        raise UserError(f"topology {name} takes no edge file (got {file}); the topology edges does")
-    if name == "edges":
+    if file is not None and name != "edge_list":
+        raise UserError(
+            f"topology {name} takes no edge file (got {file}); the topology edge_list does"
+        )
+    if name == "edge_list":
         if file is None:
-            raise UserError("topology edges needs an edge file: give its path as file")
+            raise UserError("topology edge_list needs an edge file: give its path as file")
         graph, weighted = read_edges(Path(file), size)
         return Topology(name, size, graph, weighted)
     if size == 1:

@@ -60,7 +60,7 @@ class Decentralized:
         lockstep: whether all ranks make the same number of steps.
         exchange_seconds: time spent in exchanges so far, `wait_seconds` included.
         delay: gradients that other ranks computed while this one computed its newest.
-        delay_factor: factor on the learning rate that `algorithm.step_rule` gave for `delay`.
+        delay_factor: factor on the learning rate that `algorithm.delay_adaptive_rule` gave for `delay`.
     """
 
     @renamed_arguments(graph="topology", samples="total_samples")
@@ -150,7 +150,7 @@ class Decentralized:
             raise UserError(
                 f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no gradients: call "
                 "training.serve() while training.computes_gradients is false, or set "
-                "algorithm.server_works=true"
+                "algorithm.server_trains=true"
             )
         started, updated = time.perf_counter(), self.local.update_seconds
         self.budget.samples += samples

@@ -18,13 +18,13 @@ class LearningRate:
     Attributes:
         gradients_seen: gradients of all ranks when this one began to compute its newest.
         delay: gradients that other ranks computed while this one computed its newest.
-        delay_factor: factor that `algorithm.step_rule` gave for `delay`.
+        delay_factor: factor that `algorithm.delay_adaptive_rule` gave for `delay`.
     """
 
     def __init__(self, parts: RunParts, endpoint: Endpoint) -> None:
         self.gradients_seen = 0
         self.delay, self.delay_factor = 0, 1.0
-        self._schedule, self._step_rule = parts.schedule, parts.step_rule
+        self._schedule, self._step_rule = parts.schedule, parts.delay_adaptive_rule
         self._applies_step_rule = not parts.algorithm_cls.capabilities.applies_step_rule
         self._endpoint = endpoint
 

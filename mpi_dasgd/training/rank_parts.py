@@ -90,11 +90,11 @@ def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> R
         environment.comm,
         layout,
         run.topology,
-        mode=transport.path,
+        mode=transport.mode,
         publication_slots=run.publication_slots,
         inbox_slots=run.inbox_slots,
         progress_interval=transport.progress_interval,
-        heartbeat_timeout=transport.silence,
+        heartbeat_timeout=transport.heartbeat_timeout,
     )
 
 

@@ -105,7 +105,7 @@ class Trainer:
         checkpoints = self.directory / "checkpoints"
         resumed = load_checkpoint(self.training, checkpoints) if config.run.resume else None
         self.checkpoints: Checkpoints | None = None
-        if config.checkpoint.points:
+        if config.checkpoint.count:
             self.checkpoints = Checkpoints(
                 checkpoints, self.rank, self.size, config.checkpoint.keep, resumed=resumed
             )
@@ -148,7 +148,7 @@ class Trainer:
         try:
             self._train()
             self.training.finish()
-            self._milestone(self.config.evaluation.points)
+            self._milestone(self.config.evaluation.count)
             self._close_file("finished")
             self._end_finished()
         except (Diverged, PeerLost) as error:
@@ -157,7 +157,7 @@ class Trainer:
 
     def _train(self) -> None:
         training, config = self.training, self.config
-        points, saves = config.evaluation.points, config.checkpoint.points
+        points, saves = config.evaluation.count, config.checkpoint.count
         milestone = int(training.progress * points) + 1
         checkpoint = int(training.progress * saves) + 1
         while not training.finished:
@@ -300,7 +300,7 @@ class Trainer:
             self.directory,
             range(self.size),
             algorithm.model_ranks(self.size),
-            self.config.evaluation.points,
+            self.config.evaluation.count,
             self.model,
             self.training.parameters,
             self.evaluator,

@@ -19,7 +19,7 @@ from mpi_dasgd.simulation.simulator import Simulator
 from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, gamma, run
 
 SLOW = "simulation.slow_ranks=[0]"
-AVERAGE, GRADIENT = "algorithm.order=average", "algorithm.order=gradient"
+AVERAGE, GRADIENT = "algorithm.order=adapt_with_combine", "algorithm.order=adapt_then_combine"
 BIPARTITE = "algorithm.variant=bipartite"
 PULL = "algorithm.variant=pull"
 GRAPH = "topology.graph=bipartite_exponential"
@@ -51,7 +51,7 @@ def test_effective_step_of_pull_is_as_documented(
 ) -> None:
     """(1 or 1/2) / (1 - (1 - cv^2)/4), cv the coefficient of variation of the compute times."""
     even = compute == "constant"
-    settings = [PULL, order, f"simulation.compute={compute}", "optimizer.lr=0.002"]
+    settings = [PULL, order, f"simulation.compute_time={compute}", "optimizer.lr=0.002"]
     settings += ["simulation.latency=0", f"budget.samples={1500 if even else 6000}"]
     found = effective_step(*settings, seeds=1 if even else 2)
     assert found == pytest.approx(half / (1 - (1 - variation) / 4), abs=0.03)
@@ -88,7 +88,7 @@ def _after_each_exchange(models: np.ndarray, settings: Settings, graph: Any) -> 
     ("variant", "theory"),
     [("pair", lambda n: 1 - 1 / (n - 1)), ("pull", lambda n: 1 - (1 + 1 / n) / (2 * (n - 1)))],
 )
-@pytest.mark.parametrize("order", ["gradient", "average"])
+@pytest.mark.parametrize("order", ["adapt_then_combine", "adapt_with_combine"])
 def test_contraction_on_the_complete_graph_over_all_edges(
     variant: str, order: str, theory: Any
 ) -> None:
@@ -120,8 +120,8 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
     ratios = []
     for seed in range(25):
         settings = [
-            PULL, "simulation.ranks=8", "simulation.gradients=off", "simulation.latency=0",
-            "simulation.compute=exponential", "simulation.dimension=64", "budget.samples=160",
+            PULL, "simulation.ranks=8", "simulation.gradients=false", "simulation.latency=0",
+            "simulation.compute_time=exponential", "simulation.dimension=64", "budget.samples=160",
             f"run.seed={seed}",
         ]  # fmt: skip
         simulation = Simulator(config.load(JOB, settings))
@@ -189,7 +189,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
         config.load(
             JOB,
             [
-                f"simulation.latency={latency}", "simulation.compute=exponential", SLOW,
+                f"simulation.latency={latency}", "simulation.compute_time=exponential", SLOW,
                 "simulation.ranks=8", "simulation.noise=1", "budget.samples=800", *settings,
             ],
         )
@@ -219,7 +219,7 @@ def test_bipartite_waits_and_does_not_deadlock(ranks: int, graph: str, latency: 
             JOB,
             [
                 BIPARTITE, f"topology.graph={graph}", f"simulation.ranks={ranks}",
-                f"simulation.latency={latency}", "simulation.compute=exponential",
+                f"simulation.latency={latency}", "simulation.compute_time=exponential",
                 "optimizer.lr=0.001", "budget.samples=3000",
             ],
         )
@@ -292,7 +292,7 @@ def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("settings", [(BIPARTITE, "topology.graph=ring"), (AVERAGE,), (PULL,)])
 def test_every_codec(codec: str, settings: tuple[str, ...]) -> None:
     figures = run(
-        f"codec.name={codec}", "simulation.precision=float32", "simulation.ranks=4",
+        f"codec.name={codec}", "simulation.dtype=float32", "simulation.ranks=4",
         "simulation.dimension=64", "simulation.noise=1", "budget.samples=600", *settings,
     )  # fmt: skip
     assert figures["exchanges"] > 100 and not figures["diverged"]
@@ -311,8 +311,11 @@ def test_every_codec(codec: str, settings: tuple[str, ...]) -> None:
         ([BIPARTITE, "topology.graph=complete"], ["complete", "hypercube"]),
         (["algorithm.variant=bypartite"], ["bypartite", "pair, bipartite, pull"]),
         (["algorithm.name=allreduce", PULL], ["allreduce", "it has none"]),
-        (["algorithm.local_steps_law=geometric"], ["local_steps_law", "swarm"]),
-        ([PULL, "algorithm.local_steps_law=geometric"], ["local_steps_law", "swarm"]),
+        (["algorithm.local_steps_distribution=geometric"], ["local_steps_distribution", "swarm"]),
+        (
+            [PULL, "algorithm.local_steps_distribution=geometric"],
+            ["local_steps_distribution", "swarm"],
+        ),
     ],
 )
 def test_refusals_say_why_and_what_would_do(settings: list[str], words: list[str]) -> None:

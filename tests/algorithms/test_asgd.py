@@ -25,9 +25,9 @@ from tests.support.training import train
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 N = 16  # workers; rank 0 is the server
-WORKS = ("algorithm.server_works=true", f"simulation.ranks={N}")
+WORKS = ("algorithm.server_trains=true", f"simulation.ranks={N}")
 MINIBATCH = "algorithm.name=minibatch"
-UNIFORM = "algorithm.clients=uniform"
+UNIFORM = "algorithm.client_sampling=uniform"
 SLOW = "simulation.slow_ranks=[3]"
 HALF = f"simulation.slow_ranks={list(range(1, N // 2 + 1))}"
 
@@ -126,12 +126,12 @@ def test_the_meter_agrees_with_brute_force(seed: int) -> None:
 @pytest.mark.parametrize(
     ("schedule", "above", "slowest"),
     [
-        (["simulation.compute=constant"], 0.0, N),
-        (["simulation.compute=lognormal", "simulation.sigma=0.05"], 0.08, 40),
-        (["simulation.compute=exponential"], 0.33, 400),
-        (["simulation.compute=constant", SLOW], 0.0066, 10 * N),
-        (["simulation.compute=constant", SLOW, "simulation.slow_factor=100"], 0.0007, 100 * N),
-        (["simulation.compute=constant", HALF, "simulation.slow_factor=2"], 1 / 3, 2 * N),
+        (["simulation.compute_time=constant"], 0.0, N),
+        (["simulation.compute_time=lognormal", "simulation.compute_sigma=0.05"], 0.08, 40),
+        (["simulation.compute_time=exponential"], 0.33, 400),
+        (["simulation.compute_time=constant", SLOW], 0.0066, 10 * N),
+        (["simulation.compute_time=constant", SLOW, "simulation.slow_factor=100"], 0.0007, 100 * N),
+        (["simulation.compute_time=constant", HALF, "simulation.slow_factor=2"], 1 / 3, 2 * N),
     ],
     ids=["equal", "jitter", "exponential", "one 10x slower", "one 100x slower", "half 2x slower"],
 )
@@ -154,12 +154,12 @@ def test_average_delay_is_concurrency_whatever_the_speeds(
     ("setting", "concurrency"),
     [
         ([UNIFORM], N),
-        ([UNIFORM, SLOW, "simulation.compute=exponential"], N),
+        ([UNIFORM, SLOW, "simulation.compute_time=exponential"], N),
         ([UNIFORM, "algorithm.concurrency=5"], 5),
         (["algorithm.concurrency=5", SLOW], 5),
         (["algorithm.concurrency=40", "transport.inbox_slots=1"], 40),
         ([UNIFORM, "algorithm.concurrency=40", "simulation.latency=0.3", SLOW], 40),
-        (["simulation.latency=0.3", "simulation.compute=exponential"], N),
+        (["simulation.latency=0.3", "simulation.compute_time=exponential"], N),
         (list(WORKS), N),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -187,12 +187,12 @@ def test_delays_of_minibatch(setting: list[str]) -> None:
 
 @pytest.mark.parametrize("compute", ["constant", "uniform", "lognormal", "exponential"])
 def test_nobody_waits_for_a_server_at_hand(compute: str) -> None:
-    figures, _ = _run(f"simulation.compute={compute}", SLOW, "budget.samples=1600")
+    figures, _ = _run(f"simulation.compute_time={compute}", SLOW, "budget.samples=1600")
     assert figures["waits"] == 0 == figures["wait_time"]
 
 
 def test_minibatch_waits_for_the_slowest() -> None:
-    figures, _ = _run(MINIBATCH, "simulation.compute=constant", SLOW, "budget.samples=320")
+    figures, _ = _run(MINIBATCH, "simulation.compute_time=constant", SLOW, "budget.samples=320")
     assert figures["wait_time"] == 320 // N * (N - 1) * 9  # all others, for 9 of 10 units
 
 
@@ -218,16 +218,16 @@ def _jittery(network: Network, rank: int) -> VirtualEndpoint:
         (["simulation.ranks=8", SLOW], 7000),
         (["simulation.ranks=7", UNIFORM, "algorithm.concurrency=9"], 6000),
         (["simulation.ranks=7", MINIBATCH], 3000),
-        (["simulation.ranks=8", MINIBATCH, "algorithm.server_works=true"], 3000),
-        (["simulation.ranks=8", "algorithm.server_works=true"], 3000),
+        (["simulation.ranks=8", MINIBATCH, "algorithm.server_trains=true"], 3000),
+        (["simulation.ranks=8", "algorithm.server_trains=true"], 3000),
     ],
     ids=["free", "uniform", "minibatch", "minibatch works", "works"],
 )
 def test_no_deadlock_whatever_the_delays(setting: list[str], samples: int) -> None:
     """1e5 events in all; `_run` sees that no gradient of the budget is missing."""
     figures, _ = _run(
-        *setting, "simulation.latency=0.1", "simulation.compute=exponential",
-        "simulation.gradients=off", "simulation.dimension=1", f"budget.samples={samples}",
+        *setting, "simulation.latency=0.1", "simulation.compute_time=exponential",
+        "simulation.gradients=false", "simulation.dimension=1", f"budget.samples={samples}",
         endpoint=_jittery,
     )  # fmt: skip
     assert figures["events"] > 4 * samples
@@ -296,7 +296,7 @@ def test_minibatch_is_allreduce_with_n_times_its_rate() -> None:
 def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
     """Theorem 8: eta up to tau_C, which is the concurrency, and less beyond."""
     simulation = _simulation(
-        f"algorithm.step_rule={rule[0]}", *rule[1:], "simulation.compute=exponential",
+        f"algorithm.delay_adaptive_rule={rule[0]}", *rule[1:], "simulation.compute_time=exponential",
         "budget.samples=800", "optimizer.options={momentum=0.9}",
     )  # fmt: skip
     threshold = 3 if "algorithm.delay_threshold=3" in rule else N
@@ -338,7 +338,7 @@ def test_time_of_uniform_clients(concurrency: int, slow: int) -> None:
     """
     n = 40
     figures, _ = _run(
-        UNIFORM, f"simulation.ranks={n + 1}", "simulation.compute=exponential",
+        UNIFORM, f"simulation.ranks={n + 1}", "simulation.compute_time=exponential",
         f"algorithm.concurrency={concurrency}", f"simulation.slow_ranks={list(range(1, slow + 1))}",
         "simulation.slow_factor=6", "budget.samples=4000",
     )  # fmt: skip
@@ -359,7 +359,7 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
     """
     simulation = _simulation(
         "simulation.heterogeneity=1", "simulation.dimension=24", "optimizer.lr=0.005",
-        "simulation.compute=exponential", HALF, "simulation.slow_factor=4", "budget.samples=5000",
+        "simulation.compute_time=exponential", HALF, "simulation.slow_factor=4", "budget.samples=5000",
         *overrides,
     )  # fmt: skip
     total = np.zeros(24)
@@ -390,7 +390,7 @@ def test_free_clients_minimize_the_wrong_function() -> None:
 @pytest.mark.slow
 def test_adaptive_steps_bring_the_bias_back() -> None:
     uniform, minima = _fixed_point(UNIFORM)
-    adaptive, _ = _fixed_point(UNIFORM, "algorithm.step_rule=drop")
+    adaptive, _ = _fixed_point(UNIFORM, "algorithm.delay_adaptive_rule=drop")
     fast = minima[N // 2 :].mean(0)  # whose gradients are the young ones
     towards = adaptive @ fast / (fast @ fast)
     assert towards > 0.3 > abs(uniform @ fast / (fast @ fast))
@@ -457,12 +457,15 @@ def test_a_resumed_run_gives_all_a_new_point() -> None:
     ("overrides", "words"),
     [
         (["algorithm.local_steps=4"], ["algorithm.local_steps", "'asgd'", "expected 1, got 4"]),
-        (["algorithm.server_works=true", UNIFORM], ["algorithm.server_works", "uniform"]),
-        (["algorithm.server_works=true", "algorithm.concurrency=3"], ["server_works", "concurr"]),
+        (["algorithm.server_trains=true", UNIFORM], ["algorithm.server_trains", "uniform"]),
+        (["algorithm.server_trains=true", "algorithm.concurrency=3"], ["server_trains", "concurr"]),
         (["topology.graph=ring"], ["topology.graph", "'ring'", "rank 0", "complete"]),
-        ([MINIBATCH, UNIFORM], ["algorithm.clients", "'minibatch'", "'uniform'"]),
+        ([MINIBATCH, UNIFORM], ["algorithm.client_sampling", "'minibatch'", "'uniform'"]),
         ([MINIBATCH, "algorithm.concurrency=3"], ["algorithm.concurrency", "got 3"]),
-        ([MINIBATCH, "algorithm.step_rule=drop"], ["algorithm.step_rule", "'drop'"]),
+        (
+            [MINIBATCH, "algorithm.delay_adaptive_rule=drop"],
+            ["algorithm.delay_adaptive_rule", "'drop'"],
+        ),
         (["simulation.ranks=1"], ["at least 2 ranks"]),
         (["codec.name=bf16"], ["codec.name", "'asgd'"]),
     ],
@@ -479,15 +482,15 @@ def test_warnings_of_heterogeneous_data() -> None:
         settings = config.load(None, ["task.data=sharded", "algorithm.name=asgd", *overrides])
         return "\n".join(algorithms.find(settings.algorithm.name).warnings(settings))
 
-    assert "algorithm.clients" in warnings() and "step_rule" not in warnings()
+    assert "algorithm.client_sampling" in warnings() and "delay_adaptive_rule" not in warnings()
     assert warnings(UNIFORM) == warnings("task.data=shared") == warnings(MINIBATCH) == ""
-    assert "step_rule" in warnings(UNIFORM, "algorithm.step_rule=inverse")
-    assert "inbox_slots" in warnings("task.data=shared", "algorithm.server_works=true")
+    assert "delay_adaptive_rule" in warnings(UNIFORM, "algorithm.delay_adaptive_rule=inverse")
+    assert "inbox_slots" in warnings("task.data=shared", "algorithm.server_trains=true")
 
 
 def test_a_star_is_graph_enough(tmp_path: Path) -> None:
     (tmp_path / "star").write_text("0 1\n0 2\n0 3\n")
-    star = topology.build("edges", 4, file=str(tmp_path / "star"))
+    star = topology.build("edge_list", 4, file=str(tmp_path / "star"))
     ASGD.validate(4, config.Config().algorithm, star)
 
 
@@ -496,8 +499,8 @@ def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
     """Far points without room when the server ends: it must go on to take gradients in, and vice versa."""
     train(
         4, tmp_path, "algorithm.name=asgd", UNIFORM, "algorithm.concurrency=12",
-        "transport.path=remote", "transport.inbox_slots=1", "budget.epochs=2", "optimizer.lr=0.005",
-        "evaluation.points=1", "evaluation.live=false",
+        "transport.mode=rma", "transport.inbox_slots=1", "budget.epochs=2", "optimizer.lr=0.005",
+        "evaluation.count=1", "evaluation.live=false",
     )  # fmt: skip
     with h5py.File(tmp_path / "run" / "results.h5") as file:
         assert file.attrs["status"] == "finished"
@@ -507,14 +510,14 @@ def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(4, ["algorithm.name=asgd"]), (3, [MINIBATCH, "algorithm.server_works=true"])],
+    [(4, ["algorithm.name=asgd"]), (3, [MINIBATCH, "algorithm.server_trains=true"])],
     ids=["asgd", "minibatch"],
 )
 def test_ranks_learn_the_digits_with_a_server(
     tmp_path: Path, ranks: int, settings: list[str]
 ) -> None:
     train(
-        ranks, tmp_path, *settings, "budget.epochs=12", "optimizer.lr=0.02", "evaluation.points=2",
+        ranks, tmp_path, *settings, "budget.epochs=12", "optimizer.lr=0.02", "evaluation.count=2",
         "evaluation.live=false",
     )  # fmt: skip
     with h5py.File(tmp_path / "run" / "results.h5") as file:

@@ -82,7 +82,7 @@ def test_bytes_are_those_that_the_simulator_counts(row: dict[str, str]) -> None:
         "topology": {"graph": "ring" if row["variant"] == "bipartite" else "complete"},
         "codec": {"name": "none"},
         "transport": {"inbox_slots": 16},
-        "simulation": {"ranks": RANKS, "dimension": 256, "precision": "float32"},
+        "simulation": {"ranks": RANKS, "dimension": 256, "dtype": "float32"},
         "budget": {"samples": 400},
     }
     run = Simulator(config.Config.model_validate(keys))

@@ -33,7 +33,7 @@ def assert_exchanged(report: Any, exchanges: int) -> None:
     assert report["size"] > 0.3, "the models agree: a lost delta would not be seen"
 
 
-@pytest.mark.parametrize("path", ["auto", "remote"])
+@pytest.mark.parametrize("path", ["auto", "rma"])
 def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
     """Exactly where no addition rounds, else up to rounding; and a lost delta is seen.
 
@@ -46,12 +46,12 @@ def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
     reports = json.loads(done.stdout)
     for report in reports.values():
         assert_exchanged(report, exchanges)
-        assert report["path"] == {"auto": "in place", "remote": "Get and Put"}[path]
+        assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
     assert reports["exact"]["error"] == 0.0
     assert 0.0 < reports["float"]["error"] < reports["float"]["tolerance"] < 0.1
 
 
-@pytest.mark.parametrize("path", ["auto", "remote"])
+@pytest.mark.parametrize("path", ["auto", "rma"])
 def test_sum_of_models_is_conserved_by_every_codec(path: str) -> None:
     """Whatever the codes, and with buckets that cannot be decoded; bytes counted are those of the codec."""
     (n,) = rank_counts(3)

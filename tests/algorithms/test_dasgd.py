@@ -75,7 +75,7 @@ def _integers(on_grid: np.ndarray) -> np.ndarray:
 def test_all_replicas_agree_bit_for_bit_and_hold_all_updates(graph: str, ranks: int) -> None:
     common = (
         f"topology.graph={graph}", f"simulation.ranks={ranks}", f"budget.samples={40 * ranks}",
-        "simulation.noise=1", "simulation.compute=exponential", "optimizer.options={momentum=0.5}",
+        "simulation.noise=1", "simulation.compute_time=exponential", "optimizer.options={momentum=0.5}",
     )  # fmt: skip
     smooth, rough = Watched(*common), Watched(*common, *ROUGH)
     for simulation in (smooth, rough):
@@ -94,7 +94,7 @@ def test_all_replicas_agree_bit_for_bit_and_hold_all_updates(graph: str, ranks: 
 @pytest.mark.parametrize("codec", ["none", "bf16", "qsgd8"])
 def test_float32_models_agree_bit_for_bit_with_each_codec(codec: str, relay: str) -> None:
     simulation = Watched(
-        f"codec.name={codec}", f"algorithm.relay={relay}", "simulation.precision=float32",
+        f"codec.name={codec}", f"algorithm.relay={relay}", "simulation.dtype=float32",
         "simulation.ranks=4", "simulation.dimension=1500", "simulation.noise=1",
         "budget.samples=160", *ROUGH,
     )  # fmt: skip
@@ -111,7 +111,7 @@ class Tagged(Watched):
     def __init__(self, *overrides: str) -> None:
         super().__init__(
             "optimizer.lr=1", "budget.samples=300", "simulation.dimension=300",
-            "simulation.compute=exponential", *overrides,
+            "simulation.compute_time=exponential", *overrides,
         )  # fmt: skip
         self.models[:] = 0
         self._effective_step = lambda mean: None  # type: ignore[method-assign]
@@ -149,7 +149,7 @@ def test_version_vectors_count_the_symmetric_difference_of_gradient_sets(
 @pytest.mark.slow
 def test_it_never_waits_in_ten_thousand_events() -> None:
     figures = Watched(
-        "simulation.ranks=7", "simulation.compute=lognormal", "simulation.slow_ranks=[3]",
+        "simulation.ranks=7", "simulation.compute_time=lognormal", "simulation.slow_ranks=[3]",
         "simulation.latency=0.3", "budget.samples=1900", "transport.inbox_slots=8",
         "optimizer.lr=1e-3",
     ).run()  # fmt: skip
@@ -200,7 +200,7 @@ def test_staleness_of_the_independent_simulation(
     # seeds, 5.3: exponential compute time of mean 1, arrivals applied at once
     Threaded.rng, Threaded.latency = np.random.default_rng(1), latency
     simulation = Watched(
-        f"simulation.ranks={ranks}", "simulation.compute=exponential", "simulation.dimension=1",
+        f"simulation.ranks={ranks}", "simulation.compute_time=exponential", "simulation.dimension=1",
         "transport.inbox_slots=64", "optimizer.lr=1e-4", f"budget.samples={1000 if ranks == 4 else 300}",
         endpoint=Threaded,
     )  # fmt: skip
@@ -212,7 +212,7 @@ class Recorded(Watched):
     """Keeps the tables that a run on windows leaves."""
 
     def __init__(self, *overrides: str) -> None:
-        super().__init__("simulation.compute=exponential", *overrides)
+        super().__init__("simulation.compute_time=exponential", *overrides)
         self.rows: list[dict[str, list[tuple[float, ...]]]] = [
             {"train": [], "exchange": []} for _ in range(self.size)
         ]
@@ -397,7 +397,7 @@ class Saved(Watched):
 def test_a_resumed_run_begins_with_the_mean_and_agrees_again(graph: str) -> None:
     settings = (
         f"topology.graph={graph}", "simulation.ranks=4", "budget.samples=80", "codec.name=qsgd8",
-        "simulation.precision=float32", "simulation.compute=exponential", *ROUGH[:2],
+        "simulation.dtype=float32", "simulation.compute_time=exponential", *ROUGH[:2],
     )  # fmt: skip
     saved = Saved(*settings)
     saved.run()
@@ -447,7 +447,7 @@ def test_on_the_complete_graph_the_others_go_on_without_a_dead_rank() -> None:
 def test_four_ranks_on_windows_end_with_the_same_bits(tmp_path: Path) -> None:
     train(
         4, tmp_path, "algorithm.name=dasgd", "codec.name=qsgd8", "optimizer.lr=0.015",
-        "budget.epochs=10", "evaluation.live=false", "evaluation.points=2",
+        "budget.epochs=10", "evaluation.live=false", "evaluation.count=2",
     )  # fmt: skip
     results = load_run(tmp_path / "run").results
     assert (

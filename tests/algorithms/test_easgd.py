@@ -19,8 +19,8 @@ from mpi_dasgd.training.evaluator import Snapshots
 from mpi_dasgd.training.trainer import Trainer
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
-WORKS = "algorithm.server_works=true"
-OFF = "simulation.gradients=off"
+WORKS = "algorithm.server_trains=true"
+OFF = "simulation.gradients=false"
 
 
 def _simulation(*overrides: str) -> Simulator:
@@ -40,7 +40,9 @@ def test_sum_of_models_and_center_is_conserved(
 ) -> None:
     common = [*setting, f"simulation.latency={latency}", f"simulation.ranks={ranks}"]
     for gradients in ([OFF], ["simulation.noise=1"]):
-        figures = _run(*common, *gradients, "simulation.compute=exponential", "budget.samples=1200")
+        figures = _run(
+            *common, *gradients, "simulation.compute_time=exponential", "budget.samples=1200"
+        )
         assert figures["conservation_error"] < 1e-12
         assert figures["waits"] == 0
         assert figures["exchanges"] > 100
@@ -50,8 +52,8 @@ def test_exchanges_are_those_of_the_paper() -> None:
     """With equal workers and no latency each exchange is [[1 - a, a], [a, 1 - a]] on (x_i, c)."""
     n, alpha = 6, 0.2
     simulation = _simulation(
-        OFF, f"simulation.ranks={n}", "simulation.compute=constant", "budget.samples=50",
-        f"algorithm.elasticity={alpha}",
+        OFF, f"simulation.ranks={n}", "simulation.compute_time=constant", "budget.samples=50",
+        f"algorithm.moving_rate={alpha}",
     )  # fmt: skip
     models = simulation.models.copy()
     simulation.run()
@@ -143,7 +145,7 @@ def test_no_room_means_no_exchange() -> None:
 @pytest.mark.parametrize("codec", ["lattice8", "bf16"])
 def test_codecs_conserve_the_sum(codec: str) -> None:
     figures = _run(
-        f"codec.name={codec}", "simulation.precision=float32", OFF, "budget.samples=1500",
+        f"codec.name={codec}", "simulation.dtype=float32", OFF, "budget.samples=1500",
         "simulation.dimension=64",
     )  # fmt: skip
     assert figures["conservation_error"] < 1e-5

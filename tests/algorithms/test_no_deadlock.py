@@ -29,8 +29,8 @@ def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> 
     """All ranks go on, odd and even; those that claim to wait for nobody, and no others, never yield."""
     overrides = [
         f"algorithm.name={algorithm_cls.name}", f"simulation.ranks={ranks}", "simulation.slow_ranks=[-1]",
-        "simulation.slow_factor=5", "simulation.compute=exponential", "simulation.dimension=1",
-        "simulation.gradients=off", f"budget.samples={EVENTS}",
+        "simulation.slow_factor=5", "simulation.compute_time=exponential", "simulation.dimension=1",
+        "simulation.gradients=false", f"budget.samples={EVENTS}",
     ]  # fmt: skip
     if algorithm_cls.variant:
         overrides.append(f"algorithm.variant={algorithm_cls.variant}")

@@ -23,7 +23,7 @@ from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, run
 SWARM = "algorithm.name=swarm"
 BLOCKING = "algorithm.variant=blocking"
 PULL = "algorithm.variant=pull"
-FOUR, GEOMETRIC = "algorithm.local_steps=4", "algorithm.local_steps_law=geometric"
+FOUR, GEOMETRIC = "algorithm.local_steps=4", "algorithm.local_steps_distribution=geometric"
 SLOW = "simulation.slow_ranks=[0]"
 PROGRAMS = ROOT / "tests" / "programs"
 
@@ -53,7 +53,7 @@ def test_effective_step_is_one(settings: tuple[str, ...]) -> None:
 def test_effective_step_of_pull_is_as_documented(steps: int, documented: float) -> None:
     """On Poisson clocks: 2/3 at H = 1, as publications lack the average that came after them."""
     found = effective_step(
-        SWARM, PULL, f"algorithm.local_steps={steps}", "simulation.compute=exponential",
+        SWARM, PULL, f"algorithm.local_steps={steps}", "simulation.compute_time=exponential",
         "simulation.latency=0", "optimizer.lr=0.002", "budget.samples=6000",
     )  # fmt: skip
     assert found == pytest.approx(documented, abs=0.03)
@@ -61,7 +61,7 @@ def test_effective_step_of_pull_is_as_documented(steps: int, documented: float) 
 
 def test_one_local_step_without_blocking_is_adpsgd_that_averages_first() -> None:
     settings = "simulation.noise=1", "budget.samples=800"
-    swarm, pair = (run(name, *settings) for name in (SWARM, "algorithm.order=average"))
+    swarm, pair = (run(name, *settings) for name in (SWARM, "algorithm.order=adapt_with_combine"))
     for figure in ("final_disagreement", "final_distance", "excess_loss"):
         assert swarm[figure] == pytest.approx(pair[figure], rel=1e-9)
 
@@ -69,7 +69,7 @@ def test_one_local_step_without_blocking_is_adpsgd_that_averages_first() -> None
 def test_phases_have_their_length() -> None:
     fixed = Phases(Settings(local_steps=3), random.Random(1))
     assert [step for step in range(1, 10) if fixed.ends(step)] == [3, 6, 9]
-    law = Settings(local_steps=4, local_steps_law="geometric")
+    law = Settings(local_steps=4, local_steps_distribution="geometric")
     geometric = Phases(law, random.Random(1))
     ends = [step for step in range(1, 40_001) if geometric.ends(step)]
     lengths = np.diff([0, *ends])
@@ -118,7 +118,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
         config.load(
             JOB,
             [
-                SWARM, f"simulation.latency={latency}", "simulation.compute=exponential", SLOW,
+                SWARM, f"simulation.latency={latency}", "simulation.compute_time=exponential", SLOW,
                 "simulation.ranks=5", "simulation.noise=1", "budget.samples=600", *settings,
             ],
         )
@@ -150,7 +150,7 @@ def test_blocking_does_not_deadlock(ranks: int, graph: str, latency: float, comp
             JOB,
             [
                 SWARM, BLOCKING, f"topology.graph={graph}", f"simulation.ranks={ranks}",
-                f"simulation.latency={latency}", f"simulation.compute={compute}",
+                f"simulation.latency={latency}", f"simulation.compute_time={compute}",
                 "optimizer.lr=0.001", "budget.samples=1000", "simulation.dimension=2",
             ],
         )
@@ -227,7 +227,7 @@ def test_a_checkpoint_in_the_middle_of_a_phase_holds_all() -> None:
 def test_every_codec(codec: str, variant: str) -> None:
     figures = run(
         SWARM, f"algorithm.variant={variant}", f"codec.name={codec}", "simulation.ranks=4",
-        "simulation.precision=float32", "simulation.dimension=64", "budget.samples=400",
+        "simulation.dtype=float32", "simulation.dimension=64", "budget.samples=400",
         "algorithm.local_steps=2",
     )  # fmt: skip
     assert figures["exchanges"] > 50 and not figures["diverged"]
@@ -239,9 +239,10 @@ def test_every_codec(codec: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["nonblocking", "blocking", "pull"])
 def test_an_order_is_refused(variant: str) -> None:
     with pytest.raises(
-        UserError, match=f"algorithm.order: 'swarm {variant}' .* has no use for it, got 'gradient'"
+        UserError,
+        match=f"algorithm.order: 'swarm {variant}' .* has no use for it, got 'adapt_then_combine'",
     ):
-        run(SWARM, f"algorithm.variant={variant}", "algorithm.order=gradient")
+        run(SWARM, f"algorithm.variant={variant}", "algorithm.order=adapt_then_combine")
 
 
 # On real windows: what waits must not hang, lose a delta, or wait for the dead.

@@ -70,7 +70,7 @@ def test_effective_step_of_synchronous_baselines(algorithm: str, graph: str) -> 
 def test_effective_step_of_osgp(graph: str, overlap: int | None) -> None:
     if overlap is not None and graph == "torus":
         graph = "exponential"
-    extra = [] if overlap is None else [f"algorithm.overlap={overlap}"]
+    extra = [] if overlap is None else [f"algorithm.overlap_tau={overlap}"]
     figures = _run("osgp", graph, 16, 150, *extra)
     assert figures["effective_step"] == pytest.approx(1, abs=0.03)
 
@@ -110,7 +110,7 @@ def test_dpsgd_is_the_formula_of_the_paper(graph: str, local_steps: int) -> None
         _settings(
             "dpsgd", graph, ranks, rounds, "simulation.noise=1", "simulation.heterogeneity=2",
             f"optimizer.lr={rate}", f"optimizer.options={{momentum={momentum}, weight_decay={decay}}}",
-            "simulation.compute=exponential", f"algorithm.local_steps={local_steps}", SLOW,
+            "simulation.compute_time=exponential", f"algorithm.local_steps={local_steps}", SLOW,
             "transport.publication_slots=3",
         ),
         _Slow,
@@ -134,7 +134,7 @@ def test_dpsgd_contracts_by_the_spectral_gap(graph: str) -> None:
     """Without gradients the models are W^k of the first ones; disagreement falls by lambda_2^2."""
     rounds, square = (1, 2) if graph == "complete" else (40, 41), []
     for count in rounds:
-        simulation = Simulator(_settings("dpsgd", graph, 16, count, "simulation.gradients=off"))
+        simulation = Simulator(_settings("dpsgd", graph, 16, count, "simulation.gradients=false"))
         first = simulation.models.copy()
         mixing = simulation.network.topology.mixing_matrix().toarray()
         simulation.run()
@@ -153,7 +153,7 @@ def test_sgp_reaches_consensus_in_log_n_rounds(ranks: int) -> None:
     rounds = (ranks - 1).bit_length()
     for count in (rounds - 1, rounds):
         simulation = Simulator(
-            _settings("sgp", "exponential", ranks, count, "simulation.gradients=off")
+            _settings("sgp", "exponential", ranks, count, "simulation.gradients=false")
         )
         mean = simulation.models.mean(0)
         simulation.run()
@@ -169,7 +169,7 @@ def test_sgp_is_the_formula_of_the_paper(graph: str, ranks: int) -> None:
     simulation = Simulator(
         _settings(
             "sgp", graph, ranks, rounds, "simulation.noise=1", "simulation.heterogeneity=2",
-            f"optimizer.lr={rate}", "simulation.compute=exponential", SLOW,
+            f"optimizer.lr={rate}", "simulation.compute_time=exponential", SLOW,
         ),
         _Counting,
     )  # fmt: skip
@@ -216,7 +216,13 @@ def test_who_waits_for_a_straggler(algorithm: str, graph: str) -> None:
     """16 ranks, one 10 times slower: 16 / 10 gradients a unit of time in step, 15.1 without waiting."""
     expected, rounds = (15.1, 250) if algorithm == "osgp" else (1.6, 40)
     figures = _run(
-        algorithm, graph, 16, rounds, SLOW, "simulation.compute=constant", "simulation.latency=0"
+        algorithm,
+        graph,
+        16,
+        rounds,
+        SLOW,
+        "simulation.compute_time=constant",
+        "simulation.latency=0",
     )
     assert figures["gradients"] / figures["virtual_time"] == pytest.approx(expected, rel=0.05)
 
@@ -269,8 +275,8 @@ def _weight(simulation: Simulator) -> int:
         ("sgp", 16, 2, []),
         ("osgp", 7, 1, []),
         ("osgp", 16, 4, []),
-        ("osgp", 7, 1, ["algorithm.overlap=1"]),
-        ("osgp", 8, 2, ["algorithm.overlap=5", "algorithm.local_steps=2"]),
+        ("osgp", 7, 1, ["algorithm.overlap_tau=1"]),
+        ("osgp", 8, 2, ["algorithm.overlap_tau=5", "algorithm.local_steps=2"]),
     ],
 )
 def test_push_sum_weights_add_to_n_at_every_event(
@@ -279,7 +285,7 @@ def test_push_sum_weights_add_to_n_at_every_event(
     simulation = Simulator(
         _settings(
             algorithm, "exponential", ranks, 60, "simulation.noise=1", SLOW,
-            "simulation.compute=exponential", f"transport.inbox_slots={slots}", *extra,
+            "simulation.compute_time=exponential", f"transport.inbox_slots={slots}", *extra,
         ),
         _Counting,
     )  # fmt: skip
@@ -311,8 +317,8 @@ def _after(advance: Callable[[], bool], simulation: Simulator) -> Callable[[], b
         ("sgp", "complete", 9, 2, []),
         ("sgp", "complete", 6, 3, ["algorithm.local_steps=2"]),
         ("sgp", "ring", 4, 4, []),
-        ("osgp", "complete", 8, 1, ["algorithm.overlap=1"]),
-        ("osgp", "exponential", 7, 2, ["algorithm.overlap=6"]),
+        ("osgp", "complete", 8, 1, ["algorithm.overlap_tau=1"]),
+        ("osgp", "exponential", 7, 2, ["algorithm.overlap_tau=6"]),
     ],
 )
 def test_no_deadlock_in_ten_thousand_events(
@@ -321,7 +327,7 @@ def test_no_deadlock_in_ten_thousand_events(
     rounds = (5000 if "algorithm.local_steps=2" in extra else 3600) // ranks
     simulation = Simulator(
         _settings(
-            algorithm, graph, ranks, rounds, "simulation.compute=exponential",
+            algorithm, graph, ranks, rounds, "simulation.compute_time=exponential",
             "simulation.dimension=2", "simulation.noise=1", f"transport.inbox_slots={slots}", *extra,
         ),
         _Counting if algorithm != "dpsgd" else _Slow,
@@ -344,8 +350,8 @@ def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
     """A message of step k - tau is there, or step k does not end."""
     simulation = Simulator(
         _settings(
-            "osgp", "ring", 4, 100, "algorithm.overlap=3", SLOW, "simulation.slow_factor=50",
-            "simulation.compute=exponential",
+            "osgp", "ring", 4, 100, "algorithm.overlap_tau=3", SLOW, "simulation.slow_factor=50",
+            "simulation.compute_time=exponential",
         )
     )  # fmt: skip
     lead = 0
@@ -372,7 +378,7 @@ def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
 @pytest.mark.parametrize("network", ["latency=0", "latency=0.5", "bandwidth=400"])
 def test_osgp_never_yields(compute: str, network: str) -> None:
     figures = _run(
-        "osgp", "complete", 9, 150, f"simulation.compute={compute}", f"simulation.{network}", SLOW,
+        "osgp", "complete", 9, 150, f"simulation.compute_time={compute}", f"simulation.{network}", SLOW,
         "transport.inbox_slots=2",
     )  # fmt: skip
     assert figures["waits"] == 0
@@ -437,7 +443,7 @@ def test_synchronous_baselines_resume_bit_for_bit(
     np.testing.assert_array_equal(second.models, whole.models)
 
 
-@pytest.mark.parametrize("extra", [[], ["algorithm.overlap=3"]])
+@pytest.mark.parametrize("extra", [[], ["algorithm.overlap_tau=3"]])
 def test_osgp_resumes_with_the_whole_mass(extra: list[str]) -> None:
     """What was on its way is lost; the weights begin anew with sum n, and nobody waits for the lost."""
     settings = _settings("osgp", "exponential", 6, 20, "simulation.latency=0.7", *extra)
@@ -470,14 +476,26 @@ def test_osgp_resumes_with_the_whole_mass(extra: list[str]) -> None:
     ("ranks", "overrides", "words"),
     [
         (4, ["algorithm.name=sgp", "topology.graph=torus"], "topology.graph.*exponential"),
-        (4, ["algorithm.name=osgp", "algorithm.overlap=1", "topology.graph=torus"], "exponential"),
-        (1, ["algorithm.name=sgp"], "at least 2 ranks"),
-        (4, ["algorithm.name=dpsgd", "codec.name=lattice8"], "codec.name.*dpsgd.*none"),
-        (4, ["algorithm.name=sgp", "algorithm.step_rule=inverse"], "step_rule.*sgp"),
         (
             4,
-            ["algorithm.name=osgp", "algorithm.overlap=1", "algorithm.step_rule=inverse"],
-            "step_rule.*osgp",
+            ["algorithm.name=osgp", "algorithm.overlap_tau=1", "topology.graph=torus"],
+            "exponential",
+        ),
+        (1, ["algorithm.name=sgp"], "at least 2 ranks"),
+        (4, ["algorithm.name=dpsgd", "codec.name=lattice8"], "codec.name.*dpsgd.*none"),
+        (
+            4,
+            ["algorithm.name=sgp", "algorithm.delay_adaptive_rule=inverse"],
+            "delay_adaptive_rule.*sgp",
+        ),
+        (
+            4,
+            [
+                "algorithm.name=osgp",
+                "algorithm.overlap_tau=1",
+                "algorithm.delay_adaptive_rule=inverse",
+            ],
+            "delay_adaptive_rule.*osgp",
         ),
     ],
 )
@@ -504,12 +522,16 @@ def test_baselines_learn_on_real_windows() -> None:
         "dpsgd": ["topology.graph=ring", "budget.samples=8000"],
         "sgp": ["topology.graph=exponential", "budget.samples=8000"],
         "osgp": ["budget.samples=8000"],
-        "osgp overlapped": ["topology.graph=ring", "budget.samples=4000", "algorithm.overlap=2"],
+        "osgp overlapped": [
+            "topology.graph=ring",
+            "budget.samples=4000",
+            "algorithm.overlap_tau=2",
+        ],
         "local_sgd": ["budget.samples=4000", "algorithm.local_steps=4"],
         "sgp straggler": ["topology.graph=ring", "budget.samples=2000"],
-        "dpsgd remote": ["topology.graph=ring", "budget.samples=2000", "transport.path=remote"],
-        "sgp remote": ["budget.samples=2000", "transport.path=remote", "transport.inbox_slots=1"],
-        "osgp remote": ["budget.samples=2000", "transport.path=remote"],
+        "dpsgd remote": ["topology.graph=ring", "budget.samples=2000", "transport.mode=rma"],
+        "sgp remote": ["budget.samples=2000", "transport.mode=rma", "transport.inbox_slots=1"],
+        "osgp remote": ["budget.samples=2000", "transport.mode=rma"],
     }
     done = run_pooled(4, LEARN, json.dumps(runs), timeout=150)
     reports = json.loads(done.stdout)

@@ -121,11 +121,11 @@ def test_configuration_of_a_measurement(tmp_path: Path) -> None:
         return Measurement(Scenario(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
 
     sleeping, working = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler
-    assert (sleeping.kind, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
-    assert (working.kind, working.factor, working.mode) == ("constant", 4, "work")
-    assert config("T1", "none", "alone").straggler.kind == "none"
-    assert config("T1", "none", "alone").evaluation.points == 200, "one in 0.02 s"
-    assert config("T2", "none", "alone").evaluation.points == 1, "noise cannot be learnt"
+    assert (sleeping.distribution, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
+    assert (working.distribution, working.factor, working.mode) == ("constant", 4, "busy")
+    assert config("T1", "none", "alone").straggler.distribution == "none"
+    assert config("T1", "none", "alone").evaluation.count == 200, "one in 0.02 s"
+    assert config("T2", "none", "alone").evaluation.count == 1, "noise cannot be learnt"
     assert config("T1", "s10", "adpsgd", 1).run.seed != config("T1", "s10", "adpsgd", 0).run.seed
     for task in ("T1", "T2", "T3"):  # the same problem but for the algorithm
         ours, rival = (config(task, "s4", name).model_dump() for name in ("alone", "ddp"))

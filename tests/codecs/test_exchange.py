@@ -44,7 +44,7 @@ def _exchange(mine: Codec, x: np.ndarray, theirs: Codec, y: np.ndarray) -> codec
 
 
 def _figures(*overrides: str) -> dict[str, Any]:
-    return simulate(config.load(JOB, ["simulation.precision=float32", *overrides]))
+    return simulate(config.load(JOB, ["simulation.dtype=float32", *overrides]))
 
 
 # --- bytes and shapes ---
@@ -95,10 +95,10 @@ def test_unknown_names_and_other_types_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'lattice8'"):
         codecs.make(settings, 10, F32, seed=0, rank=0)
     for name in LOSSY:
-        with pytest.raises(UserError, match=r"float32.*float64.*simulation\.precision"):
+        with pytest.raises(UserError, match=r"float32.*float64.*simulation\.dtype"):
             codecs.make(Settings(name=name), 10, np.dtype(np.float64), seed=0, rank=0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"gamma.*at most 2\.1.*got 4"):
-        _make("lattice4", 10, gamma=4.0)
+    with pytest.raises(UserError, match=r"scale_margin.*at most 2\.1.*got 4"):
+        _make("lattice4", 10, scale_margin=4.0)
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -226,8 +226,8 @@ def test_adpsgd_with_every_codec_conserves_the_sum_and_never_waits(
     name: str, latency: float
 ) -> None:
     figures = _figures(
-        f"codec.name={name}", "simulation.gradients=off", f"simulation.latency={latency}",
-        "simulation.dimension=1500", "simulation.ranks=6", "simulation.compute=exponential",
+        f"codec.name={name}", "simulation.gradients=false", f"simulation.latency={latency}",
+        "simulation.dimension=1500", "simulation.ranks=6", "simulation.compute_time=exponential",
         "budget.samples=3000",
     )  # fmt: skip
     assert figures["waits"] == 0
@@ -263,7 +263,7 @@ def test_a_straggler_and_a_jump_of_the_learning_rate_do_no_harm(name: str) -> No
         "budget.samples=6000", "optimizer.lr=0.003", "schedule.name=step",
         "schedule.milestones=[0.5]", "schedule.gamma=30",
     ]  # fmt: skip
-    simulation = Simulator(config.load(JOB, ["simulation.precision=float32", *settings]))
+    simulation = Simulator(config.load(JOB, ["simulation.dtype=float32", *settings]))
     figures = simulation.run()
     exact = _figures(*settings, "codec.name=none")
     assert not figures["diverged"]
@@ -283,9 +283,7 @@ def test_a_simulation_with_a_codec_repeats_bit_for_bit() -> None:
 
 @pytest.mark.slow
 def test_counts_of_the_codec_are_in_the_figures() -> None:
-    simulation = Simulator(
-        config.load(JOB, ["simulation.precision=float32", "codec.name=lattice8"])
-    )
+    simulation = Simulator(config.load(JOB, ["simulation.dtype=float32", "codec.name=lattice8"]))
     figures = simulation.run()
     decoded = sum(codec.counters["buckets_decoded"] for codec in simulation.codecs)
     rejected = sum(codec.counters["buckets_rejected"] for codec in simulation.codecs)

@@ -54,7 +54,7 @@ def test_later_overrides_win_and_names_may_look_like_numbers() -> None:
         ("optimizer.lr=-1", ["optimizer.lr", "greater than 0", "-1"]),
         ("schedule.warmup=2", ["schedule.warmup", "less than or equal to 1", "2"]),
         ("budget.samples=0", ["budget.samples", "greater than 0"]),
-        ("algorithm.weight=0.9", ["algorithm.weight", "0.5"]),
+        ("algorithm.mixing_weight=0.9", ["algorithm.mixing_weight", "0.5"]),
         ("nonsense", ["nonsense", "section.key=value"]),
     ],
 )

@@ -49,8 +49,8 @@ def _replayed(directory: Path, **changed: object) -> Simulator:
     algorithm = {k: v for k, v in run.config["algorithm"].items() if v is not None}
     settings = {
         "simulation.ranks": 4,
-        "simulation.compute": "recorded",
-        "simulation.times": directory,
+        "simulation.compute_time": "recorded",
+        "simulation.recorded_run": directory,
         "simulation.latency": 0,
         "budget.samples": int(run.results.n_records["train"].sum()),
         **{f"algorithm.{key}": str(value).lower() for key, value in algorithm.items()},

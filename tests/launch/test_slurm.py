@@ -108,7 +108,7 @@ def test_srun_of_another_mpi_is_found_out(user: Cluster, tmp_path: Path) -> None
 
 
 def test_job_that_loses_a_rank_finishes_and_counts_as_failed(user: Cluster, tmp_path: Path) -> None:
-    number = user.submit(tmp_path, *ONE_NODE, "budget.seconds=5", "transport.silence=2")
+    number = user.submit(tmp_path, *ONE_NODE, "budget.seconds=5", "transport.heartbeat_timeout=2")
     output = tmp_path / f"mpi-dasgd-{number}.out"
     end = time.monotonic() + 60
     while not (output.exists() and "samples/s" in output.read_text()):

@@ -140,7 +140,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     def record(exchange: ExchangeRecord) -> None:
         kinds.append(exchange.kind)
 
-    algorithm = ADPSGD(endpoint, codec, x, Settings(tries=options.tries), dice, record)
+    algorithm = ADPSGD(endpoint, codec, x, Settings(max_attempts=options.tries), dice, record)
     local = Local(x, rng, dice, mode == "exact")
     before = x.astype(np.float64)
     algorithm.start()
@@ -205,7 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=10_224, help="of a model, float32")
-    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
     parser.add_argument("--tries", type=int, default=4, help="neighbours tried for one exchange")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ EPOCHS = 8
 
 def _graph(name: str) -> list[str]:
     if name.endswith(".txt"):
-        return ["topology.graph=edges", f"topology.file={name}"]
+        return ["topology.graph=edge_list", f"topology.file={name}"]
     return [f"topology.graph={name}"]
 
 

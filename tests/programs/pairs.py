@@ -169,7 +169,7 @@ def main() -> None:
     )
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
-    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
     parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")
     parser.add_argument("--sleep", type=float, default=0.0, help="seconds without a call of MPI")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for all of it")

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--publications", type=int, default=20_000, help="of all ranks together")
     parser.add_argument("--messages", type=int, default=20_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
-    parser.add_argument("--path", default="auto", help="auto, node or remote")
+    parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
     parser.add_argument("--words", default="window", choices=("window", "node"))
     parser.add_argument("--slots", type=int, default=4, help="of a publication, and of an inbox")
     parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")

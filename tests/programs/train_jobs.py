@@ -16,7 +16,7 @@ def main() -> None:
     environment = world.start()
     directory, *files = sys.argv[1:]
     for file in files:
-        overrides = [f"run.directory={directory}", "evaluation.live=false", "evaluation.points=1"]
+        overrides = [f"run.directory={directory}", "evaluation.live=false", "evaluation.count=1"]
         code = trainer.train(config.load(file, overrides), environment)
         assert code == 0, f"{file}: exit code {code}"
 

@@ -106,7 +106,7 @@ def main() -> None:
     steps, steps_then = map(int, sys.argv[1:])
     reports = {}
     for variant in NAMES:
-        for path, codec in (("auto", "lattice8"), ("remote", "none")):
+        for path, codec in (("auto", "lattice8"), ("rma", "none")):
             part = Part(comm, variant, path, codec)
             begun = time.monotonic()
             part.run(steps)

@@ -61,7 +61,7 @@ def sizes(comm: MPI.Intracomm) -> None:
     """Slots of any size lie where others look for them, in place and not."""
     right = (comm.rank + 1) % comm.size
     left = (comm.rank - 1) % comm.size
-    for path in ("auto", "remote"):
+    for path in ("auto", "rma"):
         for elements in (1, 64, 1000, 4000, 5555, 100_001):
             layout = _layout(elements)
             slots = _slots(comm, layout, path)
@@ -94,7 +94,7 @@ def pieces(comm: MPI.Intracomm) -> None:
     assert layout.nbytes == 4032
     for piece in (64, 999, 2016, 4031, 4032, 4033, 1 << 30):
         windows.PIECE = piece
-        slots = _slots(comm, layout, "remote")
+        slots = _slots(comm, layout, "rma")
         comm.Barrier()
         for slot in range(SLOTS):
             message = Message(_content(other, slot, layout.nbytes), layout)
@@ -140,7 +140,7 @@ def closed(comm: MPI.Intracomm) -> None:
         parallel_assert(comm, good, type(words).__name__)
     layout = _layout(100)
     message = Message(np.zeros(layout.nbytes, np.uint8), layout)
-    for path in ("auto", "remote"):
+    for path in ("auto", "rma"):
         slots = _slots(comm, layout, path)
         slots.close()
         slots.close()
@@ -155,7 +155,7 @@ def endpoint(comm: MPI.Intracomm) -> None:
     """`close` waits for ranks that still exchange; afterwards everything raises."""
     graph = topology.build("complete", comm.size)
     layout = _layout(100)
-    for path in ("auto", "remote"):
+    for path in ("auto", "rma"):
         endpoint = RmaEndpoint(comm, layout, graph, mode=path)
         assert endpoint.publication.reserve() is not None
         endpoint.publication.publish()
@@ -200,9 +200,9 @@ def silent(comm: MPI.Intracomm) -> None:
     endpoint.close()
 
 
-def node(comm: MPI.Intracomm) -> None:
-    """The path `node` is refused by all ranks if they are on several hosts."""
-    found = raises(UserError, _slots, comm, _layout(100), "node")
+def shared_memory(comm: MPI.Intracomm) -> None:
+    """The mode `shared_memory` is refused by all ranks if they are on several hosts."""
+    found = raises(UserError, _slots, comm, _layout(100), "shared_memory")
     parallel_assert(comm, found, "no UserError")
 
 

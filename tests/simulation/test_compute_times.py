@@ -19,9 +19,9 @@ def test_compute_times_have_their_mean(distribution: str) -> None:
         SimulationConfig.model_validate(
             {
                 "ranks": 4,
-                "compute": distribution,
-                "mean": 0.2,
-                "sigma": 0.6,
+                "compute_time": distribution,
+                "compute_mean": 0.2,
+                "compute_sigma": 0.6,
                 "slow_ranks": (-1,),
                 "slow_factor": 10.0,
             }
@@ -44,7 +44,7 @@ def test_compute_times_have_their_mean(distribution: str) -> None:
 
 def test_uniform_compute_times_keep_to_their_bounds() -> None:
     rng = np.random.default_rng(0)
-    times = ComputeTimes(SimulationConfig(compute="uniform", mean=2.0))
+    times = ComputeTimes(SimulationConfig(compute_time="uniform", compute_mean=2.0))
     draws = [times.draw(0, rng) for _ in range(1000)]
     assert 1.0 <= min(draws) < 1.05 and 2.95 < max(draws) <= 3.0
 
@@ -57,10 +57,10 @@ def test_a_slow_rank_that_does_not_exist_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("compute=normal", "did you mean 'lognormal'"),
-        ("mean=0.0", "greater than 0"),
-        ("mean=inf", "finite"),
-        ("sigma=-1.0", "greater than 0"),
+        ("compute_time=normal", "did you mean 'lognormal'"),
+        ("compute_mean=0.0", "greater than 0"),
+        ("compute_mean=inf", "finite"),
+        ("compute_sigma=-1.0", "greater than 0"),
         ("slow_factor=0.5", "greater than or equal to 1"),
         ("slow_factor=inf", "finite"),
     ],

@@ -103,8 +103,8 @@ def test_sum_is_conserved_over_thousands_of_exchanges_without_gradients(
     ranks: int, latency: float, gradients: int, exchanges: int
 ) -> None:
     figures = _run(
-        "simulation.gradients=off", f"simulation.latency={latency}", f"simulation.ranks={ranks}",
-        "simulation.compute=exponential", SLOW, f"budget.samples={gradients}",
+        "simulation.gradients=false", f"simulation.latency={latency}", f"simulation.ranks={ranks}",
+        "simulation.compute_time=exponential", SLOW, f"budget.samples={gradients}",
     )  # fmt: skip
     assert figures["exchanges"] >= exchanges
     assert figures["conservation_error"] < 1e-12
@@ -113,14 +113,14 @@ def test_sum_is_conserved_over_thousands_of_exchanges_without_gradients(
 
 def test_sum_and_gradients_add_up_with_gradients_on() -> None:
     assert _run("simulation.noise=1", SLOW)["conservation_error"] < 1e-12
-    assert _run("simulation.precision=float32")["conservation_error"] < 1e-4
+    assert _run("simulation.dtype=float32")["conservation_error"] < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["constant", "uniform", "lognormal", "exponential"])
 @pytest.mark.parametrize("network", ["latency=0", "latency=0.5", "bandwidth=400"])
 def test_adpsgd_never_yields(compute: str, network: str) -> None:
-    figures = _run(f"simulation.compute={compute}", f"simulation.{network}", SLOW)
+    figures = _run(f"simulation.compute_time={compute}", f"simulation.{network}", SLOW)
     assert figures["waits"] == 0
     assert figures["exchanges"] > 100
 
@@ -139,7 +139,7 @@ def test_a_straggler_holds_up_allreduce_and_not_adpsgd() -> None:
 
 
 def test_a_run_repeats_bit_for_bit() -> None:
-    settings = ["simulation.noise=1", "simulation.compute=exponential"]
+    settings = ["simulation.noise=1", "simulation.compute_time=exponential"]
     first, second, other = (
         {
             k: v

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from mpi_dasgd.staleness.step_rule import delay_adaptive
 
 

@@ -61,10 +61,10 @@ def test_stale_replicas_part_early() -> None:
 
 def test_bias_of_asgd_has_its_closed_form() -> None:
     rows = {(row["clients"], row["rule"]): row for row in _rows("heterogeneous")}
-    free = rows["free", "constant"]
+    free = rows["idle", "constant"]
     assert free["bias"] == pytest.approx(free["by_speeds"], rel=0.15)
-    assert rows["free", "inverse"]["bias"] == pytest.approx(
-        rows["free", "inverse"]["by_steps"], rel=0.15
+    assert rows["idle", "inverse"]["bias"] == pytest.approx(
+        rows["idle", "inverse"]["by_steps"], rel=0.15
     )
     assert rows["uniform", "constant"]["bias"] < free["bias"] / 3
     assert rows["uniform", "inverse"]["weight"] < 0.5 * rows["uniform", "constant"]["weight"]
@@ -230,7 +230,7 @@ def test_when_a_course_reaches_a_level_and_when_it_settles() -> None:
 def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
     keys = {
         "simulation.ranks": 4,
-        "simulation.compute": "constant",
+        "simulation.compute_time": "constant",
         "simulation.slow_ranks": [-1],
         "simulation.slow_factor": 100,
         "budget.samples": 300,

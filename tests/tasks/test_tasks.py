@@ -168,7 +168,7 @@ def test_two_ranks_learn_from_fashion_mnist(tmp_path: Path, fashion_mnist: data.
         2,
         MAIN,
         *("train", str(ROOT / "jobs" / "fashion_mnist.toml"), "task.model=logistic"),
-        *("budget.samples=6400", "optimizer.lr=0.01", "evaluation.points=1"),
+        *("budget.samples=6400", "optimizer.lr=0.01", "evaluation.count=1"),
         f"run.directory={tmp_path}",
     )
     consensus = xarray.open_dataset(

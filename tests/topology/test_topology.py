@@ -15,7 +15,7 @@ from mpi_dasgd.topology import spectrum
 from mpi_dasgd.topology.spectrum import spectral_gap
 from mpi_dasgd.topology.topology import NAMES, AllButOne, Topology, build
 
-RULES = [name for name in NAMES if name not in ("edges", "random_regular")]
+RULES = [name for name in NAMES if name not in ("edge_list", "random_regular")]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 30, 32]
 
 
@@ -198,7 +198,7 @@ def test_random_regular_is_always_connected() -> None:
 
 def test_edge_file(tmp_path: Path) -> None:
     file = write(tmp_path, "# a path with a chord\n0 1\n1 2  # inline\n\n2 1\n3 2\n1 3\n")
-    graph = build("edges", 4, file=file)
+    graph = build("edge_list", 4, file=file)
     assert graph.edges.tolist() == [[0, 1], [1, 2], [1, 3], [2, 3]]
     assert graph.neighbours(1) == (0, 2, 3)
     mixing = graph.mixing_matrix().toarray()
@@ -208,7 +208,7 @@ def test_edge_file(tmp_path: Path) -> None:
 
 
 def test_edge_file_weights_are_the_mixing_weights(tmp_path: Path) -> None:
-    graph = build("edges", 3, file=write(tmp_path, "2 1 0.7\n1 0 0.3\n"))
+    graph = build("edge_list", 3, file=write(tmp_path, "2 1 0.7\n1 0 0.3\n"))
     expected = [[0.7, 0.3, 0.0], [0.3, 0.0, 0.7], [0.0, 0.7, 0.3]]
     np.testing.assert_allclose(graph.mixing_matrix().toarray(), expected, atol=1e-15)
     assert graph.weights(1) == (0.3, 0.7)
@@ -223,7 +223,7 @@ def test_edge_file_weights_are_the_mixing_weights(tmp_path: Path) -> None:
 
 
 def test_two_ranks_that_swap_models_never_agree(tmp_path: Path) -> None:
-    graph = build("edges", 2, file=write(tmp_path, "0 1 1.0\n"))
+    graph = build("edge_list", 2, file=write(tmp_path, "0 1 1.0\n"))
     assert spectral_gap(graph) == pytest.approx(0.0, abs=1e-15)
 
 
@@ -247,14 +247,14 @@ def test_two_ranks_that_swap_models_never_agree(tmp_path: Path) -> None:
 )
 def test_edge_file_errors_name_file_and_line(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        build("edges", 3, file=write(tmp_path, text))
+        build("edge_list", 3, file=write(tmp_path, text))
     for word in ["graph.txt", *words]:
         assert word in str(caught.value)
 
 
 def test_missing_edge_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
-        build("edges", 3, file=tmp_path / "nowhere.txt")
+        build("edge_list", 3, file=tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_missing_edge_file(tmp_path: Path) -> None:
         ("random_regular", 8, 0, r"1 to 7, got 0"),
         ("random_regular", 8, 1, r"2 or more"),
         ("random_regular", 8, None, r"needs a degree"),
-        ("edges", 8, None, r"needs an edge file"),
+        ("edge_list", 8, None, r"needs an edge file"),
     ],
 )
 def test_graphs_that_cannot_exist_are_refused(
@@ -326,7 +326,7 @@ def test_sparse_solvers_agree_with_the_dense_one(
         build("random_regular", 300, degree=4),
         build("torus", 300).without([0, 17]),
         build("ring", 400).without([5]),
-        build("edges", 300, file=write(tmp_path, lines)),
+        build("edge_list", 300, file=write(tmp_path, lines)),
     ]
     dense = [spectral_gap(graph) for graph in graphs]
     monkeypatch.setattr(spectrum, "DENSE_RANKS", 0)

@@ -27,8 +27,8 @@ SETTINGS = [
     ("sgp", "ring", []),
     ("sgp", "exponential", ["algorithm.local_steps=2"]),
     ("sgp", "complete", []),
-    ("osgp", "exponential", ["algorithm.overlap=2"]),
-    ("osgp", "ring", ["algorithm.overlap=3", "algorithm.local_steps=2"]),
+    ("osgp", "exponential", ["algorithm.overlap_tau=2"]),
+    ("osgp", "ring", ["algorithm.overlap_tau=3", "algorithm.local_steps=2"]),
 ]
 
 
@@ -56,7 +56,7 @@ def test_no_rank_is_farther_ahead_than_the_last_step_is_declared(
         [
             f"algorithm.name={algorithm}", f"topology.graph={graph}", f"simulation.ranks={ranks}",
             "simulation.slow_ranks=[0]", "simulation.slow_factor=50", "simulation.latency=0",
-            "simulation.compute=exponential", f"budget.samples={40 * ranks}", *extra,
+            "simulation.compute_time=exponential", f"budget.samples={40 * ranks}", *extra,
         ],
     )  # fmt: skip
     simulation = _Watched(settings)
@@ -81,8 +81,8 @@ def test_all_stop_at_the_same_step_by_the_clock(
 ) -> None:
     train(
         4, tmp_path, f"algorithm.name={algorithm}", "budget.seconds=1", "schedule.name=constant",
-        "schedule.warmup=0", "straggler.kind=constant", "straggler.ranks=[0]", "straggler.factor=5",
-        "evaluation.points=1", "evaluation.live=false", *extra,
+        "schedule.warmup=0", "straggler.distribution=constant", "straggler.ranks=[0]", "straggler.factor=5",
+        "evaluation.count=1", "evaluation.live=false", *extra,
     )  # fmt: skip
     results = load_run(tmp_path / "run").results
     assert results.attributes["status"] == "finished"
@@ -92,7 +92,7 @@ def test_all_stop_at_the_same_step_by_the_clock(
 
 @pytest.mark.mpi
 def test_a_resumed_run_does_not_take_its_past_for_delays(tmp_path: Path) -> None:
-    settings = ["checkpoint.points=2", "evaluation.points=1", "evaluation.live=false"]
+    settings = ["checkpoint.count=2", "evaluation.count=1", "evaluation.live=false"]
     train(3, tmp_path, *settings, "budget.epochs=4")
     train(3, tmp_path, *settings, "budget.epochs=6", "run.resume=true")
     resumed = load_run(tmp_path / "run")
@@ -109,7 +109,7 @@ def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
             JOB,
             [
                 f"algorithm.name={algorithm}", "schedule.name=cosine", "schedule.warmup=0.1",
-                "simulation.ranks=8", "budget.samples=800", "simulation.compute=exponential",
+                "simulation.ranks=8", "budget.samples=800", "simulation.compute_time=exponential",
             ],
         )
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
         (["schedule.warmup=0.1"], False, "there is no budget"),
         (["schedule.name=cosine", "budget.seconds=1"], True, "learning rates would differ"),
         (["schedule.warmup=0.1", "budget.seconds=1"], True, "learning rates would differ"),
-        (["checkpoint.points=2", "budget.seconds=1"], True, "at different steps"),
+        (["checkpoint.count=2", "budget.seconds=1"], True, "at different steps"),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_refused(
@@ -139,8 +139,8 @@ def test_budgets_that_cannot_be_kept_are_refused(
     ("overrides", "in_step"),
     [
         ([], False),
-        (["schedule.name=cosine", "budget.samples=9", "checkpoint.points=2"], True),
-        (["schedule.name=cosine", "budget.seconds=1", "checkpoint.points=2"], False),
+        (["schedule.name=cosine", "budget.samples=9", "checkpoint.count=2"], True),
+        (["schedule.name=cosine", "budget.seconds=1", "checkpoint.count=2"], False),
         (["budget.seconds=1"], True),
     ],
 )
@@ -252,7 +252,7 @@ def test_the_learning_rate_follows_progress_and_delay(applies_itself: bool) -> N
             capabilities=SimpleNamespace(applies_step_rule=applies_itself)
         ),
         schedule=SimpleNamespace(factor=lambda progress: 1 - progress),
-        step_rule=lambda delay: 1 / (1 + delay),
+        delay_adaptive_rule=lambda delay: 1 / (1 + delay),
     )
     rate = LearningRate(parts, endpoint)
     gradients[0] = 1  # its own

@@ -253,7 +253,7 @@ def test_gradients_are_counted_over_all_ranks() -> None:
 
 def test_on_windows(mpi: str) -> None:
     """Every case of the program, in place and by Get and Put."""
-    run_ranks(*rank_counts(3), PROGRAM, "auto", "remote", mpi=mpi, timeout=90)
+    run_ranks(*rank_counts(3), PROGRAM, "auto", "rma", mpi=mpi, timeout=90)
 
 
 def test_between_hosts(two_hosts: Hosts) -> None:

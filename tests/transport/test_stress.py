@@ -42,7 +42,7 @@ def assert_clean(report: Any, publications: int, messages: int) -> None:
     [
         (4, "auto", "node", 100_000),
         (3, "auto", "window", 30_000),
-        (2, "remote", "window", 30_000),
+        (2, "rma", "window", 30_000),
     ],
 )
 def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> None:
@@ -53,14 +53,14 @@ def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> 
     args = f"--path {path} --words {words} --publications {count} --messages {count} --sleep 2"
     report = report_of(n, "stress.py", *args.split(), mpi=mpi, timeout=90)
     assert_clean(report, count, count)
-    assert report["path"] == {"auto": "in place", "remote": "Get and Put"}[path]
+    assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
     assert report["words"] == {"node": "NodeWords", "window": "WindowWords"}[words]
     assert report["inbox_full"] > 100 and report["skipped"] > 10, "no inbox or publication was full"
     assert report["touched"] > 100, "a rank without a call of MPI held the others up"
     assert report["longest"] < 1.5
 
 
-@pytest.mark.parametrize("path", ["auto", "remote"])
+@pytest.mark.parametrize("path", ["auto", "rma"])
 def test_pairs_on_one_host(mpi: str, path: str) -> None:
     """The same through `RmaEndpoint`, its courier and its end without a barrier."""
     (n,) = rank_counts(3)
@@ -126,4 +126,4 @@ def test_no_swap_is_lost_between_hosts(mpi: str, two_hosts: Hosts) -> None:
 
 
 def test_path_node_needs_one_host(two_hosts: Hosts) -> None:
-    run_ranks(2, PROGRAMS / "windows.py", "node", hosts=two_hosts, timeout=30)
+    run_ranks(2, PROGRAMS / "windows.py", "shared_memory", hosts=two_hosts, timeout=30)

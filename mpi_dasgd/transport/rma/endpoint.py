@@ -319,7 +319,7 @@ def _words(
 ) -> NodeWords | WindowWords:
     """Make the control words: by the processor's atomics if all ranks share memory, else by MPI's."""
     library = native.load()
-    shared = mode != "remote" and node.size == comm.size and library is not None
+    shared = mode != "rma" and node.size == comm.size and library is not None
     if comm.allreduce(shared, MPI.LAND):
         assert library is not None
         return NodeWords(comm, count, library)

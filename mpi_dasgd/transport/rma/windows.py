@@ -96,11 +96,11 @@ class WindowSlots:
         node: communicator of the ranks of this node.
         layout: of every message.
         count: slots a rank has.
-        path: ``auto`` shares memory within a node and uses Get and Put between nodes, ``node``
-            demands that all ranks are on one, ``remote`` uses Get and Put between all.
+        mode: ``auto`` shares memory within a node and uses Get and Put between nodes, ``shared_memory``
+            demands that all ranks are on one, ``rma`` uses Get and Put between all.
 
     Raises:
-        UserError: if path is ``node`` and there are several nodes.
+        UserError: if mode is ``shared_memory`` and there are several nodes.
 
     Attributes:
         node_ranks: ranks whose slots are in place.
@@ -115,22 +115,23 @@ class WindowSlots:
         node: MPI.Intracomm,
         layout: Layout,
         count: int,
-        path: str = "auto",
+        mode: str = "auto",
     ) -> None:
         one_node = comm.allreduce(node.size == comm.size, MPI.LAND)
-        if path == "node" and not one_node:
+        if mode == "shared_memory" and not one_node:
             raise UserError(
-                "transport.path: 'node' needs all ranks on one node, but there are several; use 'auto'"
+                "transport.mode: 'shared_memory' needs all ranks on one node, but there are "
+                "several; use 'auto'"
             )
         self._nbytes = layout.nbytes
         size = layout.nbytes * count
-        self.node_ranks = [comm.rank] if path == "remote" else node.allgather(comm.rank)
+        self.node_ranks = [comm.rank] if mode == "rma" else node.allgather(comm.rank)
         self._shared: MPI.Win | None = None
         self._remote: MPI.Win | None = None
         memory: dict[int, Any] = {}
         if count == 0:
             pass
-        elif path == "remote":
+        elif mode == "rma":
             self._remote = MPI.Win.Allocate(size, 1, comm=comm)
             memory[comm.rank] = self._remote.tomemory()
         else:
@@ -153,8 +154,8 @@ class WindowSlots:
             ]
             for rank, m in memory.items()
         }
-        self.transfer_mode = {"remote": "Get and Put", "node": "in place"}.get(
-            path, "in place" if one_node else "in place within a node, Get and Put between nodes"
+        self.transfer_mode = {"rma": "Get and Put", "shared_memory": "in place"}.get(
+            mode, "in place" if one_node else "in place within a node, Get and Put between nodes"
         )
 
     def view(self, rank: int, index: int) -> Message | None:
