@@ -30,7 +30,7 @@ class RunParts:
         topology: graph of the ranks.
         codec_config: section ``codec``, with `auto` resolved.
         schedule: factor on the learning rate as a function of progress.
-        delay_adaptive_rule: factor on the learning rate as a function of a gradient's delay, in gradients.
+        step_rule: factor on the learning rate as a function of a gradient's delay, in gradients.
     """
 
     config: Config
@@ -38,7 +38,7 @@ class RunParts:
     topology: Topology
     codec_config: CodecConfig
     schedule: Schedule
-    delay_adaptive_rule: Callable[[int], float]
+    step_rule: Callable[[int], float]
 
     @property
     def lockstep(self) -> bool:

@@ -94,7 +94,7 @@ class Simulator:
             self._times = ComputeTimes(settings)
         self._time_rng = [_rng(seed, i, 4) for i in range(self.size)]
         self._noise_rng = [_rng(seed, i, 5) for i in range(self.size)]
-        self._schedule, self._step_rule = parts.schedule, parts.delay_adaptive_rule
+        self._schedule, self._step_rule = parts.schedule, parts.step_rule
         self.gradients = 0
         self.waits = 0
         self.ages, self.ages_s = array("q"), array("d")  # 8 bytes each: there may be millions

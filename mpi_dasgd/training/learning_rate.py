@@ -24,7 +24,7 @@ class LearningRate:
     def __init__(self, parts: RunParts, endpoint: Endpoint) -> None:
         self.gradients_seen = 0
         self.delay, self.delay_factor = 0, 1.0
-        self._schedule, self._step_rule = parts.schedule, parts.delay_adaptive_rule
+        self._schedule, self._step_rule = parts.schedule, parts.step_rule
         self._applies_step_rule = not parts.algorithm_cls.capabilities.applies_step_rule
         self._endpoint = endpoint
 

@@ -45,8 +45,8 @@ def test_later_overrides_win_and_names_may_look_like_numbers() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("algorithm.triez=1", ["algorithm.triez", "unknown key", "'tries'"]),
-        ("algoritm.tries=1", ["algoritm", "unknown key", "'algorithm'"]),
+        ("algorithm.max_atempts=1", ["algorithm.max_atempts", "unknown key", "'max_attempts'"]),
+        ("algoritm.max_attempts=1", ["algoritm", "unknown key", "'algorithm'"]),
         ("algorithm.name=adpsdg", ["algorithm.name", "'adpsdg'", "'adpsgd'"]),
         ("task.name=digit", ["task.name", "'digit'", "'digits'"]),
         ("topology.graph=rings", ["topology.graph", "'rings'", "'ring'"]),

@@ -252,7 +252,7 @@ def test_the_learning_rate_follows_progress_and_delay(applies_itself: bool) -> N
             capabilities=SimpleNamespace(applies_step_rule=applies_itself)
         ),
         schedule=SimpleNamespace(factor=lambda progress: 1 - progress),
-        delay_adaptive_rule=lambda delay: 1 / (1 + delay),
+        step_rule=lambda delay: 1 / (1 + delay),
     )
     rate = LearningRate(parts, endpoint)
     gradients[0] = 1  # its own
