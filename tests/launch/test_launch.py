@@ -205,7 +205,7 @@ def test_threads_share_the_cores(monkeypatch, mpich):
     monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
 
     def threads(n: int, **options: str) -> str:
-        return mpiexec.prepare(n, **options).environment["OMP_NUM_THREADS"]
+        return mpiexec.plan_launch(n, **options).environment["OMP_NUM_THREADS"]
 
     assert threads(4) == "3"
     assert threads(16) == "1"
@@ -269,7 +269,7 @@ def kill_rank_1(mpi, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library(mpi)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("mpi_dasgd.launch.job._FAILURE_GRACE", 1.0)
+    monkeypatch.setattr("mpi_dasgd.launch.supervisor._FAILURE_GRACE", 1.0)
 
     def run(module: str, *arguments: str) -> int:
         monkeypatch.setenv("KILL_AT", module)
