@@ -1,4 +1,4 @@
-"""``python -m mpi_dasgd`` is ``mpi-dasgd``."""
+"""Entry point of ``python -m mpi_dasgd``, the same program as ``mpi-dasgd``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The errors that end a run with one message and a known exit code instead of a traceback."""
+"""Errors that end a run with one message and a documented exit code instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ __all__ = ["Diverged", "MpiDasgdError", "PeerLost", "Unreachable", "UserError", 
 
 
 class MpiDasgdError(Exception):
-    """Base of all errors of this package.
+    """Base class of all errors of this package.
 
     Attributes:
-        exit_code: status with which a program that ends with this error exits.
+        exit_code: exit code of a program that ends with this error.
     """
 
     exit_code = 1
 
 
 class UserError(MpiDasgdError):
-    """Bad input: the message names the argument or file, what was expected, what came, and what to do."""
+    """Bad input.
+
+    The message names the argument or file, what was expected, what was given, and the remedy.
+    """
 
     exit_code = 2
 
@@ -31,16 +34,19 @@ class Diverged(MpiDasgdError):
 
 
 class PeerLost(MpiDasgdError):
-    """A rank that the others cannot do without went silent."""
+    """A rank that the others need stopped responding."""
 
     exit_code = 4
 
 
 class Unreachable(MpiDasgdError):
-    """A window operation on a rank failed: it is gone.
+    """An RMA operation failed because its target rank is dead.
+
+    Args:
+        rank: the target rank.
 
     Attributes:
-        rank: which one.
+        rank: the target rank.
     """
 
     def __init__(self, rank: int) -> None:
@@ -49,6 +55,10 @@ class Unreachable(MpiDasgdError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the valid name nearest to `name`, or an empty string."""
+    """Return a hint at the valid name most similar to `name`, to be appended to a message.
+
+    Returns:
+        ``"; did you mean 'x'?"``, or "" if no valid name is similar.
+    """
     match = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

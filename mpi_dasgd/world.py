@@ -1,4 +1,4 @@
-"""MPI start-up, in one place: thread level, a communicator of our own, device, and how a rank fails."""
+"""MPI start-up: thread level, private communicator, device, and the failure of a rank."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
     "start",
 ]
 
-_POLL_SECONDS = 1e-4  # between two tests of a polled barrier
+_POLL_SECONDS = 1e-4  # between two polls of a barrier
 
-# Variables by which launchers tell a process how many there are, and which it is.
-_LAUNCHERS = (
+# Environment variables in which launchers pass a process the number of ranks and its own rank.
+_LAUNCHER_VARIABLES = (
     ("MPI_DASGD_RANKS", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
@@ -43,14 +43,16 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job and this one's place among them.
+    """The ranks of a job, and the place of this rank among them.
 
     Attributes:
-        comm: clone of COMM_WORLD; nobody else uses it.
-        rank, size: this rank, and how many there are.
-        node_rank, node_size: the same among the ranks of this node.
+        comm: duplicate of COMM_WORLD, private to this package.
+        rank: this rank in `comm`.
+        size: number of ranks in `comm`.
+        node_rank: this rank among the ranks of its node.
+        node_size: number of ranks on this node.
         nodes: number of nodes.
-        library: the MPI library, one line.
+        library: name and version of the MPI library, one line.
     """
 
     comm: MPI.Intracomm
@@ -63,10 +65,11 @@ class World:
 
     @contextlib.contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """A stage of set-up that fails on all ranks if it fails on one: call it on all ranks.
+        """Make a UserError of one rank in the ``with`` block a UserError of all ranks. Collective.
 
         Raises:
-            UserError: on every rank, if any rank raised one; with the message of the first.
+            UserError: at least one rank raised one in the block; all ranks raise the message of the
+                lowest such rank.
         """
         error: UserError | None = None
         try:
@@ -76,15 +79,18 @@ class World:
         messages = self.comm.allgather(None if error is None else str(error))
         for rank, message in enumerate(messages):
             if message is not None:
-                everywhere = all(other == message for other in messages)
-                where = "" if everywhere else f" (rank {rank})"
-                raise UserError(message + where) from error
+                unanimous = all(other == message for other in messages)
+                suffix = "" if unanimous else f" (rank {rank})"
+                raise UserError(message + suffix) from error
 
     def run(self, body: Callable[[], int]) -> int:
-        """Run `body` and return its exit code; whatever goes wrong is said once and ends all ranks.
+        """Run `body` and return its exit code; an error is printed once and ends all ranks.
 
-        A UserError has been raised on all ranks, and rank 0 prints it. Any other error of one rank
-        is printed by that rank, and ends the others within seconds.
+        A UserError is expected on all ranks, and rank 0 prints it. Any other error is printed by
+        the rank that raised it, which then aborts the job.
+
+        Args:
+            body: the program of this rank; returns its exit code.
         """
         try:
             return body()
@@ -96,11 +102,11 @@ class World:
             print_message(f"rank {self.rank}: error: {error}")
             self.abort(error.exit_code)
         except BaseException as error:
-            self._report(error)
+            self._print_failure(error)
             self.abort(1)
         raise AssertionError("abort returned")
 
-    def _report(self, error: BaseException) -> None:
+    def _print_failure(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
             print_message(f"rank {self.rank}: interrupted")
         else:
@@ -108,43 +114,46 @@ class World:
             print_message(f"rank {self.rank} failed and ends the job:\n{text}")
 
     def abort(self, code: int) -> None:
-        """End all ranks."""
+        """Abort all ranks with exit code `code`."""
         sys.stdout.flush()
         sys.stderr.flush()
         self.comm.Abort(code)
 
     def abort_on_exception(self) -> None:
-        """Have an uncaught exception of any thread end all ranks: else the others would wait for ever."""
+        """Let an uncaught exception in any thread of this process abort all ranks.
 
-        def in_main(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        Otherwise the other ranks would wait for this one indefinitely.
+        """
+
+        def main_hook(exc_type: type[BaseException], error: BaseException, trace: object) -> None:
             if isinstance(error, UserError):  # raised on all ranks
                 if self.rank == 0:
                     print_message(f"error: {error}")
                 else:
-                    time.sleep(1)  # rank 0 speaks before anyone aborts
+                    time.sleep(1)  # rank 0 prints before any rank aborts
                 self.abort(error.exit_code)
             if isinstance(error, MpiDasgdError):
                 print_message(f"rank {self.rank}: error: {error}")
                 self.abort(error.exit_code)
-            self._report(error)
+            self._print_failure(error)
             self.abort(1)
 
-        def in_thread(arguments: threading.ExceptHookArgs) -> None:
+        def thread_hook(arguments: threading.ExceptHookArgs) -> None:
             if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
-                in_main(arguments.exc_type, arguments.exc_value, None)
+                main_hook(arguments.exc_type, arguments.exc_value, None)
 
-        sys.excepthook = in_main
-        threading.excepthook = in_thread
+        sys.excepthook = main_hook
+        threading.excepthook = thread_hook
 
 
 def print_message(message: str) -> None:
-    """Print one message to stderr, in one piece, with the name of the program."""
+    """Print a message to stderr in one write, after the name of the program."""
     sys.stderr.write(f"mpi-dasgd: {message}\n")
     sys.stderr.flush()
 
 
 class _ProgramHandler(logging.Handler):
-    """Prints records as messages of the program, the level after the rank that speaks."""
+    """Handler that prints log records by `print_message`, with the level after the rank, if any."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -152,10 +161,10 @@ class _ProgramHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Print what the package logs as messages of ``mpi-dasgd``: for its own programs.
+    """Print the log records of this package as messages of ``mpi-dasgd``.
 
-    In programs of others the logger ``mpi_dasgd`` is left as they configure it, or as Python has it without
-    any configuration: warnings and errors go to stderr.
+    Only the programs of this package call it. In other programs the logger ``mpi_dasgd`` stays as
+    they configure it, or as Python treats it by default: warnings and errors go to stderr.
     """
     logger = logging.getLogger("mpi_dasgd")
     if not any(isinstance(handler, _ProgramHandler) for handler in logger.handlers):
@@ -163,12 +172,16 @@ def log_to_stderr() -> None:
 
 
 def expected_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return how many ranks the launcher has started and which of them this is; (1, 0) without one."""
-    for size, rank in _LAUNCHERS:
-        if environment.get(size, "").isdigit():
-            numbers = [environment.get(name, "") for name in (rank, "OMPI_COMM_WORLD_RANK")]
-            found = next((int(number) for number in numbers if number.isdigit()), 0)
-            return int(environment[size]), found
+    """Read from the environment how many ranks the launcher has started, without starting MPI.
+
+    Returns:
+        Number of ranks, and the rank of this process; (1, 0) without a launcher.
+    """
+    for size_name, rank_name in _LAUNCHER_VARIABLES:
+        if environment.get(size_name, "").isdigit():
+            texts = [environment.get(name, "") for name in (rank_name, "OMPI_COMM_WORLD_RANK")]
+            rank = next((int(text) for text in texts if text.isdigit()), 0)
+            return int(environment[size_name]), rank
     return 1, 0
 
 
@@ -176,9 +189,9 @@ def choose_device(node_rank: int, visible: int) -> str:
     """Return the torch device of a rank.
 
     Args:
-        node_rank: this rank among those of its node.
-        visible: CUDA devices that this process sees. If it is one, the launcher has bound it to
-            this rank; of several each rank takes its own in turn; without any it is the CPU.
+        node_rank: this rank among the ranks of its node.
+        visible: number of CUDA devices visible to this process. 0: the rank uses the CPU. 1: the
+            launcher has bound the device to this rank. More: the ranks take the devices in turn.
     """
     if visible == 0:
         return "cpu"
@@ -186,14 +199,15 @@ def choose_device(node_rank: int, visible: int) -> str:
 
 
 def start() -> World:
-    """Initialize MPI and look around. Collective.
+    """Initialize MPI and return the ranks of the job. Collective.
 
     Raises:
-        UserError: no MPI library, no MPI_THREAD_MULTIPLE, or not as many ranks as the launcher
-            started (each process would train alone).
+        UserError: there is no MPI library, it lacks MPI_THREAD_MULTIPLE, or COMM_WORLD has
+            not as many ranks as the launcher started (each process would train alone).
+        SystemExit: in place of the last UserError on ranks other than 0, so that it is printed once.
     """
     try:
-        from mpi4py import MPI  # starts MPI, and sees to its end
+        from mpi4py import MPI  # initializes MPI, and finalizes it at exit
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"no MPI library can be loaded ({str(error).splitlines()[0]}); install one with "
@@ -206,8 +220,8 @@ def start() -> World:
         message = (
             f"the launcher started {size} ranks, but this process sees {MPI.COMM_WORLD.size}: the "
             f"launcher does not belong to the MPI library in use ({library}). Start the job with "
-            "`mpi-dasgd launch`, or with that library's own mpirun, or with srun --mpi=pmi2 (MPICH) "
-            "or --mpi=pmix (Open MPI)"
+            "`mpi-dasgd launch`, or with that library's own mpirun, or with srun --mpi=pmi2 "
+            "(MPICH) or --mpi=pmix (Open MPI)"
         )
         if rank == 0:
             raise UserError(message)
@@ -226,7 +240,12 @@ def start() -> World:
 
 
 def peers_by_node(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
-    """Return the first rank that shares rank 0's node, and the first that does not. Collective."""
+    """Find a rank on the node of rank 0 and a rank on another node. Collective.
+
+    Returns:
+        The lowest rank other than 0 on the node of rank 0, and the lowest rank on another node;
+        None if there is none.
+    """
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -238,11 +257,11 @@ def peers_by_node(comm: MPI.Intracomm) -> tuple[int | None, int | None]:
 
 
 def polled_barrier(comm: MPI.Comm, serve: Callable[[], object] | None = None) -> None:
-    """Wait for all ranks without burning a core. Collective.
+    """Wait for all ranks of `comm` in a barrier that yields the core between polls. Collective.
 
     Args:
         comm: communicator of the ranks to wait for.
-        serve: called between two tests of the barrier, so that this rank can answer others.
+        serve: function called between two polls, so that this rank can answer others.
     """
     request = comm.Ibarrier()
     while not request.Test():
