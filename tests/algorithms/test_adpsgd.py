@@ -38,7 +38,7 @@ GRAPH = "topology.graph=bipartite_exponential"
     ],
     ids=" ".join,
 )
-def test_effective_step_is_one(settings: tuple[str, ...]) -> None:
+def test_an_average_of_pairs_has_the_effective_step_one(settings: tuple[str, ...]) -> None:
     small = "simulation.ranks=8", "budget.samples=2000"
     assert effective_step(*small, *settings) == pytest.approx(1, abs=0.03)
 

@@ -70,7 +70,7 @@ def test_exchanges_are_those_of_the_paper() -> None:
     [[], ["simulation.latency=0.3"], ["algorithm.local_steps=4"]],
     ids=" ".join,
 )
-def test_effective_step_is_one(setting: list[str]) -> None:
+def test_a_center_has_the_effective_step_one(setting: list[str]) -> None:
     """The center counts as one of n models: one gradient moves their mean by eta/n."""
     assert _run(*setting)["effective_step"] == pytest.approx(1, abs=0.03)
 
@@ -205,7 +205,7 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
         (["simulation.ranks=1"], ["at least 2 ranks"]),
     ],
 )
-def test_what_it_cannot_do_is_refused(overrides: list[str], words: list[str]) -> None:
+def test_settings_that_easgd_cannot_follow_are_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         _simulation(*overrides)
     assert [word for word in words if word not in str(error.value)] == []

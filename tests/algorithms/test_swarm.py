@@ -43,7 +43,7 @@ PROGRAMS = ROOT / "tests" / "programs"
     ],
     ids=lambda settings: " ".join(settings) or "default",
 )
-def test_effective_step_is_one(settings: tuple[str, ...]) -> None:
+def test_local_phases_have_the_effective_step_one(settings: tuple[str, ...]) -> None:
     small = SWARM, "simulation.ranks=8", "budget.samples=2000"
     assert effective_step(*small, *settings) == pytest.approx(1, abs=0.03)
 

@@ -422,14 +422,14 @@ def _flipped_byte(path: Path) -> Path:
         (_flipped_byte, "results.h5.*damaged"),
     ],
 )
-def test_user_errors(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_a_path_that_is_no_run_is_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     path = make(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         load_run(path)
     assert str(path) in str(error.value)
 
 
-def test_no_runs() -> None:
+def test_a_report_of_no_run_is_refused() -> None:
     for function in (summary_table, lambda runs: write_report(runs, "unused")):
         with pytest.raises(UserError, match="at least one run"):
             function([])

@@ -184,6 +184,6 @@ def test_command_json_and_samples(
         (["--laws", "cauchy"], "--laws: 'cauchy' is not known.*'gauss', 't3'"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str) -> None:
+def test_arguments_out_of_range_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.run("quality", arguments)

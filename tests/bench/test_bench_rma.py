@@ -39,7 +39,7 @@ def measure(mpi: str, directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_figures_follow_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
+def test_medians_and_ratios_follow_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
     text = measure(mpi, tmp_path, "--sizes", "4KiB", "1MB", "--json", "--out", "raw")
     report = json.loads(text)
     rows = report["rows"]
@@ -103,7 +103,7 @@ def test_a_wrong_payload_is_found(tmp_path: Path) -> None:
         (["--ranks", "1"], "--ranks must be at least 2"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str) -> None:
+def test_arguments_out_of_range_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.run("rma", arguments)
 

@@ -15,7 +15,7 @@ import pytest
 
 from mpi_dasgd import launch
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.launch import Outcome, mpiexec
+from mpi_dasgd.launch import mpiexec
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import ROOT, mpi_library, run_ranks
 
@@ -35,45 +35,6 @@ def mpich() -> mpiexec.Library:
 
 
 # --- verdicts ---
-
-
-@pytest.mark.parametrize(
-    ("codes", "first", "launcher", "ended_by", "verdict"),
-    [
-        ((0, 0), None, 0, None, 0),
-        ((0, 0), None, 9, None, 0),  # the launcher's status says nothing
-        ((0, 137, 0), 1, 0, None, 0),  # one was killed, the others finished
-        ((137,), 0, 0, None, 137),  # nobody finished
-        ((137, 139), 1, 0, None, 139),  # nobody finished: the first
-        ((1, 2, 137), 0, 0, None, 2),  # bad input comes before everything
-        ((143, 3, 1), 2, 0, None, 3),
-        ((0, 7, 137), 1, 0, None, 7),  # a failure, not only a loss
-        ((143, 5, 4), 2, 0, None, 4),  # the first one
-        ((None, None), None, 7, None, 7),  # aborted: the launcher has the code
-        ((None, 0), None, 0, None, 1),  # not known is not good
-        ((0, None), None, 3, None, 3),
-        ((137, 137), 0, 0, "timeout", 124),
-        ((0, 0), None, 0, "timeout", 124),
-        ((143, 0), 0, 0, signal.SIGTERM, 143),
-        ((0, 0), None, 0, signal.SIGINT, 0),  # the program handled it
-        ((143, 139, 143), 1, 0, "loss", 139),  # the lost one, not those that were ended after it
-        ((1, 137, 0), 1, 0, "loss", 137),
-    ],
-)
-def test_verdict(codes, first, launcher, ended_by, verdict):
-    outcome = Outcome(codes, first, launcher, ended_by)
-    assert outcome.code == verdict
-    assert (outcome.describe() == "") == (set(codes) == {0} and ended_by is None)
-
-
-def test_description_names_the_lost_rank():
-    assert Outcome((0, 137, 0), 1, 0, None).describe() == (
-        "warning: rank 1 killed by SIGKILL; ranks 0, 2 ended with exit code 0"
-    )
-    assert Outcome((143, 137, 143), 1, 0, "loss").describe() == (
-        "rank 1 killed by SIGKILL before the others could do without it, so they were ended: "
-        "ranks 0, 2 killed by SIGTERM"
-    )
 
 
 # --- what a rank is given, and how it ends ---
@@ -199,21 +160,6 @@ def test_signal_is_passed_on(tmp_path, handler, codes, verdict):
     assert answer["code"] == verdict
 
 
-def test_threads_share_the_cores(monkeypatch, mpich):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
-
-    def threads(n: int, **options: str) -> str:
-        return mpiexec.plan_launch(n, **options).environment["OMP_NUM_THREADS"]
-
-    assert threads(4) == "3"
-    assert threads(16) == "1"
-    assert threads(8, hosts="a:4,b:4") == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert threads(4) == "7"
-
-
 def test_launch_runs_a_command(capfd, mpich, monkeypatch):
     monkeypatch.setenv("MPI4PY_LIBMPI", mpich.path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -324,35 +270,6 @@ def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path,
 # --- the launcher ---
 
 
-def test_launcher_belongs_to_the_library(mpi):
-    library = mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library(mpi))})
-    found = Path(mpiexec.find_launcher(library))
-    assert library.family.extra == mpi
-    assert found.parent == Path(library.path).parent.parent / "bin"
-
-
-def test_launcher_of_another_mpi_is_refused(mpi, mpich, monkeypatch, tmp_path):
-    if mpi == "mpich":
-        other = mpiexec.Library("Open MPI v5.0.11", "")
-        launcher = mpiexec.find_launcher(mpich)
-    else:
-        other = mpich
-        launcher = str(mpi_library(mpi).parent.parent / "bin" / "mpirun")
-    with pytest.raises(UserError, match="does not belong to"):
-        mpiexec.find_launcher(other, launcher)
-    # Nor is it taken from PATH.
-    monkeypatch.setenv("PATH", str(Path(launcher).parent))
-    with pytest.raises(UserError, match=rf"mpi_dasgd\[{other.family.extra}\]"):
-        mpiexec.find_launcher(mpiexec.Library(other.version, str(tmp_path / "lib/libmpi.so")))
-
-
-def test_launcher_is_found_in_path(mpich, monkeypatch):
-    folder = Path(mpiexec.find_launcher(mpich)).parent
-    monkeypatch.setenv("PATH", f"/nowhere:{folder}")
-    elsewhere = mpiexec.Library(mpich.version, "/nowhere/lib/libmpi.so.12")
-    assert mpiexec.find_launcher(elsewhere) == str(folder / "mpiexec")
-
-
 @pytest.mark.parametrize(
     ("n", "options", "message"),
     [
@@ -363,14 +280,9 @@ def test_launcher_is_found_in_path(mpich, monkeypatch):
         (2, {"env": {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}}, "cannot load an MPI library"),
     ],
 )
-def test_bad_arguments(n, options, message):
+def test_impossible_jobs_are_refused(n, options, message):
     with pytest.raises(UserError, match=message):
         launch.run(["true"], n, **options)
-
-
-def test_unknown_library_is_refused():
-    with pytest.raises(UserError, match=r"Intel.*srun"):
-        _ = mpiexec.Library("Intel(R) MPI Library 2021.12", "/opt/lib/libmpi.so.12").family
 
 
 # --- several hosts ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mpi_dasgd.staleness.step_rule import delay_adaptive
 
 

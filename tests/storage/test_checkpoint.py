@@ -269,7 +269,7 @@ def test_large_meta(tmp_path: Path) -> None:
     assert load(tmp_path, 0)[1]["log"] == meta["log"]
 
 
-def test_user_errors(tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a checkpoint"):
         load(tmp_path, 0)
     with pytest.raises(UserError, match="keep: expected at least 2"):

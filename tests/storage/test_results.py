@@ -334,7 +334,7 @@ def test_empty_tables_open(tmp_path: Path) -> None:
         assert tree["ranks"].to_dataset()["steps"].values.tolist() == [0, 0]
 
 
-def test_user_errors(tmp_path: Path) -> None:
+def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a run directory"):
         consolidate(tmp_path)
     write_run(tmp_path, step_s=(0.001, 0.001), samples=2_000)

@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from mpi_dasgd import topology
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import spectrum
 from mpi_dasgd.topology.spectrum import spectral_gap
@@ -341,3 +342,9 @@ def test_gap_of_a_long_path() -> None:
     path = build("ring", size).without([0])
     lambda2 = 4 * math.sin(math.pi / (2 * (size - 1))) ** 2
     assert spectral_gap(path) == pytest.approx(lambda2 / 3, rel=1e-5)
+
+
+def test_eccentricity() -> None:
+    assert topology.build("complete", 7).eccentricity(0) == 1
+    assert topology.build("ring", 7).eccentricity(3) == 3
+    assert topology.build("hypercube", 16).eccentricity(5) == 4

@@ -11,8 +11,6 @@ import pytest
 
 from mpi_dasgd import config, topology
 from mpi_dasgd.analysis.load import load_run
-from mpi_dasgd.config import consistency
-from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.learning_rate import LearningRate
@@ -115,43 +113,6 @@ def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
     )  # fmt: skip
     assert simulation.run()["drained_disagreement"] < 1e-15
     assert np.ptp([local.lr for local in simulation.locals]) == 0
-
-
-@pytest.mark.parametrize(
-    ("overrides", "in_step", "words"),
-    [
-        (["budget.epochs=3"], False, r"budget\.epochs: .* does not know the data set"),
-        (["schedule.name=cosine"], False, "there is no budget"),
-        (["schedule.warmup=0.1"], False, "there is no budget"),
-        (["schedule.name=cosine", "budget.seconds=1"], True, "learning rates would differ"),
-        (["schedule.warmup=0.1", "budget.seconds=1"], True, "learning rates would differ"),
-        (["checkpoint.count=2", "budget.seconds=1"], True, "at different steps"),
-    ],
-)
-def test_budgets_that_cannot_be_kept_are_refused(
-    overrides: list[str], in_step: bool, words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        consistency.check(config.load(None, overrides), "some", in_step)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "in_step"),
-    [
-        ([], False),
-        (["schedule.name=cosine", "budget.samples=9", "checkpoint.count=2"], True),
-        (["schedule.name=cosine", "budget.seconds=1", "checkpoint.count=2"], False),
-        (["budget.seconds=1"], True),
-    ],
-)
-def test_other_budgets_are_not(overrides: list[str], in_step: bool) -> None:
-    consistency.check(config.load(None, overrides), "some", in_step)
-
-
-def test_eccentricity() -> None:
-    assert topology.build("complete", 7).eccentricity(0) == 1
-    assert topology.build("ring", 7).eccentricity(3) == 3
-    assert topology.build("hypercube", 16).eccentricity(5) == 4
 
 
 class _Membership:

@@ -1,7 +1,15 @@
-"""Why there is a progress thread: over a network nothing completes while the target is outside MPI."""
+"""The progress thread: why there is one over a network, and that it does all that it is given."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from tests.support.fake_hosts import Hosts
 from tests.support.mpi_ranks import run_ranks
 
@@ -69,3 +77,85 @@ win.Unlock_all(); win.Free()
     alone, helped = map(float, done.stdout.split())
     assert alone > 0.9  # the rest of the target's 1.5 s
     assert helped < 0.4
+
+
+@pytest.fixture
+def couriers() -> Iterator[Callable[..., ProgressThread]]:
+    """Makes couriers that are closed at the end of the test."""
+    made: list[ProgressThread] = []
+
+    def make(*args: object, **options: object) -> ProgressThread:
+        made.append(ProgressThread(*args, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    assert all(courier.close() for courier in made)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., ProgressThread]) -> None:
+    courier = couriers(lambda: None, 60.0)
+    ran: list[tuple[int, int]] = []
+    for i in range(100):
+        courier.submit(lambda i=i: ran.append((i, threading.get_ident())))
+    wait_for(lambda: courier.idle)
+    assert [i for i, _ in ran] == list(range(100))
+    assert {thread for _, thread in ran} != {threading.get_ident()}
+    assert len({thread for _, thread in ran}) == 1
+    assert courier.busy_seconds == 0.0
+
+
+def test_courier_finishes_its_tasks_before_it_ends() -> None:
+    courier = ProgressThread(lambda: None, 60.0)
+    ran: list[int] = []
+    for i in range(3):
+        courier.submit(lambda i=i: (time.sleep(0.02), ran.append(i)))
+    assert courier.close()
+    assert ran == [0, 1, 2] and courier.idle
+    assert courier.close(), "again does nothing"
+
+
+def test_courier_calls_for_progress_and_chores_at_intervals(
+    couriers: Callable[..., ProgressThread],
+) -> None:
+    chores: list[float] = []
+    calls: list[float] = []
+    couriers(
+        lambda: chores.append(time.monotonic()),
+        0.05,
+        lambda: calls.append(time.monotonic()),
+        progress_interval=0.001,
+    )
+    wait_for(lambda: len(chores) >= 4)
+    assert len(calls) > 2 * len(chores)
+    assert min(np.diff(chores)) >= 0.05
+    assert chores[0] - calls[0] < 0.05, "the first chore is due at once"
+
+
+def test_what_fails_in_the_courier_is_raised_by_check(
+    couriers: Callable[..., ProgressThread],
+) -> None:
+    courier = couriers(lambda: None, 60.0)
+    courier.check()
+    courier.submit(lambda: [][0])
+    wait_for(lambda: courier._error is not None)
+    with pytest.raises(IndexError):
+        courier.check()
+    assert not courier.idle
+
+
+def test_a_stuck_courier_is_left_behind() -> None:
+    courier = ProgressThread(lambda: None, 60.0)
+    release = threading.Event()
+    courier.submit(release.wait)
+    wait_for(lambda: courier.busy_seconds > 0.05)
+    assert not courier.idle
+    assert not courier.close(timeout=0.05)
+    release.set()
+    assert courier.close()

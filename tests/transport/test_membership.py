@@ -1,0 +1,65 @@
+"""Membership: what ranks report of themselves, and when a silent one is dead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mpi_dasgd.codecs import Layout
+from mpi_dasgd.transport import membership
+from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING, Membership
+from mpi_dasgd.transport.virtual.memory import SharedMemory
+
+LAYOUT = Layout(codec=0, elements=8, payload_dtype=np.dtype(np.float32), payload_items=8)
+
+
+def make_memory(ranks: int) -> SharedMemory:
+    return SharedMemory(LAYOUT, ranks)
+
+
+def test_board_shows_what_others_report() -> None:
+    memory = make_memory(3)
+    boards = [Membership(memory, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
+    boards[1].report_samples(40)
+    boards[2].report_samples(2)
+    boards[2].publish_status(FINISHED)
+    boards[0].report_samples(100)
+    assert boards[0].total_samples == 100
+    boards[0].refresh(range(3))
+    assert boards[0].samples == [100, 40, 2] and boards[0].total_samples == 142
+    assert boards[0].status == [RUNNING, RUNNING, FINISHED]
+    boards[1].publish_last_step(17)
+    assert [boards[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
+    assert [one.claim_error_report() for one in reversed(boards)] == [True, False, False]
+
+
+def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    memory = make_memory(6)
+    boards = [Membership(memory, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
+    boards[2].publish_status(FINISHED)
+    boards[3].publish_status(FAILED)
+    boards[4].publish_status(DEPARTED)
+    for moment in range(31):
+        now[0] = 0.1 * moment
+        boards[1].send_heartbeat(memory)
+        if moment < 5:
+            boards[5].send_heartbeat(memory)
+        boards[0].detect_failures(range(6), memory)
+        expected = {2} if moment > 10 else set()
+        expected |= {5} if moment > 14 else set()
+        assert boards[0].dead == expected, moment
+
+
+def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    memory = make_memory(2)
+    watcher = Membership(memory, 0, 2, heartbeat_timeout=1.0)
+    for _ in range(4):
+        watcher.detect_failures(range(2), memory)
+        now[0] += 100
+    assert watcher.dead == set()
