@@ -20,13 +20,13 @@ STARTS_RANKS = {"mpi", "n_ranks", "two_hosts"}  # fixtures
 TOGETHER = {
     "test_cuda_compile.py": "compiled kernels",
     "test_native_build.py": "wheel",
-    "test_launch.py": "ranks",
+    "test_job.py": "ranks",
     "test_world.py": "ranks",
     "test_docs.py": "site",
     "test_cuda_shim.py": "library",
     "test_report.py": "runs",
     "test_results.py": "run",
-    "test_bench_quality.py": "table",
+    "test_quality.py": "table",
 }
 """Files whose tests one process runs, by what they share; the longest first."""
 

@@ -9,7 +9,7 @@
 Nobody waits: a claim that the network has not answered yet is used at the next exchange. Both sides move
 by the same amounts, so that the sum of all vectors and of the deltas on their way stays what it is. A
 publication serves *one* exchange. Without that the fast ranks all correct towards the same stale model of
-a straggler, their deltas add up, and the run diverges (`tests/simulation/test_simulate.py` shows it).
+a straggler, their deltas add up, and the run diverges (`tests/simulation/test_simulator.py` shows it).
 """
 
 from __future__ import annotations

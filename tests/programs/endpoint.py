@@ -1,5 +1,5 @@
 """What algorithms use of an endpoint beside the pair exchange, on real windows. Run by
-`test_transport_endpoint`.
+`test_endpoint`.
 
 Each case is a function of a fresh endpoint on ranks that are all neighbours; all ranks run them all, on
 each path that is named.

@@ -1,0 +1,91 @@
+"""Where the tests of a module are: those of ``a/b.py`` in ``tests/a/test_b.py``, or as said here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.mpi_ranks import ROOT
+
+PACKAGE, TESTS = ROOT / "mpi_dasgd", ROOT / "tests"
+
+TESTED_BY = {
+    "algorithms/test_adpsgd": "algorithms: adpsgd_bipartite adpsgd_pull pair_averaging pull_averaging",
+    "algorithms/test_asgd": "algorithms: minibatch server work_queue / staleness: delay_meter",
+    "algorithms/test_catalogue": "algorithms: description",
+    "algorithms/test_dasgd": "algorithms: replica / codecs: error_feedback / staleness: version_vectors "
+    "/ analysis: version_history",
+    "algorithms/test_registration": "algorithms: base build no_communication",
+    "algorithms/test_swarm": "algorithms: local_phase swarm_blocking swarm_pull",
+    "algorithms/test_synchronous_and_push_sum": "algorithms: allreduce dpsgd local_sgd osgp push_sum sgp",
+    "analysis/test_report": "analysis: load page page_template panels plots run style table verdict",
+    "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report kernel_workload machine "
+    "options timed_operation",
+    "bench/test_quality": "bench: bias codec_error detection gossip",
+    "bench/test_rma": "bench: rma_operations sample_store",
+    "bench/test_training": "bench: ddp measured_rank measurement",
+    "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice none",
+    "config/test_declared_once": "config: schema",
+    "doctor/test_doctor": "doctor: check contention environment network_checks probe",
+    "kernels/test_lattice": "kernels: encoded reference",
+    "kernels/test_native_build": "kernels: native",
+    "launch/test_job": "launch: rank_status",
+    "simulation/test_simulator": "simulation: local_optimizer / tasks: convex",
+    "jobs/test_jobs": "simulation: recorded_times trace",
+    "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
+    "storage/test_results": "storage: model schema / training: evaluator finalize local_optimizer",
+    "storage/test_runfile": "storage: provenance",
+    "studies/test_studies": "studies: adaptive dataset delay disagreement heterogeneous linear_theory "
+    "plotting quantization slowdown speedup staleness trajectory",
+    "tasks/test_tasks": "tasks: data idx models tables",
+    "topology/test_topology": "topology: graphs spanning_tree spectrum",
+    "training/test_budget": "training: learning_rate",
+    "training/test_train": ": __main__ cli errors / training: decentralized progress_line rank_parts "
+    "state_dict synchronize trainer / storage: run_directory",
+    "training/test_waiter_and_shutdown": "training: shutdown waiter",
+    "transport/test_failures": "transport: progress_context remote_peers",
+    "transport/test_publication_inbox": "transport: counters inbox publication memory",
+    "transport/test_endpoint": "transport: allreduce clock network",
+    "transport/test_stress": "transport: payload_slots shared_memory windows",
+}
+"""Modules without a test file of their own name: by test file, package by package."""
+
+
+def _modules() -> set[tuple[str, str]]:
+    """Package and name of each module; those of transport's parts count as transport's."""
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")} - {Path("__init__.py")}
+    return {(_package(file), file.stem) for file in files if file.stem != "__init__"}
+
+
+def _package(file: Path) -> str:
+    return file.parts[0] if len(file.parts) > 1 else ""
+
+
+def _table() -> list[tuple[str, str]]:
+    rows = []
+    for part in " / ".join(TESTED_BY.values()).split(" / "):
+        package, _, names = part.partition(":")
+        rows += [(package.strip(), name) for name in names.split()]
+    return rows
+
+
+def test_every_module_has_a_test_file_of_its_name_or_stands_in_the_table() -> None:
+    own = {(package, name) for package, name in _modules() if _file(package, name).exists()}
+    table = _table()
+    assert len(table) == len(set(table)), "a module stands in the table twice"
+    assert sorted(_modules() - own - set(table)) == [], "neither a test file nor a row of the table"
+    assert sorted(set(table) & own) == [], "in the table, and has a test file of its name"
+    assert sorted(set(table) - _modules()) == [], "in the table, and is no module"
+
+
+def _file(package: str, name: str) -> Path:
+    return TESTS / package / f"test_{name}.py"
+
+
+def test_the_table_names_test_files() -> None:
+    assert [name for name in TESTED_BY if not (TESTS / f"{name}.py").exists()] == []
+
+
+def test_each_folder_of_tests_has_a_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} - {Path()}
+    others = {Path("jobs")}  # of the repository
+    assert [str(f) for f in folders - others if not (PACKAGE / f / "__init__.py").exists()] == []
