@@ -28,7 +28,7 @@ TESTED_BY = {
     "doctor/test_doctor": "doctor: check contention environment network_checks probe",
     "kernels/test_lattice": "kernels: encoded reference",
     "kernels/test_native_build": "kernels: native",
-    "launch/test_job": "launch: rank_status",
+    "launch/test_job": "launch: rank_status supervisor",
     "simulation/test_simulator": "simulation: local_optimizer / tasks: convex",
     "jobs/test_jobs": "simulation: recorded_times trace",
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
