@@ -1,4 +1,4 @@
-"""The rival: torch's DistributedDataParallel over gloo, with the task and straggler of a run."""
+"""Baseline: torch's DistributedDataParallel over gloo, with the task and straggler of a run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from mpi_dasgd import straggler
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.storage.runfile import RunFile, rank_path
-from mpi_dasgd.tasks import data as tasks
-from mpi_dasgd.tasks import models
-from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.finalize import write_results
+from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
+from mpi_dasgd.training.evaluator import Evaluator
+from mpi_dasgd.training.finalize import RankRoles, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.workload import build_workload
 from mpi_dasgd.world import expected_ranks
 
 __all__ = ["DdpTrainer", "tcp_bytes_sent"]
@@ -36,23 +33,22 @@ _CALIBRATION = 0.5  # seconds to measure a gradient for
 class DdpTrainer:
     """One rank of a DDP job on this machine; it needs no MPI, only the launcher's numbers.
 
-    Weights, batches, recording and snapshots are those of `mpi_dasgd.training.trainer.Trainer`. A slowed rank
-    works or sleeps before the gradient that it shares. How long it sleeps is measured before the
-    training, since DDP's gradient contains the wait for the others.
+    Weights, batches, records and snapshots are those of `mpi_dasgd.training.trainer.Trainer`. A
+    slowed rank works or sleeps before the gradient that it shares. How long it sleeps is measured
+    before the training, since DDP's gradient contains the wait for the others.
 
     Args:
-        config: the run; its algorithm is ignored, its budget must be in seconds.
+        config: configuration of the run; the algorithm is ignored, the budget must be in seconds.
 
     Attributes:
-        rank, size: this rank, and how many there are.
-        begun: `time.monotonic` at the beginning of the training.
+        rank, size: this rank, and the number of ranks.
+        started: `time.monotonic` at the beginning of the training.
     """
 
     def __init__(self, config: Config) -> None:
         self.size, self.rank = expected_ranks()
         self.config = config
         directory = Path(config.run.directory)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host may lead nowhere
         dist.init_process_group(
             "gloo",
@@ -61,34 +57,13 @@ class DdpTrainer:
             world_size=self.size,
             timeout=_TIMEOUT,
         )
-        torch.manual_seed(config.run.seed * 1000003 + self.rank)
-        self.data = tasks.load(
-            config.task.name, config.task.model, config.run.seed, config.task.directory
-        )
-        self.model = models.build(config.task.model, self.data.features, self.data.classes)
-        self.parameters = FlatParameters(self.model)
-        self.optimizer = getattr(torch.optim, config.optimizer.name)(
-            self.model.parameters(), lr=config.optimizer.lr, **config.optimizer.options
-        )
-        self.batches = tasks.Batches(
-            self.data,
-            config.task.batch_size,
-            seed=config.run.seed,
-            rank=self.rank,
-            ranks=self.size,
-            sharded=config.task.data == "sharded",
-        )
-        self.straggler = straggler.Straggler(
-            config.straggler,
-            self.rank,
-            self.size,
-            config.run.seed,
-        )
-        self._gradient_seconds = self._measure_gradient() if self.straggler.active else 0.0
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.workload = build_workload(config, self.rank, self.size, workers=range(self.size))
+        self.parameters = FlatParameters(self.workload.model)
+        self._gradient_seconds = self._measure_gradient() if self.workload.straggler.active else 0.0
+        self.ddp = DistributedDataParallel(self.workload.model, gradient_as_bucket_view=True)
         self.step = self.samples = 0
         self.snapshots = Snapshots(config.run_directory / "snapshots")
-        self.evaluator = Evaluator(self.model, self.parameters, self.data)
+        self.evaluator = Evaluator(self.workload.model, self.parameters, self.workload.data)
         self.file = RunFile(
             rank_path(config.run_directory, self.rank),
             rank=self.rank,
@@ -101,12 +76,12 @@ class DdpTrainer:
         self._last_step = np.memmap(directory / "last-step", np.int64, "r+", shape=(1,))
         self._sent = tcp_bytes_sent()
         dist.barrier()
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
 
     @property
     def elapsed(self) -> float:
         """Seconds since training began."""
-        return time.monotonic() - self.begun
+        return time.monotonic() - self.started
 
     def run(self) -> None:
         """Train until the budget is spent, evaluate, and write results.h5. Collective."""
@@ -115,71 +90,67 @@ class DdpTrainer:
         if self._sent is not None:
             counters["bytes_sent"] = (tcp_bytes_sent() or 0) - self._sent
         points = self.config.evaluation.count
-        self._milestone(points)
+        self._pass_milestone(points)
         self.file.close("finished", counters)
         dist.barrier()
         dist.destroy_process_group()
         if self.rank == 0:
+            ranks = range(self.size)
             write_results(
-                self.config.run_directory,
-                range(self.size),
-                range(self.size),
-                points,
-                self.model,
-                self.parameters,
-                self.evaluator,
+                self.config.run_directory, RankRoles(ranks, ranks, ranks), points, self.evaluator
             )
 
     def _measure_gradient(self) -> float:
-        """Return how long a gradient of this rank takes, without the others, as slow as it will be."""
+        """Return the seconds that a gradient of this rank alone takes, slowed as in the training."""
         seconds: list[float] = []
         end = time.monotonic() + _CALIBRATION
         while len(seconds) < 4 or time.monotonic() < end:
-            begun = time.perf_counter()
-            x, y = self.batches.batch(len(seconds))
-            self._gradient(self.model, x, y)
-            seconds.append(time.perf_counter() - begun)
+            started = time.perf_counter()
+            self.workload.compute_gradient(*self.workload.batches.batch(len(seconds)))
+            seconds.append(time.perf_counter() - started)
             if len(seconds) > 1:  # the first one warms up
-                time.sleep(self.straggler.extra_seconds(0, seconds[-1]))
+                time.sleep(self.workload.straggler.extra_seconds(0, seconds[-1]))
         return float(np.median(seconds[1:]))
 
     def _train(self) -> None:
         seconds, points = self.config.budget.seconds, self.config.evaluation.count
-        assert seconds is not None, "measured for a time"
+        assert seconds is not None, "the budget of a DDP run is in seconds"
+        workload = self.workload
         milestone = 1
         while True:
-            begun = time.perf_counter()
-            x, y = self.batches.batch(self.step)
-            if self.straggler.active:
+            started = time.perf_counter()
+            x, y = workload.batches.batch(self.step)
+            if workload.straggler.active:
                 with self.ddp.no_sync():
-                    again = functools.partial(self._gradient, self.model, x, y)
-                    self.straggler.slow_down(self.step, self._gradient_seconds, again)
+                    again = functools.partial(workload.compute_gradient, x, y)
+                    workload.straggler.slow_down(self.step, self._gradient_seconds, again)
             if self.rank == 0 and self.elapsed >= seconds:
                 self._last_step[0] = self.step + 1  # before the all-reduce that all ranks share
-            loss = self._gradient(self.ddp, x, y)
-            self.optimizer.step()
+            loss = workload.compute_gradient(x, y, self.ddp)
+            workload.optimizer.step()
             self.step += 1
             self.samples += len(x)
             elapsed = self.elapsed
             self.file.append(
                 "train", self.step, elapsed, self.samples, self.samples * self.size, loss,
-                self.config.optimizer.lr, time.perf_counter() - begun, 0.0, 0.0, 0, 1.0,
+                self.config.optimizer.lr, time.perf_counter() - started, 0.0, 0.0, 0, 1.0,
             )  # fmt: skip
             while milestone < points and elapsed * points >= milestone * seconds:
-                self._milestone(milestone)
+                self._pass_milestone(milestone)
                 milestone += 1
             if 0 < self._last_step[0] <= self.step:
                 return
 
-    def _gradient(self, network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-        self.optimizer.zero_grad()
-        loss = cross_entropy(network(x), y)
-        loss.backward()
-        return loss.item()
-
-    def _milestone(self, milestone: int) -> None:
-        when = (self.elapsed, self.samples, self.samples * self.size)
-        self.snapshots.save(milestone, self.rank, self.parameters, *when)
+    def _pass_milestone(self, milestone: int) -> None:
+        self.parameters.copy_to_host()
+        snapshot = Snapshot(
+            self.parameters.host_view,
+            self.parameters.buffers(),
+            self.elapsed,
+            self.samples,
+            self.samples * self.size,
+        )
+        self.snapshots.save(milestone, self.rank, snapshot)
 
 
 def tcp_bytes_sent() -> int | None:

@@ -19,7 +19,7 @@ _METER_SECONDS = 0.05
 
 
 def cpu_path(directory: Path, rank: int) -> Path:
-    """Return where the CPU times of `rank` lie in a run directory."""
+    """Return the path of the CPU times of `rank` in a run directory."""
     return directory / "cpu" / f"rank{rank:05d}.npy"
 
 
@@ -38,11 +38,11 @@ class Meter:
     """Reads CPU time 20 times a second: of this process, all threads together, and of its cores.
 
     Args:
-        begun: `time.monotonic` at the beginning of the training.
+        started: `time.monotonic` at the beginning of the training.
     """
 
-    def __init__(self, begun: float) -> None:
-        self._begun = begun
+    def __init__(self, started: float) -> None:
+        self._started = started
         self._cores = os.sched_getaffinity(0)
         self._rows: list[tuple[float, float, float]] = []
         self._stop = threading.Event()
@@ -51,7 +51,7 @@ class Meter:
         self._thread.start()
 
     def _read(self) -> None:
-        now = time.monotonic() - self._begun
+        now = time.monotonic() - self._started
         self._rows.append((now, time.process_time(), busy_seconds(self._cores)))
 
     def _run(self) -> None:
@@ -74,10 +74,10 @@ def main(algorithm: str, file: str) -> int:
     if algorithm == "ddp":
         from mpi_dasgd.bench.ddp import DdpTrainer
 
-        rival = DdpTrainer(config)
-        meter = Meter(rival.begun)
-        rival.run()
-        meter.save(cpu_path(config.run_directory, rival.rank))
+        baseline = DdpTrainer(config)
+        meter = Meter(baseline.started)
+        baseline.run()
+        meter.save(cpu_path(config.run_directory, baseline.rank))
         return 0
     world.log_to_stderr()
     environment = world.start()

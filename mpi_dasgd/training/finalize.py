@@ -13,27 +13,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.storage.model import save_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
-from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.storage.schema import CONSENSUS
+from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
+from mpi_dasgd.training.evaluator import Evaluator
 
-__all__ = ["RunOutputs", "write_results"]
+__all__ = ["RankRoles", "RunOutputs", "write_results"]
+
+
+@dataclass(frozen=True)
+class RankRoles:
+    """Which ranks take which part in a run.
+
+    Attributes:
+        ranks: all ranks.
+        model_ranks: ranks whose mean is the model that was trained.
+        workers: ranks that compute gradients: the mean of their buffers is that of the model.
+        dead: ranks that have died.
+    """
+
+    ranks: Sequence[int]
+    model_ranks: Sequence[int]
+    workers: Collection[int]
+    dead: Collection[int] = ()
 
 
 class RunOutputs:
-    """What `conclude` leaves in the directory of a run, apart from what an earlier part of it has left.
+    """Files that `write_results` leaves in a run directory, those of an earlier part apart.
 
     Args:
-        directory: of the run; what it holds at construction does not count.
+        directory: run directory; outputs that it has at construction do not count.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._earlier = self._found()
+        self._earlier = self._identities()
 
     @property
     def complete(self) -> bool:
@@ -41,126 +58,113 @@ class RunOutputs:
         # A network file system learns of another host's files at the latest when it changes the folder.
         with tempfile.TemporaryFile(dir=self._directory):
             pass
-        return all(
-            now and now != old for now, old in zip(self._found(), self._earlier, strict=True)
-        )
+        current = self._identities()
+        return all(new and new != old for new, old in zip(current, self._earlier, strict=True))
 
-    def _found(self) -> list[tuple[int, int] | None]:
-        return [
-            _identity(path) for path in (results_path(self._directory), _model(self._directory))
-        ]
+    def _identities(self) -> list[tuple[int, int] | None]:
+        return [_identity(results_path(self._directory)), _identity(_model_path(self._directory))]
 
 
-def _model(directory: Path) -> Path:
+def _model_path(directory: Path) -> Path:
     return directory / "model.h5"
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from a later one of the same name; None if there is none."""
+    """Return what distinguishes a file from a later one of the same name; None if there is none."""
     try:
-        # Opened, not looked for: over NFS only that shows what another host has just written.
+        # Opened rather than listed: over NFS only that shows what another host has just written.
         with path.open("rb") as file:
-            found = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
-def write_results(
-    directory: Path,
-    ranks: Sequence[int],
-    model_ranks: Sequence[int],
-    points: int,
-    model: torch.nn.Module,
-    parameters: FlatParameters,
-    evaluator: Evaluator,
-    *,
-    workers: Collection[int] | None = None,
-    dead: Collection[int] = (),
-) -> None:
+def write_results(directory: Path, roles: RankRoles, milestones: int, evaluator: Evaluator) -> None:
     """Write results.h5 and model.h5, and remove the snapshots.
 
     Ranks that were lost before they had finished are left out; one that died later is not.
 
     Args:
-        directory: of the run; the run files of `ranks` are closed or about to be, but for the dead.
-        ranks: all.
-        model_ranks: those whose mean is the model that was trained.
-        points: number of milestones.
-        model, parameters, evaluator: of this rank; the model ends as the mean of all.
-        workers: ranks that computed gradients, which the model's buffers are of; None: all.
-        dead: ranks that have died.
+        directory: run directory; all living ranks have closed their run file or are about to.
+        roles: who is who.
+        milestones: number of milestones.
+        evaluator: evaluator of this rank; its model ends as the mean of all.
 
     Raises:
-        PeerLost: no rank of `model_ranks` has finished.
+        PeerLost: no rank of `roles.model_ranks` has finished.
     """
-    alive = [rank for rank in ranks if rank not in dead]
-    finished = _finished(directory, alive, timeout=30.0)
-    chosen = [rank for rank in model_ranks if rank in finished]
-    if not chosen:
+    living = [rank for rank in roles.ranks if rank not in roles.dead]
+    finished = _finished_ranks(directory, living, timeout=30.0)
+    model_ranks = [rank for rank in roles.model_ranks if rank in finished]
+    if not model_ranks:
         raise PeerLost(
-            f"model.h5 and the evaluation of the mean model are missing: ranks {list(model_ranks)} were "
-            "lost before they left the trained model"
+            "model.h5 and the evaluation of the mean model are missing: ranks "
+            f"{list(roles.model_ranks)} were lost before they left the trained model"
         )
-    trained = [rank for rank in finished if workers is None or rank in workers] or chosen
-    mean = _MeanModel(chosen, trained)
+    workers = [rank for rank in finished if rank in roles.workers] or model_ranks
+    mean_model = _MeanModel(model_ranks, workers)
     snapshots = Snapshots(directory / "snapshots")
-    vector, buffers = mean.of(_loaded(snapshots, points, finished))
-    known = _own_accuracies(directory)
-    milestones = range(1, points + 1)
-    table = _consensus_table(milestones, finished, mean, snapshots, evaluator, known)
-    consolidate(directory, {name: np.asarray(column) for name, column in table.items()})
-    parameters.set(vector)
-    parameters.set_buffers(buffers)
-    save_model(_model(directory), model.state_dict())
+    vector, buffers = mean_model.of(_load_snapshots(snapshots, milestones, finished))
+    table = _ConsensusTable(mean_model, evaluator, _own_accuracies(directory))
+    for milestone in range(1, milestones + 1):
+        loaded = _load_snapshots(snapshots, milestone, finished)
+        if len(loaded) == len(finished):
+            table.add(milestone, loaded)
+    consolidate(directory, table.columns())
+    evaluator.set_weights(vector, buffers)
+    save_model(_model_path(directory), evaluator.model.state_dict())
     snapshots.remove()
 
 
 @dataclass(frozen=True)
 class _MeanModel:
-    """Which ranks' models make the mean model, and which ranks' buffers: a server trains none."""
+    """Ranks whose models make the mean model, and ranks whose buffers do: a server trains none."""
 
-    models: Sequence[int]
-    buffers: Sequence[int]
+    model_ranks: Sequence[int]
+    buffer_ranks: Sequence[int]
 
-    def of(
-        self, snapshots: Mapping[int, Mapping[str, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean model and its buffers, flat, from the snapshots of all ranks."""
+    def of(self, snapshots: Mapping[int, Snapshot]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean model and its buffers, 1-D float64, from the snapshots of all ranks."""
         return (
-            _mean([snapshots[rank]["model"] for rank in self.models]),
-            _mean([snapshots[rank]["buffers"] for rank in self.buffers]),
+            _mean([snapshots[rank].model for rank in self.model_ranks]),
+            _mean([snapshots[rank].buffers for rank in self.buffer_ranks]),
         )
 
 
-def _loaded(
+def _load_snapshots(
     snapshots: Snapshots, milestone: int, ranks: Sequence[int]
-) -> dict[int, Mapping[str, np.ndarray]]:
-    """Return the snapshots that there are of `ranks`."""
-    found = {rank: snapshots.load(milestone, rank) for rank in ranks}
-    return {rank: snapshot for rank, snapshot in found.items() if snapshot is not None}
+) -> dict[int, Snapshot]:
+    """Return the snapshots of `ranks` that exist."""
+    loaded = {rank: snapshots.load(milestone, rank) for rank in ranks}
+    return {rank: snapshot for rank, snapshot in loaded.items() if snapshot is not None}
 
 
 def _mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(np.mean(vectors, axis=0, dtype=np.float64))
 
 
-def _finished(directory: Path, alive: Sequence[int], timeout: float) -> list[int]:
-    """Return the ranks that have finished, when the run files of `alive` are closed, or after `timeout`."""
+def _finished_ranks(directory: Path, living: Sequence[int], timeout: float) -> list[int]:
+    """Return the ranks that have finished, once `living` have closed their run file, or in time.
+
+    Args:
+        directory: run directory.
+        living: ranks to wait for.
+        timeout: seconds to wait at most.
+    """
     deadline = time.monotonic() + timeout
     while True:
         results = gather(directory)
-        status = dict(
-            zip(results.rank.tolist(), results.rank_table["status"].tolist(), strict=True)
-        )
-        closed = all(status.get(rank, "running") != "running" for rank in alive)
+        statuses = results.rank_table["status"].tolist()
+        status = dict(zip(results.rank.tolist(), statuses, strict=True))
+        closed = all(status.get(rank, "running") != "running" for rank in living)
         if closed or time.monotonic() > deadline:
             return [rank for rank, word in status.items() if word == "finished"]
         time.sleep(0.05)
 
 
 def _own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
-    """Return what the ranks measured of their own models, by milestone and rank."""
+    """Return the test accuracies that ranks measured of their own models, by milestone and rank."""
     results = gather(directory)
     table = results.tables["evaluation"]
     return {
@@ -172,53 +176,47 @@ def _own_accuracies(directory: Path) -> dict[tuple[int, int], float]:
     }
 
 
-def _consensus_table(
-    milestones: Sequence[int],
-    ranks: Sequence[int],
-    mean_model: _MeanModel,
-    snapshots: Snapshots,
-    evaluator: Evaluator,
-    known: Mapping[tuple[int, int], float],
-) -> dict[str, list[float]]:
-    """Evaluate the mean model, and each rank's, at `milestones`.
+class _ConsensusTable:
+    """Columns of `mpi_dasgd.storage.schema.CONSENSUS`, filled milestone by milestone.
 
     Args:
-        milestones: those to evaluate; one that lacks a rank's snapshot is left out.
-        ranks: whose models are looked at.
-        mean_model: which of them make the mean.
-        snapshots: where they are.
+        mean_model: ranks that make the mean.
         evaluator: evaluates; its model is changed.
-        known: accuracies measured before, by milestone and rank.
-
-    Returns:
-        Columns of `mpi_dasgd.storage.schema.CONSENSUS`, one entry a milestone.
+        known_accuracies: accuracies measured before, by milestone and rank.
     """
-    table: dict[str, list[float]] = {
-        name: []
-        for name in (
-            "milestone", "progress", "samples", "time", "mean_test_loss", "mean_test_accuracy",
-            "worst_test_accuracy", "best_test_accuracy", "consensus_distance", "consensus_relative",
-        )
-    }  # fmt: skip
-    for milestone in milestones:
-        loaded = _loaded(snapshots, milestone, ranks)
-        if len(loaded) < len(ranks):
-            continue
-        mean, buffers = mean_model.of(loaded)
-        distance = float(np.mean([np.square(s["model"] - mean).sum() for s in loaded.values()]))
+
+    def __init__(
+        self,
+        mean_model: _MeanModel,
+        evaluator: Evaluator,
+        known_accuracies: Mapping[tuple[int, int], float],
+    ) -> None:
+        self._mean_model = mean_model
+        self._evaluator = evaluator
+        self._known_accuracies = known_accuracies
+        self._rows: list[dict[str, float]] = []
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the columns, one entry per milestone that was added."""
+        return {
+            column.name: np.array([row[column.name] for row in self._rows], np.float64)
+            for column in CONSENSUS
+        }
+
+    def add(self, milestone: int, snapshots: Mapping[int, Snapshot]) -> None:
+        """Evaluate the mean model, and each rank's, at `milestone`, from the snapshots of all."""
+        models = snapshots.values()
+        mean, buffers = self._mean_model.of(snapshots)
+        distance = float(np.mean([np.square(s.model - mean).sum() for s in models]))
         accuracies = [
-            known[milestone, rank]
-            if (milestone, rank) in known
-            else evaluator.evaluate(snapshot["model"], snapshot["buffers"])[1]
-            for rank, snapshot in loaded.items()
+            self._accuracy(milestone, rank, snapshot) for rank, snapshot in snapshots.items()
         ]
-        loss, accuracy = evaluator.evaluate(mean, buffers)
-        when = np.array([snapshot["when"] for snapshot in loaded.values()])
-        row = {
+        loss, accuracy = self._evaluator.evaluate(mean, buffers)
+        row: dict[str, float] = {
             "milestone": milestone,
-            "progress": when[:, 2].max(),
-            "samples": when[:, 1].sum(),
-            "time": when[:, 0].max(),
+            "progress": max(s.total_samples for s in models),
+            "samples": sum(s.samples for s in models),
+            "time": max(s.time_s for s in models),
             "mean_test_loss": loss,
             "mean_test_accuracy": accuracy,
             "worst_test_accuracy": min(accuracies),
@@ -226,6 +224,10 @@ def _consensus_table(
             "consensus_distance": distance,
             "consensus_relative": distance / max(float(np.square(mean).sum()), 1e-300),
         }
-        for name, value in row.items():
-            table[name].append(float(value))
-    return table
+        self._rows.append(row)
+
+    def _accuracy(self, milestone: int, rank: int, snapshot: Snapshot) -> float:
+        """Return the test accuracy of a rank's model, measured now if it was not before."""
+        if (milestone, rank) in self._known_accuracies:
+            return self._known_accuracies[milestone, rank]
+        return self._evaluator.evaluate(snapshot.model, snapshot.buffers)[1]

@@ -14,8 +14,8 @@ from mpi_dasgd.algorithms.easgd import EASGD
 from mpi_dasgd.config.schema import EvaluationConfig
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
+from mpi_dasgd.storage.snapshots import Snapshots
 from mpi_dasgd.storage.writer_thread import writer
-from mpi_dasgd.training.evaluator import Snapshots
 from mpi_dasgd.training.trainer import Trainer
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
@@ -179,23 +179,20 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
     assert worker.model is worker.x
 
     trainer = object.__new__(Trainer)
-    own = SimpleNamespace(
-        host_view=server.x, copy_to_host=lambda: None, buffers=lambda: np.empty(0)
-    )
+    own = SimpleNamespace(copy_to_host=lambda: None, buffers=lambda: np.empty(0))
     vars(trainer).update(
-        rank=0,
         training=SimpleNamespace(
-            algorithm=server, parameters=own, elapsed=1.0, samples=2, total_samples=3
+            algorithm=server, parameters=own, rank=0, elapsed=1.0, samples=2, total_samples=3
         ),
         snapshots=Snapshots(tmp_path),
         config=simulation.config.model_copy(update={"evaluation": EvaluationConfig(live=False)}),
     )
-    trainer._milestone(4)
+    trainer._pass_milestone(4)
     writer().submit(lambda: None).result()
     saved = trainer.snapshots.load(4, 0)
     assert saved is not None
-    np.testing.assert_array_equal(saved["model"], server.center)
-    np.testing.assert_array_equal(saved["when"], [1, 2, 3])
+    np.testing.assert_array_equal(saved.model, server.center)
+    assert (saved.time_s, saved.samples, saved.total_samples) == (1, 2, 3)
 
 
 @pytest.mark.parametrize(

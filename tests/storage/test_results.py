@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -16,20 +15,17 @@ import pytest
 import torch
 import xarray as xr
 
-from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file
 from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
+from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
-from mpi_dasgd.training.evaluator import Evaluator, Snapshots
-from mpi_dasgd.training.finalize import RunOutputs, write_results
+from mpi_dasgd.training.evaluator import Evaluator
+from mpi_dasgd.training.finalize import RankRoles, RunOutputs, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
-from mpi_dasgd.training.trainer import Trainer
 
 MILESTONES = 12
 
@@ -368,27 +364,21 @@ class Concluded:
             with torch.no_grad():
                 self.model[1].weight.fill_(rank + 1)
                 self.model[0].running_mean.fill_(rank + 1)
-            snapshots.save(1, rank, self.parameters, 1.0, 10, 40)
+            model, buffers = self.parameters.host_view, self.parameters.buffers()
+            snapshots.save(1, rank, Snapshot(model, buffers, 1.0, 10, 40))
             if status == "running":
                 file.flush()
             else:
                 file.close(status, {})
         writer().submit(lambda: None).result()
 
-    def conclude(self, model_ranks: range, **options: Any) -> dict[str, float]:
+    def conclude(
+        self, model_ranks: range, workers: range = range(4), dead: Collection[int] = ()
+    ) -> dict[str, float]:
         """Return the weight and the running mean of model.h5."""
         x, y = torch.randn(20, 3), torch.randint(2, (20,))
         evaluator = Evaluator(self.model, self.parameters, Data(x, y, x, y, 2))
-        write_results(
-            self.directory,
-            range(4),
-            model_ranks,
-            1,
-            self.model,
-            self.parameters,
-            evaluator,
-            **options,
-        )
+        write_results(self.directory, RankRoles(range(4), model_ranks, workers, dead), 1, evaluator)
         state = load_model(self.directory / "model.h5")
         return {name: float(value.double().mean()) for name, value in state.items()}
 
@@ -438,54 +428,3 @@ def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> Non
     assert resumed.complete
 
 
-@pytest.mark.slow
-def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it() -> None:
-    model = torch.nn.Linear(2, 1)
-    parameters = FlatParameters(model)
-    local = TorchLocalOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), parameters)
-    rank = object.__new__(Trainer)
-    rows: list[tuple[Any, ...]] = []
-    vars(rank).update(
-        batches=SimpleNamespace(batch=lambda step: (torch.ones(1, 2), torch.zeros(1))),
-        device="cpu",
-        straggler=SimpleNamespace(slow_down=lambda *step: None),
-        file=SimpleNamespace(append=lambda *row: rows.append(row)),
-        training=SimpleNamespace(
-            local=local, elapsed=0.0, samples=0, total_samples=0, exchange_seconds=0.0,
-            wait_seconds=0.0, delay=0, delay_factor=1.0, step=lambda samples: None,
-        ),
-        _gradient=lambda x, y: 1.0,
-    )  # fmt: skip
-
-    def recorded() -> float:
-        rank._step()
-        names = ["table", *(column.name for column in TABLES["train"])]
-        return float(dict(zip(names, rows[-1], strict=True))["learning_rate"])
-
-    local.lr_scale = 0.5
-    assert recorded() == 0.1  # of a worker, whose optimizer makes no step
-    model(torch.ones(1, 2)).sum().backward()
-    local.apply(0.5)
-    assert recorded() == local.lr == 0.05
-    local.lr_scale = 0.1  # of a step without an update: the rate is the last one's
-    assert recorded() == 0.05
-
-
-def test_the_trainer_says_who_is_dead_and_whose_buffers_were_trained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "mpi_dasgd.training.trainer.write_results", lambda *_, **options: asked.update(options)
-    )
-    rank = object.__new__(Trainer)
-    vars(rank).update(
-        directory=tmp_path, size=4, model=None, evaluator=None, config=Config(),
-        training=SimpleNamespace(
-            algorithm=ASGD,
-            parameters=None,
-            endpoint=SimpleNamespace(membership=SimpleNamespace(dead={2})),
-        ),
-    )  # fmt: skip
-    rank._conclude()
-    assert asked == {"workers": range(1, 4), "dead": [2]}

@@ -373,35 +373,41 @@ def test_the_others_finish_when_a_rank_is_killed(tmp_path: Path, victim: int) ->
 
 DIES_AT_THE_END = """
 import os, signal, sys
-from mpi_dasgd.training import trainer
 from mpi_dasgd.cli import main
+from mpi_dasgd.training import run_end, trainer
 
 where, victims, *arguments = sys.argv[1:]
-function = getattr(trainer.Trainer, where)
+owner, method = {
+    "writing the results": (run_end.RunEnd, "_write_results"),
+    "passing the last milestone": (trainer.Trainer, "_pass_milestone"),
+}[where]
+function = getattr(owner, method)
 
 def dies(self, *rest):
-    last = not rest or rest[0] == self.config.evaluation.count  # the last milestone
-    if last and str(self.rank) in victims:
+    from mpi4py import MPI  # not before `main` starts it
+    last = not rest or rest[0] == 2  # of two milestones
+    if last and str(MPI.COMM_WORLD.rank) in victims:
         os.kill(os.getpid(), signal.SIGKILL)
     function(self, *rest)
 
-setattr(trainer.Trainer, where, dies)
+setattr(owner, method, dies)
 sys.exit(main(["train", *arguments]))
 """
-"""Trains, and kills ranks when they come to a method of `Trainer`."""
+"""Trains, and kills ranks at the end of it."""
 
 
 def _train_with_deaths(
     ranks: int, where: str, victims: str, directory: Path, *overrides: str
 ) -> Completed:
     return run_ranks(
-        ranks, DIES_AT_THE_END, where, victims, str(JOB), f"run.directory={directory}", "run.name=run",
-        "budget.epochs=2", "evaluation.count=2", "transport.heartbeat_timeout=1", *overrides, check=False,
+        ranks, DIES_AT_THE_END, where, victims, str(JOB), f"run.directory={directory}",
+        "run.name=run", "budget.epochs=2", "evaluation.count=2",
+        "transport.heartbeat_timeout=1", *overrides, check=False,
     )  # fmt: skip
 
 
 def test_the_next_rank_writes_the_results_when_one_dies_over_them(tmp_path: Path) -> None:
-    done = _train_with_deaths(3, "_conclude", "01", tmp_path)
+    done = _train_with_deaths(3, "writing the results", "01", tmp_path)
     assert done.code == 0 and done.codes == [137, 137, 0], done.report()
     assert "ranks [0, 1] were lost" in done.stderr
     with h5py.File(tmp_path / "run" / "results.h5") as file:
@@ -414,7 +420,7 @@ def test_the_next_rank_writes_the_results_when_one_dies_over_them(tmp_path: Path
 
 def test_a_model_that_is_lost_is_no_success(tmp_path: Path) -> None:
     server = ["algorithm.name=easgd", "codec.name=none"]
-    done = _train_with_deaths(3, "_milestone", "0", tmp_path, *server)
+    done = _train_with_deaths(3, "passing the last milestone", "0", tmp_path, *server)
     assert done.code == 4 and done.codes == [137, 4, 4], done.report()
     assert done.stderr.count("error:") == 1
     assert "model.h5" in done.stderr and "ranks [0] were lost" in done.stderr

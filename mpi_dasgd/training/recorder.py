@@ -1,0 +1,125 @@
+"""Record of a rank's training: rows of its run file, and the text of the progress line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+import numpy as np
+
+from mpi_dasgd.algorithms import ExchangeRecord
+from mpi_dasgd.storage.runfile import RunFile
+from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
+from mpi_dasgd.training.decentralized import Decentralized
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+
+__all__ = ["Recorder"]
+
+_RECENT_EXCHANGES = 1000  # over which the progress line averages
+
+
+class Recorder:
+    """Appends what a rank does to its run file, and sums it up in one line.
+
+    Args:
+        file: run file of this rank.
+        training: training of this rank.
+
+    Attributes:
+        loss: training loss of the newest batch; NaN before the first.
+    """
+
+    def __init__(self, file: RunFile, training: Decentralized) -> None:
+        self.loss = math.nan
+        self._file = file
+        self._training = training
+        self._recent_ages: deque[int] = deque(maxlen=_RECENT_EXCHANGES)
+        self._oldest = 0
+        self._accuracy: float | None = None
+
+    def record_step(
+        self, loss: float, *, compute_seconds: float, exchange_seconds: float, wait_seconds: float
+    ) -> None:
+        """Record the step just made.
+
+        Args:
+            loss: training loss of its batch.
+            compute_seconds: time in forward, backward, and the optimizer.
+            exchange_seconds: time in the exchange, without waiting.
+            wait_seconds: time spent waiting for other ranks.
+        """
+        training = self._training
+        self.loss = loss
+        self._file.append(
+            "train", training.local.local_step, training.elapsed, training.samples,
+            training.total_samples, loss, _learning_rate(training.local), compute_seconds,
+            exchange_seconds, wait_seconds, training.delay, training.delay_factor,
+        )  # fmt: skip
+
+    def record_exchange(self, exchange: ExchangeRecord) -> None:
+        """Record an exchange, or a gradient of another rank."""
+        age = exchange.step - exchange.partner_step if exchange.partner >= 0 else UNKNOWN_AGE
+        self._file.append(
+            "exchange", exchange.step, self._training.elapsed, exchange.partner, exchange.kind,
+            exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
+            exchange.distance, exchange.rejected, exchange.set_staleness,
+        )  # fmt: skip
+        if exchange.kind in (INITIATED, APPLIED):
+            self._recent_ages.append(max(0, age))
+            self._oldest = max(self._oldest, age)
+
+    def record_evaluation(
+        self, milestone: int, when: tuple[float, int, int], loss: float, accuracy: float
+    ) -> None:
+        """Record test loss and accuracy (0 to 1) of this rank's model at a milestone.
+
+        Args:
+            milestone: index of the milestone, from 1.
+            when: seconds of training, samples of this rank, and samples of all ranks.
+            loss, accuracy: what was measured.
+        """
+        self._accuracy = accuracy
+        local_step = self._training.local.local_step
+        self._file.append("evaluation", milestone, local_step, *when, loss, accuracy)
+
+    def close(self, status: str) -> None:
+        """Close the run file, with the counters of the run and `status`, how the rank ended."""
+        training = self._training
+        self._file.close(
+            status,
+            {
+                **training.counters,
+                "steps": training.local.local_step,
+                "samples": training.samples,
+                "wall_s": training.elapsed,
+                "cpu_s": time.process_time(),
+            },
+        )
+
+    def progress_text(self) -> str:
+        """Return the state of the run in one line."""
+        training = self._training
+        speed = training.total_samples / max(training.elapsed, 1e-9)
+        parts = [
+            f"{training.algorithm.name} {100 * training.progress:3.0f} %",
+            f"{speed:,.0f} samples/s",
+        ]
+        if training.computes_gradients:
+            parts.append(f"loss {self.loss:.4f}")
+        if self._accuracy is not None:
+            parts.append(f"accuracy {100 * self._accuracy:.1f} % (rank {training.rank})")
+        if self._recent_ages:
+            mean = np.mean(self._recent_ages)
+            parts.append(f"staleness {mean:.1f} steps, at most {self._oldest}")
+        counters = training.codec.counters
+        if rejected := counters.get("buckets_rejected"):
+            fraction = rejected / (rejected + counters["buckets_decoded"])
+            parts.append(f"{100 * fraction:.2g} % of buckets not decoded")
+        return "  ".join(parts)
+
+
+def _learning_rate(local: TorchLocalOptimizer) -> float:
+    """Return the learning rate of a rank's newest gradient, also where a server applies it."""
+    has_updated = local.update_seconds > 0  # else the optimizer still has its base rate
+    return local.lr if has_updated else local.lr * local.lr_scale
