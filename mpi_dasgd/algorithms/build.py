@@ -60,7 +60,7 @@ class RunParts:
 
     @cached_property
     def max_steps_ahead(self) -> int:
-        """Steps by which a rank can be ahead of rank 0's next exchange, if ranks are in lockstep."""
+        """Steps by which a rank in lockstep can be ahead of rank 0's next exchange."""
         return self.algorithm_cls.max_steps_ahead(self.config.algorithm, self.topology)
 
     @property

@@ -101,7 +101,7 @@ class DdpTrainer:
             )
 
     def _measure_gradient(self) -> float:
-        """Return the seconds that a gradient of this rank alone takes, slowed as in the training."""
+        """Return the seconds that a gradient of this rank alone takes, slowed as in training."""
         seconds: list[float] = []
         end = time.monotonic() + _CALIBRATION
         while len(seconds) < 4 or time.monotonic() < end:

@@ -60,7 +60,7 @@ class Decentralized:
         lockstep: whether all ranks make the same number of steps.
         exchange_seconds: time spent in exchanges so far, `wait_seconds` included.
         delay: gradients that other ranks computed while this one computed its newest.
-        delay_factor: factor on the learning rate that `algorithm.delay_adaptive_rule` gave for `delay`.
+        delay_factor: factor on the learning rate of `algorithm.delay_adaptive_rule` for `delay`.
     """
 
     @renamed_arguments(graph="topology", samples="total_samples")
@@ -148,8 +148,8 @@ class Decentralized:
         """
         if not self.computes_gradients:
             raise UserError(
-                f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no gradients: call "
-                "training.serve() while training.computes_gradients is false, or set "
+                f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no gradients: "
+                "call training.serve() while training.computes_gradients is false, or set "
                 "algorithm.server_trains=true"
             )
         started, updated = time.perf_counter(), self.local.update_seconds
@@ -206,7 +206,7 @@ class Decentralized:
         return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 
     def fail(self) -> bool:
-        """Tell the other ranks that this one has failed; return whether it is the first to do so."""
+        """Tell the other ranks that this one has failed; return whether it is the first one."""
         self.endpoint.membership.publish_status(FAILED)
         return self.endpoint.membership.claim_error_report()
 

@@ -55,7 +55,7 @@ class RunOutputs:
     @property
     def complete(self) -> bool:
         """Whether results.h5 and model.h5 of this part of the run are there."""
-        # A network file system learns of another host's files at the latest when it changes the folder.
+        # A change of the folder makes a network file system notice another host's files.
         with tempfile.TemporaryFile(dir=self._directory):
             pass
         current = self._identities()

@@ -1,4 +1,4 @@
-"""A torch module as one flat vector, and back: views where possible, one copy where not."""
+"""A torch module as one flat vector: views where possible, one copy where not."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["FlatParameters"]
 
 
 class FlatParameters:
-    """The trainable parameters of a module in one contiguous float32 vector.
+    """Trainable parameters of a module in one contiguous float32 vector.
 
-    The parameters become views of the vector, so that the module computes with what the exchange
+    The parameters become views of the vector, so that the module computes with what an exchange
     changes. Padding behind them is zero.
 
     Args:
-        module: on one device.
+        module: module whose parameters are on one device.
 
     Raises:
-        UserError: no trainable parameters, types other than float32, or several devices.
+        UserError: no trainable parameters, dtypes other than float32, or several devices.
 
     Attributes:
         size: number of parameters, without padding.
-        host_view: the vector, shape (padded,), float32, in host memory. On the CPU it is the memory of
+        host_view: the vector, (padded,), float32, in host memory. On the CPU it is the memory of
             the parameters; on a GPU `copy_to_host` and `copy_to_device` copy between the two.
     """
 
@@ -68,19 +68,19 @@ class FlatParameters:
         self.copy_to_host()
 
     def copy_to_host(self) -> None:
-        """Copy device to host, where these differ."""
+        """Copy the parameters from the device to `host_view`, where these differ."""
         if not self._on_host:
             self._mirror.copy_(self._flat)
 
     def copy_to_device(self) -> None:
-        """Copy host to device, where these differ."""
+        """Copy `host_view` to the parameters on the device, where these differ."""
         if not self._on_host:
             self._flat.copy_(self._mirror)
 
     def gather_gradient(self) -> torch.Tensor:
-        """Return the gradient as a flat vector, shape (padded,); afterwards `p.grad` are views of it.
+        """Return the gradient as one vector, (padded,), float32, on the device of the parameters.
 
-        Parameters without a gradient count as zero.
+        Afterwards each `p.grad` is a view of it. Parameters without a gradient count as zero.
         """
         for p, view in zip(self._parameters, self._gradient_views, strict=True):
             if p.grad is None:
@@ -91,12 +91,18 @@ class FlatParameters:
         return self._gradient
 
     def buffers(self) -> np.ndarray:
-        """Return a copy of all buffers and frozen parameters, flat, float64: batch-norm statistics."""
+        """Return a copy of all buffers and frozen parameters, (buffer elements,), float64.
+
+        Buffers are, for example, the running statistics of batch normalization.
+        """
         parts = [b.detach().reshape(-1).to("cpu", torch.float64) for b in self._buffers]
         return torch.cat(parts).numpy() if parts else np.empty(0)
 
     def set_buffers(self, values: np.ndarray) -> None:
-        """Set what `buffers` returns; integers are rounded."""
+        """Set buffers and frozen parameters from `values`, (buffer elements,), float64.
+
+        Values of integer buffers are rounded.
+        """
         start = 0
         with torch.no_grad():
             for b in self._buffers:
@@ -105,12 +111,12 @@ class FlatParameters:
                 start += b.numel()
 
     def set(self, vector: np.ndarray) -> None:
-        """Set all parameters."""
+        """Set all parameters from `vector`, (padded,), any float dtype."""
         self.host_view[:] = vector
         self.copy_to_device()
 
     def digest(self) -> str:
-        """Return a hash of parameters and buffers."""
+        """Return a hash, 32 hexadecimal digits, of parameters and buffers."""
         self.copy_to_host()
         digest = xxhash.xxh3_128(self.host_view.data)
         digest.update(self.buffers().data)

@@ -33,7 +33,7 @@ class LearningRate:
         return self._schedule.factor(progress)
 
     def of_gradient(self, progress: float) -> float:
-        """Measure the delay of the gradient just counted; return the factor for it at `progress`."""
+        """Measure the delay of the gradient just counted; return its factor at `progress`."""
         self.delay = max(0, self._endpoint.gradients() - self.gradients_seen - 1)
         factor = self._schedule.factor(progress)
         if self._applies_step_rule:

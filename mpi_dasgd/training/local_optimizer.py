@@ -1,4 +1,4 @@
-"""This rank's training, as its algorithm sees it: gradient, optimizer and learning rate."""
+"""Local optimizer of a rank over a torch module: gradient, learning rate, and update."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["TorchLocalOptimizer"]
 
 
 class TorchLocalOptimizer:
-    """The `mpi_dasgd.algorithms.LocalOptimizer` of a torch module.
+    """`mpi_dasgd.algorithms.LocalOptimizer` of a torch module.
 
     Args:
-        optimizer: its learning rates at construction are the base rates.
-        parameters: of the module.
+        optimizer: optimizer of the module; its learning rates at construction are the base rates.
+        parameters: parameters of the module.
 
     Attributes:
-        local_step: gradients computed so far.
-        lr_scale: what the schedule and the rule for delays multiply the base rates by.
+        local_step: gradients that this rank has computed so far.
+        lr_scale: factor on the base rates, of the schedule and of the gradient's delay.
         update_seconds: time spent in the optimizer so far.
     """
 
@@ -32,8 +32,8 @@ class TorchLocalOptimizer:
         self._optimizer = optimizer
         self._parameters = parameters
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self._staged: np.ndarray | None = None
-        self._flat: torch.Tensor | None = None
+        self._host_gradient: np.ndarray | None = None
+        self._device_gradient: torch.Tensor | None = None
 
     @property
     def lr(self) -> float:
@@ -42,19 +42,20 @@ class TorchLocalOptimizer:
 
     @property
     def gradient(self) -> np.ndarray:
-        """The gradient, flat; `update` applies what it then holds."""
-        self._flat = self._parameters.gather_gradient()
-        self._staged = self._flat.cpu().numpy()
-        return self._staged
+        """Newest gradient, (padded,), float32, in host memory; `apply` applies what it holds."""
+        self._device_gradient = self._parameters.gather_gradient()
+        self._host_gradient = self._device_gradient.cpu().numpy()
+        return self._host_gradient
 
     def apply(self, lr_scale: float = 1.0) -> None:
-        """One step of the optimizer, at the learning rate that global progress demands."""
-        begun = time.perf_counter()
-        if self._flat is not None and self._flat.device.type != "cpu" and self._staged is not None:
-            self._flat.copy_(torch.from_numpy(self._staged))
-        self._parameters.copy_to_device()  # what the algorithm has changed in this step, before the gradient
-        for group, rate in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = rate * self.lr_scale * lr_scale
+        """Make one step of the optimizer, at the base rates times `self.lr_scale * lr_scale`."""
+        started = time.perf_counter()
+        device, host = self._device_gradient, self._host_gradient
+        if device is not None and device.device.type != "cpu" and host is not None:
+            device.copy_(torch.from_numpy(host))
+        self._parameters.copy_to_device()  # what an exchange of this step has changed before
+        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * self.lr_scale * lr_scale
         self._optimizer.step()
         self._parameters.copy_to_host()
-        self.update_seconds += time.perf_counter() - begun
+        self.update_seconds += time.perf_counter() - started

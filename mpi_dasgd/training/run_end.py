@@ -1,4 +1,4 @@
-"""End of a run on one rank: results from a rank that lives, and an exit that no dead rank delays."""
+"""End of a run on one rank: results from a rank that lives, and an exit that nothing delays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank must remember to go on after a restart, as arrays and JSON."""
+"""State of a rank for a checkpoint, as arrays and JSON, and its return into a resumed run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ __all__ = ["load_checkpoint", "state_dict"]
 
 
 def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the state of a rank: model, buffers, optimizer, codec, random numbers, counts.
+    """Return the state of a rank: model, buffers, optimizer, codec, algorithm, RNGs, counts.
 
-    Deltas that have arrived are absorbed first. Those still on their way are not part of it: a
-    restart of an asynchronous run changes the sum of the models by at most these.
+    Deltas that have arrived are absorbed first. Those in flight are not part of it: a restart of
+    an asynchronous run changes the sum of the models by at most these.
+
+    Returns:
+        Arrays by name: `model`, (padded,), float32, is the memory of the model itself and changes
+        with the next step; and the rest, which JSON can hold.
     """
     training.algorithm.absorb(training.local.local_step)
     training.parameters.copy_to_device()
@@ -50,13 +54,13 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
 
 
 def load_checkpoint(training: Decentralized, directory: Path) -> int:
-    """Take back the newest checkpoint that all ranks find whole, before the first step. Collective.
+    """Load the newest checkpoint that is complete on all ranks, before the first step. Collective.
 
     Returns:
-        Its number.
+        Its index.
 
     Raises:
-        UserError: there is none, or ranks that go in step are at different ones.
+        UserError: there is none, or ranks in lockstep are at different steps.
     """
     world = training.world
     with world.collective_errors():
@@ -92,7 +96,7 @@ def _load_state(
     training.parameters.set(arrays["model"])
     training.algorithm.load_state(_part(arrays, "algorithm/"))
     training.parameters.set_buffers(arrays["buffers"])
-    version, numbers, gauss = meta["rng"]  # tuples that JSON has made lists
+    version, numbers, gauss = meta["rng"]  # JSON has made lists of tuples
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
     _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])
 
@@ -114,15 +118,15 @@ def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -
     """
     if training.lockstep and len(set(local_steps)) > 1:
         raise UserError(
-            f"run.resume: ranks of {training.algorithm.name!r} go in step, but their checkpoints are "
-            f"of steps {list(local_steps)}; begin anew"
+            f"run.resume: ranks of {training.algorithm.name!r} go in step, but their checkpoints "
+            f"are of steps {list(local_steps)}; begin anew"
         )
     training.endpoint.membership.gradients[:] = local_steps
     training.learning_rate.gradients_seen = sum(local_steps)
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays whose name begins with `prefix`, by the rest of their name."""
+    """Return the arrays whose names start with `prefix`, by the rest of their names."""
     return {
         name.removeprefix(prefix): array
         for name, array in arrays.items()

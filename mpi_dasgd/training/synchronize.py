@@ -1,4 +1,4 @@
-"""What all ranks do with their models together: at the start, and after the end."""
+"""Collective operations on the models of all ranks: before training, and after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ __all__ = ["average_models", "broadcast_parameters"]
 
 
 def broadcast_parameters(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
-    """Give all ranks the model of rank 0, and see that they have it. Collective.
+    """Copy parameters and buffers of rank 0 to all ranks, and verify the copies. Collective.
+
+    Args:
+        comm: communicator of all ranks.
+        parameters: parameters of this rank's model.
 
     Raises:
         UserError: the ranks' models are of different sizes.
@@ -45,8 +49,15 @@ def average_models(
     ranks: Collection[int],
     workers: Collection[int],
 ) -> None:
-    """Replace all models by the mean of those of `ranks`, and buffers by that of `workers`. Collective."""
-    from mpi4py import MPI  # not before: it would start MPI itself
+    """Replace all models by the mean of those of `ranks`. Collective.
+
+    Args:
+        comm: communicator of all ranks.
+        parameters: parameters of this rank's model.
+        ranks: ranks whose parameters are averaged, in float64.
+        workers: ranks whose buffers are averaged, in float64.
+    """
+    from mpi4py import MPI  # not before: it starts MPI
 
     total = (comm.rank in ranks) * parameters.host_view.astype(np.float64)
     buffers = (comm.rank in workers) * parameters.buffers()

@@ -1,4 +1,4 @@
-"""Training of one rank as a configuration says: batch, gradient, step, record, snapshot, checkpoint."""
+"""Training of one rank: batch, gradient, step, record, snapshot, checkpoint."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,6 @@ def test_old_arguments_of_decentralized(old: str, new: str) -> None:
 
 def test_the_old_attribute_of_decentralized() -> None:
     training = object.__new__(Decentralized)
-    training.algorithm = type("Server", (), {"computes_gradients": False})()  # type: ignore[assignment]
+    vars(training)["algorithm"] = SimpleNamespace(computes_gradients=False)
     with pytest.warns(DeprecationWarning, match="computes is now called computes_gradients"):
         assert training.computes is False

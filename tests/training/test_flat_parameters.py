@@ -49,7 +49,8 @@ def test_gathered_gradients_are_those_of_every_step(set_to_none: bool) -> None:
     for _ in range(3):
         model.zero_grad(set_to_none=set_to_none)
         model(torch.randn(4, 3)).square().sum().backward()
-        expected = torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])  # type: ignore[union-attr]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        expected = torch.cat([gradient.reshape(-1).clone() for gradient in gradients])
         assert torch.equal(flat.gather_gradient()[: flat.size], expected)
 
 

@@ -1,4 +1,4 @@
-"""The main job as a user starts it: it trains, compares with all-reduce, resumes, and refuses clearly."""
+"""Training as a user starts it: it trains, resumes, survives deaths, and refuses clearly."""
 
 from __future__ import annotations
 
