@@ -79,8 +79,8 @@ def test_all_stop_at_the_same_step_by_the_clock(
 ) -> None:
     train(
         4, tmp_path, f"algorithm.name={algorithm}", "budget.seconds=1", "schedule.name=constant",
-        "schedule.warmup=0", "straggler.distribution=constant", "straggler.ranks=[0]", "straggler.factor=5",
-        "evaluation.count=1", "evaluation.live=false", *extra,
+        "schedule.warmup=0", "straggler.distribution=constant", "straggler.ranks=[0]",
+        "straggler.factor=5", "evaluation.count=1", "evaluation.live=false", *extra,
     )  # fmt: skip
     results = load_run(tmp_path / "run").results
     assert results.attributes["status"] == "finished"
