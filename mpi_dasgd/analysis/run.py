@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpi_dasgd.storage.json_values import json_value
 from mpi_dasgd.storage.results import Results
 from mpi_dasgd.storage.schema import APPLIED, CONSENSUS, INITIATED, SKIPPED, UNKNOWN_AGE
 
@@ -134,7 +134,7 @@ class Run:
 
         def first(values: np.ndarray) -> float | None:
             reached = np.flatnonzero(values >= accuracy)
-            return _number(curves.seconds[reached[0]]) if len(reached) else None
+            return json_value(curves.seconds[reached[0]]) if len(reached) else None
 
         return SecondsTo(first(curves.mean), first(curves.worst))
 
@@ -165,7 +165,7 @@ class Run:
             "ranks_lost": sorted(self.results.lost),
             "samples": samples,
             "wall_s": wall,
-            "samples_per_s": _number(samples / wall) if wall > 0 else None,
+            "samples_per_s": json_value(samples / wall) if wall > 0 else None,
             "train_loss": self._final_loss(),
             "test_loss": self._last("mean_test_loss"),
             "test_accuracy": _last(accuracy.mean),
@@ -186,11 +186,11 @@ class Run:
         """Return the summary, one entry a rank, the milestones, configuration and provenance."""
         ranks = [
             {"rank": int(rank)}
-            | {name: _plain(values[row]) for name, values in self.results.rank_table.items()}
+            | {name: json_value(values[row]) for name, values in self.results.rank_table.items()}
             for row, rank in enumerate(self.results.rank)
         ]
         milestones = {
-            column.name: [_plain(value) for value in self.results.consensus[column.name]]
+            column.name: [json_value(value) for value in self.results.consensus[column.name]]
             for column in CONSENSUS
             if column.name in self.results.consensus
         }
@@ -216,22 +216,11 @@ class Run:
     def _final_loss(self) -> float | None:
         """Return the mean training loss of the last twentieth of the samples."""
         progress, loss = self.column("train", "progress"), self.column("train", "loss")
-        return _number(loss[progress >= 0.95 * progress.max()].mean())
+        return json_value(loss[progress >= 0.95 * progress.max()].mean())
 
     def _last(self, name: str) -> float | None:
         return _last(self.results.consensus.get(name, np.empty(0)))
 
 
 def _last(values: np.ndarray) -> float | None:
-    return _number(values[-1]) if len(values) else None
-
-
-def _number(value: float | np.floating[Any]) -> float | None:
-    """Return a float, or None for NaN and infinities, which JSON cannot hold."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    return _number(value) if isinstance(value, np.floating) else int(value)
+    return json_value(values[-1]) if len(values) else None

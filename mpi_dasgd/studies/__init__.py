@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mpi_dasgd.errors import UserError, nearest
+from mpi_dasgd.storage.json_values import json_value
 
 if TYPE_CHECKING:
     from mpi_dasgd.studies.dataset import Dataset, Summary
@@ -119,11 +120,11 @@ def run(
             "samples": str(path),
             "picture": picture,
         }
-        print(json.dumps(_plain(report)), flush=True)
+        print(json.dumps(json_value(report)), flush=True)
         return 0
     print("\n".join([*table(rows), ""]))
     for key, value in figures.items():
-        print(f"{key}: {json.dumps(_plain(value, digits=4))}")
+        print(f"{key}: {json.dumps(json_value(value, digits=4))}")
     print(f"\nsamples: {path}\npicture: {picture}", flush=True)
     return 0
 
@@ -146,18 +147,3 @@ def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any, digits: int | None = None) -> Any:
-    """Return `value` as JSON can hold it: no infinity, no NaN, no types of NumPy."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item, digits) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, digits) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return value if digits is None else float(f"{value:.{digits}g}")
-    return value

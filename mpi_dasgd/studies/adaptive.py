@@ -25,7 +25,12 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Trajectory, configure, time_until_stays_below, vary
+from mpi_dasgd.studies.trajectory import (
+    configure,
+    simulate_trajectory,
+    time_until_stays_below,
+    vary,
+)
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -60,7 +65,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
     def point(
         algorithm: str, slowdown: int, rule: str, rate: float, seed: int
     ) -> Mapping[str, Any]:
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 RULES[rule]
@@ -72,11 +77,11 @@ def samples(seeds: int, quick: bool) -> Dataset:
                 },
             ),
             EVERY,
-            ranks=True,
+            keep_models=True,
         )
         value = run.problem.value
-        excess = np.array([value(x) for x in run.ranks[:, :-1].mean(1)])
-        delays = np.array(run.delays)
+        excess = np.array([value(x) for x in run.models[:, :-1].mean(1)])
+        delays = run.delays
         return {
             "excess": np.exp(np.interp(moments, run.times, np.log(excess))),
             "excess_all": np.exp(np.interp(moments, run.times, np.log(run.excess))),

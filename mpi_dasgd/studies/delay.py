@@ -33,9 +33,9 @@ from mpi_dasgd.studies.dataset import (
     spread,
 )
 from mpi_dasgd.studies.trajectory import (
-    Trajectory,
     configure,
     first_time_below,
+    simulate_trajectory,
     time_until_stays_below,
     vary,
 )
@@ -66,7 +66,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
         gradients = 10 * math.ceil(
             max(60 if quick else 150, 0.3 * late, 1.3 / (2 * AVERAGE * allowed) / 10)
         )
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 {
@@ -82,8 +82,8 @@ def samples(seeds: int, quick: bool) -> Dataset:
         slopes = run.grad_norm_sq / run.grad_norm_sq[0]
         average = np.cumsum(slopes) / np.arange(1, len(slopes) + 1)
         return {
-            "tau_max": run.figures["server_delay_max"],
-            "tau_avg": run.figures["server_delay_average"],
+            "tau_max": run.metrics["server_delay_max"],
+            "tau_avg": run.metrics["server_delay_average"],
             "rate_used": rate or allowed,
             "average": time_until_stays_below(run.counts, average, AVERAGE),
             "settled": time_until_stays_below(run.counts, slopes, LEVEL),

@@ -32,7 +32,7 @@ from mpi_dasgd.studies.dataset import (
     measure,
     spread,
 )
-from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
+from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -62,7 +62,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             return {}
         phases = PHASES[graph] // (4 if quick else 1)
         gradients = phases * steps * RANKS
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 {

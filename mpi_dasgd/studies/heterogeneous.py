@@ -12,6 +12,7 @@ Expected: the fixed point is sum_i w_i b_i / sum_i w_i, w_i being the sum of the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,15 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.algorithms import ExchangeRecord
-from mpi_dasgd.config.schema import Config
 from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
+from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
 SEEDS = 3
 WORKERS, SLOW = 16, 4
 RULES = ("constant", "inverse", "capped", "drop")
-
-
-class _Weighed(Trajectory):
-    """A course that keeps the delays of every worker's gradients in the second half of the run."""
-
-    def __init__(self, config: Config, every: int) -> None:
-        self.delays_of: dict[int, list[int]] = {}
-        super().__init__(config, every)
-
-    def _record(self, exchange: ExchangeRecord) -> None:
-        super()._record(exchange)
-        delays = self.delays_of.setdefault(exchange.partner, [])
-        if 2 * exchange.step >= self.max_gradients:
-            delays.append(exchange.step - exchange.partner_step)
 
 
 def samples(seeds: int, quick: bool) -> Dataset:
@@ -70,22 +56,28 @@ def samples(seeds: int, quick: bool) -> Dataset:
                 "run.seed": seed,
             },
         )
-        run = _Weighed(config, 5)
+        delays: dict[int, list[int]] = defaultdict(list)  # in the second half of the run, by worker
+
+        def keep_delay(exchange: ExchangeRecord) -> None:
+            if 2 * exchange.step >= gradients:
+                delays[exchange.partner].append(exchange.step - exchange.partner_step)
+
+        run = simulate_trajectory(config, 5, on_exchange=keep_delay)
         zero, rng = np.zeros(base.simulation.dimension), np.random.default_rng(0)
         minima = -np.array([run.problem.gradient(i, zero, rng) for i in range(1, WORKERS + 1)])
         factor = delay_rule(config.algorithm, WORKERS)
-        steps = [sum(map(factor, run.delays_of.get(i, []))) for i in range(1, WORKERS + 1)]
+        steps = [sum(map(factor, delays[i])) for i in range(1, WORKERS + 1)]
         speeds = np.where(np.arange(WORKERS) < WORKERS - SLOW, 1.0, 1.0 / slowdown)
         end = run.means[len(run.means) // 2 :].mean(0)
         optimum = minima.mean(0)
-        slow = run.delays_of.get(WORKERS, [])
+        slow = delays[WORKERS]
         return {
             "bias": np.square(end - optimum).sum(),
             "by_steps": np.square(np.average(minima, 0, steps) - optimum).sum(),
             "by_speeds": np.square(np.average(minima, 0, speeds) - optimum).sum(),
             "weight": sum(steps[-SLOW:]) / sum(steps),
             "delay_slow": np.mean(slow) if slow else None,
-            "delay_fast": np.mean(run.delays_of[1]),
+            "delay_fast": np.mean(delays[1]),
         }
 
     return measure(

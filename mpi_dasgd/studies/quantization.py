@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
+from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 from mpi_dasgd.tasks.convex import BreastCancer
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -49,11 +49,11 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
     def point(codec: str, steps: int, seed: int) -> Mapping[str, Any]:
         config = vary(base, {"codec.name": codec, "algorithm.local_steps": steps, "run.seed": seed})
-        run = Trajectory(config, gradients // 32, ranks=True)
+        run = simulate_trajectory(config, gradients // 32, keep_models=True)
         problem = run.problem
         assert isinstance(problem, BreastCancer)
         half = len(run.means) // 2
-        every = run.ranks[half:].reshape(-1, run.ranks.shape[-1])
+        every = run.models[half:].reshape(-1, run.models.shape[-1])
         least = problem.value(problem.optimum)
         return {
             "excess": run.excess[half:].mean(),
@@ -61,7 +61,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "excess_ranks": np.mean([problem.value(x) for x in every]) - least,
             "accuracy_ranks": np.mean([problem.accuracy(x) for x in every]),
             "spread": run.consensus_distance[half:].mean(),
-            "rejected": run.figures["rejected"],
+            "rejected": run.metrics["rejected"],
         }
 
     return measure(

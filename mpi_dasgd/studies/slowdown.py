@@ -19,7 +19,7 @@ import numpy as np
 
 from mpi_dasgd import algorithms
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure
-from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
+from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -42,7 +42,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
         gradients = 640 if quick else GRADIENTS[slowdown]
         if algorithm in SYNCHRONOUS:
             gradients = min(gradients, 800)
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 {

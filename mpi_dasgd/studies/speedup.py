@@ -31,7 +31,7 @@ from mpi_dasgd.studies.dataset import (
     measure,
     spread,
 )  # fmt: skip
-from mpi_dasgd.studies.trajectory import Trajectory, configure, first_time_below, vary
+from mpi_dasgd.studies.trajectory import configure, first_time_below, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -50,7 +50,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
         rate = factor * ranks * EPSILON / (NOISE**2 * DIMENSION)
         every = max(8, ranks // 4)
         needed = ranks * math.log(100 * DIMENSION / EPSILON) / (2 * rate)
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 {

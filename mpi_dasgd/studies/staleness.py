@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
-from mpi_dasgd.studies.trajectory import Trajectory, configure, vary
+from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
 
@@ -45,7 +45,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
     def point(problem: str, latency: float, seed: int) -> Mapping[str, Any]:
         keys = PROBLEMS[problem]
-        run = Trajectory(
+        run = simulate_trajectory(
             vary(
                 base,
                 keys
@@ -63,8 +63,8 @@ def samples(seeds: int, quick: bool) -> Dataset:
         return {
             "slope": slopes,
             "spread": np.interp(np.arange(len(slopes)) * EVERY, run.counts, run.consensus_distance),
-            "s_avg": run.figures["set_staleness_mean"],
-            "s_max": run.figures["set_staleness_max"],
+            "s_avg": run.metrics["set_staleness_mean"],
+            "s_max": run.metrics["set_staleness_max"],
         }
 
     counts = Axis(np.arange(gradients // EVERY + 1) * EVERY, "gradients", "of all ranks")

@@ -198,7 +198,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
     assert figures["exchanges"] > 150
     assert figures["conservation_error"] < 1e-12
     # drained: nothing is on its way any more
-    np.testing.assert_allclose(simulation.models.sum(0), simulation._expected_sum, rtol=1e-11)
+    np.testing.assert_allclose(simulation.models.sum(0), simulation.oracle.expected_sum, rtol=1e-11)
 
 
 @pytest.mark.parametrize("settings", [(AVERAGE,), (PULL,), (PULL, GRADIENT)], ids=" ".join)

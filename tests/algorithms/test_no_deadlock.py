@@ -55,8 +55,8 @@ def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> 
         simulation._start_gradient(rank)
     workers = [
         local
-        for local in simulation.locals
-        if local.algorithm and local.algorithm.computes_gradients
+        for local, algorithm in zip(simulation.locals, simulation.algorithms, strict=True)
+        if algorithm.computes_gradients
     ]
     halfway = 0
     for event in range(EVENTS):
@@ -64,4 +64,4 @@ def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> 
         if event == EVENTS // 2:
             halfway = min(local.local_step for local in workers)
     assert min(local.local_step for local in workers) > 1.5 * halfway > 0
-    assert (simulation.waits == 0) == algorithm_cls.description.waits.startswith("never")
+    assert (simulation.meter.waits == 0) == algorithm_cls.description.waits.startswith("never")

@@ -127,7 +127,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
     assert figures["exchanges"] > 50
     assert figures["conservation_error"] < 1e-12
     # drained: the models hold all progress, and nothing is on its way any more
-    np.testing.assert_allclose(simulation.models.sum(0), simulation._expected_sum, rtol=1e-11)
+    np.testing.assert_allclose(simulation.models.sum(0), simulation.oracle.expected_sum, rtol=1e-11)
 
 
 @pytest.mark.slow

@@ -71,14 +71,16 @@ def test_real_and_simulated_staleness_agree(trained: Path, name: str) -> None:
     run = load_run(trained / f"digits-{name}")
     simulation = _replayed(run.path)
     simulation.run()
-    assert np.mean(simulation.delays) == pytest.approx(run.column("train", "delay").mean(), rel=0.3)
+    assert np.mean(simulation.meter.delays) == pytest.approx(
+        run.column("train", "delay").mean(), rel=0.3
+    )
     read = np.isin(run.column("exchange", "kind"), (INITIATED, APPLIED))
     steps, seconds = (run.column("exchange", key)[read] for key in ("age_steps", "age_s"))
     for share in (0.1, 0.5, 0.9):
-        real, virtual = (np.quantile(ages, share) for ages in (steps, simulation.ages))
+        real, virtual = (np.quantile(ages, share) for ages in (steps, simulation.meter.ages))
         assert virtual == pytest.approx(real, rel=0.3, abs=3)
     exchange = np.median(run.column("train", "exchange_s")) if name in ("adpsgd", "swarm") else 0.0
-    virtual = np.median(simulation.ages_s) + exchange
+    virtual = np.median(simulation.meter.ages_s) + exchange
     assert virtual == pytest.approx(np.median(seconds), rel=0.5)
 
 

@@ -235,12 +235,12 @@ def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
         "simulation.slow_factor": 100,
         "budget.samples": 300,
     }
-    run = trajectory.Trajectory(trajectory.configure(keys), 30)
+    run = trajectory.simulate_trajectory(trajectory.configure(keys), 30)
     # 3 gradients a unit of time; the slow one, at 100, is the 301st and not waited for
     assert run.counts[-1] == 300 and run.times[-1] == pytest.approx(100)
     assert len(run.means) == len(run.counts) == len(run.grad_norm_sq) == 11
     first = run.distances[0]
-    short = trajectory.Trajectory(trajectory.configure(keys), 30, until=first / 2)
+    short = trajectory.simulate_trajectory(trajectory.configure(keys), 30, until=first / 2)
     assert short.distances[-1] <= first / 2 < short.distances[-2]
 
 
