@@ -1,15 +1,14 @@
-"""`bench rma`: how fast payload moves through publications and inboxes, beside memcpy.
+"""`bench rma`: throughput of publications and inboxes, with memcpy as the baseline.
 
-Rank 0 measures while the others wait. In every round it does each operation once, in random order
-and with cold caches; memcpy between private arrays is one of them. What arrived is compared
-afterwards, byte for byte.
+Rank 0 measures while the others wait. Every round runs each operation once, in random order and
+with cold caches; memcpy between private arrays is one of them. Every payload that arrives is
+compared with what was sent, byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ import numpy as np
 
 from mpi_dasgd import launch, world
 from mpi_dasgd.bench import machine
-from mpi_dasgd.bench.sample_store import DIRECTORY, quartiles, samples_path, write_samples
+from mpi_dasgd.bench.options import add_output_options, parse_quantity
+from mpi_dasgd.bench.sample_store import columns_of, quartiles, samples_path, write_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
 
 if TYPE_CHECKING:
@@ -32,22 +32,26 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 SIZES = ("1KiB", "4KiB", "16KiB", "64KiB", "256KiB", "1MiB", "4MiB", "16MiB", "100MB")
-FULL = (*SIZES, "400MB")
-WARM_UP = 3  # rounds: the first ones meet memory that was never touched
-PASSES = {"average": 3, "exchange": 4}  # over memory; all others read once and write once
+FULL_SIZES = (*SIZES, "400MB")
+WARM_UP = 3
+"""Rounds that do not count: the first ones touch memory for the first time."""
+PASSES = {"average": 3, "exchange": 4}
+"""Passes over memory of each operation; all others read once and write once."""
 
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _JOB_SECONDS = 1800.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark: on ranks of its own, or on those that a launcher has started.
+    """Run the benchmark with its command-line arguments and return the exit code.
+
+    A process that no launcher has started starts the ranks itself.
 
     Raises:
         UserError: an argument is wrong, or memory is short.
     """
     options = _parser().parse_args(arguments)
-    sizes = [_bytes(size) for size in options.sizes or (FULL if options.full else SIZES)]
+    sizes = [_bytes(size) for size in options.sizes or (FULL_SIZES if options.full else SIZES)]
     if options.seconds <= 0:
         raise UserError(f"bench rma: --seconds must be positive, got {options.seconds}")
     if world.expected_ranks()[0] == 1:
@@ -83,16 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="time for each size and path, checks included [1]",
     )
-    parser.add_argument("--out", metavar="DIR", help=f"directory for the raw samples [{DIRECTORY}]")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of a table"
-    )
+    add_output_options(parser)
     return parser
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text)
-    size = int(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    size = parse_quantity(text, _UNITS)
     if size < 64 or size % 4:
         raise UserError(
             f"bench rma: --sizes: {text!r} is not a size; expected a multiple of 4 from 64 on, "
@@ -102,26 +102,26 @@ def _bytes(text: str) -> int:
 
 
 @dataclass
-class _Case:
-    """One size on one path.
+class _Timings:
+    """Samples of one payload size on one path.
 
     Attributes:
-        mode: ``in place`` or ``remote``.
+        path: ``in place`` or ``remote``.
         nbytes: payload.
         seconds: samples of each operation, in the order of the rounds, warm-up first.
     """
 
-    mode: str
+    path: str
     nbytes: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Figures of each operation."""
+        """Return a row of the report per operation: statistics of all rounds but the warm-up."""
         spread = {op: quartiles(values[WARM_UP:]) for op, values in self.seconds.items()}
         return [
             {
                 "op": op,
-                "path": "private" if op == "memcpy" else self.mode,
+                "path": "private" if op == "memcpy" else self.path,
                 "bytes": self.nbytes,
                 "samples": len(self.seconds[op]) - WARM_UP,
                 "q1_us": q1 * 1e6,
@@ -141,16 +141,16 @@ def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace
 
     if environment.size < 2:
         raise UserError("bench rma: 2 ranks are needed, but the launcher started 1")
-    near, far = peers_by_node(environment.comm)
+    on_node, off_node = peers_by_node(environment.comm)
     with environment.collective_errors():
-        _check_memory(environment.node_size, max(sizes))
+        _require_memory(environment.node_size, max(sizes))
         path = samples_path("rma", options.out) if environment.rank == 0 else Path()
-    cases = []
+    remote = 1 if off_node is None else off_node
+    timings = []
     for nbytes in sizes:
-        if near is not None:
-            cases.append(_measure(environment.comm, "in place", near, nbytes, options.seconds))
-        remote = 1 if far is None else far
-        cases.append(_measure(environment.comm, "remote", remote, nbytes, options.seconds))
+        if on_node is not None:
+            timings.append(_measure(environment.comm, "in place", on_node, nbytes, options.seconds))
+        timings.append(_measure(environment.comm, "remote", remote, nbytes, options.seconds))
     if environment.rank == 0:
         settings = {
             "mpi_library": environment.library,
@@ -158,8 +158,8 @@ def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace
             "nodes": environment.nodes,
             "kernels": native.status(),
         }
-        write_samples(path, "rma", _columns(cases), settings)
-        rows = [row for case in cases for row in case.rows()]
+        write_samples(path, "rma", _columns(timings), settings)
+        rows = [row for timing in timings for row in timing.rows()]
         if options.json:
             print(json.dumps({**settings, "samples": str(path), "rows": rows}), flush=True)
         else:
@@ -167,14 +167,23 @@ def _bench(environment: World, sizes: Sequence[int], options: argparse.Namespace
     return 0
 
 
-def _check_memory(ranks: int, nbytes: int) -> None:
-    """Refuse sizes that would bring the machine to its knees."""
-    needed = nbytes * (ranks * 5 + 10)  # slots of each rank, and private arrays of two
+def _require_memory(ranks: int, nbytes: int) -> None:
+    """Require that the slots and arrays of a payload size fit in memory, before the allocation.
+
+    Args:
+        ranks: number of ranks on this node.
+        nbytes: largest payload.
+
+    Raises:
+        UserError: memory is short.
+    """
+    # Slots of each rank, and private arrays of the two that exchange.
+    needed = nbytes * (ranks * 5 + 10)
     available = machine.available_memory()
-    there = {"memory": needed if available is None else available}
+    free_bytes = {"memory": needed if available is None else available}
     if Path("/dev/shm").exists():
-        there["/dev/shm"] = shutil.disk_usage("/dev/shm").free + nbytes * 10
-    for name, free in there.items():
+        free_bytes["/dev/shm"] = shutil.disk_usage("/dev/shm").free + nbytes * 10
+    for name, free in free_bytes.items():
         if needed > free:
             raise UserError(
                 f"bench rma: {ranks} ranks need {needed / 1e9:.1f} GB of {name} for a payload of "
@@ -182,8 +191,18 @@ def _check_memory(ranks: int, nbytes: int) -> None:
             )
 
 
-def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: float) -> _Case:
-    """Measure one size on one path between rank 0 and `peer`. Collective.
+def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: float) -> _Timings:
+    """Measure one payload size on one path between rank 0 and `peer`. Collective.
+
+    Args:
+        comm: communicator of all ranks.
+        path: ``in place`` or ``remote``.
+        peer: rank that rank 0 exchanges with.
+        nbytes: payload.
+        seconds: time to spend.
+
+    Returns:
+        The timings; on other ranks than 0 they are empty.
 
     Raises:
         MpiDasgdError: a payload arrived other than it was sent.
@@ -195,51 +214,55 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     from mpi_dasgd.world import polled_barrier
 
     codec = NoCodec(nbytes // 4, np.dtype(np.float32))
-    own = comm.Dup()
+    transport_comm = comm.Dup()
     endpoint = RmaEndpoint(
-        own,
+        transport_comm,
         codec.layout,
         topology.build("complete", comm.size),
         mode="rma" if path == "remote" else "auto",
         publication_slots=3,
-        inbox_slots=2,  # in place one of them is reserved throughout
+        # In place, one of them is reserved throughout.
+        inbox_slots=2,
     )
-    case, wrong = _Case(path, nbytes), 0
+    timings, wrong = _Timings(path, nbytes), 0
     if comm.rank in (0, peer):
-        side = Peer(endpoint, codec, peer if comm.rank == 0 else 0)
+        this_rank = Peer(endpoint, codec, peer if comm.rank == 0 else 0)
         if comm.rank == peer:
-            side.publish(0)
+            this_rank.publish(0)
         polled_barrier(comm)
         if comm.rank == 0:
-            case.seconds = side.measure(seconds, WARM_UP)
-        polled_barrier(comm, side.receive if comm.rank == peer else None)
-        wrong = side.wrong
+            timings.seconds = this_rank.measure(seconds, WARM_UP)
+        polled_barrier(comm, this_rank.receive if comm.rank == peer else None)
+        wrong = this_rank.wrong_payloads
     else:
         polled_barrier(comm)
         polled_barrier(comm)
     endpoint.close()
-    own.Free()
+    transport_comm.Free()
     wrong = comm.allreduce(wrong)
     if wrong:
         raise MpiDasgdError(
             f"bench rma: {wrong} payloads of {nbytes} bytes ({path}) arrived other than they were "
             "sent: do not train with this MPI library; try another, or transport.mode=rma"
         )
-    return case
+    return timings
 
 
-def _columns(cases: Sequence[_Case]) -> dict[str, list[Any]]:
-    """All samples of all cases, one a row."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("op", "path", "bytes", "round", "warm_up", "seconds")
-    }
-    for case in cases:
-        for op, values in case.seconds.items():
-            for number, value in enumerate(values):
-                row = (op, case.mode, case.nbytes, number, number < WARM_UP, value)
-                for column, item in zip(columns.values(), row, strict=True):
-                    column.append(item)
-    return columns
+def _columns(timings: Sequence[_Timings]) -> dict[str, list[Any]]:
+    """Return the columns of the raw samples, one row per sample."""
+    return columns_of(
+        {
+            "op": op,
+            "path": timing.path,
+            "bytes": timing.nbytes,
+            "round": number,
+            "warm_up": number < WARM_UP,
+            "seconds": seconds,
+        }
+        for timing in timings
+        for op, samples in timing.seconds.items()
+        for number, seconds in enumerate(samples)
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]], settings: dict[str, Any], path: Path) -> str:

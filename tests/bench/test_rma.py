@@ -1,4 +1,4 @@
-"""`bench rma`: its figures follow from its raw samples, and a wrong payload is found."""
+"""`bench rma`: its report follows from its raw samples, and wrong payloads are found."""
 
 from __future__ import annotations
 
@@ -39,27 +39,28 @@ def measure(mpi: str, directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_medians_and_ratios_follow_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
+def test_the_report_follows_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
     text = measure(mpi, tmp_path, "--sizes", "4KiB", "1MB", "--json", "--out", "raw")
     report = json.loads(text)
     rows = report["rows"]
     for size in (4096, 1_000_000):
-        found = [(row["path"], row["op"]) for row in rows if row["bytes"] == size]
+        measured = [(row["path"], row["op"]) for row in rows if row["bytes"] == size]
         expected = {("in place", op) for op in IN_PLACE} | {("remote", op) for op in REMOTE}
-        assert set(found) == expected | {("private", "memcpy")}
-        assert len(found) == len(expected) + 2  # memcpy beside each of both paths
+        assert set(measured) == expected | {("private", "memcpy")}
+        # memcpy is measured with each of both paths.
+        assert len(measured) == len(expected) + 2
     columns, attributes = read_samples(tmp_path / report["samples"])
     assert attributes["bench"] == "rma" and attributes["ranks"] == 2
     assert "numpy" in attributes and "cpu_model" in attributes
     for row in rows:
         if row["op"] == "memcpy":
             continue
-        here = (columns["bytes"] == row["bytes"]) & (columns["path"] == row["path"])
-        here &= columns["warm_up"] == 0
-        mine = columns["seconds"][here & (columns["op"] == row["op"])]
-        memcpy = np.median(columns["seconds"][here & (columns["op"] == "memcpy")])
-        median = np.median(mine)
-        assert mine.size == row["samples"] >= 7
+        selected = (columns["bytes"] == row["bytes"]) & (columns["path"] == row["path"])
+        selected &= columns["warm_up"] == 0
+        seconds = columns["seconds"][selected & (columns["op"] == row["op"])]
+        memcpy = np.median(columns["seconds"][selected & (columns["op"] == "memcpy")])
+        median = np.median(seconds)
+        assert seconds.size == row["samples"] >= 7
         assert row["median_us"] == pytest.approx(median * 1e6)
         assert row["q1_us"] <= row["median_us"] <= row["q3_us"]
         assert row["mb_per_s"] == pytest.approx(row["bytes"] / median / 1e6)
@@ -67,7 +68,7 @@ def test_medians_and_ratios_follow_from_the_raw_samples(mpi: str, tmp_path: Path
 
 
 @pytest.mark.mpi
-def test_table_and_place_of_the_samples(tmp_path: Path) -> None:
+def test_the_table_ends_with_the_path_of_the_samples(tmp_path: Path) -> None:
     lines = measure("mpich", tmp_path, "--sizes", "1KiB").splitlines()
     assert lines[0].startswith("MPICH")
     assert lines[1].split()[:3] == ["op", "path", "bytes"]
@@ -103,37 +104,37 @@ def test_a_wrong_payload_is_found(tmp_path: Path) -> None:
         (["--ranks", "1"], "--ranks must be at least 2"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: list[str], message: str) -> None:
+def test_wrong_rma_options_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.run("rma", arguments)
 
 
 def test_sizes_beyond_the_memory_are_refused() -> None:
     with pytest.raises(UserError, match="give smaller --sizes"):
-        rma._check_memory(2, 10**15)
+        rma._require_memory(2, 10**15)
 
 
-def test_unknown_benchmark() -> None:
+def test_an_unknown_benchmark_is_refused() -> None:
     with pytest.raises(UserError, match="'rna' is not known; did you mean 'rma'"):
         bench.run("rna", [])
 
 
-def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
+def test_samples_are_read_back_unchanged(tmp_path: Path) -> None:
     path = samples_path("some", tmp_path / "deep" / "folder")
     columns = {"op": ["put", "get"], "bytes": [1, 2**40], "seconds": [1e-9, 2.5]}
     write_samples(path, "some", columns, {"ranks": 2})
-    found, attributes = read_samples(path)
-    assert {name: list(values) for name, values in found.items()} == columns
+    stored, attributes = read_samples(path)
+    assert {name: list(values) for name, values in stored.items()} == columns
     assert attributes["ranks"] == 2 and attributes["bench"] == "some"
     with pytest.raises(ValueError, match="differ in length"):
         write_samples(path, "some", {"a": [1], "b": [1, 2]})
 
 
-def test_samples_cannot_go_below_a_file(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
         samples_path("some", tmp_path / "file" / "folder")
 
 
-def test_quartiles() -> None:
+def test_quartiles_are_those_of_unsorted_samples() -> None:
     assert quartiles([5, 1, 2, 4, 3]) == (2, 3, 4)

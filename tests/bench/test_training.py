@@ -1,4 +1,4 @@
-"""`bench training`: what is measured in which order, how shares are computed, and real jobs."""
+"""`bench training`: the order of the measurements, the shares, and real jobs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,24 @@ import pytest
 
 from mpi_dasgd import bench, launch
 from mpi_dasgd.bench.ddp import tcp_bytes_sent
-from mpi_dasgd.bench.measurement import (
-    JobFailed,
-    Measurement,
-    Result,
-    Scenario,
-    common_windows,
-    cores,
-    within,
-)
+from mpi_dasgd.bench.measurement import JobFailed, Result, common_windows, counts_per_window
 from mpi_dasgd.bench.sample_store import read_samples
-from mpi_dasgd.bench.training import (
-    FULL,
-    QUICK,
+from mpi_dasgd.bench.training_plan import (
+    FULL_PLAN,
+    QUICK_PLAN,
+    Measurement,
     Plan,
-    check_comparable,
-    columns,
-    summarize,
-    table,
+    Scenario,
+    cores,
 )
+from mpi_dasgd.bench.training_report import columns, require_same_start, summarize, table
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
 from tests.support.mpi_ranks import ROOT, missing, mpi_library
 
-PARAMETERS = 9_930  # of T1
-CELL = Scenario("T1", 2, "s10")
+# Parameters of the model of T1.
+PARAMETERS = 9_930
+SCENARIO = Scenario("T1", 2, "s10")
 
 
 @pytest.fixture
@@ -57,13 +50,13 @@ def result(
     repeat: int,
     rate: float,
     *,
-    cell: Scenario = CELL,
+    scenario: Scenario = SCENARIO,
     seconds_to_worst: float = 1.0,
     loss: float = 2.3,
 ) -> Result:
-    """A measurement of 20 s in which two ranks made `rate` samples/s together and used 10 s CPU."""
+    """Return a result of 20 s in which two ranks processed `rate` samples/s and used 10 s of CPU."""
     return Result(
-        measurement=Measurement(cell, algorithm, repeat, 22.0),
+        measurement=Measurement(scenario, algorithm, repeat, 22.0),
         edges=np.linspace(2.0, 22.0, 21),
         samples=np.outer([0.75, 0.25], np.full(20, rate)),
         cpu_s=np.full((2, 20), 0.25),
@@ -79,20 +72,22 @@ def test_plan_measures_every_combination_beside_its_reference() -> None:
     plan = Plan(["T1", "T3"], [2, 4], ["none", "c4"], ["ddp", "adpsgd", "ddp"], repeats=3)
     measurements = list(plan.measurements())
     assert len(measurements) == 2 * 2 * 2 * 3 * 3
-    assert set(Counter((m.cell, m.algorithm, m.repeat) for m in measurements).values()) == {1}
+    assert set(Counter((m.scenario, m.algorithm, m.repeat) for m in measurements).values()) == {1}
     for first in range(0, len(measurements), 3):
-        together = measurements[first : first + 3]
-        assert len({(m.cell, m.repeat) for m in together}) == 1, "compared, but far apart in time"
-        assert {m.algorithm for m in together} == {"alone", "ddp", "adpsgd"}
+        group = measurements[first : first + 3]
+        assert len({(m.scenario, m.repeat) for m in group}) == 1, "compared, but far apart in time"
+        assert {m.algorithm for m in group} == {"alone", "ddp", "adpsgd"}
     positions = Counter((m.algorithm, n % 3) for n, m in enumerate(measurements))
-    assert set(positions.values()) == {8}, (
-        "every algorithm is first, second and third equally often"
-    )
+    # Every algorithm is first, second and third equally often.
+    assert set(positions.values()) == {8}
 
 
 def test_full_and_quick_plan() -> None:
-    assert [str(cell) for cell in Plan(**QUICK).cells] == ["T1 n=2 none", "T1 n=2 s10"]
-    measurements = list(Plan(**FULL).measurements())
+    assert [str(scenario) for scenario in Plan(**QUICK_PLAN).scenarios] == [
+        "T1 n=2 none",
+        "T1 n=2 s10",
+    ]
+    measurements = list(Plan(**FULL_PLAN).measurements())
     assert len(measurements) == 3 * 2 * 5 * 4 * 3
     for measurement in measurements:
         assert measurement.expected_seconds > measurement.seconds > 0
@@ -110,7 +105,7 @@ def test_full_and_quick_plan() -> None:
         ({"seconds": 0.0}, "--seconds"),
     ],
 )
-def test_plan_refuses(change: dict[str, object], message: str) -> None:
+def test_wrong_plans_are_refused(change: dict[str, object], message: str) -> None:
     good = {"tasks": ["T1"], "ranks": [2], "stragglers": ["none"], "algorithms": ["ddp"]}
     with pytest.raises(UserError, match=message):
         Plan(**{**good, "repeats": 1, **change})  # type: ignore[arg-type]
@@ -120,21 +115,22 @@ def test_configuration_of_a_measurement(tmp_path: Path) -> None:
     def config(task: str, straggler: str, algorithm: str, repeat: int = 0):  # type: ignore[no-untyped-def]
         return Measurement(Scenario(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
 
-    sleeping, working = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler
+    sleeping, busy = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler
     assert (sleeping.distribution, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
-    assert (working.distribution, working.factor, working.mode) == ("constant", 4, "busy")
+    assert (busy.distribution, busy.factor, busy.mode) == ("constant", 4, "busy")
     assert config("T1", "none", "alone").straggler.distribution == "none"
     assert config("T1", "none", "alone").evaluation.count == 200, "one in 0.02 s"
     assert config("T2", "none", "alone").evaluation.count == 1, "noise cannot be learnt"
     assert config("T1", "s10", "adpsgd", 1).run.seed != config("T1", "s10", "adpsgd", 0).run.seed
-    for task in ("T1", "T2", "T3"):  # the same problem but for the algorithm
-        ours, rival = (config(task, "s4", name).model_dump() for name in ("alone", "ddp"))
-        del ours["algorithm"], rival["algorithm"]
-        assert ours == rival
+    # The problem is the same but for the algorithm.
+    for task in ("T1", "T2", "T3"):
+        alone, ddp = (config(task, "s4", name).model_dump() for name in ("alone", "ddp"))
+        del alone["algorithm"], ddp["algorithm"]
+        assert alone == ddp
 
 
-def test_shares_are_of_the_same_repeat() -> None:
-    # The machine is half as fast in the second repeat: the share of medians would be 0.62.
+def test_shares_compare_with_the_reference_of_the_same_repeat() -> None:
+    # The machine is half as fast in the second repeat: the ratio of the medians would be 0.62.
     results = [result("alone", n, rate) for n, rate in enumerate((1000.0, 500.0, 800.0))]
     results += [result("adpsgd", n, rate) for n, rate in enumerate((500.0, 450.0, 800.0))]
     alone, adpsgd = summarize(results)
@@ -146,23 +142,24 @@ def test_shares_are_of_the_same_repeat() -> None:
     assert adpsgd["cpu_others"] == pytest.approx(0.25 / cores())
 
 
-def test_shares_are_of_the_same_cell() -> None:
+def test_shares_compare_with_the_reference_of_the_same_scenario() -> None:
     quick, slow = Scenario("T1", 2, "none"), Scenario("T1", 4, "none")
-    results = [result("alone", 0, 1000.0, cell=quick), result("ddp", 0, 500.0, cell=quick)]
-    results += [result("alone", 0, 100.0, cell=slow), result("ddp", 0, 90.0, cell=slow)]
-    results += [result("ddp", 1, 90.0, cell=slow)]  # its reference failed
+    results = [result("alone", 0, 1000.0, scenario=quick), result("ddp", 0, 500.0, scenario=quick)]
+    results += [result("alone", 0, 100.0, scenario=slow), result("ddp", 0, 90.0, scenario=slow)]
+    # The reference of this repeat failed.
+    results += [result("ddp", 1, 90.0, scenario=slow)]
     rows = {(row["ranks"], row["algorithm"]): row for row in summarize(results)}
     assert rows[2, "ddp"]["share_of_alone"] == pytest.approx(0.5)
     assert rows[4, "ddp"]["share_of_alone"] == pytest.approx(0.9)
     assert rows[4, "ddp"]["share_spread"] is None
 
 
-def test_what_was_not_reached_or_counted_is_null() -> None:
+def test_targets_not_reached_and_bytes_not_counted_are_null() -> None:
     reached = (1.0, np.inf, 3.0)
     results = [result("alone", n, 1.0, seconds_to_worst=s) for n, s in enumerate(reached)]
     results += [result("allreduce", n, 1.0, seconds_to_worst=np.inf) for n in range(3)]
     alone, allreduce = summarize(results)
-    assert alone["seconds_to_95_worst"] == 3.0, "the median, with one that took for ever"
+    assert alone["seconds_to_95_worst"] == 3.0, "the median, with one that never reached the target"
     assert allreduce["seconds_to_95_worst"] is None
     assert allreduce["bytes_per_step"] is None
     json.dumps([alone, allreduce], allow_nan=False)
@@ -171,25 +168,28 @@ def test_what_was_not_reached_or_counted_is_null() -> None:
 
 
 def test_raw_samples_hold_every_window() -> None:
-    found = columns([result("alone", 0, 1000.0), result("ddp", 0, 500.0)])
-    assert {len(values) for values in found.values()} == {2 * 2 * 20}
-    ddp = np.array(found["algorithm"]) == "ddp"
-    assert np.array(found["samples"])[ddp].sum() == pytest.approx(500.0 * 20)
+    samples = columns([result("alone", 0, 1000.0), result("ddp", 0, 500.0)])
+    assert {len(values) for values in samples.values()} == {2 * 2 * 20}
+    ddp = np.array(samples["algorithm"]) == "ddp"
+    assert np.array(samples["samples"])[ddp].sum() == pytest.approx(500.0 * 20)
 
 
-def test_different_beginnings_are_not_compared() -> None:
-    check_comparable(
+def test_results_with_different_first_losses_are_not_compared() -> None:
+    require_same_start(
         [result("alone", 0, 1.0), result("ddp", 0, 1.0), result("ddp", 1, 1.0, loss=2.4)]
     )
     with pytest.raises(ValueError, match="alone and ddp did not begin alike"):
-        check_comparable([result("alone", 0, 1.0), result("ddp", 0, 1.0, loss=2.4)])
+        require_same_start([result("alone", 0, 1.0), result("ddp", 0, 1.0, loss=2.4)])
 
 
-def test_windows_lie_where_all_ranks_train() -> None:
-    fast, slow = 0.002 * np.arange(1, 2501), 0.02 * np.arange(1, 211)  # to 5.0 s and 4.2 s
+def test_windows_cover_the_time_in_which_all_ranks_train() -> None:
+    # The last steps end at 5.0 s and 4.2 s.
+    fast, slow = 0.002 * np.arange(1, 2501), 0.02 * np.arange(1, 211)
     edges = common_windows([fast, slow], 0.5)
     assert (edges[0], edges[-1]) == (0.5, slow[-1])
-    samples = sum(within(edges, times, 32 * np.arange(1, len(times) + 1)) for times in (fast, slow))
+    samples = sum(
+        counts_per_window(edges, times, 32 * np.arange(1, len(times) + 1)) for times in (fast, slow)
+    )
     np.testing.assert_allclose(samples / np.diff(edges), 32 / 0.002 + 32 / 0.02)
     late = 3.0 + slow
     assert common_windows([fast, late], 0.5)[0] == late[0], "not before a rank's first step"
@@ -200,23 +200,23 @@ def test_windows_lie_where_all_ranks_train() -> None:
 def test_tcp_bytes_are_counted() -> None:
     before = tcp_bytes_sent()
     if before is None:
-        pytest.skip("this kernel does not count them")
+        pytest.skip("this Linux does not count them")
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as client,
         server.accept()[0] as other,
     ):
         client.sendall(bytes(50_000))
-        left = 50_000
-        while left:
-            left -= len(other.recv(left))
+        missing_bytes = 50_000
+        while missing_bytes:
+            missing_bytes -= len(other.recv(missing_bytes))
         assert tcp_bytes_sent() - before == 50_000  # type: ignore[operator]
 
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("environment")
 def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Speeds are not judged here: the machine may be doing anything."""
+    """Speeds are not compared: other programs may run."""
     arguments = (
         "--tasks T1 --ranks 2 --stragglers s10 --algorithms adpsgd,ddp --seconds 2 --repeats 1"
     )
@@ -224,8 +224,8 @@ def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "3 measurements, about" in err.splitlines()[0]
-    answer = json.loads(out)
-    rows = {row["algorithm"]: row for row in answer["rows"]}
+    report = json.loads(out)
+    rows = {row["algorithm"]: row for row in report["rows"]}
     assert set(rows) == {"alone", "adpsgd", "ddp"}
     for row in rows.values():
         assert (row["task"], row["ranks"], row["straggler"]) == ("T1", 2, "s10")
@@ -234,25 +234,26 @@ def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["share_spread"] is None
         assert 0 < row["cpu_busy"] <= 1.05
         assert row["cpu_others"] >= 0
-        for kind in ("mean", "worst"):
-            assert row[f"seconds_to_95_{kind}"] is None or 0 < row[f"seconds_to_95_{kind}"] < 5
+        for model in ("mean", "worst"):
+            seconds = row[f"seconds_to_95_{model}"]
+            assert seconds is None or 0 < seconds < 5
     assert rows["alone"]["bytes_per_step"] == 0
     assert 4 * PARAMETERS < rows["ddp"]["bytes_per_step"] < 1.1 * 4 * PARAMETERS
     assert 0 < rows["adpsgd"]["bytes_per_step"] < 2.2 * 4 * PARAMETERS
-    found, attributes = read_samples(answer["samples"])
-    assert attributes["bench"] == "training" and len(found["samples"]) == 3 * 2 * 20
-    mine = found["algorithm"] == "ddp"
-    seconds = found["end_s"][mine].max() - found["begin_s"][mine].min()
-    rate = found["samples"][mine].sum() / seconds
+    raw, attributes = read_samples(report["samples"])
+    assert attributes["bench"] == "training" and len(raw["samples"]) == 3 * 2 * 20
+    ddp = raw["algorithm"] == "ddp"
+    seconds = raw["end_s"][ddp].max() - raw["begin_s"][ddp].min()
+    rate = raw["samples"][ddp].sum() / seconds
     assert rate == pytest.approx(rows["ddp"]["samples_per_s"])
 
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("environment")
 def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
-    """Averaging gradients has one outcome: the losses of DDP are those of our all-reduce.
+    """Averaging gradients has one outcome: DDP must have the losses of our all-reduce.
 
-    The straggler computes here, so that gradients computed for nothing would show if they counted.
+    The straggler computes, so that its additional gradients would show if they were applied.
     """
     losses = []
     for algorithm in ("allreduce", "ddp"):
@@ -265,9 +266,9 @@ def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
         assert launch.run(command, 2, timeout=120, env={"OMP_NUM_THREADS": "1"}).code == 0
         records = [read_run_file(rank_path(config.run_directory, rank)) for rank in range(2)]
         steps = {record.counters["steps"] for record in records}
-        assert len(steps) == 1, "ranks that go in step"
+        assert len(steps) == 1, "ranks in lockstep"
         losses.append([record.tables["train"]["loss"] for record in records])
-    compared = min(30, *(len(rank) for both in losses for rank in both))
+    compared = min(30, *(len(rank) for ranks in losses for rank in ranks))
     assert compared > 5
-    ours, rivals = (np.array([rank[:compared] for rank in both]) for both in losses)
-    np.testing.assert_allclose(rivals, ours, rtol=1e-3)
+    allreduce, ddp = (np.array([rank[:compared] for rank in ranks]) for ranks in losses)
+    np.testing.assert_allclose(ddp, allreduce, rtol=1e-3)
