@@ -1,4 +1,4 @@
-"""Whether codecs that claim to round without bias do: their mean error over many messages."""
+"""Bias of the codecs with stochastic rounding: the mean of their errors over many messages."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpi_dasgd.bench.codec_error import message, models, open_pair
+from mpi_dasgd.bench.codec_error import codec_pair, empty_message, random_models
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BITS, BUCKET, EncodedVector
 
-__all__ = ["Bias", "biases"]
+__all__ = ["BiasResult", "measure_bias"]
 
 _BUCKETS = 16
-_DISTANCE = 0.3  # so far that the roundings of float32, which are not at random, do not count
+# RMS distance of the models: large, so that the rounding of float32, not random, is negligible.
+_DISTANCE = 0.3
 
 
-class Bias(NamedTuple):
-    """The mean error of one way to move, whose single errors are independent from message to message.
+class BiasResult(NamedTuple):
+    """Mean error of one method, whose errors are independent from message to message.
+
+    The names are columns of stored samples.
 
     Attributes:
-        method: codec, and how it was used.
-        messages: number of them.
-        rms: RMS of one element's error in one message; the unit of `mean` and `deviation`.
-        mean: mean error of all elements and messages.
-        deviation: its standard error.
+        method: codec, and how it is used.
+        messages: number of messages.
+        rms: RMS error of one element in one message.
+        mean: mean error of all elements and messages, in units of `rms`.
+        deviation: standard error of `mean`, in units of `rms`.
         z: mean / deviation.
         element_z2: mean over the elements of (mean error / its standard error)^2; 1 if unbiased.
-        largest_z: largest of |mean error / its standard error| of an element.
+        largest_z: largest |mean error / its standard error| of an element.
     """
 
     method: str
@@ -41,64 +44,78 @@ class Bias(NamedTuple):
     largest_z: float
 
 
-def biases(messages: int, seed: int) -> Iterator[Bias]:
-    """Yield the bias of every method that claims to have none."""
-    x, y = models(_DISTANCE, _BUCKETS, seed)
+def measure_bias(messages: int, seed: int) -> Iterator[BiasResult]:
+    """Yield the bias of every method that is claimed to be unbiased.
+
+    Args:
+        messages: number of messages per method.
+        seed: seed of models and messages.
+    """
+    x, y = random_models(_DISTANCE, _BUCKETS, seed)
     for number, name in enumerate(("qsgd8", "lattice4", "lattice8", "lattice16")):
         yield _bias(f"{name} exchange", messages, _exchanges(name, x, y, seed + number))
     for bits in BITS:
         yield _bias(f"lattice{bits} merge", messages, _merges(bits, x, y, seed + 100 + bits))
 
 
-_Draw = Callable[[], np.ndarray]  # makes a message and returns its errors
+_DrawErrors = Callable[[], np.ndarray]
+"""Encodes and applies a new message; returns the errors, float64, shape (elements,)."""
 
 
-def _exchanges(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
-    theirs, mine = open_pair(name, x, y, seed)
-    publication, reply = message(theirs), message(mine)
-    apart = x.astype(np.float64) - y
+def _exchanges(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> _DrawErrors:
+    codec_x, codec_y = codec_pair(name, x, y, seed)
+    publication, delta = empty_message(codec_x), empty_message(codec_y)
+    difference = x.astype(np.float64) - y
 
-    def draw() -> np.ndarray:
-        theirs.encode(x, publication)
-        moved = y.copy()
-        mine.average_pair(moved, (), publication, 0.5, reply, None)
-        return (moved.astype(np.float64) - y) / 0.5 - apart
+    def draw_errors() -> np.ndarray:
+        codec_x.encode(x, publication)
+        new_y = y.copy()
+        codec_y.average_pair(new_y, (), publication, 0.5, delta, None)
+        return (new_y.astype(np.float64) - y) / 0.5 - difference
 
-    return draw
+    return draw_errors
 
 
-def _merges(bits: int, x: np.ndarray, y: np.ndarray, seed: int) -> _Draw:
-    theirs, _ = open_pair(f"lattice{bits}", x, y, seed)
-    publication = message(theirs)
+def _merges(bits: int, x: np.ndarray, y: np.ndarray, seed: int) -> _DrawErrors:
+    codec_x, _ = codec_pair(f"lattice{bits}", x, y, seed)
+    publication = empty_message(codec_x)
     encoded = EncodedVector(
         x.size, bits, publication.payload, publication.scales, publication.checksums
     )
 
-    def draw() -> np.ndarray:
-        theirs.encode(x, publication)
+    def draw_errors() -> np.ndarray:
+        codec_x.encode(x, publication)
         encoded.seed = publication.seed
-        moved = y.copy()
-        lattice.merge(moved, encoded, 1.0)
-        return moved.astype(np.float64) - x
+        new_y = y.copy()
+        lattice.merge(new_y, encoded, 1.0)
+        return new_y.astype(np.float64) - x
 
-    return draw
+    return draw_errors
 
 
-def _bias(method: str, messages: int, draw: _Draw) -> Bias:
+def _bias(method: str, messages: int, draw_errors: _DrawErrors) -> BiasResult:
     sums, squares = np.zeros(_BUCKETS * BUCKET), np.zeros(_BUCKETS * BUCKET)
-    means = np.empty(messages)  # each over the elements, which share their dither's key
+    # One mean per message over all elements, whose dither has the same key.
+    means = np.empty(messages)
     for number in range(messages):
-        error = draw()
-        sums += error
-        squares += np.square(error)
-        means[number] = error.mean()
+        errors = draw_errors()
+        sums += errors
+        squares += np.square(errors)
+        means[number] = errors.mean()
     mean = sums / messages
     variance = (squares / messages - np.square(mean)) / (messages - 1)
     rms = float(np.sqrt(squares.mean() / messages))
-    moving = variance > (1e-3 * rms) ** 2 / messages  # some elements always round to the same
-    z = mean[moving] / np.sqrt(variance[moving])
+    # Some elements always round to the same point: their error does not vary.
+    varies = variance > (1e-3 * rms) ** 2 / messages
+    z = mean[varies] / np.sqrt(variance[varies])
     deviation = float(means.std(ddof=1)) / messages**0.5
-    return Bias(
-        method, messages, rms, float(means.mean()) / rms, deviation / rms,
-        float(means.mean()) / deviation, float(np.square(z).mean()), float(np.abs(z).max()),
-    )  # fmt: skip
+    return BiasResult(
+        method=method,
+        messages=messages,
+        rms=rms,
+        mean=float(means.mean()) / rms,
+        deviation=deviation / rms,
+        z=float(means.mean()) / deviation,
+        element_z2=float(np.square(z).mean()),
+        largest_z=float(np.abs(z).max()),
+    )

@@ -1,7 +1,7 @@
-"""Whether the check of a lattice bucket fails exactly where a decoding failed.
+"""Detection of decoding failures: whether the check of a lattice bucket fails exactly then.
 
-The truth is computed here: the lattice points of both models as whole numbers, by the rounded operations
-that IEEE 754 defines and without the codes. Only the dither comes from the kernels.
+The truth is computed here: the lattice points of both models as integers, by the rounded operations
+that IEEE 754 defines, without codes. Only the dither comes from the kernels.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice, reference
 from mpi_dasgd.kernels.encoded import BITS, BUCKET, BUCKET_STATS, EncodedVector
 
-__all__ = ["Case", "cases", "detection"]
+__all__ = ["BlockResult", "count_detections", "measure_detection"]
 
-_BLOCK = 32  # buckets at a time: the temporaries stay in the cache
-_NARROWEST, _WIDEST = 3.2, 6.0  # reach of the code in standard deviations of the distance
+# Buckets per block: its temporaries fit in the cache.
+_BLOCK = 32
+# Range of the code in standard deviations of the distance: the limits between which it is drawn.
+_MIN_RANGE, _MAX_RANGE = 3.2, 6.0
+# Limit of the lattice: the absolute value of every point is smaller.
+_MAX_POINT = 2.0**22
 
 
-class Case(NamedTuple):
-    """What was found in one block of buckets.
+class BlockResult(NamedTuple):
+    """Counts of one block of random buckets.
+
+    The names are columns of stored samples; `law` and `sound` keep their old names for that
+    reason.
 
     Attributes:
-        bits, law, operation: codes, distribution of the distances, and how they were decoded.
-        failing, sound: buckets in which an element was, and none was, beyond the reach of the code.
-        undetected: failing, and not rejected.
-        false_alarms: sound, and rejected.
-        wrong: elements beyond the reach.
-        single: buckets with one such element.
+        bits: bits per code.
+        law: distribution of the distances, ``gauss`` or ``laplace``.
+        operation: how the buckets were decoded, ``exchange`` or ``merge``.
+        failing: buckets with an element beyond the range of the code, which cannot be decoded.
+        sound: buckets without one, which are valid.
+        undetected: failing buckets that were not rejected.
+        false_alarms: valid buckets that were rejected.
+        wrong: elements beyond the range.
+        single: buckets with exactly one such element.
     """
 
     bits: int
@@ -44,83 +54,110 @@ class Case(NamedTuple):
     single: int
 
 
-def detection(buckets: int, seed: int) -> dict[str, int]:
-    """Return how many buckets were failing, sound, undetected and false alarms."""
-    found = list(cases(buckets, seed))
+def count_detections(buckets: int, seed: int) -> dict[str, int]:
+    """Return the numbers of failing, sound and undetected buckets, and of false alarms.
+
+    Args:
+        buckets: number of random buckets, rounded up to whole blocks.
+        seed: seed of the random numbers.
+    """
+    blocks = list(measure_detection(buckets, seed))
     names = ("failing", "sound", "undetected", "false_alarms")
-    return {name: sum(getattr(case, name) for case in found) for name in names}
+    return {name: sum(getattr(block, name) for block in blocks) for name in names}
 
 
-def cases(buckets: int, seed: int) -> Iterator[Case]:
-    """Yield blocks of random buckets, `buckets` or a few more in all, all kinds alike."""
-    kinds = [(bits, law, op) for bits in BITS for law in _LAWS for op in ("exchange", "merge")]
+def measure_detection(buckets: int, seed: int) -> Iterator[BlockResult]:
+    """Yield the counts of blocks, with all combinations of bits, distribution and operation.
+
+    Args:
+        buckets: number of random buckets, rounded up to whole blocks.
+        seed: seed of the random numbers.
+    """
+    combinations = [
+        (bits, law, operation)
+        for bits in BITS
+        for law in _DISTRIBUTIONS
+        for operation in ("exchange", "merge")
+    ]
     rng = np.random.Generator(np.random.SFC64([seed, 2]))
     for number in range(-(-buckets // _BLOCK)):
-        yield _case(rng, *kinds[number % len(kinds)])
+        yield _measure_block(rng, *combinations[number % len(combinations)])
 
 
-def _case(rng: np.random.Generator, bits: int, law: str, operation: str) -> Case:
+def _measure_block(rng: np.random.Generator, bits: int, law: str, operation: str) -> BlockResult:
     half = 2 ** (bits - 1)
     shape = (_BLOCK, BUCKET)
     scales = np.exp(rng.uniform(np.log(1e-6), np.log(1e-2), _BLOCK)).astype(np.float32)
-    # Where the models lie beside the lattice, up to near its end.
+    # Size of the model in units of the scale, up to almost the limit of the lattice.
     spread = scales * np.exp2(rng.uniform(4, 21, _BLOCK)).astype(np.float32)
     x = (rng.random(shape, np.float32) - np.float32(0.5)) * spread[:, None]
-    deviation = scales * (half / rng.uniform(_NARROWEST, _WIDEST, _BLOCK)).astype(np.float32)
-    y = x + _LAWS[law](rng, shape) * deviation[:, None]
+    deviation = scales * (half / rng.uniform(_MIN_RANGE, _MAX_RANGE, _BLOCK)).astype(np.float32)
+    y = x + _DISTRIBUTIONS[law](rng, shape) * deviation[:, None]
 
     encoded = EncodedVector.empty(x.size, bits, int(rng.integers(2**64, dtype=np.uint64)))
     encoded.scales[:] = scales
     lattice.encode(x.reshape(-1), encoded)
-    found = np.zeros(_BLOCK, BUCKET_STATS)
+    stats = np.zeros(_BLOCK, BUCKET_STATS)
     if operation == "exchange":
-        lattice.exchange(y.reshape(-1).copy(), encoded, 0.5, None, found)
+        lattice.exchange(y.reshape(-1).copy(), encoded, 0.5, None, stats)
     else:
-        lattice.merge(y.reshape(-1).copy(), encoded, 0.5, found)
-    rejected = found["rejected"] != 0
+        lattice.merge(y.reshape(-1).copy(), encoded, 0.5, stats)
+    rejected = stats["rejected"] != 0
 
     dither = _dither(encoded.seed)
-    apart = _points(x, scales, dither) - _points(
-        y, scales, dither if operation == "exchange" else None
-    )
-    beyond = ((apart < -half) | (apart > half - 1)).sum(1)
+    # A merge does not add the dither to the own model.
+    own_dither = dither if operation == "exchange" else None
+    difference = _points(x, scales, dither) - _points(y, scales, own_dither)
+    beyond = ((difference < -half) | (difference > half - 1)).sum(1)
     failing = beyond > 0
-    return Case(
-        bits, law, operation,
-        failing=int(failing.sum()), sound=int((~failing).sum()),
-        undetected=int((failing & ~rejected).sum()), false_alarms=int((~failing & rejected).sum()),
-        wrong=int(beyond.sum()), single=int((beyond == 1).sum()),
-    )  # fmt: skip
+    return BlockResult(
+        bits=bits,
+        law=law,
+        operation=operation,
+        failing=int(failing.sum()),
+        sound=int((~failing).sum()),
+        undetected=int((failing & ~rejected).sum()),
+        false_alarms=int((~failing & rejected).sum()),
+        wrong=int(beyond.sum()),
+        single=int((beyond == 1).sum()),
+    )
 
 
 def _gauss(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Return normal random numbers of variance 1, float32."""
     return rng.standard_normal(shape, np.float32)
 
 
 def _laplace(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Return Laplace numbers of variance 1."""
+    """Return Laplace random numbers of variance 1, float32."""
     size = rng.standard_exponential(shape, np.float32)
     size *= np.float32(0.5**0.5)
     return np.where(rng.random(shape, np.float32) < np.float32(0.5), -size, size)
 
 
-_LAWS = {"gauss": _gauss, "laplace": _laplace}
+_DISTRIBUTIONS = {"gauss": _gauss, "laplace": _laplace}
 
 
 def _dither(seed: int) -> np.ndarray:
+    """Return the dither of a block's message, float32, shape (`_BLOCK`, `BUCKET`)."""
     return reference.dither(reference.bucket_keys(seed, np.arange(_BLOCK, dtype=np.uint64)))
 
 
 def _points(x: np.ndarray, scales: np.ndarray, dither: np.ndarray | None) -> np.ndarray:
-    """Return the lattice points nearest to x / scale + dither, as int32.
+    """Return the lattice points nearest to x / scale + dither, int32, shape (buckets, `BUCKET`).
+
+    Args:
+        x: model, float32, shape (buckets, `BUCKET`).
+        scales: float32, shape (buckets,).
+        dither: float32, shape (buckets, `BUCKET`); None for none.
 
     Raises:
-        MpiDasgdError: one is out of range, so that this data does not test what it should.
+        MpiDasgdError: a point is beyond the limit of the lattice.
     """
-    where = x * (np.float32(1) / scales)[:, None]
+    points = x * (np.float32(1) / scales)[:, None]
     if dither is not None:
-        where += dither
-    np.rint(where, out=where)
-    if not -(2.0**22) < where.min() <= where.max() < 2.0**22:
+        points += dither
+    np.rint(points, out=points)
+    if not -_MAX_POINT < points.min() <= points.max() < _MAX_POINT:
         raise MpiDasgdError("bench quality: the random models lie beyond the range of the lattice")
-    return where.astype(np.int32)
+    return points.astype(np.int32)

@@ -1,8 +1,9 @@
-"""Random pairwise gossip of ranks whose models only take noisy steps: what gamma and rho cost and save.
+"""Random pairwise gossip with noisy steps only: what the lattice's gamma and rho cost and save.
 
-Ranks take their turn in random order: some local steps, then an exchange as in `algorithms/adpsgd.py`, with
-the newest publication of a random other rank that nobody has used yet, and the deltas that have arrived.
-All settings meet the same noise and the same partners; the codec `none` is one of them.
+Ranks take turns in random order. In its turn a rank makes some local steps and then an exchange as
+in `mpi_dasgd.algorithms.adpsgd`: with the newest publication of a random partner, if possible one
+that no rank has used yet, and with the deltas it has received. All codec settings get the same
+noise and the same partners; the codec `none` is always among them.
 """
 
 from __future__ import annotations
@@ -15,51 +16,35 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_dasgd import codecs
-from mpi_dasgd.bench.codec_error import message
+from mpi_dasgd.bench.codec_error import empty_message
+from mpi_dasgd.bench.gossip_gradients import BUCKETS, DISTRIBUTIONS, RandomGradients
 from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.kernels.encoded import BUCKET
 
-__all__ = ["LAWS", "PHASES", "Law", "Phase", "Setting", "gossip"]
+__all__ = ["PHASES", "RANKS", "CodecSetting", "PhaseResult", "measure_gossip"]
 
-RANKS, LOCAL_STEPS, BUCKETS = 8, 3, 48
+RANKS = 8
 PHASES = {"1e-3": 1e-3, "1e-4": 1e-4, "jump to 3e-3": 3e-3, "drop to 1e-5": 1e-5}
-"""Learning rates, one after the other."""
+"""Learning rates of the phases, in their order."""
 
 
-class Law(NamedTuple):
-    """Distribution of the gradients.
+class PhaseResult(NamedTuple):
+    """Result of one codec setting in one phase.
 
-    Attributes:
-        freedom: of Student's t; 0 for the normal distribution.
-        large: share of a bucket's elements whose gradients are larger.
-        factor: by how much.
-    """
-
-    freedom: int
-    large: float = 0.0
-    factor: float = 1.0
-
-
-LAWS = {
-    "gauss": Law(0),
-    "t3": Law(3),
-    "gauss mixed": Law(0, 0.05, 30),
-    "t3 mixed": Law(3, 0.05, 30),
-}
-"""In a mixed bucket 5 % of the elements have gradients 30 times larger."""
-
-
-class Phase(NamedTuple):
-    """What one setting did in one phase.
+    The names are columns of stored samples; `law` (distribution), `apart` and `apart_small` keep
+    their old names for that reason.
 
     Attributes:
-        law, phase: of `LAWS` and `PHASES`.
-        codec, gamma, rho, weight: the setting; NaN for codecs without.
-        rejected: share of the buckets.
-        error: median over buckets of ||what moved / weight - (x - y)|| / ||x - y||; 1 where rejected.
-        disagreement: RMS distance of a model from the mean, in the second half of the phase.
-        apart: the same over that of the codec `none`.
-        apart_small: `apart` of the elements with small gradients.
+        law: key of `DISTRIBUTIONS`.
+        phase: key of `PHASES`.
+        codec, gamma, rho, weight: the setting; gamma and rho are NaN for codecs without them.
+        rejected: share of rejected buckets.
+        error: median over buckets of ||change of x / weight - (y - x)|| / ||y - x||, where y is the
+            partner's publication; 1 in rejected buckets.
+        disagreement: RMS distance of the models from their mean, in the second half of the phase.
+        apart: `disagreement` relative to that of the codec `none`.
+        apart_small: the same ratio for the elements with small gradients only.
     """
 
     law: str
@@ -75,145 +60,181 @@ class Phase(NamedTuple):
     apart_small: float
 
 
-@dataclass
-class _Rank:
-    x: np.ndarray
-    codec: Codec
-    publication: Message
-    published: np.ndarray  # the model that the publication holds
-    arrived: list[Message] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class Setting:
-    """A codec as the ranks of one gossip use it; gamma and rho are for the lattice."""
+class CodecSetting:
+    """A codec and its parameters.
+
+    Attributes:
+        codec: name of the codec.
+        gamma, rho: margin and decay of a lattice codec's scale; `gamma` is None for other codecs.
+        weight: mixing weight of every exchange.
+    """
 
     codec: str
     gamma: float | None = None
     rho: float = 0.95
     weight: float = 0.5
 
-    def codecs(self, seed: int) -> list[Codec]:
-        """Make the codecs of all ranks."""
-        settings = codecs.Settings(name=self.codec, scale_margin=self.gamma, scale_decay=self.rho)
+    def make_codecs(self, seed: int) -> list[Codec]:
+        """Return the codecs of all ranks."""
+        config = CodecConfig(name=self.codec, scale_margin=self.gamma, scale_decay=self.rho)
         size, dtype = BUCKETS * BUCKET, np.dtype(np.float32)
-        return [codecs.make(settings, size, dtype, seed=seed, rank=rank) for rank in range(RANKS)]
+        return [codecs.make(config, size, dtype, seed=seed, rank=rank) for rank in range(RANKS)]
 
 
-class _Group:
-    """The ranks of one setting.
+@dataclass
+class _Rank:
+    """State of one rank.
 
-    Args:
-        ranks: their codecs.
-        x: the model that all begin with.
-        weight: of an exchange.
+    Attributes:
+        x: model, float32, shape (elements,).
+        codec: codec of the rank.
+        publication: newest publication.
+        published: model in the publication, float32, shape (elements,).
+        deltas: received deltas that were not applied yet.
     """
 
-    def __init__(self, ranks: Sequence[Codec], x: np.ndarray, weight: float) -> None:
+    x: np.ndarray
+    codec: Codec
+    publication: Message
+    published: np.ndarray
+    deltas: list[Message] = field(default_factory=list)
+
+
+class _RankGroup:
+    """All ranks with one codec setting, and their statistics of one phase.
+
+    Args:
+        rank_codecs: codecs of the ranks.
+        x: initial model of all ranks, float32, shape (elements,).
+        weight: mixing weight of every exchange.
+
+    Attributes:
+        buckets, rejected: number of buckets that were averaged, and that were rejected.
+        errors: relative error of each bucket, shape (buckets,) per exchange.
+        square_distances: mean squared distance of the models from their mean, over all elements
+            and over those with small gradients, shape (2,) per round.
+    """
+
+    def __init__(self, rank_codecs: Sequence[Codec], x: np.ndarray, weight: float) -> None:
         self.weight = weight
-        self.ranks = [_Rank(x.copy(), codec, message(codec), x.copy()) for codec in ranks]
+        self.ranks = [
+            _Rank(x.copy(), codec, empty_message(codec), x.copy()) for codec in rank_codecs
+        ]
         for rank in self.ranks:
             rank.codec.encode(rank.x, rank.publication)
-        self.clear()
+        self.reset_statistics()
 
-    def clear(self) -> None:
-        """Forget what was measured."""
+    def reset_statistics(self) -> None:
+        """Begin a new phase."""
         self.buckets = self.rejected = 0
         self.errors: list[np.ndarray] = []
-        self.squares: list[np.ndarray] = []
+        self.square_distances: list[np.ndarray] = []
 
-    def turn(self, number: int, partner: int, step: np.ndarray) -> None:
-        """Let a rank move by `step`, then exchange with a partner."""
-        mine, theirs = self.ranks[number], self.ranks[partner]
-        mine.x += step
-        before, reply = mine.x.copy(), message(mine.codec)
-        for delta in mine.arrived:
-            before += mine.codec.delta(delta)
-        outcome = mine.codec.average_pair(
-            mine.x, mine.arrived, theirs.publication, self.weight, reply, mine.publication
-        )
-        self._note(mine.x - before, theirs.published - before, outcome.rejected)
-        mine.arrived = []
-        mine.published[:] = mine.x
-        theirs.arrived.append(reply)
+    def take_turn(self, number: int, partner_number: int, step: np.ndarray) -> None:
+        """Let a rank make a step and an exchange.
 
-    def _note(self, moved: np.ndarray, apart: np.ndarray, rejected: int) -> None:
-        error = moved / np.float32(self.weight) - apart
-        norm, error = (
-            np.linalg.norm(part.reshape(BUCKETS, BUCKET), axis=1) for part in (apart, error)
+        Args:
+            number: rank whose turn it is.
+            partner_number: rank it averages with.
+            step: sum of its local steps, float32, shape (elements,).
+        """
+        rank, partner = self.ranks[number], self.ranks[partner_number]
+        rank.x += step
+        before, reply_delta = rank.x.copy(), empty_message(rank.codec)
+        for delta in rank.deltas:
+            before += rank.codec.delta(delta)
+        outcome = rank.codec.average_pair(
+            rank.x, rank.deltas, partner.publication, self.weight, reply_delta, rank.publication
         )
-        self.errors.append(error / np.where(norm > 0, norm, np.inf))
+        self._record_error(rank.x - before, partner.published - before, outcome.rejected)
+        rank.deltas = []
+        rank.published[:] = rank.x
+        partner.deltas.append(reply_delta)
+
+    def _record_error(self, change: np.ndarray, difference: np.ndarray, rejected: int) -> None:
+        error = change / np.float32(self.weight) - difference
+        difference_norms, error_norms = (
+            np.linalg.norm(vector.reshape(BUCKETS, BUCKET), axis=1)
+            for vector in (difference, error)
+        )
+        nonzero_norms = np.where(difference_norms > 0, difference_norms, np.inf)
+        self.errors.append(error_norms / nonzero_norms)
         self.buckets += BUCKETS
         self.rejected += rejected
 
-    def look(self, small: np.ndarray) -> None:
-        """Note how far the models are apart, over all elements and over small ones."""
+    def record_distance(self, small: np.ndarray) -> None:
+        """Record the distance of the models from their mean.
+
+        Args:
+            small: mask of the elements with small gradients, bool, shape (elements,).
+        """
         models = np.stack([rank.x for rank in self.ranks])
         square = np.square(models - models.mean(0)).mean(0)
-        self.squares.append(np.array([square.mean(), square[small].mean()]))
+        self.square_distances.append(np.array([square.mean(), square[small].mean()]))
 
 
-class _Gradients:
-    """Random gradients, the same for all settings: pieces of a pool of numbers of variance 1."""
+def measure_gossip(
+    distribution: str, settings: Sequence[CodecSetting], rounds: int, seed: int
+) -> Iterator[PhaseResult]:
+    """Let all settings gossip side by side, and yield the results of each in each phase.
 
-    _POOL = 2**22
-
-    def __init__(self, law: Law, rng: np.random.Generator) -> None:
-        self._rng = rng
-        pool = (
-            rng.standard_t(law.freedom, self._POOL) if law.freedom else rng.normal(size=self._POOL)
-        )
-        self._pool = (pool / pool.std()).astype(np.float32)
-        size = np.exp(rng.normal(size=(BUCKETS, 1))).repeat(BUCKET, 1)
-        self.small = rng.random(size.shape) >= law.large
-        self.model = (0.1 * size * rng.normal(size=size.shape)).astype(np.float32).reshape(-1)
-        self.size = np.where(self.small, size, law.factor * size).astype(np.float32).reshape(-1)
-        self.small = self.small.reshape(-1)
-
-    def draw(self) -> np.ndarray:
-        """Return the sum of the gradients of all local steps."""
-        count = self.size.size
-        total = np.zeros(count, np.float32)
-        for start in self._rng.integers(0, self._POOL - count, LOCAL_STEPS):
-            total += self._pool[start : start + count]
-        return total * self.size
-
-
-def gossip(law: str, settings: Sequence[Setting], rounds: int, seed: int) -> Iterator[Phase]:
-    """Let all settings gossip side by side, `rounds` turns of each rank a phase; yield a row a phase."""
-    gradients = _Gradients(LAWS[law], np.random.default_rng([seed, 3]))
-    everyone = [Setting("none", weight=w) for w in sorted({s.weight for s in settings})]
-    everyone += settings
-    groups = [_Group(s.codecs(seed), gradients.model, s.weight) for s in everyone]
-    order = random.Random(seed)
+    Args:
+        distribution: key of `DISTRIBUTIONS`.
+        settings: settings to compare; the codec `none` is added with each of their weights.
+        rounds: turns of each rank per phase.
+        seed: seed of everything random.
+    """
+    gradients = RandomGradients(DISTRIBUTIONS[distribution], np.random.default_rng([seed, 3]))
+    all_settings = [
+        CodecSetting("none", weight=weight)
+        for weight in sorted({setting.weight for setting in settings})
+    ]
+    all_settings += settings
+    groups = [
+        _RankGroup(setting.make_codecs(seed), gradients.model, setting.weight)
+        for setting in all_settings
+    ]
+    rng = random.Random(seed)
+    # Ranks whose newest publication no rank has used.
     unused = set(range(RANKS))
-    for phase, rate in PHASES.items():
+    for phase, lr in PHASES.items():
         for number in range(rounds):
-            for rank in order.sample(range(RANKS), RANKS):
-                partner = order.choice(sorted(unused - {rank}) or [(rank + 1) % RANKS])
+            for rank in rng.sample(range(RANKS), RANKS):
+                partner = rng.choice(sorted(unused - {rank}) or [(rank + 1) % RANKS])
                 unused = unused - {partner} | {rank}
-                step = np.float32(-rate) * gradients.draw()
+                step = np.float32(-lr) * gradients.draw()
                 for group in groups:
-                    group.turn(rank, partner, step)
+                    group.take_turn(rank, partner, step)
             if number >= rounds // 2:
                 for group in groups:
-                    group.look(gradients.small)
-        yield from _rows(law, phase, everyone, groups)
+                    group.record_distance(gradients.small)
+        yield from _results(distribution, phase, all_settings, groups)
         for group in groups:
-            group.clear()
+            group.reset_statistics()
 
 
-def _rows(
-    law: str, phase: str, settings: Sequence[Setting], groups: Sequence[_Group]
-) -> Iterator[Phase]:
-    exact: dict[float, np.ndarray] = {}  # of the codec none, with each weight
+def _results(
+    distribution: str,
+    phase: str,
+    settings: Sequence[CodecSetting],
+    groups: Sequence[_RankGroup],
+) -> Iterator[PhaseResult]:
+    # RMS distances with the codec none, which comes first, by weight.
+    exact: dict[float, np.ndarray] = {}
     for setting, group in zip(settings, groups, strict=True):
-        both = np.sqrt(np.mean(group.squares, axis=0))
-        apart, small = both / exact.setdefault(setting.weight, both)
-        gamma, rho = (np.nan, np.nan) if setting.gamma is None else (setting.gamma, setting.rho)
-        yield Phase(
-            law, phase, setting.codec, gamma, rho, setting.weight,
+        rms = np.sqrt(np.mean(group.square_distances, axis=0))
+        ratio, ratio_small = rms / exact.setdefault(setting.weight, rms)
+        yield PhaseResult(
+            law=distribution,
+            phase=phase,
+            codec=setting.codec,
+            gamma=np.nan if setting.gamma is None else setting.gamma,
+            rho=np.nan if setting.gamma is None else setting.rho,
+            weight=setting.weight,
             rejected=group.rejected / group.buckets,
             error=float(np.median(np.concatenate(group.errors))),
-            disagreement=float(both[0]), apart=float(apart), apart_small=float(small),
-        )  # fmt: skip
+            disagreement=float(rms[0]),
+            apart=float(ratio),
+            apart_small=float(ratio_small),
+        )

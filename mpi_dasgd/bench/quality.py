@@ -1,8 +1,8 @@
-"""`bench quality`: what the codecs' arithmetic is worth; no ranks, no clock, all follows from the seed.
+"""`bench quality`: arithmetic quality of the codecs, without ranks or clocks, from a seed only.
 
-Four parts: the error of one average against the distance of the models; whether the check of a lattice
-bucket fails exactly where a decoding did; whether rounding at random is without bias; and how gamma and rho
-of the lattice do when ranks gossip.
+It has four parts: the error of one average against the distance of the models; whether the check of
+a lattice bucket fails exactly where its decoding failed; whether stochastic rounding is unbiased;
+and the effect of the lattice's gamma and rho when ranks gossip.
 """
 
 from __future__ import annotations
@@ -13,32 +13,36 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpi_dasgd.bench.bias import biases
-from mpi_dasgd.bench.codec_error import METHODS, errors
-from mpi_dasgd.bench.detection import cases, detection
-from mpi_dasgd.bench.gossip import LAWS, PHASES, Setting, gossip
-from mpi_dasgd.bench.sample_store import DIRECTORY, samples_path, write_samples
-from mpi_dasgd.errors import UserError, nearest
+from mpi_dasgd.bench.bias import measure_bias
+from mpi_dasgd.bench.codec_error import METHODS, measure_errors
+from mpi_dasgd.bench.detection import measure_detection
+from mpi_dasgd.bench.gossip import PHASES, CodecSetting, measure_gossip
+from mpi_dasgd.bench.gossip_gradients import DISTRIBUTIONS
+from mpi_dasgd.bench.options import add_output_options, validate_names
+from mpi_dasgd.bench.sample_store import columns_of, samples_path, write_samples
+from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 
-__all__ = ["PARTS", "detection", "main"]
+__all__ = ["PARTS", "main"]
 
 DISTANCES = [10 ** (-step / 2) for step in range(2, 13)]
+"""RMS distances of the models whose average is measured."""
 PAIR_BUCKETS = 512
-GRID = [
-    Setting(f"lattice{bits}", gamma, rho)
+"""Buckets of these models."""
+LATTICE_SETTINGS = [
+    CodecSetting(f"lattice{bits}", gamma, rho)
     for bits, gammas in ((8, (1.2, 1.5, 2.0, 3.0)), (4, (1.2, 1.5, 2.0)))
     for gamma in gammas
     for rho in (0.9, 0.95, 0.99)
 ]
-"""4 bits allow no gamma of 3."""
-OTHERS = [Setting("fp16"), Setting("qsgd8")]
+"""Lattice codecs in the gossip; 4 bits do not allow a gamma of 3."""
+OTHER_SETTINGS = [CodecSetting("fp16"), CodecSetting("qsgd8")]
 
 Rows = list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark.
+    """Run the benchmark with its command-line arguments and return the exit code.
 
     Raises:
         UserError: an argument is wrong.
@@ -47,21 +51,15 @@ def main(arguments: Sequence[str]) -> int:
     for name, least in (("buckets", 1), ("messages", 2), ("rounds", 2), ("seed", 0)):
         if (value := getattr(options, name)) < least:
             raise UserError(f"bench quality: --{name} must be at least {least}, got {value}")
-    for flag, chosen, valid in (("parts", options.parts, PARTS), ("laws", options.laws, LAWS)):
-        for name in chosen:
-            if name not in valid:
-                raise UserError(
-                    f"bench quality: --{flag}: {name!r} is not known{nearest(name, valid)} "
-                    f"(valid: {', '.join(map(repr, valid))})"
-                )
+    validate_names("bench quality: --parts", options.parts, PARTS, repr)
+    validate_names("bench quality: --laws", options.laws, DISTRIBUTIONS, repr)
     report: dict[str, Any] = {"seed": options.seed, "kernels": native.status(), "samples": {}}
     for name in dict.fromkeys(options.parts):
         part = PARTS[name]
         path = samples_path(f"quality-{name}", options.out)
         rows = part.measure(options)
-        columns = {column: [row[column] for row in rows] for column in rows[0]}
         settings = {key: value for key, value in vars(options).items() if key != "out"}
-        write_samples(path, name, columns, settings | {"kernels": native.status()})
+        write_samples(path, name, columns_of(rows), settings | {"kernels": native.status()})
         report["samples"][name] = str(path)
         report[name] = part.summarize(rows)
         if not options.json:
@@ -74,52 +72,58 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpi-dasgd bench quality",
-        description="Errors, checks and bias of the codecs; choice of gamma and rho. One core, minutes.",
+        description="Errors, checks and bias of the codecs; choice of gamma and rho.",
     )
     add = parser.add_argument
+    laws = ", ".join(DISTRIBUTIONS)
     add("--parts", nargs="+", default=list(PARTS), help=f"some of {', '.join(PARTS)} [all]")
-    add("--buckets", type=int, default=2_500_000, help="for detection [2,500,000]")
-    add("--messages", type=int, default=4000, help="of each method, for bias [4000]")
-    add("--rounds", type=int, default=60, help="turns of each rank in a phase of gossip [60]")
-    add("--laws", nargs="+", default=list(LAWS), help=f"some of {', '.join(LAWS)} [all]")
-    add("--seed", type=int, default=0, help="of everything random [0]")
-    add("--out", metavar="DIR", help=f"directory for the raw samples [{DIRECTORY}]")
-    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add("--buckets", type=int, default=2_500_000, help="random buckets, for detection [2,500,000]")
+    add("--messages", type=int, default=4000, help="messages per method, for bias [4000]")
+    add("--rounds", type=int, default=60, help="turns of each rank per phase, for gossip [60]")
+    add(
+        "--laws",
+        nargs="+",
+        default=list(DISTRIBUTIONS),
+        help=f"distributions of the gradients, some of {laws} [all]",
+    )
+    add("--seed", type=int, default=0, help="seed of everything random [0]")
+    add_output_options(parser)
     return parser
 
 
-# --- measure ---
+# --- raw samples ---
 
 
 def _errors(options: argparse.Namespace) -> Rows:
     return [
-        error._asdict()
+        result._asdict()
         for distance in DISTANCES
-        for error in errors(distance, PAIR_BUCKETS, options.seed)
+        for result in measure_errors(distance, PAIR_BUCKETS, options.seed)
     ]
 
 
 def _detection(options: argparse.Namespace) -> Rows:
-    return [case._asdict() for case in cases(options.buckets, options.seed)]
+    return [result._asdict() for result in measure_detection(options.buckets, options.seed)]
 
 
 def _bias(options: argparse.Namespace) -> Rows:
-    return [bias._asdict() for bias in biases(options.messages, options.seed)]
+    return [result._asdict() for result in measure_bias(options.messages, options.seed)]
 
 
 def _gossip(options: argparse.Namespace) -> Rows:
+    settings = [*LATTICE_SETTINGS, *OTHER_SETTINGS]
     return [
-        phase._asdict()
+        result._asdict()
         for law in options.laws
-        for phase in gossip(law, [*GRID, *OTHERS], options.rounds, options.seed)
+        for result in measure_gossip(law, settings, options.rounds, options.seed)
     ]
 
 
-# --- summarize ---
+# --- rows of the report ---
 
 
-def _as_they_are(rows: Rows) -> Rows:
-    """Return the rows as JSON can hold them."""
+def _nan_to_none(rows: Rows) -> Rows:
+    """Return the rows with None for NaN, which JSON does not have."""
     return [
         {
             name: None if isinstance(value, float) and math.isnan(value) else value
@@ -129,21 +133,22 @@ def _as_they_are(rows: Rows) -> Rows:
     ]
 
 
-def _sums(rows: Rows) -> Rows:
-    """Return the sums of the blocks of each kind, and of all."""
-    kinds = ("bits", "law", "operation")
+def _sum_blocks(rows: Rows) -> Rows:
+    """Return the sums over the blocks of each combination, and last the sums over all blocks."""
+    keys = ("bits", "law", "operation")
+    all_blocks = ("all",) * len(keys)
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        for key in (tuple(row[kind] for kind in kinds), ("all",) * 3):
-            total = sums.setdefault(key, dict(zip(kinds, key, strict=True)))
+        for values in (tuple(row[key] for key in keys), all_blocks):
+            total = sums.setdefault(values, dict(zip(keys, values, strict=True)))
             for name in row:
-                if name not in kinds:
+                if name not in keys:
                     total[name] = total.get(name, 0) + row[name]
-    every = sums.pop(("all",) * 3)
-    return [*sums.values(), every]
+    last = sums.pop(all_blocks)
+    return [*sums.values(), last]
 
 
-# --- tables ---
+# --- printed tables ---
 
 
 def _error_table(rows: Rows) -> list[str]:
@@ -152,9 +157,10 @@ def _error_table(rows: Rows) -> list[str]:
         ("error", "RMS(what moved / weight - (x - y)) / RMS(x - y)"),
         ("ends", "RMS(x - y) after both have moved / before"),
     ):
-        words = [[*method.split()[:1], " ".join(method.split()[1:])] for method in METHODS]
+        # Two lines of heads: the codec, and how it is used.
+        heads = [method.partition(" ")[::2] for method in METHODS]
         lines.append(f"{title}, against RMS(x - y)")
-        lines += ["".join([f"{'':<9}", *(f"{word[n]:>17}" for word in words)]) for n in range(2)]
+        lines += ["".join([f"{'':<9}", *(f"{head[n]:>17}" for head in heads)]) for n in range(2)]
         for start in range(0, len(rows), len(METHODS)):
             line = rows[start : start + len(METHODS)]
             lines.append(
@@ -166,8 +172,8 @@ def _error_table(rows: Rows) -> list[str]:
 
 def _detection_table(rows: Rows) -> list[str]:
     return [
-        f"{'bits':<6}{'distances':<11}{'operation':<11}{'failing':>10}{'by 1 element':>14}{'sound':>10}"
-        f"{'undetected':>12}{'false alarms':>14}",
+        f"{'bits':<6}{'distances':<11}{'operation':<11}{'failing':>10}{'by 1 element':>14}"
+        f"{'sound':>10}{'undetected':>12}{'false alarms':>14}",
         *(
             f"{row['bits']:<6}{row['law']:<11}{row['operation']:<11}{row['failing']:>10}"
             f"{row['single']:>14}{row['sound']:>10}{row['undetected']:>12}{row['false_alarms']:>14}"
@@ -182,16 +188,18 @@ def _bias_table(rows: Rows) -> list[str]:
         f"{'elements: mean z^2':>20}{'largest |z|':>13}",
         *(
             f"{row['method']:<20}{row['messages']:>9}{row['rms']:>11.2g}{row['mean']:>+12.1e}"
-            f"{row['deviation']:>16.1e}{row['z']:>+7.2f}{row['element_z2']:>20.2f}{row['largest_z']:>13.2f}"
+            f"{row['deviation']:>16.1e}{row['z']:>+7.2f}{row['element_z2']:>20.2f}"
+            f"{row['largest_z']:>13.2f}"
             for row in rows
         ),
     ]
 
 
 def _gossip_table(rows: Rows) -> list[str]:
-    """Return a line for each setting and law, with the phases side by side."""
+    """Return one line per setting and distribution, with the phases side by side."""
     lines = [
-        "in each phase of the learning rate: % of buckets rejected, median error, and disagreement over",
+        "in each phase of the learning rate: % of buckets rejected, median error, and disagreement "
+        "over",
         "that of codec none; in brackets: of the elements with small gradients",
     ]
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -214,7 +222,13 @@ def _gossip_table(rows: Rows) -> list[str]:
 
 
 class _Part(NamedTuple):
-    """How to measure, to sum up and to show."""
+    """One part of the benchmark.
+
+    Attributes:
+        measure: returns the raw samples, given the command-line options.
+        summarize: returns the rows of the report, given the raw samples.
+        table: returns the lines of the printed table, given the rows of the report.
+    """
 
     measure: Callable[[argparse.Namespace], Rows]
     summarize: Callable[[Rows], Rows]
@@ -222,13 +236,8 @@ class _Part(NamedTuple):
 
 
 PARTS: Mapping[str, _Part] = {
-    "errors": _Part(_errors, _as_they_are, _error_table),
-    "detection": _Part(_detection, _sums, _detection_table),
-    "bias": _Part(_bias, _as_they_are, _bias_table),
-    "gossip": _Part(_gossip, _as_they_are, _gossip_table),
+    "errors": _Part(_errors, _nan_to_none, _error_table),
+    "detection": _Part(_detection, _sum_blocks, _detection_table),
+    "bias": _Part(_bias, _nan_to_none, _bias_table),
+    "gossip": _Part(_gossip, _nan_to_none, _gossip_table),
 }
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

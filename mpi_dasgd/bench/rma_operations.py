@@ -141,7 +141,7 @@ class Peer:
         return seconds
 
     def _put(self) -> float:
-        """Write a message into the partner's inbox: encoded in place, or put after it was encoded."""
+        """Send a message to the partner: encode it in place, or put one that is encoded already."""
         inbox, rank = self.endpoint.inbox, self.endpoint.rank
         if not self.in_place:
             self.codec.encode(self.x, self.out)

@@ -1,4 +1,4 @@
-"""`bench quality`: the figures have the shape that the codecs promise, and follow from the raw samples."""
+"""`bench quality`: errors and bias are as the codecs promise; the report fits the raw samples."""
 
 from __future__ import annotations
 
@@ -11,95 +11,104 @@ import pytest
 
 from mpi_dasgd import bench
 from mpi_dasgd.bench import detection, quality
-from mpi_dasgd.bench.bias import biases
-from mpi_dasgd.bench.codec_error import METHODS, errors, models
-from mpi_dasgd.bench.gossip import PHASES, RANKS, Setting, gossip
+from mpi_dasgd.bench.bias import measure_bias
+from mpi_dasgd.bench.codec_error import METHODS, measure_errors, random_models
+from mpi_dasgd.bench.gossip import PHASES, RANKS, CodecSetting, measure_gossip
 from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.codecs import CODECS
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BITS, EncodedVector
 
-NAMES = ("failing", "sound", "undetected", "false_alarms")
+COUNTS = ("failing", "sound", "undetected", "false_alarms")
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[tuple[str, int], float]:
-    """Errors by method and negative power of ten of the distance."""
+def errors() -> dict[tuple[str, int], float]:
+    """Errors by method and power, with 10^-power the distance of the models."""
     return {
-        (error.method, power): error.error
+        (result.method, power): result.error
         for power in (1, 2, 3, 4, 5)
-        for error in errors(10.0**-power, 64, 0)
+        for result in measure_errors(10.0**-power, 64, 0)
     }
 
 
-def test_errors_of_the_lattice_follow_the_distance(table: dict[tuple[str, int], float]) -> None:
+def test_lattice_errors_are_relative_to_the_distance(errors: dict[tuple[str, int], float]) -> None:
     for method, expected in {
         "lattice4": 0.3,
         "lattice8": 0.017,
         "lattice8 merge": 0.017,
         "lattice8 merge subtracted": 0.012,
     }.items():
-        found = [table[method, power] for power in (1, 2, 3, 4)]
-        assert found == pytest.approx([expected] * 4, rel=0.1), method
+        measured = [errors[method, power] for power in (1, 2, 3, 4)]
+        assert measured == pytest.approx([expected] * 4, rel=0.1), method
     for power in (1, 2, 3, 4):
-        eight = table["lattice8", power]
-        assert table["lattice16", power] < eight / 4
-        assert eight < table["lattice8 power of two", power] < 2 * eight
-        assert table["lattice8 one scale", power] > 2 * eight
+        lattice8 = errors["lattice8", power]
+        assert errors["lattice16", power] < lattice8 / 4
+        assert lattice8 < errors["lattice8 power of two", power] < 2 * lattice8
+        assert errors["lattice8 one scale", power] > 2 * lattice8
 
 
-def test_errors_of_the_others_follow_the_size(table: dict[tuple[str, int], float]) -> None:
+def test_other_codecs_errors_are_relative_to_the_model(
+    errors: dict[tuple[str, int], float],
+) -> None:
     for method in ("bf16", "fp16", "qsgd8"):
-        ratios = [table[method, power + 1] / table[method, power] for power in (2, 3, 4)]
+        ratios = [errors[method, power + 1] / errors[method, power] for power in (2, 3, 4)]
         assert ratios == pytest.approx([10] * 3, rel=0.05), method
-        assert table[method, 1] < 1 < table[method, 5], method
+        assert errors[method, 1] < 1 < errors[method, 5], method
 
 
-def test_errors_are_of_every_codec_and_say_how_the_pair_ends() -> None:
+def test_errors_cover_every_codec_and_the_final_distance() -> None:
     assert set(CODECS) < set(METHODS)
-    found = {error.method: error for error in errors(1e-3, 16, 1)}
-    assert list(found) == list(METHODS)
-    for error in found.values():
-        assert error.rejected == 0
-        if "merge" in error.method:  # both sides err, each by half, and independently
-            assert error.ends == pytest.approx(error.error / 2**0.5, rel=0.05)
-        elif error.method != "none":
-            assert error.ends == pytest.approx(error.error, rel=0.05)
+    results = {result.method: result for result in measure_errors(1e-3, 16, 1)}
+    assert list(results) == list(METHODS)
+    for result in results.values():
+        assert result.rejected == 0
+        if "merge" in result.method:
+            # Both models err, each by half, and independently.
+            assert result.ends == pytest.approx(result.error / 2**0.5, rel=0.05)
+        elif result.method != "none":
+            assert result.ends == pytest.approx(result.error, rel=0.05)
 
 
-def test_models_have_the_distance_that_is_asked_for() -> None:
-    x, y = models(1e-3, 32, 5)
+def test_random_models_have_the_given_distance() -> None:
+    x, y = random_models(1e-3, 32, 5)
     assert np.sqrt(np.square(x.astype(np.float64) - y).mean()) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_detection_counts_every_kind() -> None:
-    cases = list(detection.cases(24 * 32, 3))
-    assert len(cases) == 24
-    kinds = {(case.bits, case.law, case.operation) for case in cases}
-    assert kinds == {
-        (b, law, op) for b in BITS for law in ("gauss", "laplace") for op in ("exchange", "merge")
+def test_detection_covers_every_combination() -> None:
+    blocks = list(detection.measure_detection(24 * 32, 3))
+    assert len(blocks) == 24
+    combinations = {(block.bits, block.law, block.operation) for block in blocks}
+    assert combinations == {
+        (bits, law, operation)
+        for bits in BITS
+        for law in ("gauss", "laplace")
+        for operation in ("exchange", "merge")
     }
-    assert all(case.failing + case.sound == 32 for case in cases)
-    assert any(case.single for case in cases)
-    sums = quality.detection(24 * 32, 3)
-    assert sums["failing"] + sums["sound"] == 24 * 32 and sums["failing"] > 100 < sums["sound"]
-    assert sums["undetected"] == sums["false_alarms"] == 0
+    assert all(block.failing + block.sound == 32 for block in blocks)
+    assert any(block.single for block in blocks)
+    counts = detection.count_detections(24 * 32, 3)
+    assert counts["failing"] + counts["sound"] == 24 * 32
+    assert counts["failing"] > 100 < counts["sound"]
+    assert counts["undetected"] == counts["false_alarms"] == 0
 
 
-@pytest.mark.parametrize(("sound", "wrong"), [(True, "undetected"), (False, "false_alarms")])
-def test_detection_sees_a_check_that_lies(
-    sound: bool, wrong: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("accepts", "wrong"), [(True, "undetected"), (False, "false_alarms")])
+def test_detection_finds_a_wrong_check(
+    accepts: bool, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lying(
-        y: np.ndarray, theirs: EncodedVector, weight: float, reply: None, found: np.ndarray
+    def exchange_with_wrong_check(
+        y: np.ndarray, partner_model: EncodedVector, weight: float, reply: None, stats: np.ndarray
     ) -> None:
-        found["rejected"] = not sound
+        stats["rejected"] = not accepts
 
-    monkeypatch.setattr(lattice, "exchange", lying)
-    cases = [case for case in detection.cases(12 * 32, 3) if case.operation == "exchange"]
-    lies = {name: sum(getattr(case, name) for case in cases) for name in NAMES}
-    assert lies[wrong] == lies["failing" if sound else "sound"] > 0
+    monkeypatch.setattr(lattice, "exchange", exchange_with_wrong_check)
+    blocks = [
+        block for block in detection.measure_detection(12 * 32, 3) if block.operation == "exchange"
+    ]
+    counts = {name: sum(getattr(block, name) for block in blocks) for name in COUNTS}
+    assert counts[wrong] == counts["failing" if accepts else "sound"] > 0
 
 
 def test_detection_refuses_points_out_of_range() -> None:
@@ -109,21 +118,26 @@ def test_detection_refuses_points_out_of_range() -> None:
 
 
 @pytest.mark.slow
-def test_rounding_at_random_is_without_bias() -> None:
-    found = {bias.method: bias for bias in biases(300, 0)}
-    assert set(found) == {
+def test_stochastic_rounding_is_unbiased() -> None:
+    results = {result.method: result for result in measure_bias(300, 0)}
+    assert set(results) == {
         *(f"{name} exchange" for name in ("qsgd8", "lattice4", "lattice8", "lattice16")),
         *(f"lattice{bits} merge" for bits in BITS),
     }
-    for bias in found.values():
-        assert abs(bias.z) < 4.5, bias
-        assert bias.deviation < 2 / (300 * 16384) ** 0.5, bias  # as of independent elements
+    for result in results.values():
+        assert abs(result.z) < 4.5, result
+        # Almost as small as for independent elements.
+        assert result.deviation < 2 / (300 * 16384) ** 0.5, result
 
 
 @pytest.mark.slow
 def test_gossip_compares_with_the_codec_none() -> None:
-    settings = [Setting("lattice8", 2.0, 0.9), Setting("fp16"), Setting("lattice8", 2.0, 0.9, 0.25)]
-    rows = list(gossip("gauss", settings, 12, 0))
+    settings = [
+        CodecSetting("lattice8", 2.0, 0.9),
+        CodecSetting("fp16"),
+        CodecSetting("lattice8", 2.0, 0.9, 0.25),
+    ]
+    rows = list(measure_gossip("gauss", settings, 12, 0))
     assert [row.phase for row in rows[:: len(rows) // len(PHASES)]] == list(PHASES)
     for row in rows:
         if row.codec == "none":
@@ -140,12 +154,12 @@ def test_gossip_compares_with_the_codec_none() -> None:
 
 
 @pytest.mark.slow
-def test_command_json_and_samples(
+def test_the_report_follows_from_the_raw_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "DISTANCES", [1e-2, 1e-3])
     monkeypatch.setattr(quality, "PAIR_BUCKETS", 8)
-    monkeypatch.setattr(quality, "GRID", [Setting("lattice8", 2.0, 0.9)])
+    monkeypatch.setattr(quality, "LATTICE_SETTINGS", [CodecSetting("lattice8", 2.0, 0.9)])
     sizes = ["--buckets", "400", "--messages", "5", "--rounds", "2", "--laws", "gauss"]
     sizes += ["--seed", "7"]
     assert bench.run("quality", [*sizes, "--json", "--out", str(tmp_path)]) == 0
@@ -159,9 +173,9 @@ def test_command_json_and_samples(
         assert all(len(values) for values in columns.values())
         if name != "detection":
             for number, row in enumerate(report[name]):
-                for key, shown in row.items():
-                    kept = columns[key][number]
-                    assert shown == kept or (shown is None and math.isnan(kept)), (name, key)
+                for key, value in row.items():
+                    stored = columns[key][number]
+                    assert value == stored or (value is None and math.isnan(stored)), (name, key)
     columns, _ = read_samples(report["samples"]["detection"])
     assert columns["failing"].sum() == report["detection"][-1]["failing"]
 
@@ -184,6 +198,6 @@ def test_command_json_and_samples(
         (["--laws", "cauchy"], "--laws: 'cauchy' is not known.*'gauss', 't3'"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: list[str], message: str) -> None:
+def test_wrong_quality_options_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.run("quality", arguments)

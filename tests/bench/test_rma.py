@@ -87,7 +87,8 @@ def test_a_wrong_payload_is_found(tmp_path: Path) -> None:
         out.payload[-1] += 1
     NoCodec.encode = wrong
     from mpi_dasgd.cli import main
-    sys.exit(main(["bench", "rma", "--sizes", "4KiB", "--seconds", "0.01", "--out", {str(tmp_path)!r}]))
+    options = ["--sizes", "4KiB", "--seconds", "0.01", "--out", {str(tmp_path)!r}]
+    sys.exit(main(["bench", "rma", *options]))
     """
     done = run_ranks(2, program, check=False)
     assert done.code == 1

@@ -25,6 +25,7 @@ from mpi_dasgd.bench.training_plan import (
     cores,
 )
 from mpi_dasgd.bench.training_report import columns, require_same_start, summarize, table
+from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
 from tests.support.mpi_ranks import ROOT, missing, mpi_library
@@ -54,7 +55,7 @@ def result(
     seconds_to_worst: float = 1.0,
     loss: float = 2.3,
 ) -> Result:
-    """Return a result of 20 s in which two ranks processed `rate` samples/s and used 10 s of CPU."""
+    """Return a result of 20 s: two ranks processed `rate` samples/s and used 10 s of CPU."""
     return Result(
         measurement=Measurement(scenario, algorithm, repeat, 22.0),
         edges=np.linspace(2.0, 22.0, 21),
@@ -112,7 +113,7 @@ def test_wrong_plans_are_refused(change: dict[str, object], message: str) -> Non
 
 
 def test_configuration_of_a_measurement(tmp_path: Path) -> None:
-    def config(task: str, straggler: str, algorithm: str, repeat: int = 0):  # type: ignore[no-untyped-def]
+    def config(task: str, straggler: str, algorithm: str, repeat: int = 0) -> Config:
         return Measurement(Scenario(task, 2, straggler), algorithm, repeat, 4.0).config(tmp_path)
 
     sleeping, busy = config("T1", "s10", "adpsgd").straggler, config("T1", "c4", "ddp").straggler

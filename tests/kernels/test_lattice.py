@@ -393,9 +393,9 @@ def test_no_two_wrong_elements_cancel_in_the_checksum() -> None:
 @pytest.mark.slow
 def test_every_failure_is_detected_and_nothing_valid_is_rejected() -> None:
     """`mpi-dasgd bench quality` tests millions of buckets; this test as many as time allows."""
-    from mpi_dasgd.bench.quality import detection
+    from mpi_dasgd.bench.detection import count_detections
 
-    counts = detection(buckets=60_000, seed=1)
+    counts = count_detections(buckets=60_000, seed=1)
     assert counts["failing"] > 15_000 and counts["sound"] > 15_000
     assert counts["undetected"] == counts["false_alarms"] == 0
 
