@@ -16,8 +16,8 @@ from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVector, buckets_of
 
 __all__ = [
-    "SCALE_MARGIN",
     "METHODS",
+    "SCALE_MARGIN",
     "ErrorResult",
     "bucket_max",
     "codec_pair",

@@ -1,4 +1,4 @@
-"""Random pairwise gossip with noisy steps only: what the lattice's gamma and rho cost and save.
+"""Random pairwise gossip with noisy steps only: effect of the margin and decay of the scale.
 
 Ranks take turns in random order. In its turn a rank makes some local steps and then an exchange as
 in `mpi_dasgd.algorithms.adpsgd`: with the newest publication of a random partner, if possible one
@@ -32,13 +32,14 @@ PHASES = {"1e-3": 1e-3, "1e-4": 1e-4, "jump to 3e-3": 3e-3, "drop to 1e-5": 1e-5
 class PhaseResult(NamedTuple):
     """Result of one codec setting in one phase.
 
-    The names are columns of stored samples; `law` (distribution), `apart` and `apart_small` keep
-    their old names for that reason.
+    The names are columns of stored samples; `law` (distribution), `gamma` (scale_margin), `rho`
+    (scale_decay), `apart` and `apart_small` keep their old names for that reason.
 
     Attributes:
         law: key of `DISTRIBUTIONS`.
         phase: key of `PHASES`.
-        codec, gamma, rho, weight: the setting; gamma and rho are NaN for codecs without them.
+        codec, gamma, rho, weight: the codec setting; gamma and rho are NaN for codecs that have
+            no scale.
         rejected: share of rejected buckets.
         error: median over buckets of ||change of x / weight - (y - x)|| / ||y - x||, where y is the
             partner's publication; 1 in rejected buckets.
@@ -66,18 +67,21 @@ class CodecSetting:
 
     Attributes:
         codec: name of the codec.
-        gamma, rho: margin and decay of a lattice codec's scale; `gamma` is None for other codecs.
+        scale_margin: margin of a lattice codec's scale; None for other codecs.
+        scale_decay: decay of a lattice codec's scale per exchange.
         weight: mixing weight of every exchange.
     """
 
     codec: str
-    gamma: float | None = None
-    rho: float = 0.95
+    scale_margin: float | None = None
+    scale_decay: float = 0.95
     weight: float = 0.5
 
     def make_codecs(self, seed: int) -> list[Codec]:
         """Return the codecs of all ranks."""
-        config = CodecConfig(name=self.codec, scale_margin=self.gamma, scale_decay=self.rho)
+        config = CodecConfig(
+            name=self.codec, scale_margin=self.scale_margin, scale_decay=self.scale_decay
+        )
         size, dtype = BUCKETS * BUCKET, np.dtype(np.float32)
         return [codecs.make(config, size, dtype, seed=seed, rank=rank) for rank in range(RANKS)]
 
@@ -229,8 +233,8 @@ def _results(
             law=distribution,
             phase=phase,
             codec=setting.codec,
-            gamma=np.nan if setting.gamma is None else setting.gamma,
-            rho=np.nan if setting.gamma is None else setting.rho,
+            gamma=np.nan if setting.scale_margin is None else setting.scale_margin,
+            rho=np.nan if setting.scale_margin is None else setting.scale_decay,
             weight=setting.weight,
             rejected=group.rejected / group.buckets,
             error=float(np.median(np.concatenate(group.errors))),

@@ -2,7 +2,7 @@
 
 It has four parts: the error of one average against the distance of the models; whether the check of
 a lattice bucket fails exactly where its decoding failed; whether stochastic rounding is unbiased;
-and the effect of the lattice's gamma and rho when ranks gossip.
+and the effect of the lattice's scale_margin and scale_decay when ranks gossip.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DISTANCES = [10 ** (-step / 2) for step in range(2, 13)]
 PAIR_BUCKETS = 512
 """Buckets of these models."""
 LATTICE_SETTINGS = [
-    CodecSetting(f"lattice{bits}", gamma, rho)
-    for bits, gammas in ((8, (1.2, 1.5, 2.0, 3.0)), (4, (1.2, 1.5, 2.0)))
-    for gamma in gammas
-    for rho in (0.9, 0.95, 0.99)
+    CodecSetting(f"lattice{bits}", margin, decay)
+    for bits, margins in ((8, (1.2, 1.5, 2.0, 3.0)), (4, (1.2, 1.5, 2.0)))
+    for margin in margins
+    for decay in (0.9, 0.95, 0.99)
 ]
-"""Lattice codecs in the gossip; 4 bits do not allow a gamma of 3."""
+"""Lattice codecs in the gossip; 4 bits do not allow a margin of 3."""
 OTHER_SETTINGS = [CodecSetting("fp16"), CodecSetting("qsgd8")]
 
 Rows = list[dict[str, Any]]
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpi-dasgd bench quality",
-        description="Errors, checks and bias of the codecs; choice of gamma and rho.",
+        description="Errors, checks and bias of the codecs; choice of the scale's parameters.",
     )
     add = parser.add_argument
     laws = ", ".join(DISTRIBUTIONS)
