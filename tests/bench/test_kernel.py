@@ -314,24 +314,6 @@ def test_gpu_operations_on_a_fake_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--sizes", "64KB"], "'64KB' is not a number of elements"),
-        (["--sizes", "0"], "'0' is not a number of elements"),
-        (["--threads", "0"], "--threads must be at least 1"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--ops", "exchang"], "'exchang' is not known; did you mean 'exchange'"),
-        (["--backends", "AVX"], "'AVX' is not known"),
-        (["--sizes", "1000000M"], "give smaller --sizes"),
-    ],
-)
-def test_wrong_kernel_options_are_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        bench.run("kernel", arguments)
-
-
-@needs_native
 @needs_no_gpu
 @pytest.mark.parametrize("option", ["--backend", "--backends"])
 def test_cuda_without_a_device_is_refused(option: str) -> None:

@@ -16,7 +16,7 @@ from mpi_dasgd.bench.codec_error import METHODS, measure_errors, random_models
 from mpi_dasgd.bench.gossip import PHASES, RANKS, CodecSetting, measure_gossip
 from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.codecs import CODECS
-from mpi_dasgd.errors import MpiDasgdError, UserError
+from mpi_dasgd.errors import MpiDasgdError
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BITS, EncodedVector
 
@@ -185,19 +185,3 @@ def test_the_report_follows_from_the_raw_samples(
     text = capsys.readouterr().out
     assert "lattice16" in text and "disagreement" in text and "undetected" not in text
     assert text.count("raw samples: ") == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--buckets", "0"], "--buckets must be at least 1, got 0"),
-        (["--messages", "1"], "--messages must be at least 2, got 1"),
-        (["--rounds", "1"], "--rounds must be at least 2, got 1"),
-        (["--seed", "-1"], "--seed must be at least 0"),
-        (["--parts", "error"], "--parts: 'error' is not known; did you mean 'errors'"),
-        (["--laws", "cauchy"], "--laws: 'cauchy' is not known.*'gauss', 't3'"),
-    ],
-)
-def test_wrong_quality_options_are_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        bench.run("quality", arguments)

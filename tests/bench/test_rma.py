@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpi_dasgd import bench
 from mpi_dasgd.bench import rma
-from mpi_dasgd.bench.sample_store import quartiles, read_samples, samples_path, write_samples
+from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.errors import UserError
 from tests.support.mpi_ranks import ROOT, mpi_library, run_ranks
 
@@ -96,46 +95,6 @@ def test_a_wrong_payload_is_found(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--sizes", "1Kb"], "'1Kb' is not a size"),
-        (["--sizes", "66"], "multiple of 4"),
-        (["--seconds", "0"], "--seconds must be positive"),
-        (["--ranks", "1"], "--ranks must be at least 2"),
-    ],
-)
-def test_wrong_rma_options_are_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        bench.run("rma", arguments)
-
-
 def test_sizes_beyond_the_memory_are_refused() -> None:
     with pytest.raises(UserError, match="give smaller --sizes"):
         rma._require_memory(2, 10**15)
-
-
-def test_an_unknown_benchmark_is_refused() -> None:
-    with pytest.raises(UserError, match="'rna' is not known; did you mean 'rma'"):
-        bench.run("rna", [])
-
-
-def test_samples_are_read_back_unchanged(tmp_path: Path) -> None:
-    path = samples_path("some", tmp_path / "deep" / "folder")
-    columns = {"op": ["put", "get"], "bytes": [1, 2**40], "seconds": [1e-9, 2.5]}
-    write_samples(path, "some", columns, {"ranks": 2})
-    stored, attributes = read_samples(path)
-    assert {name: list(values) for name, values in stored.items()} == columns
-    assert attributes["ranks"] == 2 and attributes["bench"] == "some"
-    with pytest.raises(ValueError, match="differ in length"):
-        write_samples(path, "some", {"a": [1], "b": [1, 2]})
-
-
-def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out"):
-        samples_path("some", tmp_path / "file" / "folder")
-
-
-def test_quartiles_are_those_of_unsorted_samples() -> None:
-    assert quartiles([5, 1, 2, 4, 3]) == (2, 3, 4)
