@@ -38,7 +38,7 @@ def measure(mpi: str, directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_report_follows_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
+def test_medians_and_ratios_follow_from_the_raw_samples(mpi: str, tmp_path: Path) -> None:
     text = measure(mpi, tmp_path, "--sizes", "4KiB", "1MB", "--json", "--out", "raw")
     report = json.loads(text)
     rows = report["rows"]
