@@ -32,8 +32,8 @@ from mpi_dasgd.algorithms.work_queue import SHUTDOWN, Outbox, WorkItem, send_wor
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.staleness.delay_meter import DelayMeter
+from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request, SendBuffer
 from mpi_dasgd.transport.inbox import ReceivedMessage

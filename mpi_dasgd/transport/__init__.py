@@ -1,1 +1,1 @@
-"""Transport: Publication and Inbox, on MPI windows (rma) or on a virtual clock (virtual)."""
+"""Publications and inboxes of ranks, on MPI windows (`rma`) or on a virtual clock (`virtual`)."""

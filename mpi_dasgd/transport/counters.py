@@ -1,4 +1,4 @@
-"""What a rank's transport did, counted where it happens."""
+"""Counters of a rank's transport."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Counters:
 
     Attributes:
         messages: messages delivered to other ranks' inboxes.
-        bytes_sent: bytes of these messages, put or written in place.
-        bytes_received: bytes of publications that were got or read in place.
+        bytes_sent: bytes of these messages, sent by Put or written in place.
+        bytes_received: bytes of publications, fetched by Get or read in place.
         absorbed: messages taken out of the own inbox.
         publications: versions published.
-        publications_skipped: versions not published since no slot was free.
-        claims_lost: claims that failed because another rank had the version.
-        inbox_full: reservations that failed because an inbox was full.
-        torn_reads: copies of a publication that was replaced meanwhile.
+        publications_skipped: versions not published because no slot was free.
+        claims_lost: claims that failed because another rank had claimed the version.
+        inbox_full: reservations that failed because the inbox was full.
+        torn_reads: copies of a publication that was replaced during the copy.
         skipped: exchanges for which no partner was found.
     """
 

@@ -1,4 +1,26 @@
-"""Endpoint: all that an algorithm sees of the other ranks, on real windows or on a virtual clock."""
+"""Endpoint: all that an algorithm sees of the other ranks, on real windows or on a virtual clock.
+
+One exchange, in order. Control words change by compare-and-swap only, and no step waits for the
+partner's program; `publication.py` and `inbox.py` have the states of the words.
+
+1. `Endpoint.begin_exchange` tries one candidate after the other (`claim_and_reserve`): read its
+   head word, which names the newest version and its slot; swap that slot's word READY(version) ->
+   CLAIMED(this rank), which pins the version for this exchange; swap the word of an inbox slot FREE
+   -> CLAIMED(this rank). If the inbox is full, release the claim. On one node the request settles
+   at once. Between nodes the progress thread does this, copies the publication by Get, and settles
+   the request; the algorithm polls `ExchangeRequest.test`.
+2. `Codec.average_pair` reads `partner_model`, changes the own model, and writes to `partner_delta`
+   what the partner has to add, so that the sum of both models is kept. In the same pass it can
+   encode the new own model into the slot of `Publication.reserve`. No control word changes.
+3. `Endpoint.commit_exchange` moves the delta to the inbox (in place already, or by Put), then swaps
+   the inbox word CLAIMED -> READY(this rank), then the publication's word CLAIMED -> FREE(version).
+   `Endpoint.abort_exchange` swaps both words to FREE instead, in the same order.
+4. `Publication.publish` swaps the word of the reserved slot FREE -> READY(version + 1), then the
+   own head word, then the word of the version before READY -> FREE, unless a reader has claimed
+   that one.
+5. The partner, in a later step of its own, finds the inbox word READY (`Inbox.receive`), adds the
+   delta to its model, and swaps the word READY -> FREE (`Inbox.free`).
+"""
 
 from __future__ import annotations
 
@@ -26,21 +48,23 @@ __all__ = [
 
 
 class Request(Protocol):
-    """Something that completes later."""
+    """A pending operation."""
 
     def test(self) -> bool:
-        """Return whether it is complete; never waits."""
+        """Return whether the operation is complete. Never waits."""
 
 
 class ExchangeRequest:
-    """One attempt to exchange with a neighbour: its publication pinned and a slot of its inbox reserved.
+    """An attempt to claim a neighbour's publication together with a slot of its inbox.
 
     Attributes:
         is_settled: whether the attempt has ended, with a partner or without.
-        partner_model: the partner's publication, readable until the exchange is committed or aborted,
-            or None if there is no partner.
-        partner_delta: where to write the partner's delta.
-        failed_attempts: candidates that were taken or full.
+        partner_model: the partner's publication, readable until the exchange is committed or
+            aborted; None if there is no partner.
+        partner_delta: message to write the partner's delta to; None if there is no partner.
+        failed_attempts: number of candidates whose version was claimed or whose inbox was full.
+        claim: the claimed version; None if there is no partner.
+        reservation: the claimed slot of the partner's inbox; None if there is no partner.
     """
 
     def __init__(self) -> None:
@@ -52,7 +76,7 @@ class ExchangeRequest:
         self.reservation: Reservation | None = None
 
     def test(self) -> bool:
-        """Return whether the attempt has ended, as `Request` has it."""
+        """Return whether the attempt has ended."""
         return self.is_settled
 
     def settle(
@@ -63,22 +87,18 @@ class ExchangeRequest:
         partner_delta: Message | None,
     ) -> None:
         """End the attempt with a partner."""
-        self.claim, self.reservation, self.partner_model, self.partner_delta = (
-            claim,
-            reservation,
-            partner_model,
-            partner_delta,
-        )
+        self.claim, self.reservation = claim, reservation
+        self.partner_model, self.partner_delta = partner_model, partner_delta
         self.is_settled = True
 
 
 class ReadRequest:
-    """A publication asked for, to be read without a claim.
+    """An attempt to read a publication without claiming it.
 
     Attributes:
         is_settled: whether the attempt has ended.
-        rank: whose publication it is.
-        message: the publication, readable until the next `Endpoint.read`, or None if there was none.
+        rank: owner of the publication.
+        message: the publication, readable until the next `Endpoint.read`; None if there was none.
     """
 
     def __init__(self, rank: int) -> None:
@@ -87,13 +107,19 @@ class ReadRequest:
         self.message: Message | None = None
 
     def test(self) -> bool:
-        """Return whether the attempt has ended, as `Request` has it."""
+        """Return whether the attempt has ended."""
         return self.is_settled
 
 
 @dataclass(frozen=True)
 class SendBuffer:
-    """A message to be written for `rank`, then given to `Endpoint.deliver`."""
+    """A message to write, then to pass to `Endpoint.send`.
+
+    Attributes:
+        rank: receiver.
+        message: where to write.
+        reservation: slot of the receiver's inbox that `message` is in; None for a staging buffer.
+    """
 
     rank: int
     message: Message
@@ -103,7 +129,7 @@ class SendBuffer:
 def claim_and_reserve(
     publication: Publication, inbox: Inbox, rank: int
 ) -> tuple[Claim, Reservation] | None:
-    """Claim the publication of `rank` and a slot of its inbox, both or neither."""
+    """Claim the newest version of `rank` and a slot of its inbox: both, or None."""
     claim = publication.claim(rank)
     if claim is None:
         return None
@@ -115,14 +141,15 @@ def claim_and_reserve(
 
 
 class Endpoint(ABC):
-    """One rank's transport.
+    """One rank's transport. Subclasses inherit the documentation of its methods.
 
     Attributes:
-        rank, size: this rank, and how many there are.
-        publication: own publication, and readable ones of others.
-        inbox: own inbox.
-        topology: who may talk to whom, dead ranks included.
-        counters: what was done in the compute thread; `totals` has all.
+        rank: this rank.
+        size: number of ranks.
+        publication: own publication, and access to those of ranks in reach.
+        inbox: own inbox, and access to those of ranks in reach.
+        topology: graph of the ranks that may communicate, dead ranks included.
+        counters: counts of the compute thread; `total_counters` adds those of other threads.
     """
 
     rank: int
@@ -134,75 +161,75 @@ class Endpoint(ABC):
 
     @abstractmethod
     def neighbours(self) -> Sequence[int]:
-        """Return the neighbours that live."""
+        """Return the living neighbours."""
 
     @abstractmethod
     def begin_exchange(self, candidates: Sequence[int]) -> ExchangeRequest:
-        """Try to exchange with one of `candidates`, in this order. Never waits."""
+        """Try to claim one of `candidates` as partner, in this order. Never waits: poll `test`."""
 
     @abstractmethod
     def is_local(self, rank: int) -> bool:
-        """Return whether pairing with `rank` settles at once."""
+        """Return whether an exchange with `rank` settles at once."""
 
     @abstractmethod
-    def commit_exchange(self, pairing: ExchangeRequest) -> None:
-        """Deliver the reply of a settled pairing, then release the partner's publication."""
+    def commit_exchange(self, request: ExchangeRequest) -> None:
+        """Deliver `partner_delta` of a settled request, then release the partner's publication."""
 
     @abstractmethod
-    def abort_exchange(self, pairing: ExchangeRequest) -> None:
-        """Give back what a settled pairing holds, without an exchange."""
+    def abort_exchange(self, request: ExchangeRequest) -> None:
+        """Free what a settled request has claimed, without an exchange."""
 
     @abstractmethod
     def read(self, rank: int, version: int | None = None) -> ReadRequest:
         """Ask for the publication of `rank`, the newest or a given version. Never waits.
 
-        The newest is a copy, whatever the owner does meanwhile; `ReadRequest.message` is None if there
-        is none. A given version (1, 2, ...) settles when it is there, and is only safe if its owner
-        publishes nothing two versions newer before this rank has read it.
+        The newest version is copied, whatever its owner does meanwhile; `message` is None if there
+        is none. A given version (1, 2, ...) settles when it is published, and is only safe if its
+        owner publishes nothing two versions newer before this rank has read it.
         """
 
     @abstractmethod
     def acquire_send_buffer(self, rank: int) -> SendBuffer | None:
-        """Return a message to write for the inbox of `rank`, or None if there is no room. Never waits."""
+        """Return a message to write for `rank`, or None if nothing can be sent now. Never waits."""
 
     @abstractmethod
-    def send(self, posting: SendBuffer) -> None:
+    def send(self, buffer: SendBuffer) -> None:
         """Send a buffer, written and stamped: it arrives exactly once, in order."""
 
     @abstractmethod
     def wait_until(
         self, condition: Callable[[], bool], ranks: Iterable[int] | None = None
     ) -> Request:
-        """Return what is done when `condition` holds.
+        """Return a request that is complete when `condition` holds.
 
         Args:
             condition: depends on control words only.
-            ranks: whose words; None for one's own.
+            ranks: ranks whose control words matter; None for this rank alone.
         """
 
     @abstractmethod
     def gradients(self) -> int:
-        """Return how many gradients all ranks have computed, as far as this one knows."""
+        """Return the number of gradients of all ranks, as far as this one knows."""
 
     @abstractmethod
     def gradients_of(self, rank: int) -> int:
-        """Return how many gradients `rank` has computed: all, once it is known to have finished."""
+        """Return the number of gradients of `rank`: final once it is known to have finished."""
 
     @abstractmethod
     def report_gradients(self, gradients: int) -> None:
-        """Tell the others how many gradients this rank has computed."""
+        """Publish how many gradients this rank has computed."""
 
     @abstractmethod
     def allreduce(self, array: np.ndarray) -> Request:
-        """Replace `array` by its sum over all ranks, in place, by the time the result is done."""
+        """Replace `array` by its sum over all ranks, in place, until the request is complete."""
 
     @abstractmethod
     def is_flushed(self) -> bool:
-        """Return whether all that was completed or abandoned has reached the others."""
+        """Return whether all that was sent, committed or aborted has reached the other ranks."""
 
     @abstractmethod
     def time_ns(self) -> int:
-        """Return the time, comparable between ranks, in nanoseconds."""
+        """Return the time in nanoseconds, comparable between ranks."""
 
     @abstractmethod
     def total_counters(self) -> Counters:

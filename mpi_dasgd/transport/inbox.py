@@ -1,7 +1,7 @@
-"""Inbox: messages that must arrive exactly once, in the order of their sender, without waiting.
+"""Inbox: messages that must arrive exactly once, in the order of each sender, without waiting.
 
-A few slots are shared by all senders, whatever their number. A sender claims a free one by a swap,
-writes the message, and sets it ready; if none is free it is told so and does something else.
+All senders, however many, share a few slots. A sender claims a free slot by a swap, writes its
+message and marks the slot ready; if no slot is free, it learns so at once and does something else.
 
 Words of a slot: FREE -> CLAIMED(sender) -> READY(sender) -> FREE.
 """
@@ -29,7 +29,7 @@ __all__ = ["Inbox", "ReceivedMessage", "Reservation"]
 
 @dataclass(frozen=True)
 class Reservation:
-    """A slot in another rank's inbox, to be filled or cancelled."""
+    """A slot of another rank's inbox, claimed: to be sent or cancelled."""
 
     rank: int
     slot: int
@@ -45,14 +45,16 @@ class ReceivedMessage:
 
 
 class Inbox:
-    """This rank's inbox, and its way into those of others.
+    """This rank's inbox, and its access to the inboxes of others.
 
     Args:
-        words, slots: shared memory of all ranks.
-        word_map: indices of the words.
+        words: control words of all ranks.
+        slots: payload slots of all ranks.
+        word_map: indices of the slots' words.
         rank: this rank.
-        counters: counts messages, bytes and refusals.
-        sent: messages to each rank so far, if another inbox of this rank goes on with the count.
+        counters: where messages, bytes and full inboxes are counted.
+        sent: number of messages sent to each rank so far, shared by all inbox objects of this rank
+            that send to the same ranks; None: a count of its own.
     """
 
     def __init__(
@@ -67,16 +69,15 @@ class Inbox:
         self._words = words
         self._slots = slots
         self._word_indices = word_map.inbox
-        self._first_slot = len(
-            word_map.publication
-        )  # payload slots of the inbox follow those of the publication
+        # payload slots of the inbox follow those of the publication
+        self._first_slot = len(word_map.publication)
         self._rank = rank
         self._counters = counters
         self._sent = defaultdict(int) if sent is None else sent
         self._received: defaultdict[int, int] = defaultdict(int)
 
     def reserve(self, rank: int) -> Reservation | None:
-        """Claim a slot in the inbox of `rank`, or return None (counted) if all are taken."""
+        """Claim a slot in the inbox of `rank`, or return None (counted) if it is full."""
         count = len(self._word_indices)
         mine = pack_slot_word(CLAIMED, self._rank)
         for i in range(count):
@@ -87,36 +88,44 @@ class Inbox:
         return None
 
     def view_of(self, reservation: Reservation) -> Message | None:
-        """Return where the message goes, or None if it must be put from a staging area."""
+        """Return the reserved slot in place, or None if it is on another node."""
         return self._slots.view(reservation.rank, self._first_slot + reservation.slot)
 
     def send(self, reservation: Reservation, message: Message) -> None:
-        """Deliver `message`, which is in place already or a staging area, and set the slot ready."""
+        """Deliver a message, and mark the slot ready.
+
+        Args:
+            reservation: the slot.
+            message: `view_of(reservation)`, or a staging buffer that is copied to the slot.
+
+        Raises:
+            Unreachable: the receiver is gone.
+        """
         rank, slot = reservation.rank, reservation.slot
         message.sequence = self._sent[rank]
         if self._slots.view(rank, self._first_slot + slot) is not message:
             self._slots.put(rank, self._first_slot + slot, message)
-        self._slots.fence()  # the payload must be there before a word says so
-        done = self._words.swap(
+        self._slots.fence()  # the payload must be complete before the word says so
+        delivered = self._words.swap(
             rank,
             self._word_indices[slot],
             pack_slot_word(CLAIMED, self._rank),
             pack_slot_word(READY, self._rank),
         )
-        if done:  # else the receiver has given this rank up for dead and taken the slot back
+        if delivered:  # else the receiver took this rank for dead and reclaimed the slot
             self._sent[rank] += 1
             self._counters.messages += 1
             self._counters.bytes_sent += message.layout.nbytes
 
     def cancel(self, reservation: Reservation) -> None:
-        """Give a reserved slot back unused."""
+        """Free a reserved slot unused."""
         mine = pack_slot_word(CLAIMED, self._rank)
         self._words.swap(
             reservation.rank, self._word_indices[reservation.slot], mine, pack_slot_word(FREE)
         )
 
     def receive(self) -> list[ReceivedMessage]:
-        """Return the messages that have arrived, each sender's in its order; `free` them after use."""
+        """Return the messages that have arrived, in order per sender; `free` each after use."""
         ready: dict[tuple[int, int], ReceivedMessage] = {}
         for slot, index in enumerate(self._word_indices):
             value = self._words.read(self._rank, index)
@@ -124,31 +133,31 @@ class Inbox:
                 self._slots.fence()
                 message = self._slots.view(self._rank, self._first_slot + slot)
                 assert message is not None, "own slots are in place"
-                arrival = ReceivedMessage(holder_of(value), slot, message)
-                ready[arrival.sender, message.sequence] = arrival
-        arrivals = []
+                received = ReceivedMessage(holder_of(value), slot, message)
+                ready[received.sender, message.sequence] = received
+        in_order = []
         for sender, sequence in sorted(ready):
-            # A later message may be seen while the scan missed an earlier one: it waits for the next call.
+            # The scan may see a message and have missed an earlier one: the next call returns both.
             if sequence == self._received[sender]:
                 self._received[sender] += 1
-                arrivals.append(ready[sender, sequence])
-        self._counters.absorbed += len(arrivals)
-        return arrivals
+                in_order.append(ready[sender, sequence])
+        self._counters.absorbed += len(in_order)
+        return in_order
 
     @property
     def has_messages(self) -> bool:
-        """Whether a message has arrived and was not freed."""
+        """Whether a message has arrived that is not freed yet."""
         return any(self._words.read(self._rank, index) & 3 == READY for index in self._word_indices)
 
-    def free(self, arrival: ReceivedMessage) -> None:
-        """Give the slot of a message back to the senders."""
-        ready = pack_slot_word(READY, arrival.sender)
+    def free(self, received: ReceivedMessage) -> None:
+        """Free the slot of a message for the next sender."""
+        ready = pack_slot_word(READY, received.sender)
         freed = self._words.swap(
-            self._rank, self._word_indices[arrival.slot], ready, pack_slot_word(FREE)
+            self._rank, self._word_indices[received.slot], ready, pack_slot_word(FREE)
         )
         assert freed, "only the owner frees a message"
 
     def reclaim_from(self, rank: int) -> None:
-        """Take back the slots that a dead rank reserved."""
+        """Free the slots that dead rank `rank` has reserved."""
         for index in self._word_indices:
             self._words.swap(self._rank, index, pack_slot_word(CLAIMED, rank), pack_slot_word(FREE))

@@ -1,9 +1,10 @@
-"""Board: what every rank tells all others about itself: heartbeats, samples processed, status."""
+"""Membership: what ranks tell each other about themselves, and the detection of failed ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.control_words import (
@@ -19,19 +20,26 @@ from mpi_dasgd.transport.control_words import (
 __all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership"]
 
 RUNNING, FINISHED, FAILED, DEPARTED = range(4)
-"""Status: training, through with training but still absorbing, failed, gone for good."""
+"""Status of a rank: training; trained, but still absorbing deltas; failed; gone for good."""
 
-_MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two looks
+_MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two polls
 
 
 class Membership:
-    """This rank's notices, and the newest that it has seen of the others.
+    """This rank's status words, and the newest known values of the other ranks' words.
 
     Args:
-        words: control words of all ranks. `beat` and `watch` may use another view than `words`,
-            as they run in the courier's thread.
-        rank, size: this rank, and how many there are.
+        words: control words of all ranks. `send_heartbeat` and `detect_failures`, which run in the
+            progress thread, are given their own.
+        rank: this rank.
+        size: number of ranks.
         heartbeat_timeout: seconds without a heartbeat after which a rank counts as dead.
+
+    Attributes:
+        samples: samples processed, per rank.
+        gradients: gradients computed, per rank.
+        status: status, per rank.
+        dead: ranks that were silent too long or cannot be reached.
     """
 
     def __init__(self, words: Words, rank: int, size: int, heartbeat_timeout: float) -> None:
@@ -77,18 +85,18 @@ class Membership:
         self.status[self._rank] = status
 
     def claim_error_report(self) -> bool:
-        """Return True for the first rank that asks: it alone says why the run failed."""
+        """Return True for the first rank that calls: it alone reports why the run failed."""
         try:
             return self._words.swap(0, ERROR_REPORTER, 0, 1)
         except Unreachable:
-            return True  # rank 0 is gone: better said twice than not at all
+            return True  # rank 0 is gone: better reported twice than not at all
 
     def publish_last_step(self, step: int) -> None:
         """Publish which step is the last one."""
         self._set(LAST_STEP, step)
 
     def read_last_step(self, rank: int) -> int:
-        """Read which step `rank` declared the last one; 0 if none yet."""
+        """Return the step that `rank` has declared the last one; 0 if none yet."""
         return self._words.read(rank, LAST_STEP)
 
     def refresh(self, ranks: Iterable[int]) -> None:
@@ -102,52 +110,69 @@ class Membership:
                     self.dead.add(rank)
 
     def send_heartbeat(self, words: Words) -> None:
-        """Show that this rank lives."""
+        """Count this rank's heartbeat up."""
         self._set(HEARTBEAT, self._own_values[HEARTBEAT] + 1, words)
 
     def detect_failures(
         self, ranks: Iterable[int], words: Words, quarantined: Container[int] = ()
     ) -> None:
-        """Read notices and heartbeats; a rank that is silent for too long is put in `dead`.
+        """Read status and heartbeat of `ranks`, and add those that are silent too long to `dead`.
 
-        Those of `quarantined` are not read, and count as silent.
+        Args:
+            ranks: ranks to poll; this rank and dead ones are left out.
+            words: control words, as the calling thread may use them.
+            quarantined: ranks that are not read, and count as silent.
         """
         now = time.monotonic()
-        # A time in which this rank itself did not run says nothing about the others.
-        waited = min(now - self._last_check, _MAX_COUNTED_SILENCE)
+        # Time in which this rank itself did not run says nothing about the others.
+        elapsed = min(now - self._last_check, _MAX_COUNTED_SILENCE)
         self._last_check = now
         for rank in ranks:
             if rank == self._rank or rank in self.dead:
                 continue
             try:
-                beat = self._heartbeats[rank] if rank in quarantined else self._read(rank, words)
+                heartbeat = (
+                    self._heartbeats[rank] if rank in quarantined else self._poll(rank, words)
+                )
             except Unreachable:
                 self.dead.add(rank)
                 continue
             self._silent_seconds[rank] = (
-                0.0 if beat != self._heartbeats[rank] else self._silent_seconds[rank] + waited
+                0.0 if heartbeat != self._heartbeats[rank] else self._silent_seconds[rank] + elapsed
             )
-            self._heartbeats[rank] = beat
+            self._heartbeats[rank] = heartbeat
             if self._silent_seconds[rank] > self._heartbeat_timeout and self.status[rank] in (
                 RUNNING,
                 FINISHED,
             ):
                 self.dead.add(rank)
 
-    def _read(self, rank: int, words: Words) -> int:
-        """Read the notices of `rank`; return its heartbeat."""
-        beat, status = words.read(rank, HEARTBEAT), words.read(rank, STATUS)
-        self.gradients[rank] = words.read(rank, GRADIENTS)  # before a status says: all
+    def _poll(self, rank: int, words: Words) -> int:
+        """Read the words of `rank`; return its heartbeat."""
+        heartbeat, status = words.read(rank, HEARTBEAT), words.read(rank, STATUS)
+        # Read after the status and stored before it: with status FINISHED they are final.
+        self.gradients[rank] = words.read(rank, GRADIENTS)
         self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
-        return beat
+        return heartbeat
 
     def add_silence(self, rank: int, seconds: float) -> None:
-        """Count a time in which `rank` did not answer, and no other was asked, as its silence."""
+        """Add `seconds` to the silence of `rank`.
+
+        The progress thread was blocked on it, and polled no other rank meanwhile.
+        """
         self._silent_seconds[rank] += seconds
         self._last_check = time.monotonic()
 
+    @contextlib.contextmanager
+    def mark_dead_on_failure(self, rank: int) -> Iterator[None]:
+        """Mark `rank` as dead if the calls to it in the body find it unreachable."""
+        try:
+            yield
+        except Unreachable:
+            self.dead.add(rank)
+
     def is_unreachable(self, rank: int) -> bool:
-        """Return whether nothing sent to `rank` will arrive any more."""
+        """Return whether nothing that is sent to `rank` arrives any more."""
         return rank in self.dead or self.status[rank] == DEPARTED
 
     @property

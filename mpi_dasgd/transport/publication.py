@@ -1,11 +1,11 @@
-"""Publication: the newest model of a rank, for anyone to read, without locks and without torn reads.
+"""Publication: the newest model of a rank, for any rank to read, without locks or torn reads.
 
-The owner encodes into a free slot and publishes it with one swap. A reader either *claims* the newest
-version, which pins its slot like a hazard pointer and makes one version serve one exchange, or copies
-it and looks at the slot's word again (*unclaimed*).
+The owner encodes into a free slot and publishes it with one swap. A reader either *claims* the
+newest version, which pins its slot like a hazard pointer and makes one version serve one exchange,
+or copies it unclaimed and reads the slot's word again to see whether the copy is whole.
 
 Words of a slot: FREE -> READY(version) -> FREE, or READY -> CLAIMED(reader) -> FREE.
-The head word, ``version << 8 | slot``, names the newest.
+The head word, ``version << 8 | slot``, names the newest version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpi_dasgd.transport.payload_slots import Slots
 
 __all__ = ["Claim", "Publication"]
 
-_MAX_COPIES = 8  # copies tried of a publication that is replaced meanwhile
+_MAX_COPIES = 8  # attempts to copy a publication that is replaced during the copy
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class Claim:
 
 
 class Publication:
-    """This rank's publication, and its view of those of others.
+    """This rank's publication, and its access to the publications of others.
 
     Args:
-        words, slots: shared memory of all ranks.
-        word_map: indices of the words.
+        words: control words of all ranks.
+        slots: payload slots of all ranks.
+        word_map: indices of the slots' words.
         rank: this rank.
-        counters: counts publications, skips, retries.
-        max_claims: versions that others may hold at the same time; while they do, nothing is published.
+        counters: where publications, skipped ones, lost claims and torn reads are counted.
+        max_claims: number of versions that others may hold claimed; at that number this rank
+            publishes nothing until one is released.
     """
 
     def __init__(
@@ -67,16 +69,15 @@ class Publication:
         self._counters = counters
         self._max_claims = max_claims
         self._free = list(range(len(self._word_indices)))
-        self._last_words = dict.fromkeys(
-            self._free, pack_slot_word(FREE)
-        )  # words of the slots in _free
+        # words of the slots in _free
+        self._last_words = dict.fromkeys(self._free, pack_slot_word(FREE))
         self._claimed: list[int] = []
         self._newest: int | None = None
         self._version = 0
         self._reserved: int | None = None
 
     def reserve(self) -> Message | None:
-        """Return a free slot to encode the next version into, or None (counted): never waits."""
+        """Return a free slot to encode the next version into, or None (counted). Never waits."""
         if not self.has_free_slot:
             self._counters.publications_skipped += 1
             return None
@@ -89,7 +90,7 @@ class Publication:
         assert slot is not None, "publish without reserve"
         self._reserved = None
         self._free.remove(slot)
-        self._slots.fence()  # the payload must be there before a word says so
+        self._slots.fence()  # the payload must be complete before the word says so
         self._version += 1
         swap = self._words.swap
         published = swap(
@@ -99,15 +100,15 @@ class Publication:
             pack_slot_word(READY, self._rank, self._version),
         )
         old = 0 if self._newest is None else (self._version - 1) << 8 | self._newest
-        headed = swap(self._rank, HEAD, old, self._version << 8 | slot)
-        assert published and headed, "only the owner publishes"
+        became_head = swap(self._rank, HEAD, old, self._version << 8 | slot)
+        assert published and became_head, "only the owner publishes"
         if self._newest is not None:
             self._retire(self._newest, self._version - 1)
         self._newest = slot
         self._counters.publications += 1
 
     def claim(self, rank: int) -> Claim | None:
-        """Pin the newest version of `rank`, or return None if it is taken or none exists."""
+        """Pin the newest version of `rank`; return None if there is none or it is claimed."""
         head = self._words.read(rank, HEAD)
         version, slot = head >> 8, head & 0xFF
         if version == 0:
@@ -122,7 +123,7 @@ class Publication:
         return Claim(rank, slot, version)
 
     def release(self, claim: Claim) -> None:
-        """Give a pinned slot back to its owner."""
+        """Free a claimed slot for its owner."""
         mine = pack_slot_word(CLAIMED, self._rank, claim.version)
         self._words.swap(
             claim.rank,
@@ -137,7 +138,7 @@ class Publication:
         return self.claims < self._max_claims and bool(self._free)
 
     def withdraw(self) -> bool:
-        """Take the newest version back, so that nobody can claim it; False if somebody has."""
+        """Withdraw the newest version, so that no rank can claim it; return False if one has."""
         claim = self.claim(self._rank)
         if claim is not None:
             self.release(claim)
@@ -145,9 +146,9 @@ class Publication:
 
     @property
     def state(self) -> tuple[int, int]:
-        """State of the newest version, and who claims it if it is CLAIMED.
+        """State of the newest version, and its claimer if the state is CLAIMED.
 
-        READY: nobody has claimed it; FREE: it was withdrawn or released, or none was published.
+        READY: not claimed yet; FREE: it was withdrawn or released, or none was published.
         """
         if self._newest is None:
             return FREE, self._rank
@@ -155,31 +156,34 @@ class Publication:
         return value & 3, holder_of(value)
 
     def read(self, rank: int, out: Message) -> bool:
-        """Copy the newest version of `rank`, claimed or not, to `out`; return whether one was got whole."""
+        """Copy the newest version of `rank`, claimed or not, to `out`; return whether whole."""
         for _ in range(_MAX_COPIES):
             head = self._words.read(rank, HEAD)
             version, slot = head >> 8, head & 0xFF
             if version == 0:
                 return False
-            there = self._slots.view(rank, slot)
-            if there is None:
+            published = self._slots.view(rank, slot)
+            if published is None:
                 self._slots.get(rank, slot, out)
             else:
-                out.buffer[:] = there.buffer
+                out.buffer[:] = published.buffer
             self._slots.fence()
             # The owner writes to a slot only after a newer version is out and this one is free.
             if self._words.read(rank, HEAD) == head:
                 return True
-            after = self._words.read(rank, self._word_indices[slot])
-            if after >> 22 == version and after & 3 != FREE:
+            word = self._words.read(rank, self._word_indices[slot])
+            if word >> 22 == version and word & 3 != FREE:
                 return True
             self._counters.torn_reads += 1
         return False
 
     def locate(self, rank: int, version: int) -> int | None:
-        """Return the slot in which `version` of `rank` lies, or None if it is not published yet.
+        """Return the slot that holds `version` of `rank`, or None if it is not published yet.
 
-        For readers without claims that the owner waits for: nothing else keeps the slot.
+        For readers without claims that the owner waits for: nothing else protects the slot.
+
+        Raises:
+            RuntimeError: the version was overwritten already.
         """
         head = self._words.read(rank, HEAD)
         if head >> 8 == version:
@@ -192,7 +196,7 @@ class Publication:
         raise RuntimeError(f"version {version} of rank {rank} was overwritten before it was read")
 
     def reclaim_from(self, rank: int) -> None:
-        """Take back the slots that a dead rank claimed."""
+        """Free the slots that dead rank `rank` has claimed."""
         slots = self._claimed if self._newest is None else [*self._claimed, self._newest]
         for slot in slots:
             value = self._words.read(self._rank, self._word_indices[slot])
@@ -206,7 +210,7 @@ class Publication:
 
     @property
     def claims(self) -> int:
-        """Number of versions of this rank that others hold now."""
+        """Number of this rank's versions that others hold claimed."""
         self._collect()
         if self._newest is None:
             return len(self._claimed)

@@ -31,7 +31,7 @@ from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 
 GRID = np.float32(2.0**-8)
 
@@ -132,8 +132,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         comm,
         codec.layout,
         topology.build("complete", comm.size),
-        mode=options.path,
-        heartbeat_timeout=60.0,
+        RmaOptions(mode=options.path, heartbeat_timeout=60.0),
     )
     kinds: list[int] = []
 
@@ -160,7 +159,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         time.sleep(0.02 if dice.random() < 0.001 else dice.expovariate(1e4 / (1 + comm.rank)))
     enough = board.total_samples >= options.exchanges
 
-    for pending in algorithm.leave():
+    for pending in algorithm.finalize():
         while not pending.test():
             time.sleep(0.0002)
     while not endpoint.is_flushed():

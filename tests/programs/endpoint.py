@@ -18,7 +18,7 @@ from mpi4py import MPI
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.endpoint import Request
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 from tests.support.mpi_ranks import parallel_assert
 
 COMM = MPI.COMM_WORLD
@@ -96,7 +96,7 @@ def version(endpoint: RmaEndpoint) -> bool:
         publish(endpoint, value)
         for rank in OTHERS:
             reading: Request = (ask := endpoint.read(rank, value))
-            wait(reading.done, f"version {value} of {rank}")
+            wait(reading.test, f"version {value} of {rank}")
             good &= ask.message is not None and whole(ask.message, rank) == value
     return good
 
@@ -175,7 +175,7 @@ def main() -> None:
     graph = topology.build("complete", COMM.size)
     for path in sys.argv[1:]:
         for case in (newest, version, post, until, gradients):
-            endpoint = RmaEndpoint(COMM, LAYOUT, graph, mode=path)
+            endpoint = RmaEndpoint(COMM, LAYOUT, graph, RmaOptions(mode=path))
             COMM.Barrier()
             good = case(endpoint)
             endpoint.close()

@@ -87,6 +87,7 @@ class Memory:
     """
 
     def __init__(self, stage: Stage, memory: SharedMemory, rank: int, near: bool) -> None:
+        self.layout = memory.layout
         self._stage = stage
         self._memory = memory
         self._rank = rank

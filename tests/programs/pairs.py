@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from mpi_dasgd import topology
 from mpi_dasgd.transport.endpoint import ExchangeRequest
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 from tests.programs.ledger import Ledger, fill, layout, staging
 
 
@@ -44,8 +44,7 @@ class Rank:
             comm,
             layout(options.elements),
             topology.build("complete", self.size),
-            mode=options.path,
-            heartbeat_timeout=60.0,
+            RmaOptions(mode=options.path, heartbeat_timeout=60.0),
         )
         self.pairing: ExchangeRequest | None = None
         self.out = staging(options.elements)

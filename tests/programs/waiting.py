@@ -22,7 +22,7 @@ from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import ExchangeRecord
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 
 ELEMENTS = 2048
 NAMES = {"bipartite": "adpsgd", "blocking": "swarm"}
@@ -59,7 +59,9 @@ class Part:
         made = codecs.make(
             codecs.Settings(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
         )
-        self.endpoint = RmaEndpoint(comm, made.layout, graph, mode=path, heartbeat_timeout=1.0)
+        self.endpoint = RmaEndpoint(
+            comm, made.layout, graph, RmaOptions(mode=path, heartbeat_timeout=1.0)
+        )
         self.records: list[ExchangeRecord] = []
         settings = Settings(name=NAMES[variant], variant=variant)
         self.algorithm = algorithms.find(NAMES[variant], variant)(

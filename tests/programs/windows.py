@@ -21,7 +21,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.membership import DEPARTED
 from mpi_dasgd.transport.rma import windows
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 from tests.support.mpi_ranks import parallel_assert
@@ -156,7 +156,7 @@ def endpoint(comm: MPI.Intracomm) -> None:
     graph = topology.build("complete", comm.size)
     layout = _layout(100)
     for path in ("auto", "rma"):
-        endpoint = RmaEndpoint(comm, layout, graph, mode=path)
+        endpoint = RmaEndpoint(comm, layout, graph, RmaOptions(mode=path))
         assert endpoint.publication.reserve() is not None
         endpoint.publication.publish()
         comm.Barrier()
@@ -191,7 +191,9 @@ def endpoint(comm: MPI.Intracomm) -> None:
 def silent(comm: MPI.Intracomm) -> None:
     """Algorithms that send no messages have windows without slots."""
     graph = topology.build("complete", comm.size)
-    endpoint = RmaEndpoint(comm, _layout(100), graph, publication_slots=0, inbox_slots=0)
+    endpoint = RmaEndpoint(
+        comm, _layout(100), graph, RmaOptions(publication_slots=0, inbox_slots=0)
+    )
     array = np.full(1000, float(comm.rank))
     pending = endpoint.allreduce(array)
     while not pending.test():

@@ -1,4 +1,8 @@
-"""Hands: what one courier works with, so that a stuck one and its successor never share an object."""
+"""State owned by one progress thread.
+
+A stalled thread keeps its own; its replacement gets a fresh one, so the two never share mutable
+objects.
+"""
 
 from __future__ import annotations
 
@@ -9,78 +13,82 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.inbox import Inbox
-from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.rma.peer_views import PeerViews
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 
-__all__ = ["ProgressContext", "Views"]
+__all__ = ["ProgressContext"]
 
-Views = Callable[[Counters], tuple[Publication, Inbox]]
-"""Makes views of publications and inboxes that count in the given counters."""
-
-_JOIN_SECONDS = 0.5  # seconds for a courier that was left behind to end: all is delivered by then
+_JOIN_SECONDS = 0.5  # for a superseded thread to end: all is delivered by then
 
 
 class ProgressContext:
-    """What one courier works with.
+    """State owned by one progress thread.
 
-    A courier that is stuck in a call is left behind, with its hands: it may only finish what concerns
-    the rank that it attends, which its successors *avoid* until then. So no two threads ever deal
-    with the same rank, and what is kept per rank may be shared.
+    A thread that is stalled in a call is superseded, and keeps its context: it may only finish what
+    concerns its current peer, which is *quarantined* for its successors until then. So no two
+    threads ever deal with the same rank, and state that is kept per rank may be shared.
 
     Args:
-        rank: this rank, which it attends at first.
-        views, layout: see `RemotePeers`.
-        predecessor: hands of the courier that is left behind, if there was one.
+        rank: this rank, the first current peer.
+        views: publications and inboxes, for this thread alone.
+        layout: layout of every message.
+        predecessor: context of the thread that is superseded; None for the first thread.
 
     Attributes:
-        current_peer: rank that the thread is talking to.
-        superseded: whether the courier was left behind; changes under a lock.
+        thread: thread that owns this context; set by the owner of both.
+        current_peer: rank that the thread is talking to; this rank if to none.
+        superseded: whether another thread has replaced this one; changes under a lock.
         on_supersede: callback that settles the current request if this thread is replaced.
-        thread: thread that owns this state.
     """
 
     thread: ProgressThread
 
     def __init__(
-        self, rank: int, views: Views, layout: Layout, predecessor: ProgressContext | None = None
+        self,
+        rank: int,
+        views: PeerViews,
+        layout: Layout,
+        predecessor: ProgressContext | None = None,
     ) -> None:
+        self.publication, self.inbox, self.counters = views
         self.current_peer = rank
         self.superseded = False
-        self._lock = threading.Lock()
         self.on_supersede: Callable[[], None] | None = None
-        self.counters = Counters()
-        self.publication, self.inbox = views(self.counters)
+        self._rank = rank
+        self._lock = threading.Lock()
         self._layout = layout
-        self._messages: dict[str, Message] = {}
+        self._buffers: dict[str, Message] = {}
         self._predecessors: tuple[ProgressContext, ...] = ()
         if predecessor is not None:
             self._predecessors = (*predecessor._stalled, predecessor)
 
-    def message(self, purpose: str) -> Message:
-        """Return the staging area of that name."""
-        if purpose not in self._messages:
+    def buffer(self, purpose: str) -> Message:
+        """Return the staging buffer of that name."""
+        if purpose not in self._buffers:
             empty = np.empty(self._layout.nbytes, np.uint8)
-            self._messages[purpose] = Message(empty, self._layout)
-        return self._messages[purpose]
+            self._buffers[purpose] = Message(empty, self._layout)
+        return self._buffers[purpose]
 
     def switch_to(self, rank: int) -> bool:
-        """Turn to `rank`; return False if the courier was left behind and must end."""
+        """Make `rank` the current peer; return False if the thread is superseded and must end."""
         with self._lock:
             if not self.superseded:
                 self.current_peer = rank
             return not self.superseded
 
     def iterate_peers(self, ranks: Iterable[int]) -> Iterator[int]:
-        """Visit one of `ranks` after the other."""
+        """Yield one of `ranks` after the other as current peer, until the thread is superseded."""
         for rank in ranks:
             if not self.switch_to(rank):
                 return
             yield rank
 
     def begin_request(self, on_supersede: Callable[[], None]) -> bool:
-        """Take up a question; return False if the courier was left behind: ask its successor then."""
+        """Start to work on a request; return False if its successor has to do that.
+
+        Args:
+            on_supersede: callback that settles the request if this thread is replaced.
+        """
         with self._lock:
             if not self.superseded:
                 self.on_supersede = on_supersede
@@ -88,32 +96,45 @@ class ProgressContext:
 
     @contextlib.contextmanager
     def publish_result(self) -> Iterator[bool]:
-        """Yield whether this thread may publish its result; else `on_supersede` has settled the request."""
+        """Yield whether this thread may still publish its result.
+
+        If False, `on_supersede` settles the request.
+        """
         with self._lock:
             if not self.superseded:
                 self.on_supersede = None
             yield not self.superseded
 
     def supersede(self) -> None:
-        """Leave the courier behind; the caller sees to its successor, then calls `on_supersede`."""
+        """Mark the thread as replaced; the caller starts a successor, then calls `on_supersede`."""
         with self._lock:
             self.superseded = True
 
+    def stalled_peer(self, stall_timeout: float) -> int | None:
+        """Return the rank that has blocked the thread for over `stall_timeout` seconds, or None.
+
+        Blocked on this rank itself it waits for MPI as a whole, as a successor would: that is None.
+        """
+        if self.thread.busy_seconds <= stall_timeout:
+            return None
+        peer = self.current_peer
+        return None if peer == self._rank else peer
+
     def check(self) -> None:
-        """Raise here what failed in the courier, or in one before it that was stuck."""
-        for hands in (self, *self._predecessors):
-            hands.thread.check()
+        """Raise what failed in the thread, or in a stalled one before it."""
+        for context in (self, *self._predecessors):
+            context.thread.check()
 
     @property
     def _stalled(self) -> tuple[ProgressContext, ...]:
-        return tuple(hands for hands in self._predecessors if hands.thread.alive)
+        return tuple(context for context in self._predecessors if context.thread.alive)
 
     @property
     def quarantined(self) -> set[int]:
-        """Ranks with which couriers before this one are stuck."""
-        return {hands.current_peer for hands in self._stalled}
+        """Ranks that superseded threads are still blocked on."""
+        return {context.current_peer for context in self._stalled}
 
     def close(self, timeout: float) -> bool:
-        """End the courier; return False if it, or one before it, is stuck."""
+        """End the thread; return False if it, or one before it, is stalled."""
         ended = self.thread.close(timeout)
-        return ended and all(hands.thread.close(_JOIN_SECONDS) for hands in self._stalled)
+        return ended and all(context.thread.close(_JOIN_SECONDS) for context in self._stalled)

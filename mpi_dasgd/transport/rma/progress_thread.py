@@ -1,8 +1,8 @@
-"""Courier: the thread that talks to other nodes, so that the compute thread never waits for a network.
+"""Progress thread: calls MPI, so that the compute thread never waits for a network.
 
-Between nodes over TCP nothing completes while the target is outside MPI, whatever the MPI: the courier
-therefore also calls into MPI at short intervals. Within a node puts complete by themselves; then it
-only beats the heart, a few times a second.
+Between nodes over TCP nothing completes while the target is outside MPI, whatever the MPI library:
+the thread therefore also calls into MPI at short intervals. Within a node Puts complete by
+themselves; then it only sends heartbeats, a few times per second.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ __all__ = ["ProgressThread"]
 
 
 class ProgressThread:
-    """Runs tasks in order, and chores at intervals, in one thread.
+    """A thread that runs submitted tasks in order, and a periodic task.
 
     Args:
-        periodic_task: called every `chore_interval` seconds: heartbeats, notices of other ranks.
-        chore_interval: seconds.
-        mpi_progress: called every `progress_interval` seconds and after every task, or None.
+        periodic_task: called every `period` seconds: heartbeats, status of other ranks.
+        period: seconds.
+        mpi_progress: called every `progress_interval` seconds and after every task; None: never.
         progress_interval: seconds.
-        arguments: given to every task and chore.
+        arguments: passed to every task and to the periodic task.
     """
 
     def __init__(
         self,
         periodic_task: Callable[..., None],
-        chore_interval: float,
+        period: float,
         mpi_progress: Callable[[], object] | None = None,
         progress_interval: float = 0.0003,
         arguments: tuple[object, ...] = (),
     ) -> None:
         self._periodic_task = periodic_task
-        self._task_interval = chore_interval
+        self._period = period
         self._mpi_progress = mpi_progress
-        self._wait = progress_interval if mpi_progress else chore_interval
+        self._wait_seconds = progress_interval if mpi_progress else period
         self._arguments = arguments
         self._tasks: queue.SimpleQueue[Callable[..., None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._successor: ProgressThread | None = None
         self._error: BaseException | None = None
-        self._since: float | None = None
+        self._busy_since: float | None = None
         self._submitted = 0  # under the lock
         self._finished = 0  # by the thread only
-        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mpi-dasgd-progress", daemon=True)
         self._thread.start()
 
     def submit(self, task: Callable[..., None]) -> None:
-        """Have `task` run after those submitted before, by the successor if there is one."""
+        """Run `task` after those submitted before; a successor runs it if there is one."""
         with self._lock:
             if self._successor is None:
                 self._submitted += 1
@@ -59,7 +59,7 @@ class ProgressThread:
         self._successor.submit(task)
 
     def replace(self, successor: ProgressThread) -> None:
-        """Leave this thread, stuck in a task, behind; `successor` gets the others, and those to come."""
+        """Abandon this thread, which is stalled in a task; `successor` runs all other tasks."""
         with self._lock:
             while True:
                 try:
@@ -71,13 +71,17 @@ class ProgressThread:
             self._successor = successor
 
     def check(self) -> None:
-        """Raise here what failed in the thread."""
+        """Raise in the calling thread what failed in this one.
+
+        Raises:
+            BaseException: whatever a task, the periodic task or `mpi_progress` raised.
+        """
         if self._error is not None:
             raise self._error
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs, or is stuck."""
+        """Whether the thread runs or is stalled."""
         return self._thread.is_alive()
 
     @property
@@ -87,44 +91,44 @@ class ProgressThread:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that the task or chore in hand has taken so far; 0 if there is none."""
-        since = self._since
+        """Seconds that the current task has taken so far; 0 if none runs."""
+        since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Finish the tasks and end the thread; return False if it is stuck and was left behind."""
+        """Finish the tasks and end the thread; return False if it is stalled and still alive."""
         self._tasks.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        chore_due = 0.0
+        next_period = 0.0
         try:
             while True:
                 try:
-                    task = self._tasks.get(timeout=self._wait)
+                    task = self._tasks.get(timeout=self._wait_seconds)
                 except queue.Empty:
                     pass
                 else:
                     if task is None:
                         return
-                    if self._successor is not None:  # since it was taken from the queue
+                    if self._successor is not None:  # since the task was taken from the queue
                         self._successor.submit(task)
                         return
-                    self._since = time.monotonic()
+                    self._busy_since = time.monotonic()
                     task(*self._arguments)
-                    self._since = None
+                    self._busy_since = None
                     self._finished += 1
                     if self._successor is not None:
                         return
                 if self._mpi_progress is not None:
                     self._mpi_progress()
-                if time.monotonic() >= chore_due:
-                    self._since = time.monotonic()
+                if time.monotonic() >= next_period:
+                    self._busy_since = time.monotonic()
                     self._periodic_task(*self._arguments)
-                    self._since = None
+                    self._busy_since = None
                     if self._successor is not None:
                         return
-                    chore_due = time.monotonic() + self._task_interval
-        except BaseException as error:  # handed to the compute thread by `check`
+                    next_period = time.monotonic() + self._period
+        except BaseException as error:  # raised in the compute thread by `check`
             self._error = error
