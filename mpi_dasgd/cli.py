@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(command=_doctor)
 
-    bench = commands.add_parser("bench", help="measure against the limit or the rivals in one run")
+    bench = commands.add_parser("bench", help="measure against a baseline in one run")
     bench.add_argument("name", help="kernel, quality, rma or training")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `mpi-dasgd bench NAME --help`")
     bench.set_defaults(command=_bench)

@@ -95,7 +95,7 @@ def _merges(bits: int, x: np.ndarray, y: np.ndarray, seed: int) -> _DrawErrors:
 
 def _bias(method: str, messages: int, draw_errors: _DrawErrors) -> BiasResult:
     sums, squares = np.zeros(_BUCKETS * BUCKET), np.zeros(_BUCKETS * BUCKET)
-    # One mean per message over all elements, whose dither has the same key.
+    # The elements of a message share the key of their dither: only messages are independent.
     means = np.empty(messages)
     for number in range(messages):
         errors = draw_errors()

@@ -1,7 +1,7 @@
 """Detection of decoding failures: whether the check of a lattice bucket fails exactly then.
 
-The truth is computed here: the lattice points of both models as integers, by the rounded operations
-that IEEE 754 defines, without codes. Only the dither comes from the kernels.
+The expected outcome is computed here: the lattice points of both models as integers, by operations
+that round as IEEE 754 defines, and without codes. Only the dither comes from the kernels.
 """
 
 from __future__ import annotations
