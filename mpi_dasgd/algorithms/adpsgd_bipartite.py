@@ -41,7 +41,7 @@ from mpi_dasgd.algorithms.base import (
 )
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS
-from mpi_dasgd.codecs import Message
+from mpi_dasgd.codecs import ExchangeBuffers, Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
@@ -153,7 +153,7 @@ class BipartiteADPSGD(Algorithm):
             message = arrival.message
             header = message.header
             self.codec.average_pair(
-                self.x, (message,), None, self.settings.mixing_weight, None, None
+                self.x, ExchangeBuffers(deltas=(message,), weight=self.settings.mixing_weight)
             )
             self.endpoint.inbox.free(arrival)
             if arrival.sender == self._awaiting_reply_from:  # else of one that was taken for dead
@@ -179,7 +179,12 @@ class BipartiteADPSGD(Algorithm):
                     self._requests.append(request)  # no way to answer now: when called again
                     continue
                 outcome = self.codec.average_pair(
-                    self.x, (), request.message, self.settings.mixing_weight, posting.message, None
+                    self.x,
+                    ExchangeBuffers(
+                        partner_model=request.message,
+                        weight=self.settings.mixing_weight,
+                        reply_delta=posting.message,
+                    ),
                 )
                 posting.message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
                 endpoint.send(posting)

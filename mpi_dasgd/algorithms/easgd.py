@@ -33,6 +33,7 @@ from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, ExchangeReco
 from mpi_dasgd.algorithms.description import Description
 from mpi_dasgd.algorithms.pair_averaging import announce
 from mpi_dasgd.algorithms.server import ServerAlgorithm
+from mpi_dasgd.codecs import ExchangeBuffers
 from mpi_dasgd.transport.endpoint import ReadRequest, Request
 
 __all__ = ["EASGD"]
@@ -107,7 +108,10 @@ class EASGD(ServerAlgorithm):
             endpoint.counters.skipped += 1
             self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, 0))
             return
-        outcome = self.codec.average_pair(self.x, (), center, self.alpha, posting.message, None)
+        outcome = self.codec.average_pair(
+            self.x,
+            ExchangeBuffers(partner_model=center, weight=self.alpha, reply_delta=posting.message),
+        )
         now = endpoint.time_ns()
         posting.message.stamp(rank=endpoint.rank, step=step, time_ns=now)
         endpoint.send(posting)
@@ -124,7 +128,8 @@ class EASGD(ServerAlgorithm):
         if arrivals:
             messages = [arrival.message for arrival in arrivals]
             publication = endpoint.publication.reserve()
-            self.codec.average_pair(self.center, messages, None, self.alpha, None, publication)
+            buffers = ExchangeBuffers(deltas=messages, weight=self.alpha, publication=publication)
+            self.codec.average_pair(self.center, buffers)
             for arrival in arrivals:
                 header = arrival.message.header
                 endpoint.inbox.free(arrival)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, SKIPPED, ExchangeRecord
-from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, ExchangeRequest, Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
@@ -77,11 +77,13 @@ class PairExchange:
         settled = pairing.is_settled  # once: the courier may settle it at any moment
         outcome = self._codec.average_pair(  # 1, 3 and 4 in one pass
             y,
-            [arrival.message for arrival in arrivals],
-            pairing.partner_model if settled else None,
-            self._settings.mixing_weight,
-            pairing.partner_delta if settled else None,
-            publication,
+            ExchangeBuffers(
+                deltas=[arrival.message for arrival in arrivals],
+                partner_model=pairing.partner_model if settled else None,
+                weight=self._settings.mixing_weight,
+                reply_delta=pairing.partner_delta if settled else None,
+                publication=publication,
+            ),
         )
         self._free(arrivals, step)
         if settled:
@@ -138,9 +140,10 @@ class PairExchange:
         if arrivals:
             messages = [arrival.message for arrival in arrivals]
             publication = self._endpoint.publication.reserve() if publish else None
-            self._codec.average_pair(
-                y, messages, None, self._settings.mixing_weight, None, publication
+            buffers = ExchangeBuffers(
+                deltas=messages, weight=self._settings.mixing_weight, publication=publication
             )
+            self._codec.average_pair(y, buffers)
             self._free(arrivals, step)
             announce(self._endpoint, publication, step)
         return len(arrivals)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, SKIPPED, ExchangeRecord
 from mpi_dasgd.algorithms.pair_averaging import announce
-from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.endpoint import Endpoint, ReadRequest
 
@@ -62,7 +62,10 @@ class PullExchange:
         theirs = reading.message if settled else None
         publication = endpoint.publication.reserve() if publish else None
         outcome = self._codec.average_pair(
-            y, (), theirs, self._settings.mixing_weight, None, publication
+            y,
+            ExchangeBuffers(
+                partner_model=theirs, weight=self._settings.mixing_weight, publication=publication
+            ),
         )
         announce(endpoint, publication, step)
         if settled:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
 from mpi_dasgd.algorithms.description import Capabilities, Description
-from mpi_dasgd.codecs import Message
+from mpi_dasgd.codecs import ExchangeBuffers, Message
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
@@ -174,7 +174,9 @@ class PushSum(Algorithm):
         """Add the mass of a message to the own one."""
         share = int(message.trailer[0])
         self.weight_quanta += share
-        self.codec.average_pair(self.x, (), message, share / self.weight_quanta, None, None)
+        self.codec.average_pair(
+            self.x, ExchangeBuffers(partner_model=message, weight=share / self.weight_quanta)
+        )
         header = message.header
         age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
         self.record(

@@ -36,6 +36,7 @@ from mpi_dasgd.algorithms.base import SKIPPED, Algorithm, ExchangeRecord, LocalO
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.local_phase import Phases
 from mpi_dasgd.algorithms.pair_averaging import PAIR_CODECS, PairExchange
+from mpi_dasgd.codecs import ExchangeBuffers
 from mpi_dasgd.transport.control_words import FREE, READY
 from mpi_dasgd.transport.endpoint import ExchangeRequest, Request
 
@@ -128,11 +129,11 @@ class BlockingSwarm(Algorithm):
         """Both move to their mean: x_i <- x_i + d, d = w (x_j - x_i); send -d to j."""
         outcome = self.codec.average_pair(
             self.x,
-            (),
-            pairing.partner_model,
-            self.settings.mixing_weight,
-            pairing.partner_delta,
-            None,
+            ExchangeBuffers(
+                partner_model=pairing.partner_model,
+                weight=self.settings.mixing_weight,
+                reply_delta=pairing.partner_delta,
+            ),
         )
         self._pairs.conclude(pairing, step, outcome)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_dasgd.bench.codec_error import codec_pair, empty_message, random_models
+from mpi_dasgd.codecs import ExchangeBuffers
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import BITS, BUCKET, EncodedVector
 
@@ -70,7 +71,7 @@ def _exchanges(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> _DrawError
     def draw_errors() -> np.ndarray:
         codec_x.encode(x, publication)
         new_y = y.copy()
-        codec_y.average_pair(new_y, (), publication, 0.5, delta, None)
+        codec_y.average_pair(new_y, ExchangeBuffers(partner_model=publication, reply_delta=delta))
         return (new_y.astype(np.float64) - y) / 0.5 - difference
 
     return draw_errors

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_dasgd import codecs
-from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, Message
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.config.schema import CodecConfig
@@ -151,8 +151,8 @@ def _exchange(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:
     codec_x, codec_y = codec_pair(name, x, y, seed)
     publication, delta = empty_message(codec_x), empty_message(codec_y)
     codec_x.encode(x, publication)
-    outcome = codec_y.average_pair(y, (), publication, 0.5, delta, None)
-    codec_x.average_pair(x, (delta,), None, 0.5, None, None)
+    outcome = codec_y.average_pair(y, ExchangeBuffers(partner_model=publication, reply_delta=delta))
+    codec_x.average_pair(x, ExchangeBuffers(deltas=(delta,)))
     return outcome.rejected
 
 

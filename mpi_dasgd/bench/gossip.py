@@ -18,7 +18,7 @@ import numpy as np
 from mpi_dasgd import codecs
 from mpi_dasgd.bench.codec_error import empty_message
 from mpi_dasgd.bench.gossip_gradients import BUCKETS, DISTRIBUTIONS, RandomGradients
-from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, Message
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.kernels.encoded import BUCKET
 
@@ -149,7 +149,14 @@ class _RankGroup:
         for delta in rank.deltas:
             before += rank.codec.delta(delta)
         outcome = rank.codec.average_pair(
-            rank.x, rank.deltas, partner.publication, self.weight, reply_delta, rank.publication
+            rank.x,
+            ExchangeBuffers(
+                deltas=rank.deltas,
+                partner_model=partner.publication,
+                weight=self.weight,
+                reply_delta=reply_delta,
+                publication=rank.publication,
+            ),
         )
         self._record_error(rank.x - before, partner.published - before, outcome.rejected)
         rank.deltas = []

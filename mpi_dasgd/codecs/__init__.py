@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Codec, ExchangeOutcome, Seeds
+from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds
 from mpi_dasgd.codecs.elementwise import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
@@ -18,6 +18,7 @@ from mpi_dasgd.errors import UserError, nearest
 __all__ = [
     "CODECS",
     "Codec",
+    "ExchangeBuffers",
     "ExchangeOutcome",
     "Header",
     "Layout",

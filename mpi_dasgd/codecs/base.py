@@ -1,88 +1,118 @@
-"""What algorithms need of a codec, and what a codec says of an exchange."""
+"""Base of all codecs, the buffers of an exchange, and the seeds of messages."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.errors import UserError
 
-__all__ = ["Codec", "ExchangeOutcome", "Seeds"]
+__all__ = ["Codec", "ExchangeBuffers", "ExchangeOutcome", "Seeds", "require_float32"]
+
+
+@dataclass(slots=True)
+class ExchangeBuffers:
+    """Messages that one call of `Codec.average_pair` reads and writes.
+
+    Attributes:
+        deltas: received deltas to absorb first, in this order.
+        partner_model: publication of the partner, or None if there is no partner.
+        weight: share of the distance to the partner to move, in (0, 1/2].
+        reply_delta: receives the partner's delta; None if nothing is sent back.
+        publication: receives the new model; None if it is not published.
+    """
+
+    deltas: Sequence[Message] = ()
+    partner_model: Message | None = None
+    weight: float = 0.5
+    reply_delta: Message | None = None
+    publication: Message | None = None
 
 
 class ExchangeOutcome(NamedTuple):
-    """What a codec found out in an exchange.
+    """What a codec measured in an exchange.
 
     Attributes:
-        distance: ||x_i - x_j||_2 between the own model and the partner's publication, before they
+        distance: ||x_i - x_j||_2 between the own model and the partner's publication before they
             were averaged, without rejected buckets; NaN if the codec does not measure it.
-        rejected: buckets of the publication that could not be decoded: neither side moved there.
+        rejected: buckets of the publication that could not be decoded; neither side moves there.
     """
 
     distance: float = float("nan")
     rejected: int = 0
 
 
-class Codec(Protocol):
-    """Turns models and deltas into messages, and averages with them.
+class Codec(ABC):
+    """Base of all codecs: encodes models and deltas as messages, and averages with them.
 
-    One object belongs to one rank: it may keep state, which goes into checkpoints.
+    An object belongs to one rank. It may keep state, which is saved in checkpoints.
 
     Attributes:
-        name: as in the configuration.
-        layout: of all its messages; ``layout.nbytes`` is what one costs on the wire.
-        counters: what was decoded so far, by name; empty if nothing can fail.
+        name: value of `codec.name`.
+        layout: layout of all its messages; ``layout.nbytes`` is what a message costs on the wire.
+        counters: decoded and rejected buckets so far, by name; empty if decoding cannot fail.
     """
 
     name: str
     layout: Layout
     counters: dict[str, int]
 
-    def encode(self, x: np.ndarray, out: Message) -> None:
-        """Write model `x`, 1-D, to `out`."""
+    @abstractmethod
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        """Absorb deltas, average with a partner's model, and write its delta and the own publication.
 
-    def average_pair(
-        self,
-        x: np.ndarray,
-        deltas: Sequence[Message],
-        partner_model: Message | None,
-        weight: float,
-        reply_delta: Message | None,
-        publication: Message | None,
-    ) -> ExchangeOutcome:
-        """Absorb deltas, move towards `partner_model`, write the partner's delta and the own publication.
-
-        Both sides move by exactly the same amounts, so that the sum of all models and deltas on
-        their way is conserved.
+        Both sides of an exchange move by exactly the same amounts, so that the sum of all models
+        and of the deltas in flight is conserved.
 
         Args:
-            x: own model, 1-D, contiguous; changed in place.
-            deltas: deltas to absorb first, in this order.
-            partner_model: the partner's publication, or None if there is no partner.
-            weight: share of the distance to move, in (0, 1/2].
-            reply_delta: receives the partner's delta, or None.
-            publication: receives the new model, or None.
+            x: own model, shape (elements,), contiguous; changed in place.
+            buffers: messages that are read and written.
+
+        Raises:
+            MpiDasgdError: a message has another codec, model size or version.
         """
 
+    @abstractmethod
     def delta(self, message: Message) -> np.ndarray:
-        """Return a delta as numbers, shape (elements,): for meters and tests."""
+        """Return a delta as numbers, shape (elements,), for meters and tests."""
+
+    def encode(self, x: np.ndarray, out: Message) -> None:
+        """Write the model `x`, shape (elements,), to `out`."""
+        self.average_pair(x, ExchangeBuffers(publication=out))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return what a checkpoint must hold, arrays by name."""
+        """Return the arrays that a checkpoint must hold, by name."""
+        return {}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
+
+
+def require_float32(name: str, dtype: np.dtype) -> None:
+    """Refuse models of another type than float32 for the codec `name`.
+
+    Raises:
+        UserError: the type is another one.
+    """
+    if dtype != np.float32:
+        raise UserError(
+            f"codec.name: {name!r} takes float32 models, got {dtype}; for `simulate` set "
+            "simulation.dtype=float32"
+        )
 
 
 class Seeds:
-    """The seeds of a rank's messages: no two of a run are alike.
+    """Generator of the seeds of a rank's messages; no two messages of a run have the same.
 
     Args:
-        seed: of the run.
-        rank: whose messages.
+        seed: seed of the run.
+        rank: rank that sends the messages.
     """
 
     def __init__(self, seed: int, rank: int) -> None:
@@ -90,6 +120,6 @@ class Seeds:
         self.drawn = 0
 
     def draw(self) -> int:
-        """Return the next seed, unsigned 64 bits."""
+        """Return the next seed, an unsigned 64-bit integer."""
         self.drawn += 1
         return (self._start + self.drawn) & 0xFFFFFFFFFFFFFFFF

@@ -7,20 +7,18 @@ is conserved as with the other codecs. They are plain NumPy, in cache-sized bloc
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import ExchangeOutcome, Seeds
+from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds, require_float32
 from mpi_dasgd.codecs.message import Layout, Message
-from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
 __all__ = ["BFloat16Codec", "ElementwiseCodec", "Float16Codec", "QsgdCodec"]
 
 
-class ElementwiseCodec(ABC):
+class ElementwiseCodec(Codec):
     """Averages in float32 what `pack` and `unpack` make of a block.
 
     Args:
@@ -31,16 +29,10 @@ class ElementwiseCodec(ABC):
         UserError: the models are not float32.
     """
 
-    name: str
-
     def __init__(self, elements: int, dtype: np.dtype, layout: Layout) -> None:
-        if dtype != np.float32:
-            raise UserError(
-                f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
-                "simulation.dtype=float32"
-            )
+        require_float32(self.name, dtype)
         self.layout = layout
-        self.counters: dict[str, int] = {}
+        self.counters = {}
 
     @abstractmethod
     def pack(self, x: np.ndarray, out: Message, start: int) -> None:
@@ -50,23 +42,16 @@ class ElementwiseCodec(ABC):
     def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a message as a new float32 array."""
 
-    def encode(self, x: np.ndarray, out: Message) -> None:
-        """Write model `x` to `out`."""
-        self.average_pair(x, (), None, 0.5, None, out)
-
-    def average_pair(
-        self,
-        x: np.ndarray,
-        deltas: Sequence[Message],
-        partner_model: Message | None,
-        weight: float,
-        reply_delta: Message | None,
-        publication: Message | None,
-    ) -> ExchangeOutcome:
-        """Do all of an exchange, a block at a time; see `mpi_dasgd.codecs.base.Codec`."""
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        """Do the whole exchange, block by block; see `Codec.average_pair`."""
+        deltas, partner_model, reply_delta = (
+            buffers.deltas,
+            buffers.partner_model,
+            buffers.reply_delta,
+        )
         for message in (*deltas, partner_model):
             if message is not None:
-                _ = message.header  # refuses what is none of this codec
+                _ = message.header  # raises if the message has another codec or size
         square = 0.0
         for start in range(0, x.size, CACHE_BLOCK):
             v = x[start : start + CACHE_BLOCK]
@@ -76,25 +61,18 @@ class ElementwiseCodec(ABC):
                 d = self.unpack(partner_model, start, v.size)
                 d -= v
                 square += float(np.dot(d, d))
-                d *= np.float32(-weight)
+                d *= np.float32(-buffers.weight)
                 if reply_delta is not None:
                     self.pack(d, reply_delta, start)
                     d = self.unpack(reply_delta, start, v.size)
                 v -= d
-            if publication is not None:
-                self.pack(v, publication, start)
+            if buffers.publication is not None:
+                self.pack(v, buffers.publication, start)
         return ExchangeOutcome() if partner_model is None else ExchangeOutcome(square**0.5)
 
     def delta(self, message: Message) -> np.ndarray:
         """Return a delta as numbers."""
         return self.unpack(message, 0, self.layout.elements)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return nothing: there is none."""
-        return {}
-
-    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take back nothing."""
 
 
 class BFloat16Codec(ElementwiseCodec):

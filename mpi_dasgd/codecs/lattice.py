@@ -8,15 +8,14 @@ the scales, or the buckets that could not be decoded. See `mpi_dasgd.kernels.lat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import ExchangeOutcome, Seeds
+from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds, require_float32
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.config.schema import CodecConfig as Settings
-from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import (
     BUCKET,
@@ -33,7 +32,7 @@ __all__ = ["LatticeCodec"]
 _NUMBER, _NEAREST = 16, 64
 
 
-class LatticeCodec:
+class LatticeCodec(Codec):
     """Lattice codes of 4, 8 or 16 bits with a scale and a check for each bucket of 1,024 elements.
 
     Args:
@@ -51,11 +50,7 @@ class LatticeCodec:
         self, elements: int, dtype: np.dtype, bits: int, settings: Settings, seeds: Seeds
     ) -> None:
         self.name = f"lattice{bits}"
-        if dtype != np.float32:
-            raise UserError(
-                f"codec.name: {self.name!r} takes float32 models, got {dtype}; for `simulate` set "
-                "simulation.dtype=float32"
-            )
+        require_float32(self.name, dtype)
         buckets = buckets_of(elements)
         self._bits = bits
         self._nearest = settings.rounding == "nearest"
@@ -76,38 +71,27 @@ class LatticeCodec:
         self._stats = np.zeros(buckets, BUCKET_STATS)
         self._delta_stats: list[np.ndarray] = []
 
-    def encode(self, x: np.ndarray, out: Message) -> None:
-        """Write model `x` to `out`."""
-        self.average_pair(x, (), None, 0.5, None, out)
-
-    def average_pair(
-        self,
-        x: np.ndarray,
-        deltas: Sequence[Message],
-        partner_model: Message | None,
-        weight: float,
-        reply_delta: Message | None,
-        publication: Message | None,
-    ) -> ExchangeOutcome:
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
         """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`.
 
         Raises:
             MpiDasgdError: a message is none of this codec, model size and version.
         """
         step = FusedStep(x, self._threads)
-        step.deltas = tuple(map(self._received, deltas))
-        step.delta_stats = self._stats_of_deltas(len(deltas))
-        step.weight = weight
+        step.deltas = tuple(map(self._received, buffers.deltas))
+        step.delta_stats = self._stats_of_deltas(len(buffers.deltas))
+        step.weight = buffers.weight
+        partner_model = buffers.partner_model
         if partner_model is not None:
             step.partner_model, step.stats = self._received(partner_model), self._stats
-            if reply_delta is not None:
-                step.reply_delta = self._new(reply_delta)
-        if publication is not None:
-            step.publication = self._new(publication)
-            self.scale.scales(x, publication.scales)
+            if buffers.reply_delta is not None:
+                step.reply_delta = self._new(buffers.reply_delta)
+        if buffers.publication is not None:
+            step.publication = self._new(buffers.publication)
+            self.scale.scales(x, buffers.publication.scales)
         lattice.backend_of(x).run(step)
-        for message, found in zip(deltas, step.delta_stats, strict=True):
-            self._observe_delta(message, found, weight)
+        for message, stats in zip(buffers.deltas, step.delta_stats, strict=True):
+            self._observe_delta(message, stats, buffers.weight)
         return ExchangeOutcome() if partner_model is None else self._observe(partner_model)
 
     def _view(self, message: Message) -> EncodedVector:

@@ -158,7 +158,7 @@ def _carries(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
 def _exchange(environment: World) -> Check:
     """One pair exchange of every rank on the real transport: the sum of models must not change."""
     from mpi_dasgd import topology
-    from mpi_dasgd.codecs.none import NoCodec
+    from mpi_dasgd.codecs import ExchangeBuffers, NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
     from mpi_dasgd.world import polled_barrier
 
@@ -177,14 +177,17 @@ def _exchange(environment: World) -> Check:
         endpoint.refresh_membership()
     met = pairing.partner_model is not None and pairing.partner_delta is not None
     if pairing.partner_model is not None and pairing.partner_delta is not None:
-        codec.average_pair(x, (), pairing.partner_model, 0.5, pairing.partner_delta, None)
+        buffers = ExchangeBuffers(
+            partner_model=pairing.partner_model, reply_delta=pairing.partner_delta
+        )
+        codec.average_pair(x, buffers)
         pairing.partner_delta.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
         endpoint.commit_exchange(pairing)
     while not endpoint.is_flushed():
         endpoint.refresh_membership()
     polled_barrier(environment.comm)
     for arrival in endpoint.inbox.receive():
-        codec.average_pair(x, [arrival.message], None, 0.5, None, None)
+        codec.average_pair(x, ExchangeBuffers(deltas=[arrival.message]))
         endpoint.inbox.free(arrival)
     sums = environment.comm.allreduce(x.astype(np.float64))
     met_all = environment.comm.allreduce(int(met)) == comm.size

@@ -471,7 +471,9 @@ def test_a_resumed_run_gives_all_a_new_point() -> None:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_settings_that_a_server_cannot_follow_are_refused(overrides: list[str], words: list[str]) -> None:
+def test_settings_that_a_server_cannot_follow_are_refused(
+    overrides: list[str], words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         _simulation(*overrides)
     assert [word for word in words if word not in str(error.value)] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
-from mpi_dasgd.codecs import ExchangeOutcome, Message, NoCodec
+from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
@@ -88,16 +87,8 @@ class Meanwhile(NoCodec):
 
     clock: Clock
 
-    def average_pair(
-        self,
-        x: np.ndarray,
-        deltas: Sequence[Message],
-        partner_model: Message | None,
-        weight: float,
-        reply_delta: Message | None,
-        publication: Message | None,
-    ) -> ExchangeOutcome:
-        outcome = super().average_pair(x, deltas, partner_model, weight, reply_delta, publication)
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        outcome = super().average_pair(x, buffers)
         while self.clock.advance():
             pass
         return outcome
@@ -135,7 +126,7 @@ def test_an_answer_in_the_middle_of_a_step_waits_for_the_next() -> None:
         local.step = step
         for _ in algorithms[0].step(local):
             raise AssertionError("an asynchronous algorithm has waited")
-    for _ in algorithms[0].leave():
+    for _ in algorithms[0].finalize():
         assert clock.advance()
     while clock.advance():
         pass

@@ -344,7 +344,9 @@ def test_branches_make_one_spanning_tree(graph: str, ranks: int) -> None:
         (["simulation.ranks=1"], ["at least 2 ranks"]),
     ],
 )
-def test_settings_that_dasgd_cannot_follow_are_refused(overrides: list[str], words: list[str]) -> None:
+def test_settings_that_dasgd_cannot_follow_are_refused(
+    overrides: list[str], words: list[str]
+) -> None:
     with pytest.raises(UserError) as refused:
         Watched(*overrides)
     assert [word for word in words if word not in str(refused.value)] == []

@@ -202,7 +202,9 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
         (["simulation.ranks=1"], ["at least 2 ranks"]),
     ],
 )
-def test_settings_that_easgd_cannot_follow_are_refused(overrides: list[str], words: list[str]) -> None:
+def test_settings_that_easgd_cannot_follow_are_refused(
+    overrides: list[str], words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         _simulation(*overrides)
     assert [word for word in words if word not in str(error.value)] == []

@@ -422,7 +422,9 @@ def _flipped_byte(path: Path) -> Path:
         (_flipped_byte, "results.h5.*damaged"),
     ],
 )
-def test_a_path_that_is_no_run_is_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_a_path_that_is_no_run_is_refused(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
     path = make(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         load_run(path)

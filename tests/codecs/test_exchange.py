@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_dasgd import codecs, config
-from mpi_dasgd.codecs import CODECS, Codec, Message, Settings
+from mpi_dasgd.codecs import CODECS, Codec, ExchangeBuffers, Message, Settings
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.errors import MpiDasgdError, UserError
@@ -38,8 +38,8 @@ def _exchange(mine: Codec, x: np.ndarray, theirs: Codec, y: np.ndarray) -> codec
     """One whole exchange: `y` is published, `x` moves, and then `y` by the delta."""
     publication, reply = _message(theirs), _message(mine)
     theirs.encode(y, publication)
-    outcome = mine.average_pair(x, (), publication, 0.5, reply, None)
-    theirs.average_pair(y, [reply], None, 0.5, None, None)
+    outcome = mine.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
+    theirs.average_pair(y, ExchangeBuffers(deltas=[reply]))
     return outcome
 
 
@@ -85,7 +85,7 @@ def test_a_delta_moves_the_partner_by_what_was_moved_here(name: str) -> None:
     publication, reply = _message(theirs), _message(mine)
     theirs.encode(y, publication)
     before = x.copy()
-    mine.average_pair(x, (), publication, 0.5, reply, None)
+    mine.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
     np.testing.assert_allclose(x - before, -mine.delta(reply), atol=2e-5)
     assert np.abs(mine.delta(reply)).max() > 0.5
 
@@ -115,7 +115,10 @@ def test_messages_of_another_codec_size_or_rounding_are_refused(name: str) -> No
         size = min(buffer.size, wire.buffer.size)
         buffer[:size] = wire.buffer[:size]
         with pytest.raises(MpiDasgdError, match="message header"):
-            mine.average_pair(x, (), Message(buffer, mine.layout), 0.5, _message(mine), None)
+            received = Message(buffer, mine.layout)
+            mine.average_pair(
+                x, ExchangeBuffers(partner_model=received, reply_delta=_message(mine))
+            )
 
 
 # --- the scale ---

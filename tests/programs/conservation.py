@@ -17,7 +17,6 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, ExchangeRecord
-from mpi_dasgd.codecs import Codec, ExchangeOutcome, Message, NoCodec
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
@@ -39,23 +38,16 @@ GRID = np.float32(2.0**-8)
 class GridCodec(NoCodec):
     """Like `none`, but deltas are rounded to multiples of `GRID`: then no addition rounds."""
 
-    def average_pair(
-        self,
-        x: np.ndarray,
-        deltas: Sequence[Message],
-        partner_model: Message | None,
-        weight: float,
-        reply_delta: Message | None,
-        publication: Message | None,
-    ) -> ExchangeOutcome:
-        for message in deltas:
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        partner_model, reply_delta = buffers.partner_model, buffers.reply_delta
+        for message in buffers.deltas:
             x += message.payload
         if partner_model is not None and reply_delta is not None:
-            delta = np.trunc(np.float32(weight) / GRID * (partner_model.payload - x)) * GRID
+            delta = np.trunc(np.float32(buffers.weight) / GRID * (partner_model.payload - x)) * GRID
             x += delta
             reply_delta.payload[:] = -delta
-        if publication is not None:
-            publication.payload[:] = x
+        if buffers.publication is not None:
+            buffers.publication.payload[:] = x
         return ExchangeOutcome()
 
 
@@ -64,10 +56,9 @@ class Drops(NoCodec):
 
     _calls = 0
 
-    def average_pair(
-        self, x, deltas, partner_model, weight, reply_delta, publication
-    ) -> ExchangeOutcome:  # type: ignore[no-untyped-def]
-        outcome = super().average_pair(x, deltas, partner_model, weight, reply_delta, publication)
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        outcome = super().average_pair(x, buffers)
+        reply_delta = buffers.reply_delta
         self._calls += reply_delta is not None
         if reply_delta is not None and self._calls % 100 == 99:
             reply_delta.payload[:] = 0
