@@ -123,7 +123,7 @@ def test_an_answer_in_the_middle_of_a_step_waits_for_the_next() -> None:
         algorithm.start()
     local = Local()
     for step in range(1, 4):
-        local.step = step
+        local.local_step = step
         for _ in algorithms[0].step(local):
             raise AssertionError("an asynchronous algorithm has waited")
     for _ in algorithms[0].finalize():

@@ -179,7 +179,7 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
     ranks = Ranks(models, Settings(name="swarm", variant="blocking"))
     for local in ranks.locals:
         local.gradient[:] = 0
-    ranks.locals[0].step = 1
+    ranks.locals[0].local_step = 1
     waiting = ranks.algorithms[0].step(ranks.locals[0])
     pending = next(iter(waiting))
     assert not pending.test()
@@ -196,7 +196,7 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
 def test_a_rank_whose_neighbours_have_all_died_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(np.zeros((2, 1)), Settings(name="swarm", variant="blocking"))
     algorithm = ranks.algorithms[0]
-    ranks.locals[0].step = 1
+    ranks.locals[0].local_step = 1
     waiting = algorithm.step(ranks.locals[0])
     pending = next(iter(waiting))
     monkeypatch.setattr(algorithm.endpoint, "neighbours", lambda: ())

@@ -148,8 +148,8 @@ class RankPool:
         failed = [rank for rank in codes if codes[rank]]
         outcome = Outcome(
             codes=tuple(codes.get(rank) for rank in range(self.n)),
-            first=failed[0] if failed else None,
-            launcher=0,
+            first_failed=failed[0] if failed else None,
+            launcher_code=0,
             ended_by=None,
         )
         stdout, stderr = (
