@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["drain"]
 
-_ABSORB_SECONDS = 0.001  # seconds between two looks into the inbox
+_ABSORB_SECONDS = 0.001  # seconds between two checks of the inbox
 
 
 def drain(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, local_step: int) -> None:

@@ -1,4 +1,4 @@
-"""Budgets: where ranks that go in step stop by the clock, one learning rate, and resumed runs."""
+"""Budgets: where ranks in lockstep stop by the clock, learning rates, and resumed runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = [
 
 
 class _Watched(Simulator):
-    """Notes, whenever rank 0 begins a step, how far beyond its next exchange the others are."""
+    """Measures how far the others are beyond rank 0's next exchange when rank 0 begins a step."""
 
     ahead = -1
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_does_not_take_its_past_for_delays(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("algorithm", ["allreduce", "local_sgd"])
-def test_ranks_in_step_have_one_learning_rate(algorithm: str) -> None:
+def test_ranks_in_lockstep_have_one_learning_rate(algorithm: str) -> None:
     simulation = Simulator(
         config.load(
             JOB,

@@ -185,8 +185,8 @@ def test_allreduce_equals_one_process_with_the_large_batch(tmp_path: Path) -> No
         ).backward()
         optimizer.step()
     for name, expected in model.state_dict().items():
-        found = _models_after(tmp_path, ranks)[name]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        trained = _models_after(tmp_path, ranks)[name]
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_resuming_from_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def _rank_processes(launcher: int) -> dict[int, int]:
     """Processes of the ranks under a launcher, by rank."""
-    found = {}
+    processes = {}
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
@@ -337,8 +337,8 @@ def _rank_processes(launcher: int) -> dict[int, int]:
             for variable in environment.split(b"\0"):
                 name, _, value = variable.partition(b"=")
                 if name == b"PMI_RANK" and f"TEST_OF={launcher}".encode() in environment:
-                    found[int(value)] = int(entry.name)
-    return found
+                    processes[int(value)] = int(entry.name)
+    return processes
 
 
 @pytest.mark.parametrize("victim", [0, 2])

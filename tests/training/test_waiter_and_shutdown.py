@@ -16,7 +16,7 @@ from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
 
 class Clock:
-    """Time in which only sleep passes, and a microsecond per look at it."""
+    """Time that passes in sleep only, and a microsecond per call."""
 
     def __init__(self) -> None:
         self.now = 100.0

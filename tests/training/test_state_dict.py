@@ -1,0 +1,103 @@
+"""A rank's state goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.training import state_dict as module
+from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+
+
+class Rank:
+    """A rank with a model with batch norm and a server's center, and what it was told."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        parameters = FlatParameters(self.model)
+        self.center = np.full(4, float(seed))
+        self.told: dict[str, Any] = {}
+        self.training: Any = SimpleNamespace(
+            parameters=parameters, optimizer=self.optimizer, samples=40 + seed, elapsed=1.5,
+            local=TorchLocalOptimizer(self.optimizer, parameters), lockstep=False, rank=0, size=3,
+            codec=SimpleNamespace(
+                state=lambda: {"seeds": np.arange(2)}, load_state=self._tell("codec")
+            ),
+            algorithm=SimpleNamespace(
+                name="easgd", rng=random.Random(seed), absorb=self._tell("absorbed"),
+                state=lambda: {"center": self.center}, load_state=self._tell("algorithm"),
+                restart=self._tell("restarted at"),
+            ),
+            budget=SimpleNamespace(resume=lambda *counts: self._tell("budget")(counts)),
+            endpoint=SimpleNamespace(
+                report_gradients=self._tell("gradients"),
+                membership=SimpleNamespace(
+                    report_samples=self._tell("samples"), gradients=[0, 0, 0]
+                ),
+            ),
+            learning_rate=SimpleNamespace(gradients_seen=0),
+        )  # fmt: skip
+
+    def _tell(self, name: str) -> Any:
+        return lambda value: self.told.__setitem__(name, value)
+
+    def train(self) -> torch.Tensor:
+        """Make a step on random data; return the model's output."""
+        self.optimizer.zero_grad()
+        loss = self.model(torch.randn(8, 3)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def test_a_rank_goes_on_as_if_it_had_not_stopped() -> None:
+    first = Rank(1)
+    first.training.local.local_step = 17
+    first.train()
+    arrays, meta = module.state_dict(first.training)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    expected = [first.train() for _ in range(3)]
+    draws = first.training.algorithm.rng.random()
+
+    second = Rank(2)
+    module._load_state(second.training, arrays, json.loads(json.dumps(meta)))
+    assert [second.train() for _ in range(3)] == expected  # model, buffers, moments, and RNG
+    assert second.training.algorithm.rng.random() == draws
+    assert second.training.local.local_step == 17
+    np.testing.assert_array_equal(second.told.pop("algorithm")["center"], first.center)
+    np.testing.assert_array_equal(second.told.pop("codec")["seeds"], [0, 1])
+    assert second.told == {
+        "budget": (41, 1.5), "samples": 41, "gradients": 17, "restarted at": 17,
+    }  # fmt: skip
+
+
+def test_what_has_arrived_is_absorbed_first() -> None:
+    rank = Rank(1)
+    rank.training.local.local_step = 3
+    module.state_dict(rank.training)
+    assert rank.told == {"absorbed": 3}
+
+
+def test_gradients_of_the_earlier_part_are_seen() -> None:
+    rank = Rank(1)
+    module._count_seen_gradients(rank.training, [3, 5, 4])
+    assert rank.training.endpoint.membership.gradients == [3, 5, 4]
+    assert rank.training.learning_rate.gradients_seen == 12
+
+
+def test_ranks_in_lockstep_must_resume_at_one_step() -> None:
+    rank = Rank(1)
+    rank.training.lockstep = True
+    module._count_seen_gradients(rank.training, [4, 4, 4])
+    with pytest.raises(UserError, match=r"ranks of 'easgd' go in step.* steps \[3, 5, 4\]"):
+        module._count_seen_gradients(rank.training, [3, 5, 4])
