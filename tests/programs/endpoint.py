@@ -1,5 +1,4 @@
-"""What algorithms use of an endpoint beside the pair exchange, on real windows. Run by
-`test_endpoint`.
+"""What algorithms use of an endpoint besides exchanges, on real windows. Run by `test_endpoint`.
 
 Each case is a function of a fresh endpoint on ranks that are all neighbours; all ranks run them all, on
 each path that is named.
@@ -17,7 +16,6 @@ from mpi4py import MPI
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 from tests.support.mpi_ranks import parallel_assert
 
@@ -59,68 +57,68 @@ def publish(endpoint: RmaEndpoint, value: int) -> None:
     endpoint.publication.publish()
 
 
-def newest(endpoint: RmaEndpoint) -> bool:
+def newest_version(endpoint: RmaEndpoint) -> bool:
     """A publication that is read is whole, never older than the one before, in the end the last."""
     seen = dict.fromkeys(OTHERS, 0)
     good = True
 
-    def look(rank: int) -> None:
+    def read(rank: int) -> None:
         nonlocal good
-        reading = endpoint.read(rank)
-        wait(reading.test, f"answer of {rank}")
-        if reading.message is None:
+        request = endpoint.read(rank)
+        wait(request.test, f"publication of {rank}")
+        if request.message is None:
             good &= seen[rank] == 0
             return
-        value = whole(reading.message, rank)
+        value = whole(request.message, rank)
         good &= value >= seen[rank]
         seen[rank] = value
 
     for rank in OTHERS:
-        look(rank)
+        read(rank)
     good &= not any(seen.values())  # nothing was published yet
     COMM.Barrier()
     for value in range(1, VERSIONS + 1):
         publish(endpoint, value)
-        look(OTHERS[value % len(OTHERS)])
+        read(OTHERS[value % len(OTHERS)])
     COMM.Barrier()
     for rank in OTHERS:
-        look(rank)
+        read(rank)
     return good and set(seen.values()) == {VERSIONS}
 
 
-def version(endpoint: RmaEndpoint) -> bool:
-    """A given version is there once it is published, whoever is first, and is that one."""
+def given_version(endpoint: RmaEndpoint) -> bool:
+    """A given version settles once it is published, whichever rank comes first, and is that one."""
     good = True
     for value in range(1, VERSIONS + 1):
         time.sleep(1e-3 * ((value + COMM.rank) % 3))
         publish(endpoint, value)
         for rank in OTHERS:
-            reading: Request = (ask := endpoint.read(rank, value))
-            wait(reading.test, f"version {value} of {rank}")
-            good &= ask.message is not None and whole(ask.message, rank) == value
+            request = endpoint.read(rank, value)
+            wait(request.test, f"version {value} of {rank}")
+            good &= request.message is not None and whole(request.message, rank) == value
     return good
 
 
-def post(endpoint: RmaEndpoint) -> bool:
-    """What is posted arrives exactly once and in order; a full inbox says so, and nobody waits."""
+def messages(endpoint: RmaEndpoint) -> bool:
+    """Messages arrive exactly once and in order; a full inbox is reported, and no rank waits."""
     sent, received = dict.fromkeys(OTHERS, 0), defaultdict(list)
 
     def send(rank: int) -> bool:
-        posting = endpoint.acquire_send_buffer(rank)
-        if posting is None:
+        buffer = endpoint.acquire_send_buffer(rank)
+        if buffer is None:
             return False
-        write(posting.message, sent[rank])
-        endpoint.send(posting)
+        write(buffer.message, sent[rank])
+        endpoint.send(buffer)
         sent[rank] += 1
         return True
 
     def receive() -> None:
-        for arrival in endpoint.inbox.receive():
-            received[arrival.sender].append(whole(arrival.message, arrival.sender))
-            endpoint.inbox.free(arrival)
+        for incoming in endpoint.inbox.receive():
+            received[incoming.sender].append(whole(incoming.message, incoming.sender))
+            endpoint.inbox.free(incoming)
 
     for rank in OTHERS:
-        while send(rank):  # nobody receives: the inbox, or the way to it, fills up
+        while send(rank):  # no rank receives: the inbox, or the send buffer, fills up
             assert sent[rank] < MESSAGES, "a full inbox took more"
     filled = max(sent.values()) <= 4  # slots of an inbox
     COMM.Barrier()
@@ -141,8 +139,8 @@ def post(endpoint: RmaEndpoint) -> bool:
     return filled and all(received[rank] == list(range(MESSAGES)) for rank in OTHERS)
 
 
-def until(endpoint: RmaEndpoint) -> bool:
-    """A wait for words ends when they change, not before."""
+def conditions(endpoint: RmaEndpoint) -> bool:
+    """A condition on words is complete when they change, not before."""
     everyone = range(COMM.size)
     counted = endpoint.wait_until(lambda: endpoint.gradients() == COMM.size, everyone)
     arrived = endpoint.wait_until(lambda: endpoint.inbox.has_messages)
@@ -150,10 +148,10 @@ def until(endpoint: RmaEndpoint) -> bool:
     COMM.Barrier()
     endpoint.report_gradients(1)
     wait(counted.test, "gradients")
-    posting = endpoint.acquire_send_buffer(OTHERS[0])
-    assert posting is not None
-    write(posting.message, 0)
-    endpoint.send(posting)
+    buffer = endpoint.acquire_send_buffer(OTHERS[0])
+    assert buffer is not None
+    write(buffer.message, 0)
+    endpoint.send(buffer)
     if COMM.rank < 2:  # rank 0 is the first other of all but itself
         wait(arrived.test, "message")
     wait(endpoint.is_flushed, "delivery")
@@ -174,7 +172,7 @@ def main() -> None:
     """Run all cases on each path."""
     graph = topology.build("complete", COMM.size)
     for path in sys.argv[1:]:
-        for case in (newest, version, post, until, gradients):
+        for case in (newest_version, given_version, messages, conditions, gradients):
             endpoint = RmaEndpoint(COMM, LAYOUT, graph, RmaOptions(mode=path))
             COMM.Barrier()
             good = case(endpoint)

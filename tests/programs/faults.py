@@ -1,4 +1,4 @@
-"""Protocols with a mistake each: what the stress and the interleavings must find."""
+"""Protocols with one fault each, which the stress and the interleavings must find."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ReadsWithoutClaim(Publication):
 
 
 class IgnoresClaims(Publication):
-    """The owner takes the slot of an old version back although a reader holds it."""
+    """The owner frees the slot of an old version although a reader has claimed it."""
 
     def _retire(self, slot: int, version: int) -> None:
         free = pack_slot_word(FREE, version=version)
@@ -47,21 +47,21 @@ class IgnoresClaims(Publication):
         self._last_words[slot] = free
 
 
-class LooksOnce(Publication):
-    """A reader copies, slowly, and does not look at the version again."""
+class ReadsOnce(Publication):
+    """A reader copies, slowly, and does not check the version again."""
 
     def read(self, rank: int, out: Message) -> bool:
         head = self._words.read(rank, HEAD)
         if head == 0:
             return False
-        there = self._slots.view(rank, head & 0xFF)
-        if there is None:
+        published = self._slots.view(rank, head & 0xFF)
+        if published is None:
             self._slots.get(rank, head & 0xFF, out)
             return True
         half = out.buffer.size // 2
-        out.buffer[:half] = there.buffer[:half]
+        out.buffer[:half] = published.buffer[:half]
         time.sleep(1e-4)
-        out.buffer[half:] = there.buffer[half:]
+        out.buffer[half:] = published.buffer[half:]
         return True
 
 
@@ -88,23 +88,23 @@ class ReadyFirst(Inbox):
         rank, slot = reservation.rank, reservation.slot
         message.sequence = self._sent[rank]
         self._sent[rank] += 1
-        there = self._slots.view(rank, self._first_slot + slot)
-        if there is not None:
-            there.buffer[:64] = message.buffer[:64]
+        in_place = self._slots.view(rank, self._first_slot + slot)
+        if in_place is not None:
+            in_place.buffer[:64] = message.buffer[:64]
         self._words.swap(
             rank,
             self._word_indices[slot],
             pack_slot_word(CLAIMED, self._rank),
             pack_slot_word(READY, self._rank),
         )
-        if there is None:
+        if in_place is None:
             self._slots.put(rank, self._first_slot + slot, message)
         else:
             time.sleep(1e-4)
-            there.buffer[64:] = message.buffer[64:]
+            in_place.buffer[64:] = message.buffer[64:]
 
 
-class SendsUnasked(Inbox):
+class SendsUnreserved(Inbox):
     """A sender takes a slot of the inbox whether it is free or not."""
 
     def reserve(self, rank: int) -> Reservation | None:
@@ -116,33 +116,33 @@ class SendsUnasked(Inbox):
             pass
         return Reservation(rank, slot)
 
-    def free(self, arrival: ReceivedMessage) -> None:
-        ready = pack_slot_word(READY, arrival.sender)
-        self._words.swap(self._rank, self._word_indices[arrival.slot], ready, pack_slot_word(FREE))
+    def free(self, received: ReceivedMessage) -> None:
+        ready = pack_slot_word(READY, received.sender)
+        self._words.swap(self._rank, self._word_indices[received.slot], ready, pack_slot_word(FREE))
 
 
-class Disordered(Inbox):
-    """The receiver takes messages as they lie in the slots."""
+class OutOfOrder(Inbox):
+    """The receiver takes messages in the order of the slots."""
 
     def receive(self) -> list[ReceivedMessage]:
-        arrivals = []
+        messages = []
         for slot, index in enumerate(self._word_indices):
             value = self._words.read(self._rank, index)
             message = self._slots.view(self._rank, self._first_slot + slot)
             if value & 3 == READY and message is not None:
-                arrivals.append(ReceivedMessage(holder_of(value), slot, message))
-        return arrivals
+                messages.append(ReceivedMessage(holder_of(value), slot, message))
+        return messages
 
 
-class Twice(Disordered):
+class Twice(OutOfOrder):
     """The receiver forgets now and then to free a message that it has used."""
 
     _calls = 0
 
-    def free(self, arrival: ReceivedMessage) -> None:
+    def free(self, received: ReceivedMessage) -> None:
         self._calls += 1
         if self._calls % 20 != 3:
-            super().free(arrival)
+            super().free(received)
 
 
 class Drops(Inbox):
@@ -159,11 +159,11 @@ class Drops(Inbox):
 
 
 class Fault(NamedTuple):
-    """A protocol with a mistake.
+    """A faulty protocol.
 
     Attributes:
         publication, inbox: the classes to use.
-        signs: findings of which at least one must be there.
+        signs: findings of which at least one must occur.
     """
 
     publication: type[Publication]
@@ -172,14 +172,14 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    "writes published": Fault(WritesPublished, Inbox, ("torn", "changed while held")),
+    "writes published": Fault(WritesPublished, Inbox, ("torn", "changed while claimed")),
     "reads without claim": Fault(ReadsWithoutClaim, Inbox, ("served twice",)),
-    "ignores claims": Fault(IgnoresClaims, Inbox, ("torn", "changed while held")),
-    "looks once": Fault(LooksOnce, Inbox, ("torn",)),
+    "ignores claims": Fault(IgnoresClaims, Inbox, ("torn", "changed while claimed")),
+    "reads once": Fault(ReadsOnce, Inbox, ("torn",)),
     "publishes early": Fault(PublishesEarly, Inbox, ("torn", "wrong version")),
     "ready first": Fault(Publication, ReadyFirst, ("torn",)),
-    "sends unasked": Fault(Publication, SendsUnasked, ("lost",)),
-    "disordered": Fault(Publication, Disordered, ("order",)),
+    "sends unreserved": Fault(Publication, SendsUnreserved, ("lost",)),
+    "out of order": Fault(Publication, OutOfOrder, ("order",)),
     "twice": Fault(Publication, Twice, ("twice",)),
     "drops": Fault(Publication, Drops, ("lost",)),
 }

@@ -1,4 +1,4 @@
-"""Publication and Inbox under a scheduler: one thread a rank, one step at a time, in any order.
+"""Publication and Inbox under a scheduler: one thread per rank, one step at a time, in any order.
 
 A step is one operation on a word, or half a payload. So every interleaving of the protocols that the
 steps allow can be played, and a schedule repeats exactly.
@@ -43,7 +43,7 @@ class Stage:
         self._error: BaseException | None = None
 
     def wait(self) -> None:
-        """Give the stage away until chosen again; before and after the play, do nothing."""
+        """Yield the stage until chosen again; before and after the play, do nothing."""
         turn = self._turns.get(threading.current_thread())
         if turn is not None:
             self._back.release()
@@ -82,16 +82,16 @@ class Memory:
     Args:
         stage: whose steps these are.
         memory: the memory.
-        rank: who looks at it.
-        near: whether other ranks' slots are in place, or must be got and put.
+        rank: the rank that sees it.
+        in_place: whether other ranks' slots are in place, or need Get and Put.
     """
 
-    def __init__(self, stage: Stage, memory: SharedMemory, rank: int, near: bool) -> None:
+    def __init__(self, stage: Stage, memory: SharedMemory, rank: int, in_place: bool) -> None:
         self.layout = memory.layout
         self._stage = stage
         self._memory = memory
         self._rank = rank
-        self._near = near
+        self._in_place = in_place
 
     def read(self, rank: int, index: int) -> int:
         self._stage.wait()
@@ -102,7 +102,7 @@ class Memory:
         return self._memory.swap(rank, index, expected, new)
 
     def view(self, rank: int, index: int) -> Message | None:
-        return self._memory.view(rank, index) if self._near or rank == self._rank else None
+        return self._memory.view(rank, index) if self._in_place or rank == self._rank else None
 
     def get(self, rank: int, index: int, out: Message) -> None:
         self._copy(self._memory.view(rank, index), out)
@@ -126,7 +126,7 @@ def play(
     choices: Iterator[int],
     seed: int = 0,
     *,
-    near: bool = False,
+    in_place: bool = False,
     slots: int = 4,
     publication: type[Publication] = Publication,
     inbox: type[Inbox] = Inbox,
@@ -135,9 +135,9 @@ def play(
 
     Args:
         scripts: for each rank a list of `MOVES`.
-        choices: the schedule; goes on for ever.
+        choices: the schedule; endless.
         seed: of the choice of partners.
-        near: see `Memory`.
+        in_place: see `Memory`.
         slots: of a publication and of an inbox.
         publication, inbox: the protocols to play.
 
@@ -148,7 +148,7 @@ def play(
     stage = Stage(choices)
     players = []
     for rank in range(RANKS):
-        memory = Memory(stage, shared_memory, rank, near)
+        memory = Memory(stage, shared_memory, rank, in_place)
         shared = memory, memory, shared_memory.word_map, rank, Counters()
         players.append(
             Player(

@@ -1,4 +1,4 @@
-"""Books of what one rank published, sent, read and received, and what must not happen to it.
+"""Ledger of what one rank published, sent, read and received, and of what must not happen to it.
 
 Every element of a payload carries the same stamp: kind, sender, receiver and number. Torn is a
 payload whose smallest and largest element differ.
@@ -58,7 +58,8 @@ class Ledger:
     """What one rank did and saw.
 
     Args:
-        rank, size: this rank, and how many there are.
+        rank: this rank.
+        size: number of ranks.
         most: more versions or messages than any rank makes.
 
     Attributes:
@@ -77,7 +78,7 @@ class Ledger:
         self._read = [0] * size  # newest version of each rank that was read
         self._claimed = [0] * size  # the same, claimed
         self.served = np.zeros((size, most + 1), np.uint8)
-        self._received = np.zeros((size, most + 1), bool)  # whether each message came
+        self._received = np.zeros((size, most + 1), bool)  # whether each message arrived
         self._next = [0] * size  # number of the message that each rank must send next
 
     def version(self) -> int:
@@ -120,12 +121,12 @@ class Ledger:
         self._claimed[claim.rank] = max(claim.version, self._claimed[claim.rank])
         self.found["wrong version"] += number is not None and number != claim.version
 
-    def held(self, claim: Claim, message: Message) -> None:
-        """Check that a claimed version is still there."""
+    def check_claimed(self, claim: Claim, message: Message) -> None:
+        """Check that a claimed version has not changed."""
         number = self._check(message, _PUBLICATION, claim.rank, 0)
-        self.found["changed while held"] += number is not None and number != claim.version
+        self.found["changed while claimed"] += number is not None and number != claim.version
 
-    def arrived(self, sender: int, message: Message) -> None:
+    def receive(self, sender: int, message: Message) -> None:
         """Check a message that came out of the inbox."""
         number = self._check(message, _MESSAGE, sender, self.rank)
         self.done["received"] += 1
@@ -155,17 +156,17 @@ class Ledger:
             return None
         return _number(low)
 
-    def lost(self, books: np.ndarray) -> None:
-        """Find what was sent to this rank and did not come.
+    def lost(self, sent: np.ndarray) -> None:
+        """Find messages that were sent to this rank and did not arrive.
 
         Args:
-            books: (size, size) messages that each rank has sent to each.
+            sent: (size, size) number of messages that each rank has sent to each.
         """
         received = self._received.sum(axis=1)
-        self.found["lost"] += int((books[:, self.rank] - received).clip(0).sum())
+        self.found["lost"] += int((sent[:, self.rank] - received).clip(0).sum())
 
     def balance(self, comm: MPI.Intracomm) -> tuple[Counter[str], Counter[str]]:
-        """Compare the books of all ranks: what was found, and what was done. Collective."""
+        """Compare the ledgers of all ranks; return what was found, and what was done. Collective."""
         self.lost(np.array(comm.allgather(self.sent)))
         served = np.zeros_like(self.served)
         comm.Allreduce(self.served, served)

@@ -1,8 +1,8 @@
-"""Stress of `RmaEndpoint` as algorithms use it: pair, complete or abandon, and the end of a run.
+"""Stress of `RmaEndpoint` as algorithms use it: begin, commit or abort an exchange, and end a run.
 
-Each rank publishes, pairs with whom it can and sends a stamped message back, until all ranks
-together have exchanged often enough. The end is that of `Decentralized`: no barrier, but notices on
-the board. Rank 0 prints what was found and done as JSON.
+Each rank publishes, exchanges with any free neighbour and sends a stamped message back, until all
+ranks together have exchanged often enough. The end is that of `Decentralized`: no barrier, but the
+status words. Rank 0 prints what was found and done as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rank:
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
         self.options = options
-        self.most = 50 * options.exchanges  # versions of a rank, many of which nobody claims
+        self.most = 50 * options.exchanges  # versions of a rank, many of which no rank claims
         self.ledger = Ledger(self.rank, self.size, self.most)
         self.random = random.Random(1000 * options.seed + self.rank)
         self.endpoint = RmaEndpoint(
@@ -46,7 +46,7 @@ class Rank:
             topology.build("complete", self.size),
             RmaOptions(mode=options.path, heartbeat_timeout=60.0),
         )
-        self.pairing: ExchangeRequest | None = None
+        self.request: ExchangeRequest | None = None
         self.out = staging(options.elements)
         self.slept = not (options.sleep and self.rank == self.size - 1)
         self.asleep = (0.0, 0.0)
@@ -54,28 +54,28 @@ class Rank:
 
     def run(self) -> dict:
         """Exchange until all have done so often enough, then return what all ranks found."""
-        endpoint, board = self.endpoint, self.endpoint.membership
+        endpoint, membership = self.endpoint, self.endpoint.membership
         self.publish()
         self.comm.Barrier()
-        begun = time.monotonic()
-        deadline = begun + self.options.limit
-        while board.total_samples < self.options.exchanges and time.monotonic() < deadline:
+        start = time.monotonic()
+        deadline = start + self.options.limit
+        while membership.total_samples < self.options.exchanges and time.monotonic() < deadline:
             self.turn()
-        self.ledger.found["stalled"] += board.total_samples < self.options.exchanges
-        while self.pairing is not None and not self.pairing.is_settled:
+        self.ledger.found["stalled"] += membership.total_samples < self.options.exchanges
+        while self.request is not None and not self.request.is_settled:
             time.sleep(0.0005)
-        if self.pairing is not None:
-            endpoint.abort_exchange(self.pairing)
+        if self.request is not None:
+            endpoint.abort_exchange(self.request)
         while not endpoint.is_flushed():
             time.sleep(0.0005)
-        board.publish_status(FINISHED)
-        while RUNNING in board.status:
+        membership.publish_status(FINISHED)
+        while RUNNING in membership.status:
             endpoint.refresh_membership()
             self.receive()
             self.read()
             time.sleep(0.0005)
         self.receive()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         endpoint.close()
         found, done = self.ledger.balance(self.comm)
         sleep = self.comm.bcast(self.asleep, root=self.size - 1)
@@ -94,15 +94,15 @@ class Rank:
         """One turn of the loop, in the order of `ADPSGD`."""
         endpoint, chance = self.endpoint, self.random.random
         self.receive()
-        if self.pairing is None:
+        if self.request is None:
             neighbours = list(endpoint.neighbours())
             self.random.shuffle(neighbours)
-            self.pairing = endpoint.begin_exchange(neighbours)
-        if self.pairing.is_settled:
-            self.conclude(self.pairing)
-            self.pairing = None
+            self.request = endpoint.begin_exchange(neighbours)
+        if self.request.is_settled:
+            self.end_exchange(self.request)
+            self.request = None
         elif chance() < 0.5:
-            time.sleep(1e-4)  # a rank that waits for its courier computes gradients
+            time.sleep(1e-4)  # a rank that waits for its progress thread computes gradients
         self.publish()
         if chance() < 0.2:
             self.read()
@@ -110,9 +110,9 @@ class Rank:
         endpoint.refresh_membership()
         if not self.slept and 4 * endpoint.membership.total_samples > self.options.exchanges:
             self.slept = True
-            begun = time.monotonic()
+            start = time.monotonic()
             time.sleep(self.options.sleep)
-            self.asleep = begun, time.monotonic()
+            self.asleep = start, time.monotonic()
 
     def rest(self) -> None:
         """Rest in the middle of a slot, mostly not at all."""
@@ -127,30 +127,30 @@ class Rank:
             self.endpoint.publication.publish()
             self.ledger.publish()
 
-    def conclude(self, pairing: ExchangeRequest) -> None:
-        """Check the partner's publication and answer it, or give it back."""
-        claim, theirs, reply = pairing.claim, pairing.partner_model, pairing.partner_delta
-        if claim is None or theirs is None or reply is None:
+    def end_exchange(self, request: ExchangeRequest) -> None:
+        """Check the partner's publication, and commit or abort the exchange."""
+        claim, model, delta = request.claim, request.partner_model, request.partner_delta
+        if claim is None or model is None or delta is None:
             self.ledger.done["alone"] += 1
             time.sleep(5e-5)  # on few cores the others need this one
             return
-        self.ledger.claim(claim, theirs)
+        self.ledger.claim(claim, model)
         if self.random.random() < 0.1:
-            fill(reply, self.rank, self.ledger.cancelled(), self.rest)
-            self.ledger.held(claim, theirs)
-            self.endpoint.abort_exchange(pairing)
-            self.ledger.done["abandoned"] += 1
+            fill(delta, self.rank, self.ledger.cancelled(), self.rest)
+            self.ledger.check_claimed(claim, model)
+            self.endpoint.abort_exchange(request)
+            self.ledger.done["aborted"] += 1
         else:
-            fill(reply, self.rank, self.ledger.message(claim.rank), self.rest)
-            self.ledger.held(claim, theirs)
-            self.endpoint.commit_exchange(pairing)
+            fill(delta, self.rank, self.ledger.message(claim.rank), self.rest)
+            self.ledger.check_claimed(claim, model)
+            self.endpoint.commit_exchange(request)
             self.ledger.send(claim.rank)
 
     def receive(self) -> None:
-        """Take the messages that have arrived."""
-        for arrival in self.endpoint.inbox.receive():
-            self.ledger.arrived(arrival.sender, arrival.message)
-            self.endpoint.inbox.free(arrival)
+        """Receive the messages that have arrived."""
+        for received in self.endpoint.inbox.receive():
+            self.ledger.receive(received.sender, received.message)
+            self.endpoint.inbox.free(received)
 
     def read(self) -> None:
         """Copy the newest version of another rank, unclaimed."""
@@ -167,11 +167,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
-    parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
+    parser.add_argument(
+        "--elements", type=int, default=1016, help="elements of a message, 8 bytes each"
+    )
     parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
-    parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")
-    parser.add_argument("--sleep", type=float, default=0.0, help="seconds without a call of MPI")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all of it")
+    parser.add_argument("--pause", type=float, default=0.002, help="fraction of slots to rest in")
+    parser.add_argument(
+        "--sleep", type=float, default=0.0, help="seconds outside MPI of the last rank"
+    )
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
     comm = MPI.COMM_WORLD
     report = Rank(comm, parser.parse_args()).run()

@@ -20,9 +20,9 @@ class Player:
     Args:
         publication, inbox: the protocols to stress.
         slots: their payload.
-        ledger: this rank's books.
-        elements: of a message.
-        dice: decides with whom and how.
+        ledger: this rank's ledger.
+        elements: number of elements of a message.
+        dice: chooses partners and variants of a move.
         rest: called in the middle of writing a message.
     """
 
@@ -45,7 +45,7 @@ class Player:
         self.rank = ledger.rank
         self.others = [rank for rank in range(ledger.size) if rank != ledger.rank]
         self.claims: list[Claim] = []
-        self._out, self._theirs, self._reply = (staging(elements) for _ in range(3))
+        self._out, self._partner_model, self._outgoing = (staging(elements) for _ in range(3))
 
     def other(self) -> int:
         """Return another rank."""
@@ -60,7 +60,7 @@ class Player:
             self.ledger.publish()
 
     def read(self, owner: int) -> None:
-        """Copy the newest version of another rank."""
+        """Copy the newest version of another rank, unclaimed."""
         if self.publication.read(owner, self._out):
             self.ledger.read(owner, self._out)
 
@@ -68,21 +68,21 @@ class Player:
         """Claim the newest version of another rank, and keep it."""
         claim = self.publication.claim(owner)
         if claim is not None:
-            self.ledger.claim(claim, self._look(claim))
+            self.ledger.claim(claim, self._view(claim))
             self.claims.append(claim)
 
     def release(self) -> None:
-        """Release one of the claims, after another look."""
+        """Release one of the claims, after another check."""
         if self.claims:
             claim = self.claims.pop(self.dice.randrange(len(self.claims)))
-            self.ledger.held(claim, self._look(claim))
+            self.ledger.check_claimed(claim, self._view(claim))
             self.publication.release(claim)
 
-    def _look(self, claim: Claim) -> Message:
-        there = self.slots.view(claim.rank, claim.slot)
-        if there is None:
-            self.slots.get(claim.rank, claim.slot, self._theirs)
-        return there or self._theirs
+    def _view(self, claim: Claim) -> Message:
+        in_place = self.slots.view(claim.rank, claim.slot)
+        if in_place is None:
+            self.slots.get(claim.rank, claim.slot, self._partner_model)
+        return in_place or self._partner_model
 
     def send(self, receiver: int) -> bool:
         """Send one message, or two in the reverse order of their slots, or cancel one; False if full."""
@@ -107,14 +107,14 @@ class Player:
         self.ledger.send(reservation.rank)
 
     def _write(self, reservation: Reservation, stamp: int) -> Message:
-        message = self.inbox.view_of(reservation) or self._reply
+        message = self.inbox.view_of(reservation) or self._outgoing
         fill(message, self.rank, stamp, self.rest)
         return message
 
     def receive(self) -> bool:
-        """Take the messages that have arrived; return whether there were any."""
-        arrivals = self.inbox.receive()
-        for arrival in arrivals:
-            self.ledger.arrived(arrival.sender, arrival.message)
-            self.inbox.free(arrival)
-        return bool(arrivals)
+        """Receive the messages that have arrived; return whether any have."""
+        messages = self.inbox.receive()
+        for received in messages:
+            self.ledger.receive(received.sender, received.message)
+            self.inbox.free(received)
+        return bool(messages)

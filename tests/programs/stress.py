@@ -1,6 +1,6 @@
 """Stress of Publication and Inbox by real processes, at random and as fast as they go.
 
-    mpi-dasgd's launcher, or mpiexec -n 4 python tests/programs/stress.py --publications 100000
+    mpiexec -n 4 python tests/programs/stress.py --publications 100000
 
 All ranks publish, read, claim, send, cancel and receive in a loop until their shares of the
 publications and messages are done. Owners rest in mid-slot, receivers let their inbox fill up, and
@@ -78,31 +78,31 @@ class Rank:
             random.Random(1000 * options.seed + self.rank),
             self.rest,
         )
-        self.deaf = 0  # turns for which nothing is received
+        self.deaf_turns = 0  # turns for which nothing is received
         self.asleep = (0.0, 0.0)
         self.touched: list[float] = []  # when a read of the last rank was complete
         self.longest = 0.0
 
     def run(self) -> dict:
         """Do this rank's share, wait for the others, and return what all ranks found."""
-        courier = None
+        progress_thread = None
         if len(self.slots.node_ranks) < self.size:
             sys.setswitchinterval(0.0005)
-            courier = ProgressThread(lambda: None, 1.0, self.comm.Iprobe)
+            progress_thread = ProgressThread(lambda: None, 1.0, self.comm.Iprobe)
         self.comm.Barrier()
-        begun = time.monotonic()
-        deadline = begun + self.options.limit
-        while not self.through() and time.monotonic() < deadline:
+        start = time.monotonic()
+        deadline = start + self.options.limit
+        while not self.is_done() and time.monotonic() < deadline:
             self.turn()
-        self.ledger.found["stalled"] += not self.through()
+        self.ledger.found["stalled"] += not self.is_done()
         while self.player.claims:
             self.player.release()
-        everyone = self.comm.Ibarrier()
-        while not everyone.Test():
+        barrier = self.comm.Ibarrier()
+        while not barrier.Test():
             self.player.receive()
             self.read(self.player.other())
             time.sleep(0.0005)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         while self.player.receive():
             pass
         for owner, version in enumerate(self.comm.allgather(self.ledger.published)):
@@ -110,9 +110,9 @@ class Rank:
                 self.player.read(owner)
                 self.ledger.newest(owner, version)
         self.comm.Barrier()
-        if courier is not None:
-            courier.check()
-            courier.close()
+        if progress_thread is not None:
+            progress_thread.check()
+            progress_thread.close()
         found, done = self.ledger.balance(self.comm)
         sleeps = self.comm.bcast(self.asleep, root=self.size - 1)
         during = sum(sleeps[0] < moment < sleeps[1] for moment in self.touched)
@@ -133,7 +133,7 @@ class Rank:
         self.words.close()
         return report
 
-    def through(self) -> bool:
+    def is_done(self) -> bool:
         """Whether this rank's share is done."""
         mine = self.ledger
         return mine.published >= self.publications and mine.done["sent"] >= self.messages
@@ -146,9 +146,9 @@ class Rank:
         if self.ledger.done["sent"] < self.messages and not player.send(player.other()):
             time.sleep(5e-5)  # on few cores the receiver needs this one
         if chance() < self.options.pause / 10:
-            self.deaf = 20
-        if self.deaf:
-            self.deaf -= 1
+            self.deaf_turns = 20
+        if self.deaf_turns:
+            self.deaf_turns -= 1
         else:
             player.receive()
         if chance() < 0.5:
@@ -159,9 +159,9 @@ class Rank:
             player.release()
         third = 3 * self.ledger.published > self.publications
         if third and self.rank == self.size - 1 and not self.asleep[1]:
-            begun = time.monotonic()
+            start = time.monotonic()
             time.sleep(self.options.sleep)
-            self.asleep = begun, time.monotonic()
+            self.asleep = start, time.monotonic()
 
     def rest(self) -> None:
         """Rest in the middle of a slot, mostly not at all."""
@@ -169,11 +169,11 @@ class Rank:
             time.sleep(0.0005)
 
     def read(self, other: int) -> None:
-        """Copy the newest version of another rank, and note when."""
-        begun = time.monotonic()
+        """Copy the newest version of another rank, and record when."""
+        start = time.monotonic()
         self.player.read(other)
         ended = time.monotonic()
-        self.longest = max(self.longest, ended - begun)
+        self.longest = max(self.longest, ended - start)
         if other == self.size - 1:
             self.touched.append(ended)
 
@@ -185,13 +185,19 @@ def main() -> None:
     )
     parser.add_argument("--publications", type=int, default=20_000, help="of all ranks together")
     parser.add_argument("--messages", type=int, default=20_000, help="of all ranks together")
-    parser.add_argument("--elements", type=int, default=1016, help="of a message, 8 bytes each")
+    parser.add_argument(
+        "--elements", type=int, default=1016, help="elements of a message, 8 bytes each"
+    )
     parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
     parser.add_argument("--words", default="window", choices=("window", "node"))
-    parser.add_argument("--slots", type=int, default=4, help="of a publication, and of an inbox")
-    parser.add_argument("--pause", type=float, default=0.002, help="share of slots to rest in")
-    parser.add_argument("--sleep", type=float, default=0.0, help="seconds without a call of MPI")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all of it")
+    parser.add_argument(
+        "--slots", type=int, default=4, help="slots of a publication, and of an inbox"
+    )
+    parser.add_argument("--pause", type=float, default=0.002, help="fraction of slots to rest in")
+    parser.add_argument(
+        "--sleep", type=float, default=0.0, help="seconds outside MPI of the last rank"
+    )
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=FAULTS, action="append", default=[])
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The variants whose ranks wait for each other, on real windows: a balance of sums, then a death.
+"""Blocking variants on real windows: conservation of the sum, then the death of a rank.
 
 As in `conservation.py`, every step changes the model by something known that keeps the models apart, and at
 the end the models must add up to what they were plus all changes. Each part ends as `Decentralized` does.
 In the last two parts the last rank is killed in the middle of the first, and is dead all through the second:
-the others must go on. Rank 0 prints JSON; ranks leave without MPI_Finalize, which the dead would hold up.
+the others must go on. Rank 0 prints JSON; ranks end without MPI_Finalize, which would wait for the dead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import ExchangeRecord
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
 
@@ -63,7 +63,7 @@ class Part:
             comm, made.layout, graph, RmaOptions(mode=path, heartbeat_timeout=1.0)
         )
         self.records: list[ExchangeRecord] = []
-        settings = Settings(name=NAMES[variant], variant=variant)
+        settings = AlgorithmConfig(name=NAMES[variant], variant=variant)
         self.algorithm = algorithms.find(NAMES[variant], variant)(
             self.endpoint, made, self.x, settings, random.Random(comm.rank), self.records.append
         )
@@ -72,8 +72,8 @@ class Part:
 
     def run(self, steps: int, dies_at: int = 0) -> None:
         """Make `steps` steps and end; be killed at step `dies_at`."""
-        local, board = self.local, self.endpoint.membership
-        dice = random.Random(board._rank)
+        local, membership = self.local, self.endpoint.membership
+        dice = random.Random(membership._rank)
         while local.local_step < steps:
             local.local_step += 1
             for pending in self.algorithm.step(local):
@@ -85,7 +85,7 @@ class Part:
         for pending in self.algorithm.finalize():
             self._wait(pending.test)
         self._wait(self.endpoint.is_flushed)
-        board.publish_status(FINISHED)
+        membership.publish_status(FINISHED)
         while not (self._quiet() and self.algorithm.is_drained):
             self.algorithm.absorb(local.local_step)
             self.endpoint.refresh_membership()
@@ -98,21 +98,24 @@ class Part:
             time.sleep(0.0001)
 
     def _quiet(self) -> bool:
-        board = self.endpoint.membership
-        return all(s != RUNNING or r in board.dead for r, s in enumerate(board.status))
+        membership = self.endpoint.membership
+        return all(
+            status != RUNNING or rank in membership.dead
+            for rank, status in enumerate(membership.status)
+        )
 
 
 def main() -> None:
     """Run all parts; arguments: steps of a rank, in the parts without and with a death."""
     comm = MPI.COMM_WORLD
-    steps, steps_then = map(int, sys.argv[1:])
+    steps, steps_until_end = map(int, sys.argv[1:])
     reports = {}
     for variant in NAMES:
         for path, codec in (("auto", "lattice8"), ("rma", "none")):
             part = Part(comm, variant, path, codec)
-            begun = time.monotonic()
+            start = time.monotonic()
             part.run(steps)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start
             part.endpoint.close()
             total = np.zeros(ELEMENTS)
             comm.Allreduce(part.x.astype(np.float64) - part.before - part.local.change, total)
@@ -126,14 +129,14 @@ def main() -> None:
     last = [Part(comm, variant, "auto", "none") for variant in NAMES]
     victim = comm.size - 1
     for part in last:
-        part.run(steps_then, dies_at=steps_then // 2 if comm.rank == victim else 0)
+        part.run(steps_until_end, dies_at=steps_until_end // 2 if comm.rank == victim else 0)
         reports[f"{part.name}, a death"] = {
             "dead": sorted(part.endpoint.membership.dead),
             "with others": sum(r.partner not in (-1, victim) for r in part.records),
         }
     if comm.rank == 0:
         print(json.dumps(reports), flush=True)
-    # Nobody may go before the others have done with its memory: the dead cannot take part in a barrier.
+    # No rank may end while others use its memory; the dead cannot take part in a barrier.
     time.sleep(1)
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""What two ranks or more do to the windows and the endpoint themselves. Run by `test_transport_stress`.
+"""Tests of the windows and of the endpoint itself on two ranks or more. Run by `test_stress`.
 
 Each case is a function of the communicator; all ranks run all of those that are named.
 """
@@ -48,17 +48,17 @@ def _slots(comm: MPI.Intracomm, layout: Layout, path: str) -> WindowSlots:
     return slots
 
 
-def raises(kind: type[BaseException], call: Callable[..., object], *args: object) -> bool:
-    """Return whether `call` raises an error of this kind."""
+def raises(error: type[BaseException], call: Callable[..., object], *args: object) -> bool:
+    """Return whether `call` raises this error."""
     try:
         call(*args)
-    except kind:
+    except error:
         return True
     return False
 
 
 def sizes(comm: MPI.Intracomm) -> None:
-    """Slots of any size lie where others look for them, in place and not."""
+    """Slots of any size are where other ranks access them, in place and not."""
     right = (comm.rank + 1) % comm.size
     left = (comm.rank - 1) % comm.size
     for path in ("auto", "rma"):
@@ -66,10 +66,10 @@ def sizes(comm: MPI.Intracomm) -> None:
             layout = _layout(elements)
             slots = _slots(comm, layout, path)
             for slot in range(SLOTS):
-                there = slots.view(right, slot)
-                message = there or Message(np.empty(layout.nbytes, np.uint8), layout)
+                in_place = slots.view(right, slot)
+                message = in_place or Message(np.empty(layout.nbytes, np.uint8), layout)
                 message.buffer[:] = _content(right, slot, layout.nbytes)
-                if there is None:
+                if in_place is None:
                     slots.put(right, slot, message)
             slots.fence()
             comm.Barrier()
@@ -114,7 +114,7 @@ def pieces(comm: MPI.Intracomm) -> None:
 
 
 def contended(comm: MPI.Intracomm) -> None:
-    """A word that its owner and another rank count up by swaps loses none of them."""
+    """No swap is lost when a word's owner and another rank count it up."""
     words = WindowWords(comm, 1)
     swaps, lost = count_up(comm, words, 1, SECONDS)
     parallel_assert(comm, swaps > 1000 and lost == 0, f"{lost} of {swaps} swaps were lost")
@@ -125,10 +125,10 @@ def closed(comm: MPI.Intracomm) -> None:
     """Closed windows refuse to work, and closing them again does nothing."""
     other = (comm.rank + 1) % comm.size
     library = native.load()
-    kinds: list[WindowWords | NodeWords] = [WindowWords(comm, 4)]
+    implementations: list[WindowWords | NodeWords] = [WindowWords(comm, 4)]
     if library is not None:
-        kinds.append(NodeWords(comm, 4, library))
-    for words in kinds:
+        implementations.append(NodeWords(comm, 4, library))
+    for words in implementations:
         first = words.swap(comm.rank, 2, 0, 5 + comm.rank)
         comm.Barrier()
         good = first and words.read(other, 2) == 5 + other and not words.swap(other, 2, 0, 1)
@@ -162,19 +162,19 @@ def endpoint(comm: MPI.Intracomm) -> None:
         comm.Barrier()
         good = True
         if comm.rank == 0:
-            # The others are in `close` already: their windows must still be there.
+            # The others are in `close` already: their windows must still exist.
             time.sleep(0.3)
-            pairing = endpoint.begin_exchange([1])
-            while not pairing.is_settled:
+            request = endpoint.begin_exchange([1])
+            while not request.is_settled:
                 time.sleep(0.001)
-            good = pairing.partner_model is not None
-            endpoint.abort_exchange(pairing)
+            good = request.partner_model is not None
+            endpoint.abort_exchange(request)
             while not endpoint.is_flushed():
                 time.sleep(0.001)
         endpoint.close()
         good &= endpoint.membership.status[comm.rank] == DEPARTED
         if comm.rank == 0:
-            endpoint.close()  # alone: a second call must not wait for anybody
+            endpoint.close()  # alone: a second call must not wait for other ranks
         for name, call in {
             "reserve": endpoint.publication.reserve,
             "receive": endpoint.inbox.receive,

@@ -1,4 +1,4 @@
-"""What algorithms use of an endpoint beside the pair exchange: reads, posts, waits, counts."""
+"""What algorithms use of an endpoint besides exchanges: reads, messages, conditions, counts."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def publish(endpoint: VirtualEndpoint, value: int) -> None:
     endpoint.publication.publish()
 
 
-def value_of(reading: ReadRequest) -> int:
-    """Value of a publication, all of whose parts must be of it."""
-    message = reading.message
-    assert reading.is_settled and message is not None
+def value_of(request: ReadRequest) -> int:
+    """Value of a publication, all parts of which must agree."""
+    message = request.message
+    assert request.is_settled and message is not None
     value = message.header.step
     assert (message.payload == value).all() and message.trailer.tolist() == [value, -value]
     return value
 
 
 def send(endpoint: VirtualEndpoint, rank: int, value: int) -> bool:
-    posting = endpoint.acquire_send_buffer(rank)
-    if posting is None:
+    buffer = endpoint.acquire_send_buffer(rank)
+    if buffer is None:
         return False
-    posting.message.payload[:] = value
-    posting.message.stamp(rank=endpoint.rank, step=value, time_ns=0)
-    endpoint.send(posting)
+    buffer.message.payload[:] = value
+    buffer.message.stamp(rank=endpoint.rank, step=value, time_ns=0)
+    endpoint.send(buffer)
     return True
 
 
 def receive(endpoint: VirtualEndpoint) -> list[tuple[int, int]]:
-    """Sender and value of all that has come; freed."""
-    arrivals = endpoint.inbox.receive()
-    values = [(arrival.sender, arrival.message.header.step) for arrival in arrivals]
-    for arrival in arrivals:
-        endpoint.inbox.free(arrival)
+    """Sender and value of all messages that have arrived; frees them."""
+    messages = endpoint.inbox.receive()
+    values = [(received.sender, received.message.header.step) for received in messages]
+    for received in messages:
+        endpoint.inbox.free(received)
     return values
 
 
@@ -89,11 +89,11 @@ def test_a_read_is_a_copy_of_the_newest() -> None:
     assert nothing.test() and nothing.message is None
     publish(owner, 1)
     publish(owner, 2)
-    reading = reader.read(0)
-    assert value_of(reading) == 2
+    request = reader.read(0)
+    assert value_of(request) == 2
     for value in range(3, 12):
         publish(owner, value)  # through all slots
-    assert value_of(reading) == 2
+    assert value_of(request) == 2
     assert value_of(other.read(0)) == value_of(reader.read(0)) == 11
     assert reader.counters.bytes_received == 2 * LAYOUT.nbytes
 
@@ -105,22 +105,22 @@ def test_a_claim_does_not_hide_a_publication() -> None:
     assert value_of(reader.read(0)) == 1
 
 
-def test_a_read_takes_the_question_and_the_answer_their_time() -> None:
+def test_a_read_takes_a_latency_and_a_transfer() -> None:
     owner, reader, _ = make_endpoints(latency=1.0, bandwidth=LAYOUT.nbytes / 2)
     publish(owner, 1)
-    reading = reader.read(0)
+    request = reader.read(0)
     advance(reader, 0.9)
-    publish(owner, 2)  # before the question arrives
+    publish(owner, 2)  # before the request arrives
     advance(reader, 1.1)
     publish(owner, 3)
     advance(reader, 3.9)
-    assert not reading.test()
-    advance(reader, 4.1)  # a latency there, and back that and two for the bytes
-    assert value_of(reading) == 2
+    assert not request.test()
+    advance(reader, 4.1)  # a latency there; a latency and two for the bytes back
+    assert value_of(request) == 2
 
 
 @pytest.mark.parametrize("latency", [0.0, 1.0])
-def test_a_version_settles_when_it_is_there(latency: float) -> None:
+def test_a_read_of_a_version_settles_when_it_is_published(latency: float) -> None:
     owner, reader, _ = make_endpoints(latency=latency)
     woken: list[int] = []
     first = reader.read(0, 1)
@@ -132,7 +132,7 @@ def test_a_version_settles_when_it_is_there(latency: float) -> None:
     advance(reader, 5.0)
     assert value_of(first) == 1 and not second.test() and not woken
     publish(owner, 2)
-    assert value_of(first) == 1, "the version before is still there"
+    assert value_of(first) == 1, "the version before is not overwritten yet"
     advance(reader, 10.0)
     assert value_of(second) == 2 and woken == [2]
     late = reader.read(0, 2)
@@ -140,7 +140,7 @@ def test_a_version_settles_when_it_is_there(latency: float) -> None:
     assert value_of(late) == 2
 
 
-def test_a_version_that_is_gone_is_an_error() -> None:
+def test_reading_an_overwritten_version_is_an_error() -> None:
     owner, reader, _ = make_endpoints()
     for value in range(1, 6):
         publish(owner, value)
@@ -148,7 +148,7 @@ def test_a_version_that_is_gone_is_an_error() -> None:
         reader.read(0, 1)
 
 
-# Posts
+# Messages
 
 
 def test_a_full_inbox_refuses_and_loses_nothing() -> None:
@@ -172,7 +172,7 @@ def test_messages_arrive_in_order_after_their_time() -> None:
             assert not sender.is_flushed() or receiver.inbox.has_messages
             advance(sender, clock_of(sender).now + 0.5)
             got += receive(receiver)
-        send(other, 0, 100 + value)  # takes slots away, if there is one
+        send(other, 0, 100 + value)  # takes a slot, if one is free
     assert not sender.is_flushed() and receive(receiver) == []
     advance(sender, clock_of(sender).now + 2.0)
     assert sender.is_flushed()
@@ -182,30 +182,30 @@ def test_messages_arrive_in_order_after_their_time() -> None:
     assert others == sorted(set(others)) and len(others) == other.counters.messages
 
 
-def test_what_was_not_delivered_does_not_arrive() -> None:
+def test_a_buffer_that_was_not_sent_does_not_arrive() -> None:
     receiver, sender, _ = make_endpoints()
-    posting = sender.acquire_send_buffer(0)
-    assert posting is not None
+    buffer = sender.acquire_send_buffer(0)
+    assert buffer is not None
     assert not receiver.inbox.has_messages and receive(receiver) == []
     assert send(sender, 0, 2) and receive(receiver) == [(1, 2)]
 
 
-# Waits
+# Conditions
 
 
 def test_a_wait_ends_once_when_a_word_makes_its_condition_true() -> None:
     receiver, sender, _ = make_endpoints(latency=1.0)
     woken: list[float] = []
-    arrival = receiver.wait_until(lambda: receiver.inbox.has_messages)
-    assert not arrival.test()
-    receiver._network.notify(arrival, lambda: woken.append(clock_of(receiver).now))
-    publish(receiver, 1)  # a word of its own that matters not
+    message_arrived = receiver.wait_until(lambda: receiver.inbox.has_messages)
+    assert not message_arrived.test()
+    receiver._network.notify(message_arrived, lambda: woken.append(clock_of(receiver).now))
+    publish(receiver, 1)  # changes a word that the condition does not depend on
     advance(receiver, 3.0)
     assert not woken
     assert send(sender, 0, 1) and send(sender, 0, 2)
-    assert not arrival.test()
+    assert not message_arrived.test()
     advance(receiver, 9.0)
-    assert arrival.test() and woken == [4.0]
+    assert message_arrived.test() and woken == [4.0]
 
 
 def test_a_wait_for_words_of_others() -> None:
@@ -224,7 +224,7 @@ def test_a_wait_for_words_of_others() -> None:
     assert woken == ["both"]
 
 
-def test_a_wait_for_what_is_so_already() -> None:
+def test_a_wait_whose_condition_holds_already() -> None:
     waiter = make_endpoints()[0]
     woken: list[str] = []
     nothing = waiter.wait_until(lambda: True)

@@ -1,4 +1,4 @@
-"""Publication and Inbox in every order of their steps, and with mistakes that must come out."""
+"""Publication and Inbox in every order of their steps, and faulty ones that must be found."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ SCHEDULES = st.lists(st.integers(0, RANKS - 1), min_size=150, max_size=150)
 @settings(max_examples=150, deadline=None)
 @given(SCRIPTS, SCHEDULES, st.integers(0, 999), st.booleans(), st.integers(3, 4))
 def test_no_interleaving_breaks_the_protocols(
-    scripts: tuple[list[str], ...], schedule: list[int], seed: int, near: bool, slots: int
+    scripts: tuple[list[str], ...], schedule: list[int], seed: int, in_place: bool, slots: int
 ) -> None:
     choices = itertools.chain(schedule, itertools.cycle(range(RANKS)))
-    found, _ = play(scripts, choices, seed, near=near, slots=slots)
+    found, _ = play(scripts, choices, seed, in_place=in_place, slots=slots)
     assert not found
 
 
-def dice_forever(dice: random.Random) -> Iterator[int]:
+def endless_choices(dice: random.Random) -> Iterator[int]:
     while True:
         yield dice.randrange(RANKS)
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_some_interleaving_shows_each_mistake(fault: str | None) -> None:
-    """That the test above can fail: a protocol with a mistake is found out by 1000 plays at most."""
+def test_some_interleaving_shows_each_fault(fault: str | None) -> None:
+    """The test above can fail: 1000 plays at most find a faulty protocol."""
     for seed in range(100 if fault is None else 1000):
         dice = random.Random(seed)
         scripts = [dice.choices(MOVES, k=12) for _ in range(RANKS)]
-        near = dice.random() < 0.5
+        in_place = dice.random() < 0.5
         if fault is None:
-            found, done = play(scripts, dice_forever(dice), seed, near=near)
+            found, done = play(scripts, endless_choices(dice), seed, in_place=in_place)
             assert not found and done["published"] and done["received"] == done["sent"]
             continue
         broken = FAULTS[fault]
         found, _ = play(
             scripts,
-            dice_forever(dice),
+            endless_choices(dice),
             seed,
-            near=near,
+            in_place=in_place,
             publication=broken.publication,
             inbox=broken.inbox,
         )

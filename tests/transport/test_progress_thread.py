@@ -45,7 +45,7 @@ def test_windows_between_hosts(mpi, two_hosts: Hosts):
 
 
 def test_target_outside_mpi_stalls_the_origin(mpi, two_hosts: Hosts):
-    """Why there is a courier: over TCP nothing completes unless the target calls into MPI.
+    """Why there is a progress thread: over TCP nothing completes unless the target calls into MPI.
 
     The probe must be on a communicator that spans the hosts: MPICH makes no progress over the
     network for COMM_SELF.
@@ -80,8 +80,8 @@ win.Unlock_all(); win.Free()
 
 
 @pytest.fixture
-def couriers() -> Iterator[Callable[..., ProgressThread]]:
-    """Makes couriers that are closed at the end of the test."""
+def make_thread() -> Iterator[Callable[..., ProgressThread]]:
+    """Makes progress threads that are closed at the end of the test."""
     made: list[ProgressThread] = []
 
     def make(*args: object, **options: object) -> ProgressThread:
@@ -89,7 +89,7 @@ def couriers() -> Iterator[Callable[..., ProgressThread]]:
         return made[-1]
 
     yield make
-    assert all(courier.close() for courier in made)
+    assert all(thread.close() for thread in made)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -99,63 +99,63 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_courier_runs_tasks_in_order_in_one_thread(couriers: Callable[..., ProgressThread]) -> None:
-    courier = couriers(lambda: None, 60.0)
+def test_tasks_run_in_order_in_one_thread(make_thread: Callable[..., ProgressThread]) -> None:
+    thread = make_thread(lambda: None, 60.0)
     ran: list[tuple[int, int]] = []
     for i in range(100):
-        courier.submit(lambda i=i: ran.append((i, threading.get_ident())))
-    wait_for(lambda: courier.idle)
+        thread.submit(lambda i=i: ran.append((i, threading.get_ident())))
+    wait_for(lambda: thread.idle)
     assert [i for i, _ in ran] == list(range(100))
-    assert {thread for _, thread in ran} != {threading.get_ident()}
-    assert len({thread for _, thread in ran}) == 1
-    assert courier.busy_seconds == 0.0
+    assert {ident for _, ident in ran} != {threading.get_ident()}
+    assert len({ident for _, ident in ran}) == 1
+    assert thread.busy_seconds == 0.0
 
 
-def test_courier_finishes_its_tasks_before_it_ends() -> None:
-    courier = ProgressThread(lambda: None, 60.0)
+def test_the_thread_finishes_its_tasks_before_it_ends() -> None:
+    thread = ProgressThread(lambda: None, 60.0)
     ran: list[int] = []
     for i in range(3):
-        courier.submit(lambda i=i: (time.sleep(0.02), ran.append(i)))
-    assert courier.close()
-    assert ran == [0, 1, 2] and courier.idle
-    assert courier.close(), "again does nothing"
+        thread.submit(lambda i=i: (time.sleep(0.02), ran.append(i)))
+    assert thread.close()
+    assert ran == [0, 1, 2] and thread.idle
+    assert thread.close(), "again does nothing"
 
 
-def test_courier_calls_for_progress_and_chores_at_intervals(
-    couriers: Callable[..., ProgressThread],
+def test_mpi_progress_and_the_periodic_task_are_called_at_intervals(
+    make_thread: Callable[..., ProgressThread],
 ) -> None:
-    chores: list[float] = []
+    periods: list[float] = []
     calls: list[float] = []
-    couriers(
-        lambda: chores.append(time.monotonic()),
+    make_thread(
+        lambda: periods.append(time.monotonic()),
         0.05,
         lambda: calls.append(time.monotonic()),
         progress_interval=0.001,
     )
-    wait_for(lambda: len(chores) >= 4)
-    assert len(calls) > 2 * len(chores)
-    assert min(np.diff(chores)) >= 0.05
-    assert chores[0] - calls[0] < 0.05, "the first chore is due at once"
+    wait_for(lambda: len(periods) >= 4)
+    assert len(calls) > 2 * len(periods)
+    assert min(np.diff(periods)) >= 0.05
+    assert periods[0] - calls[0] < 0.05, "the periodic task is due at once"
 
 
-def test_what_fails_in_the_courier_is_raised_by_check(
-    couriers: Callable[..., ProgressThread],
+def test_what_fails_in_the_thread_is_raised_by_check(
+    make_thread: Callable[..., ProgressThread],
 ) -> None:
-    courier = couriers(lambda: None, 60.0)
-    courier.check()
-    courier.submit(lambda: [][0])
-    wait_for(lambda: courier._error is not None)
+    thread = make_thread(lambda: None, 60.0)
+    thread.check()
+    thread.submit(lambda: [][0])
+    wait_for(lambda: thread._error is not None)
     with pytest.raises(IndexError):
-        courier.check()
-    assert not courier.idle
+        thread.check()
+    assert not thread.idle
 
 
-def test_a_stuck_courier_is_left_behind() -> None:
-    courier = ProgressThread(lambda: None, 60.0)
+def test_close_does_not_wait_for_a_stalled_thread() -> None:
+    thread = ProgressThread(lambda: None, 60.0)
     release = threading.Event()
-    courier.submit(release.wait)
-    wait_for(lambda: courier.busy_seconds > 0.05)
-    assert not courier.idle
-    assert not courier.close(timeout=0.05)
+    thread.submit(release.wait)
+    wait_for(lambda: thread.busy_seconds > 0.05)
+    assert not thread.idle
+    assert not thread.close(timeout=0.05)
     release.set()
-    assert courier.close()
+    assert thread.close()

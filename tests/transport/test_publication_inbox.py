@@ -52,11 +52,11 @@ class Rank:
         return True
 
     def receive(self) -> list[tuple[int, float]]:
-        """Return sender and first element of all messages that have come, and free them."""
-        arrivals = self.inbox.receive()
-        values = [(a.sender, float(a.message.payload[0])) for a in arrivals]
-        for arrival in arrivals:
-            self.inbox.free(arrival)
+        """Return sender and first element of all messages that have arrived, and free them."""
+        messages = self.inbox.receive()
+        values = [(a.sender, float(a.message.payload[0])) for a in messages]
+        for received in messages:
+            self.inbox.free(received)
         return values
 
     def words(self) -> list[int]:
@@ -286,9 +286,9 @@ def test_a_full_inbox_refuses(ranks: list[Rank]) -> None:
     assert one.inbox.reserve(0) is None
     assert two.inbox.reserve(0) is None
     assert (one.counters.inbox_full, two.counters.inbox_full) == (1, 1)
-    arrivals = receiver.inbox.receive()
+    messages = receiver.inbox.receive()
     assert two.inbox.reserve(0) is None, "received is not freed"
-    receiver.inbox.free(arrivals[2])
+    receiver.inbox.free(messages[2])
     assert two.send(0, 7.0) and not two.send(0, 8.0)
     assert receiver.inbox.receive()[0].sender == 2
 
@@ -296,11 +296,11 @@ def test_a_full_inbox_refuses(ranks: list[Rank]) -> None:
 def test_a_message_is_received_once_and_freed_once(ranks: list[Rank]) -> None:
     receiver, sender, _ = ranks
     sender.send(0, 1.0)
-    (arrival,) = receiver.inbox.receive()
+    (received,) = receiver.inbox.receive()
     assert receiver.inbox.receive() == [], "not again before it is freed"
-    receiver.inbox.free(arrival)
+    receiver.inbox.free(received)
     with pytest.raises(AssertionError, match="only the owner frees"):
-        receiver.inbox.free(arrival)
+        receiver.inbox.free(received)
 
 
 def test_a_reserved_or_cancelled_slot_holds_no_message(ranks: list[Rank]) -> None:
@@ -407,26 +407,26 @@ def test_pairing_tries_candidates_in_order(latency: float) -> None:
     network = Network(
         Clock(), SharedMemory(LAYOUT, 4), topology.build("complete", 4), latency=latency
     )
-    ends = [VirtualEndpoint(network, rank) for rank in range(4)]
-    for end in ends:
+    endpoints = [VirtualEndpoint(network, rank) for rank in range(4)]
+    for end in endpoints:
         assert end.publication.reserve() is not None
         end.publication.publish()
-    assert claim_and_reserve(ends[3].publication, ends[3].inbox, 1) is not None
-    pairing = ends[0].begin_exchange([1, 2, 3])
-    assert pairing.is_settled is (latency == 0)
+    assert claim_and_reserve(endpoints[3].publication, endpoints[3].inbox, 1) is not None
+    request = endpoints[0].begin_exchange([1, 2, 3])
+    assert request.is_settled is (latency == 0)
     while network.clock.advance():
         pass
-    assert pairing.test() and pairing.failed_attempts == 1
-    assert pairing.claim is not None and pairing.claim.rank == 2
-    again = ends[3].begin_exchange([1, 2])
+    assert request.test() and request.failed_attempts == 1
+    assert request.claim is not None and request.claim.rank == 2
+    again = endpoints[3].begin_exchange([1, 2])
     while network.clock.advance():
         pass
     assert again.is_settled and again.failed_attempts == 2
     assert again.partner_model is None and again.partner_delta is None
-    ends[3].abort_exchange(again)
-    ends[0].commit_exchange(pairing)
+    endpoints[3].abort_exchange(again)
+    endpoints[0].commit_exchange(request)
     while network.clock.advance():
         pass
-    assert ends[0].is_flushed()
-    assert [arrival.sender for arrival in ends[2].inbox.receive()] == [0]
-    assert ends[2].publication.claims == 0
+    assert endpoints[0].is_flushed()
+    assert [received.sender for received in endpoints[2].inbox.receive()] == [0]
+    assert endpoints[2].publication.claims == 0

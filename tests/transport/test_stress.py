@@ -1,6 +1,6 @@
 """The transport under stress by real processes: on one host, in place and not, and between hosts.
 
-MPI_DASGD_TEST_STRESS=100000 does so many publications and messages between hosts too (minutes).
+MPI_DASGD_TEST_STRESS=100000 makes as many publications and messages between hosts, too (minutes).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.mpi_ranks import ROOT, missing, rank_counts, run_ranks
 
 PROGRAMS = ROOT / "tests" / "programs"
 BETWEEN_HOSTS = int(os.environ.get("MPI_DASGD_TEST_STRESS", 0))
-LIMIT = max(60, BETWEEN_HOSTS // 150)  # seconds: a few ms an operation
+LIMIT = max(60, BETWEEN_HOSTS // 150)  # seconds: a few ms per operation
 
 
 def report_of(n: int, program: str, *args: str, **options: Any) -> Any:
@@ -56,13 +56,13 @@ def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> 
     assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
     assert report["words"] == {"node": "NodeWords", "window": "WindowWords"}[words]
     assert report["inbox_full"] > 100 and report["skipped"] > 10, "no inbox or publication was full"
-    assert report["touched"] > 100, "a rank without a call of MPI held the others up"
+    assert report["touched"] > 100, "a rank outside MPI blocked the others"
     assert report["longest"] < 1.5
 
 
 @pytest.mark.parametrize("path", ["auto", "rma"])
 def test_pairs_on_one_host(mpi: str, path: str) -> None:
-    """The same through `RmaEndpoint`, its courier and its end without a barrier."""
+    """The same through `RmaEndpoint`, its progress thread and its end without a barrier."""
     (n,) = rank_counts(3)
     args = ["--path", path, "--exchanges", "10000", "--sleep", "1"]
     report = report_of(n, "pairs.py", *args, mpi=mpi, timeout=90)
@@ -74,8 +74,8 @@ def assert_pairs(report: Any, exchanges: int) -> None:
     assert report["found"] == {}
     done, counters = report["done"], report["counters"]
     assert done["sent"] == done["received"] >= exchanges
-    assert done["abandoned"] > exchanges / 20
-    assert done["claimed"] == done["sent"] + done["abandoned"]
+    assert done["aborted"] > exchanges / 20
+    assert done["claimed"] == done["sent"] + done["aborted"]
     counts = {"messages": "sent", "absorbed": "received", "publications": "published"}
     for name, count in counts.items():
         assert counters[name] == done[count]
@@ -83,14 +83,14 @@ def assert_pairs(report: Any, exchanges: int) -> None:
 
 @pytest.mark.timeout(LIMIT + 120)
 def test_between_hosts(mpi: str, two_hosts: Hosts) -> None:
-    # With two ranks a host, Open MPI makes operations over TCP wait for seconds (no fault of ours).
+    # With two ranks per host, Open MPI makes operations over TCP wait for seconds (not our fault).
     n = 4 if mpi == "mpich" else 2
     count = BETWEEN_HOSTS or 10_000
     args = f"--publications {count} --messages {count} --sleep 1 --limit {LIMIT}".split()
     report = report_of(n, "stress.py", *args, mpi=mpi, hosts=two_hosts, timeout=LIMIT + 60)
     assert_clean(report, count, count)
     assert report["path"] == "in place within a node, Get and Put between nodes"
-    assert report["touched"] > 0, "a rank without a call of MPI held the others up"
+    assert report["touched"] > 0, "a rank outside MPI blocked the others"
 
 
 def test_pairs_between_hosts(mpi: str, two_hosts: Hosts) -> None:
@@ -102,17 +102,17 @@ def test_pairs_between_hosts(mpi: str, two_hosts: Hosts) -> None:
 
 
 @functools.cache
-def mistakes(mpi: str) -> Any:
-    """What the stress says of each protocol with a mistake."""
+def fault_reports(mpi: str) -> Any:
+    """Reports of the stress for each faulty protocol."""
     args = ["--publications", "1000", "--messages", "1000", "--pause", "0.05", "--limit", "10"]
     names = [part for name in FAULTS for part in ("--fault", name)]
     return report_of(2, "stress.py", *args, *names, mpi=mpi, timeout=110)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_stress_finds_mistakes(mpi: str, fault: str) -> None:
-    """That the tests above can fail."""
-    found = mistakes(mpi)[fault]["found"]
+def test_stress_finds_each_fault(mpi: str, fault: str) -> None:
+    """The tests above can fail."""
+    found = fault_reports(mpi)[fault]["found"]
     assert any(found.get(sign, 0) for sign in FAULTS[fault].signs), found
 
 
@@ -125,5 +125,5 @@ def test_no_swap_is_lost_between_hosts(mpi: str, two_hosts: Hosts) -> None:
     run_ranks(2, PROGRAMS / "windows.py", "contended", mpi=mpi, hosts=two_hosts, timeout=60)
 
 
-def test_path_node_needs_one_host(two_hosts: Hosts) -> None:
+def test_shared_memory_mode_needs_one_host(two_hosts: Hosts) -> None:
     run_ranks(2, PROGRAMS / "windows.py", "shared_memory", hosts=two_hosts, timeout=30)
