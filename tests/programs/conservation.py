@@ -6,8 +6,8 @@ a lost delta would be too small to be missed.) After the end, which is that of `
 delta is on its way: the models must add up to what they were plus all changes.
 
 Exact: models are multiples of 2^-8 and the codec rounds deltas to such, so that no addition rounds
-and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs that
-quantize. Rank 0 prints JSON.
+and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs
+that quantize. Rank 0 prints JSON.
 """
 
 from __future__ import annotations

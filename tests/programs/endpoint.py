@@ -1,7 +1,7 @@
 """What algorithms use of an endpoint besides exchanges, on real windows. Run by `test_endpoint`.
 
-Each case is a function of a fresh endpoint on ranks that are all neighbours; all ranks run them all, on
-each path that is named.
+Each case is a function of a fresh endpoint on ranks that are all neighbours; all ranks run them
+all, on each path that is named.
 """
 
 from __future__ import annotations

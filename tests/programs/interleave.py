@@ -1,7 +1,7 @@
 """Publication and Inbox under a scheduler: one thread per rank, one step at a time, in any order.
 
-A step is one operation on a word, or half a payload. So every interleaving of the protocols that the
-steps allow can be played, and a schedule repeats exactly.
+A step is one operation on a word, or half a payload. So every interleaving of the protocols that
+the steps allow can be played, and a schedule repeats exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Some epochs of the digits with each of the variants given; rank 0 prints the mean models' accuracy.
+"""Train the given variants on the digits for some epochs; rank 0 prints the mean models' accuracy.
 
 Arguments: name, variant, graph or edge file, in turns. All variants run in one job, as most of a
 test's time is imports.

@@ -166,7 +166,7 @@ class Ledger:
         self.found["lost"] += int((sent[:, self.rank] - received).clip(0).sum())
 
     def balance(self, comm: MPI.Intracomm) -> tuple[Counter[str], Counter[str]]:
-        """Compare the ledgers of all ranks; return what was found, and what was done. Collective."""
+        """Compare the ledgers of all ranks; return what was found and what was done. Collective."""
         self.lost(np.array(comm.allgather(self.sent)))
         served = np.zeros_like(self.served)
         comm.Allreduce(self.served, served)

@@ -85,7 +85,7 @@ class Player:
         return in_place or self._partner_model
 
     def send(self, receiver: int) -> bool:
-        """Send one message, or two in the reverse order of their slots, or cancel one; False if full."""
+        """Send one message, or two in reverse order, or cancel one; return False if full."""
         first = self.inbox.reserve(receiver)
         if first is None:
             return False

@@ -1,4 +1,4 @@
-"""Trains with each job file given, one after the other in one job: most of a test's time is imports.
+"""Train with each given job file, one after the other in one job: imports take most of the time.
 
 Arguments: the directory of the results, then the files.
 """

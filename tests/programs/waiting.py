@@ -1,9 +1,10 @@
 """Blocking variants on real windows: conservation of the sum, then the death of a rank.
 
-As in `conservation.py`, every step changes the model by something known that keeps the models apart, and at
-the end the models must add up to what they were plus all changes. Each part ends as `Decentralized` does.
-In the last two parts the last rank is killed in the middle of the first, and is dead all through the second:
-the others must go on. Rank 0 prints JSON; ranks end without MPI_Finalize, which would wait for the dead.
+As in `conservation.py`, every step changes the model by something known that keeps the models
+apart, and at the end the models must add up to what they were plus all changes. Each part ends as
+`Decentralized` does. In the last two parts the last rank is killed in the middle of the first, and
+is dead all through the second: the others must go on. Rank 0 prints JSON; ranks end without
+MPI_Finalize, which would wait for the dead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAMES = {"bipartite": "adpsgd", "blocking": "swarm"}
 
 
 class Local:
-    """A rank's training without gradients; `change` is the sum of all that its steps have changed."""
+    """Training without gradients; `change` is the sum of all changes that its steps made."""
 
     def __init__(self, x: np.ndarray, rng: np.random.Generator) -> None:
         self.local_step = 0

@@ -1,4 +1,4 @@
-"""Ranks that pause or die in the middle of an operation: the others neither hang nor lose a message."""
+"""Ranks that pause or die inside an operation: the others neither hang nor lose a message."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 class Wire:
-    """The words and slots of all ranks as rank 0 sees them: calls to the others may block, or fail."""
+    """Words and slots of all ranks as rank 0 sees them: calls to the others may block, or fail."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self.layout = memory.layout
@@ -409,7 +409,8 @@ comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 N = 200_000
 layout = Layout(codec=0, elements=N, payload_dtype=np.dtype("f4"), payload_items=N)
-endpoint = RmaEndpoint(comm, layout, topology.build("complete", size), RmaOptions(heartbeat_timeout=1.0))
+graph = topology.build("complete", size)
+endpoint = RmaEndpoint(comm, layout, graph, RmaOptions(heartbeat_timeout=1.0))
 comm.Barrier()
 start = time.monotonic()
 """
