@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from mpi_dasgd.analysis.run import Run
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.storage.old_names import (
+    RANK_COLUMNS,
+    check_version,
+    renamed_attributes,
+    stored_name,
+)
 from mpi_dasgd.storage.results import Results, gather, results_path
 from mpi_dasgd.storage.runfile import plain, rank_path
-from mpi_dasgd.storage.schema import FORMAT, OLD_RANK_COLUMNS, RANKS, TABLES
+from mpi_dasgd.storage.schema import CONSENSUS, FORMAT, RANKS, TABLES
 
 __all__ = ["Run", "load_run"]
 
@@ -59,6 +67,7 @@ def _read_results(path: Path) -> Results:
                 raise UserError(
                     f"{path}: expected a results.h5 of mpi_dasgd, found another HDF5 file"
                 )
+            check_version(path, attributes)
             if attributes["content"] != "results":
                 raise UserError(
                     f"{path}: expected a results.h5, found the file of one rank; "
@@ -80,20 +89,30 @@ def _results(file: h5py.File, attributes: dict[str, Any]) -> Results:
         )
     }
     return Results(
-        attributes={k: v for k, v in attributes.items() if k not in FILE_ATTRIBUTES},
+        attributes=renamed_attributes(
+            {name: value for name, value in attributes.items() if name not in FILE_ATTRIBUTES}
+        ),
         rank=file["ranks/rank"][()],
         n_records={table: file[table]["records"][()] for table in TABLES},
         tables={
-            table: {column.name: file[table][column.name][()] for column in columns}
+            table: {
+                column.name: file[table][stored_name(column.name, file[table])][()]
+                for column in columns
+            }
             for table, columns in TABLES.items()
         },
         rank_table={
-            OLD_RANK_COLUMNS.get(name, name): _values(file["ranks"][name])
+            RANK_COLUMNS.get(name, name): _values(file["ranks"][name])
             for name in _rank_columns(file["ranks"])
         },
-        consensus={name: data[()] for name, data in file.get("consensus", {}).items()},
+        consensus=_consensus(file.get("consensus", {})),
         lost=lost,
     )
+
+
+def _consensus(group: Mapping[str, h5py.Dataset]) -> dict[str, np.ndarray]:
+    names = {column.name: stored_name(column.name, group) for column in CONSENSUS}
+    return {name: group[stored][()] for name, stored in names.items() if stored in group}
 
 
 def _rank_columns(group: h5py.Group) -> list[str]:

@@ -38,12 +38,12 @@ Panel = Callable[[Axes, Sequence[Run], Sequence[str]], bool]
 def loss_by_samples(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     """Training loss against samples, mean over the batches of all ranks."""
     axes.xaxis.set_major_formatter(style.engineering())
-    return _loss(axes, runs, "progress", SAMPLES)
+    return _loss(axes, runs, "total_samples", SAMPLES)
 
 
 def loss_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     """Training loss against wall time, mean over the batches of all ranks."""
-    return _loss(axes, runs, "time", SECONDS)
+    return _loss(axes, runs, "time_s", SECONDS)
 
 
 def _loss(axes: Axes, runs: Sequence[Run], x: str, label: str) -> bool:
@@ -76,11 +76,11 @@ def test_loss_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> 
     drawn = []
     for index, run in enumerate(runs):
         table = run.results.consensus
-        if "mean_test_loss" not in table or "time" not in table:
+        if "mean_test_loss" not in table or "time_s" not in table:
             continue
         loss = table["mean_test_loss"]
         axes.plot(
-            table["time"], loss, color=style.colour(index), marker=style.marker(index), ms=3.5
+            table["time_s"], loss, color=style.colour(index), marker=style.marker(index), ms=3.5
         )
         drawn.append(loss[np.isfinite(loss)])
     if not sum(map(len, drawn)):
@@ -195,10 +195,10 @@ def consensus(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     drawn = []
     for index, run in enumerate(runs):
         table = run.results.consensus
-        if "consensus_relative" not in table or "progress" not in table:
+        if "consensus_relative" not in table or "total_samples" not in table:
             continue
         positive = table["consensus_relative"] > 0  # the axis is logarithmic
-        where, values = table["progress"][positive], table["consensus_relative"][positive]
+        where, values = table["total_samples"][positive], table["consensus_relative"][positive]
         axes.plot(where, values, color=style.colour(index), marker=style.marker(index), ms=3.5)
         drawn.append(values)
     if not sum(map(len, drawn)):
@@ -219,7 +219,7 @@ def traffic(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
     """Payload moved by all ranks until then; one mark at the end where only the total is known."""
     drawn = False
     for index, run in enumerate(runs):
-        time, moved = run.column("exchange", "time"), run.column("exchange", "bytes")
+        time, moved = run.column("exchange", "time_s"), run.column("exchange", "bytes")
         wall, total = float(run.results.rank_table["wall_s"].max()), run.summary()["bytes_sent"]
         colour = style.colour(index)
         if len(time):

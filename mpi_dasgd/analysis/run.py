@@ -20,7 +20,7 @@ IDENTITY = (
     "config_json",
     "algorithm",
     "codec",
-    "ranks",
+    "world_size",
     "seed",
     "task",
     "status",
@@ -102,8 +102,8 @@ class Run:
             return self._own_evaluations()
         unknown = np.full(len(consensus["milestone"]), np.nan)
         names = (
-            "progress",
-            "time",
+            "total_samples",
+            "time_s",
             "mean_test_accuracy",
             "worst_test_accuracy",
             "best_test_accuracy",
@@ -114,15 +114,15 @@ class Run:
         milestones = self.column("evaluation", "milestone")
         columns = {
             name: self.column("evaluation", name).astype(float)
-            for name in ("progress", "time", "test_accuracy")
+            for name in ("total_samples", "time_s", "test_accuracy")
         }
         size = len(self.results.rank)
         common = [m for m in np.unique(milestones) if (milestones == m).sum() == size]
         at = [milestones == milestone for milestone in common]
         accuracy = [columns["test_accuracy"][where] for where in at]
         return Evaluations(
-            samples=np.array([columns["progress"][where].max() for where in at]),
-            seconds=np.array([columns["time"][where].max() for where in at]),
+            samples=np.array([columns["total_samples"][where].max() for where in at]),
+            seconds=np.array([columns["time_s"][where].max() for where in at]),
             mean=np.full(len(at), np.nan),
             worst=np.array([values.min() for values in accuracy]),
             best=np.array([values.max() for values in accuracy]),
@@ -161,7 +161,7 @@ class Run:
             "task": attributes.get("task"),
             "seed": attributes.get("seed"),
             "status": attributes["status"],
-            "ranks": int(attributes["ranks"]),
+            "ranks": int(attributes["world_size"]),
             "ranks_lost": sorted(self.results.lost),
             "samples": samples,
             "wall_s": wall,
@@ -215,8 +215,8 @@ class Run:
 
     def _final_loss(self) -> float | None:
         """Return the mean training loss of the last twentieth of the samples."""
-        progress, loss = self.column("train", "progress"), self.column("train", "loss")
-        return json_value(loss[progress >= 0.95 * progress.max()].mean())
+        samples, loss = self.column("train", "total_samples"), self.column("train", "loss")
+        return json_value(loss[samples >= 0.95 * samples.max()].mean())
 
     def _last(self, name: str) -> float | None:
         return _last(self.results.consensus.get(name, np.empty(0)))

@@ -61,7 +61,7 @@ def history(results: Results) -> History:
     steps, ends = zip(*(_steps(results, row) for row in kept), strict=True)
     events = _events(ranks, arrivals, steps, ends)
     event, time, rows, source, version = events
-    table = np.zeros((len(ranks), int(results.attributes["ranks"])), np.int64)
+    table = np.zeros((len(ranks), int(results.attributes["world_size"])), np.int64)
     table[:, ranks] = [own[0] - 1 for own in steps]  # more than 0 if the run was resumed
     meter = SetStaleness(table)
     samples = []
@@ -100,7 +100,7 @@ def _arrivals(results: Results, row: int) -> _Arrivals:
     count, table = results.n_records["exchange"][row], results.tables["exchange"]
     applied = table["kind"][row, :count] == APPLIED
     time, step, source, version = (
-        table[name][row, :count][applied] for name in ("time", "step", "partner", "partner_step")
+        table[name][row, :count][applied] for name in ("time_s", "step", "partner", "partner_step")
     )
     return time, step, source, version
 
@@ -108,7 +108,7 @@ def _arrivals(results: Results, row: int) -> _Arrivals:
 def _steps(results: Results, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the own steps of one rank, and when they ended."""
     count, table = results.n_records["train"][row], results.tables["train"]
-    return table["step"][row, :count], table["time"][row, :count]
+    return table["step"][row, :count], table["time_s"][row, :count]
 
 
 def _events(

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.storage.runfile import RunFile, rank_path
+from mpi_dasgd.storage.schema import TrainRow
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, write_results
@@ -132,9 +133,20 @@ class DdpTrainer:
             self.samples += len(x)
             elapsed = self.elapsed
             self.file.append(
-                "train", self.step, elapsed, self.samples, self.samples * self.size, loss,
-                self.config.optimizer.lr, time.perf_counter() - started, 0.0, 0.0, 0, 1.0,
-            )  # fmt: skip
+                TrainRow(
+                    step=self.step,
+                    time_s=elapsed,
+                    samples=self.samples,
+                    total_samples=self.samples * self.size,
+                    loss=loss,
+                    learning_rate=self.config.optimizer.lr,
+                    compute_s=time.perf_counter() - started,
+                    exchange_s=0.0,
+                    wait_s=0.0,
+                    delay=0,
+                    delay_factor=1.0,
+                )
+            )
             while milestone < points and elapsed * points >= milestone * seconds:
                 self._pass_milestone(milestone)
                 milestone += 1

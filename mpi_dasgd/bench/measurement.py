@@ -121,14 +121,14 @@ def _read(measurement: Measurement, directory: Path) -> Result:
     ranks = range(measurement.scenario.ranks)
     records = [read_run_file(rank_path(directory, rank)) for rank in ranks]
     tables = [record.tables["train"] for record in records]
-    edges = common_windows([table["time"] for table in tables], WARM_UP * measurement.seconds)
+    edges = common_windows([table["time_s"] for table in tables], WARM_UP * measurement.seconds)
     # Per rank: seconds of training, its CPU seconds, and those of all programs on its cores.
     meters = [np.load(cpu_path(directory, rank)) for rank in ranks]
     return Result(
         measurement=measurement,
         edges=edges,
         samples=np.array(
-            [counts_per_window(edges, table["time"], table["samples"]) for table in tables]
+            [counts_per_window(edges, table["time_s"], table["samples"]) for table in tables]
         ),
         cpu_s=np.array([counts_per_window(edges, meter[:, 0], meter[:, 1]) for meter in meters]),
         busy_s=counts_per_window(edges, meters[0][:, 0], meters[0][:, 2]),
@@ -191,6 +191,6 @@ def _seconds_to_target(measurement: Measurement, directory: Path) -> dict[str, f
         table = {name: file["consensus"][name][:] for name in file["consensus"]}
     seconds = {}
     for model in ("mean", "worst"):
-        reached = table["time"][table[f"{model}_test_accuracy"] >= target]
+        reached = table["time_s"][table[f"{model}_test_accuracy"] >= target]
         seconds[f"seconds_to_{model}"] = float(reached[0]) if len(reached) else math.inf
     return seconds

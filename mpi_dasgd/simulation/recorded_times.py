@@ -62,7 +62,7 @@ def recorded_times(run: str | Path, ranks: int) -> RecordedTimes:
             compute.append(np.ones(1))  # a server: it makes no steps
             exchange.append(np.zeros(1))
             continue
-        whole = np.diff(table["time"][row, :steps], prepend=0.0) - table["wait_s"][row, :steps]
+        whole = np.diff(table["time_s"][row, :steps], prepend=0.0) - table["wait_s"][row, :steps]
         exchange.append(table["exchange_s"][row, :steps])
         compute.append(np.maximum(whole - exchange[-1], 1e-9))
     return RecordedTimes(compute, exchange)

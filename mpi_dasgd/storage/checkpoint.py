@@ -16,20 +16,20 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.atomic_file import atomic
 from mpi_dasgd.storage.checkpoint_files import (
     array_digest,
+    complete_indices,
     file_digest,
     manifest_path,
     rank_file_path,
     rank_files,
     read_digest,
     slices,
-    steps_with_manifest,
     write_manifest,
 )
-from mpi_dasgd.storage.restore import good_steps, load
+from mpi_dasgd.storage.restore import good_indices, load
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, LIBVER
 from mpi_dasgd.storage.writer_thread import writer
 
-__all__ = ["Checkpoints", "good_steps", "load"]
+__all__ = ["Checkpoints", "good_indices", "load"]
 
 POLL_SECONDS = 0.25
 
@@ -38,7 +38,7 @@ class Checkpoints:
     """Saves the state of one rank without stopping its training, and without any collective call.
 
     Every rank writes its own file. Rank 0 writes the manifest of a checkpoint last, when the files
-    of all ranks of that step exist: a checkpoint without manifest does not count, and the one
+    of all ranks of that index exist: a checkpoint without manifest does not count, and the one
     before stays valid. Construct it on every rank before the ranks first synchronize, so that
     rank 0 has removed what a broken earlier attempt left before any rank saves.
 
@@ -47,7 +47,7 @@ class Checkpoints:
         rank: this rank.
         size: number of ranks.
         keep: how many complete checkpoints stay, at least 2.
-        resumed: step this run was restarted from; later checkpoints in the directory are removed.
+        resumed: index this run was restarted from; later checkpoints in the directory are removed.
 
     Raises:
         UserError: if `keep` is below 2, or the directory has checkpoints but `resumed` is None.
@@ -69,17 +69,17 @@ class Checkpoints:
         self._rank, self._size, self._keep = rank, size, keep
         self._copy: dict[str, np.ndarray] = {}
         self._writing: Future[None] | None = None
-        self._pending: dict[int, int] = {}  # step -> a rank whose file was not there yet
+        self._pending: dict[int, int] = {}  # index -> a rank whose file was not there yet
         self._polling: Future[None] | None = None
         if rank == 0:
             self._remove_leftovers(resumed)
             self._polling = writer().repeat(self._poll, POLL_SECONDS)
 
-    def save(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    def save(self, index: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Copy the state and write it in the background; waits only for the write before this one.
 
         Args:
-            step: number of the checkpoint, the same on all ranks and growing.
+            index: number of the checkpoint, the same on all ranks and growing.
             arrays: the state, any shapes and numeric dtypes; the first call allocates the copy.
             meta: what else belongs to the state, as JSON can hold it.
 
@@ -88,9 +88,9 @@ class Checkpoints:
         """
         self._finish_writing()
         self._snapshot(arrays)
-        everything = {**meta, "step": step, "rank": self._rank, "size": self._size}
+        everything = {**meta, "index": index, "rank": self._rank, "size": self._size}
         text = json.dumps(everything, sort_keys=True)
-        self._writing = writer().submit(lambda: self._write(step, text))
+        self._writing = writer().submit(lambda: self._write(index, text))
 
     def wait(
         self, timeout: float = 60.0, *, dead: Callable[[], Collection[int]] = frozenset
@@ -113,14 +113,14 @@ class Checkpoints:
             if not self._pending:
                 break
             gone = dead()
-            can_come = any(self._has_files(step, gone) for step in self._pending)
+            can_come = any(self._has_files(index, gone) for index in self._pending)
             if not can_come or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True
 
-    def _has_files(self, step: int, ranks: Collection[int]) -> bool:
-        return all(rank_file_path(self.directory, step, rank).exists() for rank in ranks)
+    def _has_files(self, index: int, ranks: Collection[int]) -> bool:
+        return all(rank_file_path(self.directory, index, rank).exists() for rank in ranks)
 
     def close(
         self, timeout: float = 10.0, *, dead: Callable[[], Collection[int]] = frozenset
@@ -146,9 +146,9 @@ class Checkpoints:
                 buffer = self._copy[name] = np.empty(array.shape, array.dtype)
             np.copyto(buffer, array)
 
-    def _write(self, step: int, meta: str) -> None:
+    def _write(self, index: int, meta: str) -> None:
         with (
-            atomic(rank_file_path(self.directory, step, self._rank)) as temporary,
+            atomic(rank_file_path(self.directory, index, self._rank)) as temporary,
             h5py.File(temporary, "w", libver=LIBVER) as file,
         ):
             file.attrs.update(
@@ -165,66 +165,68 @@ class Checkpoints:
             file.attrs["digest"] = file_digest(meta, digests)
         self._remove_own_incomplete()
         if self._rank == 0:
-            self._pending[step] = 0
-            # Every rank removes its files of older steps that never became complete; forget them.
+            self._pending[index] = 0
+            # Every rank removes its files of older indices that never became complete; forget them.
             for old in sorted(self._pending)[: -self._keep - 2]:
                 del self._pending[old]
             self._poll()
 
     def _poll(self) -> bool:
-        """Write the manifest of the newest complete pending step; older ones are obsolete."""
-        for step in sorted(self._pending, reverse=True):
-            files = [rank_file_path(self.directory, step, rank) for rank in range(self._size)]
-            if not files[self._pending[step]].exists():
+        """Write the manifest of the newest complete pending index; older ones are obsolete."""
+        for index in sorted(self._pending, reverse=True):
+            files = [rank_file_path(self.directory, index, rank) for rank in range(self._size)]
+            if not files[self._pending[index]].exists():
                 continue  # one look a poll while a rank is late, however many ranks there are
             late = next((rank for rank, file in enumerate(files) if not file.exists()), None)
             if late is not None:
-                self._pending[step] = late
+                self._pending[index] = late
                 continue
             try:
                 digests = [read_digest(file) for file in files]
-                write_manifest(self.directory, step, files, digests)
+                write_manifest(self.directory, index, files, digests)
             except FileNotFoundError:  # removed since by a rank that is several checkpoints ahead
                 continue
-            self._pending = {later: rank for later, rank in self._pending.items() if later > step}
+            self._pending = {later: rank for later, rank in self._pending.items() if later > index}
             self._remove_old()
             break
         return False
 
     def _remove_old(self) -> None:
         """Keep the newest complete checkpoints; a manifest goes before its files."""
-        steps = steps_with_manifest(self.directory)
-        for step in steps[: -self._keep]:
-            manifest_path(self.directory, step).unlink(missing_ok=True)
-        oldest = steps[-self._keep :][0]
-        self._remove_files(step for step, _ in rank_files(self.directory) if step < oldest)
+        indices = complete_indices(self.directory)
+        for index in indices[: -self._keep]:
+            manifest_path(self.directory, index).unlink(missing_ok=True)
+        oldest = indices[-self._keep :][0]
+        self._remove_files(index for index, _ in rank_files(self.directory) if index < oldest)
 
     def _remove_own_incomplete(self) -> None:
         """Bound the disk used when a lost rank lets no checkpoint become complete any more."""
-        complete = set(steps_with_manifest(self.directory))
-        own = [step for step, rank in rank_files(self.directory) if rank == self._rank]
-        incomplete = sorted(step for step in own if step not in complete)
-        for step in incomplete[: -self._keep - 2]:
-            rank_file_path(self.directory, step, self._rank).unlink(missing_ok=True)
+        complete = set(complete_indices(self.directory))
+        own = [index for index, rank in rank_files(self.directory) if rank == self._rank]
+        incomplete = sorted(index for index in own if index not in complete)
+        for index in incomplete[: -self._keep - 2]:
+            rank_file_path(self.directory, index, self._rank).unlink(missing_ok=True)
 
     def _remove_leftovers(self, resumed: int | None) -> None:
         """Leave only complete checkpoints up to the one resumed from."""
-        steps = steps_with_manifest(self.directory)
-        if steps and resumed is None:
+        indices = complete_indices(self.directory)
+        if indices and resumed is None:
             raise UserError(
                 f"{self.directory}: expected no checkpoints, found those of an earlier run; "
                 "resume it or give another directory"
             )
-        complete = {step for step in steps if resumed is not None and step <= resumed}
-        for step in steps:
-            if step not in complete:
-                manifest_path(self.directory, step).unlink()
-        self._remove_files(step for step, _ in rank_files(self.directory) if step not in complete)
+        complete = {index for index in indices if resumed is not None and index <= resumed}
+        for index in indices:
+            if index not in complete:
+                manifest_path(self.directory, index).unlink()
+        self._remove_files(
+            index for index, _ in rank_files(self.directory) if index not in complete
+        )
         for temporary in self.directory.glob("*.tmp"):
             temporary.unlink()
 
-    def _remove_files(self, steps: Iterator[int]) -> None:
-        doomed = set(steps)
-        for step, rank in rank_files(self.directory):
-            if step in doomed:
-                rank_file_path(self.directory, step, rank).unlink(missing_ok=True)
+    def _remove_files(self, indices: Iterator[int]) -> None:
+        doomed = set(indices)
+        for index, rank in rank_files(self.directory):
+            if index in doomed:
+                rank_file_path(self.directory, index, rank).unlink(missing_ok=True)

@@ -13,10 +13,12 @@ import numpy as np
 import xxhash
 
 from mpi_dasgd.storage.atomic_file import atomic
+from mpi_dasgd.storage.old_names import check_version
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION
 
 __all__ = [
     "array_digest",
+    "complete_indices",
     "file_digest",
     "manifest_path",
     "rank_file_path",
@@ -24,33 +26,39 @@ __all__ = [
     "read_digest",
     "read_manifest",
     "slices",
-    "steps_with_manifest",
     "write_manifest",
 ]
 
 SLICE_BYTES = 4 << 20
 
 
-def rank_file_path(directory: Path, step: int, rank: int) -> Path:
-    """Return the path of the file of `rank` in checkpoint `step`."""
-    return directory / f"step{step:08d}.rank{rank:05d}.h5"
+def rank_file_path(directory: Path, index: int, rank: int) -> Path:
+    """Return the path of the file of `rank` in checkpoint `index`."""
+    return _path(directory, index, f".rank{rank:05d}.h5")
 
 
-def manifest_path(directory: Path, step: int) -> Path:
-    """Return the path of the manifest of checkpoint `step`."""
-    return directory / f"step{step:08d}.json"
+def manifest_path(directory: Path, index: int) -> Path:
+    """Return the path of the manifest of checkpoint `index`."""
+    return _path(directory, index, ".json")
 
 
-def steps_with_manifest(directory: Path) -> list[int]:
-    """Return the steps of all manifests, ascending."""
-    names = (re.fullmatch(r"step(\d+)\.json", path.name) for path in directory.glob("step*.json"))
+def _path(directory: Path, index: int, suffix: str) -> Path:
+    """Return the path of a file of checkpoint `index`; one of format version 1 is found."""
+    path, old = (directory / f"{name}{index:08d}{suffix}" for name in ("checkpoint", "step"))
+    return old if not path.exists() and old.exists() else path
+
+
+def complete_indices(directory: Path) -> list[int]:
+    """Return the indices of all manifests, ascending."""
+    pattern = re.compile(r"(?:checkpoint|step)(\d+)\.json")
+    names = (pattern.fullmatch(path.name) for path in directory.glob("*.json"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def rank_files(directory: Path) -> list[tuple[int, int]]:
-    """Return (step, rank) of every rank's file, with or without manifest."""
-    pattern = re.compile(r"step(\d+)\.rank(\d+)\.h5")
-    names = (pattern.fullmatch(path.name) for path in directory.glob("step*.rank*.h5"))
+    """Return (index, rank) of every rank's file, with or without manifest."""
+    pattern = re.compile(r"(?:checkpoint|step)(\d+)\.rank(\d+)\.h5")
+    names = (pattern.fullmatch(path.name) for path in directory.glob("*.rank*.h5"))
     return sorted((int(name[1]), int(name[2])) for name in names if name)
 
 
@@ -86,30 +94,32 @@ def read_digest(path: Path) -> str:
 
 
 def write_manifest(
-    directory: Path, step: int, files: Sequence[Path], digests: Sequence[str]
+    directory: Path, index: int, files: Sequence[Path], digests: Sequence[str]
 ) -> None:
-    """Write the manifest of checkpoint `step`: names, sizes and digests, by rank."""
+    """Write the manifest of checkpoint `index`: names, sizes and digests, by rank."""
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "step": step,
+        "index": index,
         "size": len(files),
         "files": [
             {"name": path.name, "bytes": path.stat().st_size, "digest": digest}
             for path, digest in zip(files, digests, strict=True)
         ],
     }
-    with atomic(manifest_path(directory, step)) as temporary:
+    with atomic(manifest_path(directory, index)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def read_manifest(directory: Path, step: int) -> dict[str, Any]:
+def read_manifest(directory: Path, index: int) -> dict[str, Any]:
     """Return a manifest.
 
     Raises:
         ValueError: if it is no complete manifest.
+        UserError: if a newer mpi_dasgd has written it.
     """
-    manifest: dict[str, Any] = json.loads(manifest_path(directory, step).read_text())
+    manifest: dict[str, Any] = json.loads(manifest_path(directory, index).read_text())
     if manifest.get("format") != FORMAT or len(manifest["files"]) != manifest["size"]:
         raise ValueError("not a manifest of mpi_dasgd")
+    check_version(manifest_path(directory, index), manifest)
     return manifest

@@ -13,13 +13,13 @@ import numpy as np
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.checkpoint_files import (
     array_digest,
+    complete_indices,
     file_digest,
     manifest_path,
     read_manifest,
-    steps_with_manifest,
 )
 
-__all__ = ["good_steps", "load"]
+__all__ = ["good_indices", "load"]
 
 
 class _DamagedError(Exception):
@@ -27,7 +27,7 @@ class _DamagedError(Exception):
 
 
 def load(
-    directory: str | Path, rank: int, *, step: int | None = None, size: int | None = None
+    directory: str | Path, rank: int, *, index: int | None = None, size: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the state that `rank` saved in the newest checkpoint that verifies.
 
@@ -37,30 +37,30 @@ def load(
     Args:
         directory: where the checkpoints lie.
         rank: whose state to return.
-        step: take this checkpoint and verify the file of `rank` alone: the ranks have agreed on
-            the newest of the steps that `good_steps` gave to all of them.
+        index: take this checkpoint and verify the file of `rank` alone: the ranks have agreed on
+            the newest of the indices that `good_indices` gave to all of them.
         size: number of ranks of this run, if it must be that of the checkpoint.
 
     Returns:
-        The arrays by name, and meta as given to `Checkpoints.save` with step, rank and size added.
+        The arrays by name, and meta as given to `Checkpoints.save` with index, rank and size added.
 
     Raises:
         UserError: if there is no checkpoint, none that verifies, or one of another number of ranks.
     """
     directory = Path(directory)
-    steps = steps_with_manifest(directory) if step is None else [step]
-    if not steps:
+    indices = complete_indices(directory) if index is None else [index]
+    if not indices:
         raise UserError(
-            f"{directory}: expected a checkpoint (a manifest step*.json), found none; "
+            f"{directory}: expected a checkpoint (a manifest checkpoint*.json), found none; "
             "start the run without resuming"
         )
     problems: list[str] = []
-    for candidate in reversed(steps):
+    for candidate in reversed(indices):
         try:
             files = _files(directory, candidate)
             _check_size(directory, candidate, len(files), rank, size)
             arrays, meta = _read(directory, files[rank])
-            if step is None:
+            if index is None:
                 for other, entry in enumerate(files):
                     if other != rank:
                         _read(directory, entry)
@@ -75,26 +75,26 @@ def load(
     raise UserError(f"no checkpoint in {directory} can be used: {'; '.join(problems)}")
 
 
-def good_steps(directory: str | Path, rank: int) -> list[int]:
-    """Return the steps, ascending, of the checkpoints in which the file of `rank` verifies."""
+def good_indices(directory: str | Path, rank: int) -> list[int]:
+    """Return the indices, ascending, of the checkpoints in which the file of `rank` verifies."""
     directory = Path(directory)
     good = []
-    for step in steps_with_manifest(directory):
+    for index in complete_indices(directory):
         try:
-            files = _files(directory, step)
+            files = _files(directory, index)
             if rank < len(files):
                 _read(directory, files[rank])
-                good.append(step)
+                good.append(index)
         except _DamagedError as problem:
-            warnings.warn(f"checkpoint {step} left out: {problem}", stacklevel=2)
+            warnings.warn(f"checkpoint {index} left out: {problem}", stacklevel=2)
     return good
 
 
-def _files(directory: Path, step: int) -> list[dict[str, Any]]:
+def _files(directory: Path, index: int) -> list[dict[str, Any]]:
     """Return the manifest's entries, one a rank."""
-    path = manifest_path(directory, step)
+    path = manifest_path(directory, index)
     try:
-        files: list[dict[str, Any]] = read_manifest(directory, step)["files"]
+        files: list[dict[str, Any]] = read_manifest(directory, index)["files"]
         return files
     except FileNotFoundError:
         raise _DamagedError(f"{path} is missing") from None
@@ -102,15 +102,15 @@ def _files(directory: Path, step: int) -> list[dict[str, Any]]:
         raise _DamagedError(f"{path} is no complete manifest ({error})") from error
 
 
-def _check_size(directory: Path, step: int, saved: int, rank: int, size: int | None) -> None:
+def _check_size(directory: Path, index: int, saved: int, rank: int, size: int | None) -> None:
     if size is not None and size != saved:
         raise UserError(
-            f"{manifest_path(directory, step)}: expected a checkpoint of {size} ranks, found one "
+            f"{manifest_path(directory, index)}: expected a checkpoint of {size} ranks, found one "
             f"of {saved}; start {saved} ranks"
         )
     if rank >= saved:
         raise UserError(
-            f"{manifest_path(directory, step)}: expected the state of rank {rank}, found that of "
+            f"{manifest_path(directory, index)}: expected the state of rank {rank}, found that of "
             f"{saved} ranks; start {saved} ranks"
         )
 
@@ -134,7 +134,10 @@ def _read(directory: Path, entry: dict[str, Any]) -> tuple[dict[str, np.ndarray]
     digests = {name: array_digest(np.asarray(array)) for name, array in arrays.items()}
     if not file_digest(text, digests) == stated == entry["digest"]:
         raise _DamagedError(f"{path} is damaged (its digest is not that of its manifest)")
-    return {name: np.asarray(array) for name, array in arrays.items()}, json.loads(text)
+    meta = json.loads(text)
+    if "index" not in meta:
+        meta["index"] = meta.pop("step")  # its name in format version 1
+    return {name: np.asarray(array) for name, array in arrays.items()}, meta
 
 
 def _is_array(item: Any) -> bool:

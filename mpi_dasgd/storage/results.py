@@ -13,13 +13,13 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.atomic_file import atomic
+from mpi_dasgd.storage.old_names import RANK_COLUMNS
 from mpi_dasgd.storage.runfile import RankRecord, rank_path, read_run_file
 from mpi_dasgd.storage.schema import (
     CONSENSUS,
     FORMAT,
     FORMAT_VERSION,
     LIBVER,
-    OLD_RANK_COLUMNS,
     RANKS,
     TABLES,
     Column,
@@ -43,7 +43,7 @@ class Results:
     """A run, all ranks together.
 
     Attributes:
-        attributes: of the run; `ranks` is the number of ranks started.
+        attributes: attributes of the run; `world_size` is the number of ranks started.
         rank: which ranks the rows stand for, (rows,) int32; lost ranks have no row.
         n_records: valid records by table, (rows,) int64.
         tables: columns by table, (rows, record), padded with the column's fill.
@@ -176,7 +176,7 @@ def _run_attributes(records: Sequence[RankRecord], size: int, lost: bool) -> dic
     """Return the attributes of the run: those of its first rank that are not of the rank alone."""
     kept = {k: v for k, v in records[0].attributes.items() if k not in OWN_ATTRIBUTES}
     status = _run_status(np.array([record.status for record in records]), lost)
-    return {**kept, "ranks": size, "status": status}
+    return {**kept, "world_size": size, "status": status}
 
 
 def _pad(columns: Sequence[np.ndarray], column: Column) -> np.ndarray:
@@ -195,11 +195,11 @@ def _rank_table(records: Sequence[RankRecord]) -> dict[str, np.ndarray]:
         row: dict[str, Any] = {
             "steps": int(train["step"][-1]) if len(train["step"]) else 0,
             "samples": int(train["samples"][-1]) if len(train["samples"]) else 0,
-            "wall_s": float(train["time"][-1]) if len(train["time"]) else 0.0,
+            "wall_s": float(train["time_s"][-1]) if len(train["time_s"]) else 0.0,
         }
         row |= {k: record.attributes[k] for k in RANK_ATTRIBUTES[1:] if k in record.attributes}
         row |= {"status": record.status}
-        row |= {OLD_RANK_COLUMNS.get(k, k): value for k, value in record.counters.items()}
+        row |= {RANK_COLUMNS.get(k, k): value for k, value in record.counters.items()}
         if row["wall_s"] > 0:
             row.setdefault("samples_per_s", row["samples"] / row["wall_s"])
         rows.append(row)

@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, KINDS, LIBVER, TABLES
+from mpi_dasgd.storage.old_names import check_version, stored_name
+from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, KINDS, LIBVER, ROWS, TABLES, Row
 from mpi_dasgd.storage.writer_thread import writer
 
 __all__ = ["RankRecord", "RunFile", "rank_path", "read_run_file"]
@@ -53,7 +54,7 @@ class RunFile:
         self, path: str | Path, *, rank: int, size: int, attributes: Mapping[str, Any]
     ) -> None:
         self.path = Path(path)
-        self._rows: dict[str, deque[tuple[float, ...]]] = {table: deque() for table in TABLES}
+        self._rows: dict[type[Row], deque[Row]] = {row: deque() for row in ROWS.values()}
         self._closed = False
         self._written_states = 0
         if self.path.exists():
@@ -72,9 +73,9 @@ class RunFile:
         writer().submit(lambda: self._create(everything)).result()
         self._repeated = writer().repeat(self._drain, FLUSH_SECONDS)
 
-    def append(self, table: str, *row: float) -> None:
-        """Add one row, its values in the order of `schema.TABLES[table]`."""
-        self._rows[table].append(row)
+    def append(self, row: Row) -> None:
+        """Add a row to the table of its class."""
+        self._rows[type(row)].append(row)
 
     def flush(self, counters: Mapping[str, float | np.number[Any]] | None = None) -> None:
         """Hand all rows, and the counters so far, to the operating system, and wait for that.
@@ -171,19 +172,15 @@ class RunFile:
 
     def _drain(self) -> bool:
         """Write the rows that wait; False, since there is always a next time."""
-        for table, rows in self._rows.items():
+        for table, columns in TABLES.items():
+            rows = self._rows[ROWS[table]]
             block = [rows.popleft() for _ in range(len(rows))]
             if not block:
                 continue
-            columns = TABLES[table]
-            if any(len(row) != len(columns) for row in block):
-                raise ValueError(
-                    f"a row of {table!r} has {len(columns)} values: "
-                    f"{', '.join(column.name for column in columns)}"
-                )
             group = self._file[table]
             start = group[columns[0].name].shape[0]
-            for column, values in zip(columns, zip(*block, strict=True), strict=True):
+            for column in columns:
+                values = [getattr(row, column.name) for row in block]
                 data = group[column.name]
                 data.resize((start + len(block),))
                 data[start:] = np.asarray(values, dtype=column.dtype)
@@ -259,14 +256,17 @@ def _read(file: h5py.File, path: Path) -> RankRecord:
     attributes = {name: plain(value) for name, value in file.attrs.items()}
     if attributes.get("format") != FORMAT or attributes.get("content") != "rank":
         raise UserError(f"{path}: expected the run file of a rank, found another HDF5 file")
+    check_version(path, attributes)
+    # Before the rows: a rank that has ended by now has written all of them.
+    states = [state for slot in range(2) if (state := _state(file["state"], slot))]
+    newest = max(states, key=lambda state: state["sequence"])
     tables = {}
     for table, columns in TABLES.items():
         group = file[table]
         # A kill between two columns leaves the first ones longer.
-        rows = min(group[column.name].shape[0] for column in columns)
-        tables[table] = {column.name: group[column.name][:rows] for column in columns}
-    states = [state for slot in range(2) if (state := _state(file["state"], slot))]
-    newest = max(states, key=lambda state: state["sequence"])
+        data = {column.name: group[stored_name(column.name, group)] for column in columns}
+        rows = min(column.shape[0] for column in data.values())
+        tables[table] = {name: column[:rows] for name, column in data.items()}
     return RankRecord(attributes, tables, newest["status"], newest["counters"])
 
 

@@ -7,7 +7,8 @@ Fractions (accuracies) run from 0 to 1. A column's unit is "1" where it has none
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -20,17 +21,21 @@ __all__ = [
     "INITIATED",
     "KINDS",
     "LIBVER",
-    "OLD_RANK_COLUMNS",
     "RANKS",
+    "ROWS",
     "SKIPPED",
     "TABLES",
     "UNKNOWN_AGE",
     "Column",
+    "EvaluationRow",
+    "ExchangeRow",
+    "Row",
+    "TrainRow",
     "rank_column",
 ]
 
 FORMAT = "mpi_dasgd"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # 'latest' would write HDF5 2.0 files, which the h5dump of current distributions cannot read.
 LIBVER = ("v110", "v110")
@@ -59,66 +64,114 @@ class Column(NamedTuple):
         return self.missing if self.dtype.startswith("i") else float("nan")
 
 
-_STEP = Column("step", "i8", "steps", "local step of this rank")
-_TIME = Column("time", "f8", "s", "wall time since the start of the run")
-_SAMPLES = Column("samples", "i8", "samples", "samples this rank has processed so far")
-_PROGRESS = Column("progress", "i8", "samples", "samples all ranks have processed, as seen here")
-_MILESTONE = Column("milestone", "i4", "1", "index of the evaluation, the same on all ranks")
+class Unit(NamedTuple):
+    """What the annotation of a row's field says of its column."""
 
-# The first column of a table is its dimension scale in the run file of a rank.
-TABLES: dict[str, tuple[Column, ...]] = {
-    "train": (
-        _STEP,
-        _TIME,
-        _SAMPLES,
-        _PROGRESS,
-        Column("loss", "f8", "1", "training loss of the step's batch"),
-        Column("learning_rate", "f8", "1", "step size"),
-        Column("compute_s", "f8", "s", "time in forward, backward and update"),
-        Column("exchange_s", "f8", "s", "time in exchange: encode, decode, average, window calls"),
-        Column("wait_s", "f8", "s", "time spent waiting for other ranks"),
-        Column(
-            "delay", "i8", "gradients", "gradients of other ranks since this one's model was taken"
-        ),
-        Column("delay_factor", "f8", "1", "what the rule for delays multiplied the step size by"),
-    ),
-    "exchange": (
-        _STEP,
-        _TIME,
-        Column("partner", "i4", "1", "rank exchanged with"),
-        Column(
-            "kind",
+    dtype: str
+    unit: str
+    long_name: str
+    missing: int = -1
+
+
+_STEP = Unit("i8", "steps", "local step of this rank")
+_TIME = Unit("f8", "s", "wall time since the start of the run")
+_SAMPLES = Unit("i8", "samples", "samples this rank has processed so far")
+_TOTAL_SAMPLES = Unit("i8", "samples", "samples all ranks have processed, as seen here")
+_MILESTONE = Unit("i4", "1", "index of the evaluation, the same on all ranks")
+
+
+# Keywords only: exchanged values of one type would be written without anybody noticing.
+@dataclass(slots=True, kw_only=True)
+class TrainRow:
+    """One local step of a rank."""
+
+    step: Annotated[int, _STEP]
+    time_s: Annotated[float, _TIME]
+    samples: Annotated[int, _SAMPLES]
+    total_samples: Annotated[int, _TOTAL_SAMPLES]
+    loss: Annotated[float, Unit("f8", "1", "training loss of the step's batch")]
+    learning_rate: Annotated[float, Unit("f8", "1", "step size")]
+    compute_s: Annotated[float, Unit("f8", "s", "time in forward, backward and update")]
+    exchange_s: Annotated[
+        float, Unit("f8", "s", "time in exchange: encode, decode, average, window calls")
+    ]
+    wait_s: Annotated[float, Unit("f8", "s", "time spent waiting for other ranks")]
+    delay: Annotated[
+        int, Unit("i8", "gradients", "gradients of other ranks since this one's model was taken")
+    ]
+    delay_factor: Annotated[
+        float, Unit("f8", "1", "what the rule for delays multiplied the step size by")
+    ]
+
+
+@dataclass(slots=True, kw_only=True)
+class ExchangeRow:
+    """One exchange of a rank with a partner, or one that was skipped."""
+
+    step: Annotated[int, _STEP]
+    time_s: Annotated[float, _TIME]
+    partner: Annotated[int, Unit("i4", "1", "rank exchanged with")]
+    kind: Annotated[
+        int,
+        Unit(
             "i1",
             "1",
             "0 initiated here, 1 absorbed, 2 skipped: no partner found, 3 gradient applied here",
         ),
-        Column("partner_step", "i8", "steps", "local step at which the partner sent its state"),
-        Column(
-            "age_steps",
+    ]
+    partner_step: Annotated[
+        int, Unit("i8", "steps", "local step at which the partner sent its state")
+    ]
+    age_steps: Annotated[
+        int,
+        Unit(
             "i8",
             "steps",
             "steps by which the partner's state lagged behind (negative: ahead)",
             missing=UNKNOWN_AGE,
         ),
-        Column("age_s", "f8", "s", "time since the partner sent its state"),
-        Column("bytes", "i8", "bytes", "payload this rank moved in window calls"),
-        Column("retries", "i4", "1", "attempts that failed before this outcome"),
-        Column("distance", "f8", "1", "||x_i - x_j||_2 of the two models before their average"),
-        Column("rejected", "i4", "buckets", "buckets of the partner's model not decoded"),
-        Column(
-            "staleness", "i8", "gradients", "|G_i ^ G_j|: gradients that one side has and not both"
-        ),
-    ),
-    "evaluation": (
-        _MILESTONE,
-        _STEP,
-        _TIME,
-        _SAMPLES,
-        _PROGRESS,
-        Column("test_loss", "f8", "1", "test loss of this rank's model"),
-        Column("test_accuracy", "f8", "1", "test accuracy of this rank's model"),
-    ),
+    ]
+    age_s: Annotated[float, Unit("f8", "s", "time since the partner sent its state")]
+    bytes: Annotated[int, Unit("i8", "bytes", "payload this rank moved in window calls")]
+    retries: Annotated[int, Unit("i4", "1", "attempts that failed before this outcome")]
+    distance: Annotated[
+        float, Unit("f8", "1", "||x_i - x_j||_2 of the two models before their average")
+    ]
+    rejected: Annotated[int, Unit("i4", "buckets", "buckets of the partner's model not decoded")]
+    set_staleness: Annotated[
+        int, Unit("i8", "gradients", "|G_i ^ G_j|: gradients that one side has and not both")
+    ]
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationRow:
+    """One evaluation of a rank's own model."""
+
+    milestone: Annotated[int, _MILESTONE]
+    step: Annotated[int, _STEP]
+    time_s: Annotated[float, _TIME]
+    samples: Annotated[int, _SAMPLES]
+    total_samples: Annotated[int, _TOTAL_SAMPLES]
+    test_loss: Annotated[float, Unit("f8", "1", "test loss of this rank's model")]
+    test_accuracy: Annotated[float, Unit("f8", "1", "test accuracy of this rank's model")]
+
+
+Row = TrainRow | ExchangeRow | EvaluationRow
+ROWS: dict[str, type[Row]] = {
+    "train": TrainRow,
+    "exchange": ExchangeRow,
+    "evaluation": EvaluationRow,
 }
+
+
+def _columns(row: type[Row]) -> tuple[Column, ...]:
+    """Return the columns of a table from the annotations of its row."""
+    hints = get_type_hints(row, include_extras=True)
+    return tuple(Column(name, *hint.__metadata__[0]) for name, hint in hints.items())
+
+
+# The first column of a table is its dimension scale in the run file of a rank.
+TABLES: dict[str, tuple[Column, ...]] = {table: _columns(row) for table, row in ROWS.items()}
 
 # One row per rank. Counters of other names are added by `rank_column`.
 RANKS: tuple[Column, ...] = (
@@ -160,10 +213,10 @@ RANKS: tuple[Column, ...] = (
 
 # One row per milestone, measured over all ranks at the same index.
 CONSENSUS: tuple[Column, ...] = (
-    _MILESTONE,
-    Column("progress", "i8", "samples", "samples all ranks had processed"),
+    Column("milestone", *_MILESTONE),
+    Column("total_samples", "i8", "samples", "samples all ranks had processed"),
     Column("samples", "i8", "samples", "samples processed, summed over the ranks"),
-    Column("time", "f8", "s", "wall time since the start of the run, latest rank"),
+    Column("time_s", "f8", "s", "wall time since the start of the run, latest rank"),
     Column("mean_test_loss", "f8", "1", "test loss of the mean of all models"),
     Column("mean_test_accuracy", "f8", "1", "test accuracy of the mean of all models"),
     Column("worst_test_accuracy", "f8", "1", "lowest test accuracy of any rank's model"),
@@ -171,10 +224,6 @@ CONSENSUS: tuple[Column, ...] = (
     Column("consensus_distance", "f8", "1", "mean over ranks of ||x_i - mean||^2"),
     Column("consensus_relative", "f8", "1", "consensus distance / ||mean||^2"),
 )
-
-
-OLD_RANK_COLUMNS = {f"delay_{name}": f"server_delay_{name}" for name in ("mean", "average", "max")}
-"""Names that columns of /ranks had in older files, and their names now."""
 
 
 def rank_column(name: str, values: Iterable[float]) -> Column:

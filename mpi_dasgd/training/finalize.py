@@ -214,9 +214,9 @@ class _ConsensusTable:
         loss, accuracy = self._evaluator.evaluate(mean, buffers)
         row: dict[str, float] = {
             "milestone": milestone,
-            "progress": max(s.total_samples for s in models),
+            "total_samples": max(s.total_samples for s in models),
             "samples": sum(s.samples for s in models),
-            "time": max(s.time_s for s in models),
+            "time_s": max(s.time_s for s in models),
             "mean_test_loss": loss,
             "mean_test_accuracy": accuracy,
             "worst_test_accuracy": min(accuracies),

@@ -10,7 +10,14 @@ import numpy as np
 
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.storage.runfile import RunFile
-from mpi_dasgd.storage.schema import APPLIED, INITIATED, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import (
+    APPLIED,
+    INITIATED,
+    UNKNOWN_AGE,
+    EvaluationRow,
+    ExchangeRow,
+    TrainRow,
+)
 from mpi_dasgd.training.decentralized import Decentralized
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
@@ -52,19 +59,40 @@ class Recorder:
         training = self._training
         self.loss = loss
         self._file.append(
-            "train", training.local.local_step, training.elapsed, training.samples,
-            training.total_samples, loss, _learning_rate(training.local), compute_seconds,
-            exchange_seconds, wait_seconds, training.delay, training.delay_factor,
-        )  # fmt: skip
+            TrainRow(
+                step=training.local.local_step,
+                time_s=training.elapsed,
+                samples=training.samples,
+                total_samples=training.total_samples,
+                loss=loss,
+                learning_rate=_learning_rate(training.local),
+                compute_s=compute_seconds,
+                exchange_s=exchange_seconds,
+                wait_s=wait_seconds,
+                delay=training.delay,
+                delay_factor=training.delay_factor,
+            )
+        )
 
     def record_exchange(self, exchange: ExchangeRecord) -> None:
         """Record an exchange, or a gradient of another rank."""
         age = exchange.step - exchange.partner_step if exchange.partner >= 0 else UNKNOWN_AGE
         self._file.append(
-            "exchange", exchange.step, self._training.elapsed, exchange.partner, exchange.kind,
-            exchange.partner_step, age, exchange.age_s, exchange.nbytes, exchange.retries,
-            exchange.distance, exchange.rejected, exchange.set_staleness,
-        )  # fmt: skip
+            ExchangeRow(
+                step=exchange.step,
+                time_s=self._training.elapsed,
+                partner=exchange.partner,
+                kind=exchange.kind,
+                partner_step=exchange.partner_step,
+                age_steps=age,
+                age_s=exchange.age_s,
+                bytes=exchange.nbytes,
+                retries=exchange.retries,
+                distance=exchange.distance,
+                rejected=exchange.rejected,
+                set_staleness=exchange.set_staleness,
+            )
+        )
         if exchange.kind in (INITIATED, APPLIED):
             self._recent_ages.append(max(0, age))
             self._oldest = max(self._oldest, age)
@@ -80,8 +108,18 @@ class Recorder:
             loss, accuracy: what was measured.
         """
         self._accuracy = accuracy
-        local_step = self._training.local.local_step
-        self._file.append("evaluation", milestone, local_step, *when, loss, accuracy)
+        elapsed, samples, total_samples = when
+        self._file.append(
+            EvaluationRow(
+                milestone=milestone,
+                step=self._training.local.local_step,
+                time_s=elapsed,
+                samples=samples,
+                total_samples=total_samples,
+                test_loss=loss,
+                test_accuracy=accuracy,
+            )
+        )
 
     def close(self, status: str) -> None:
         """Close the run file, with the counters of the run and `status`, how the rank ended."""

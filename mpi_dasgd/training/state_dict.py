@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.checkpoint import good_steps, load
+from mpi_dasgd.storage.checkpoint import good_indices, load
 from mpi_dasgd.training.decentralized import Decentralized
 
 __all__ = ["load_checkpoint", "state_dict"]
@@ -65,14 +65,14 @@ def load_checkpoint(training: Decentralized, directory: Path) -> int:
     world = training.world
     with world.collective_errors():
         arrays, meta = load(directory, training.rank, size=training.size)
-        common = set(good_steps(directory, training.rank))
-    for steps in world.comm.allgather(common):
-        common &= steps
+        common = set(good_indices(directory, training.rank))
+    for indices in world.comm.allgather(common):
+        common &= indices
     with world.collective_errors():
         if not common:
             raise UserError(f"{directory}: no checkpoint is whole for all ranks")
-        if meta["step"] != max(common):
-            arrays, meta = load(directory, training.rank, step=max(common), size=training.size)
+        if meta["index"] != max(common):
+            arrays, meta = load(directory, training.rank, index=max(common), size=training.size)
         _load_state(training, arrays, meta)
     local_steps = world.comm.allgather(training.local.local_step)
     with world.collective_errors():

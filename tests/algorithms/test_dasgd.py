@@ -234,8 +234,8 @@ class Recorded(Watched):
     @property
     def results(self) -> Results:
         names = {
-            "train": ("step", "time"),
-            "exchange": ("step", "time", "partner", "kind", "partner_step"),
+            "train": ("step", "time_s"),
+            "exchange": ("step", "time_s", "partner", "kind", "partner_step"),
         }
         records, tables = {}, {}
         for table, columns in names.items():
@@ -245,10 +245,10 @@ class Recorded(Watched):
             for row, part in zip(padded, parts, strict=True):
                 row[: len(part)] = part
             tables[table] = {
-                name: padded[..., i] if name == "time" else padded[..., i].astype(np.int64)
+                name: padded[..., i] if name == "time_s" else padded[..., i].astype(np.int64)
                 for i, name in enumerate(columns)
             }
-        return Results({"ranks": self.size}, np.arange(self.size), records, tables, {})
+        return Results({"world_size": self.size}, np.arange(self.size), records, tables, {})
 
 
 @pytest.mark.parametrize("graph", ["complete", "ring"])

@@ -26,7 +26,7 @@ from mpi_dasgd.analysis.verdict import common_target, labels, shorten, verdict
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.results import consolidate, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path
-from mpi_dasgd.storage.schema import TABLES, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import TABLES, UNKNOWN_AGE, EvaluationRow, ExchangeRow, TrainRow
 from tests.storage.test_results import MILESTONES, write_run
 
 SUMMARY_KEYS = {
@@ -47,26 +47,122 @@ def write_tiny_run(directory: Path, consensus: bool = True) -> None:
         )
         for step in range(1, steps + 1):
             seconds = step * 1.5 if rank == 0 else 2.0
-            late = (2, 0.5) if (rank, step) == (0, 2) else (0, 1.0)
+            delay, factor = (2, 0.5) if (rank, step) == (0, 2) else (0, 1.0)
             record.append(
-                "train", step, seconds, 100 * step, 150 * step, 0.5, 0.1, 1, 0.4, 0.1, *late
+                TrainRow(
+                    step=step,
+                    time_s=seconds,
+                    samples=100 * step,
+                    total_samples=150 * step,
+                    loss=0.5,
+                    learning_rate=0.1,
+                    compute_s=1,
+                    exchange_s=0.4,
+                    wait_s=0.1,
+                    delay=delay,
+                    delay_factor=factor,
+                )
             )
         for milestone in range(2):
             accuracy = (0.80, 0.90)[milestone] - 0.10 * rank
             time = (1.0, 2.5)[milestone] + 0.25 * rank
-            row = (milestone, 1, time, 50, 100 * (milestone + 1), 0.3, accuracy)
-            record.append("evaluation", *row)
+            record.append(
+                EvaluationRow(
+                    milestone=milestone,
+                    step=1,
+                    time_s=time,
+                    samples=50,
+                    total_samples=100 * (milestone + 1),
+                    test_loss=0.3,
+                    test_accuracy=accuracy,
+                )
+            )
         if rank == 0:
-            record.append("exchange", 1, 1.0, 1, 0, 3, -2, 0.1, 1000, 0, 0.5, 0, -1)
-            record.append("exchange", 2, 2.0, 1, 0, 1, 5, 0.2, 3000, 1, 0.5, 0, -1)
-            record.append("exchange", 2, 2.1, -1, 2, -1, UNKNOWN_AGE, np.nan, 0, 4, 0.5, 0, -1)
+            record.append(
+                ExchangeRow(
+                    step=1,
+                    time_s=1.0,
+                    partner=1,
+                    kind=0,
+                    partner_step=3,
+                    age_steps=-2,
+                    age_s=0.1,
+                    bytes=1000,
+                    retries=0,
+                    distance=0.5,
+                    rejected=0,
+                    set_staleness=-1,
+                )
+            )
+            record.append(
+                ExchangeRow(
+                    step=2,
+                    time_s=2.0,
+                    partner=1,
+                    kind=0,
+                    partner_step=1,
+                    age_steps=5,
+                    age_s=0.2,
+                    bytes=3000,
+                    retries=1,
+                    distance=0.5,
+                    rejected=0,
+                    set_staleness=-1,
+                )
+            )
+            record.append(
+                ExchangeRow(
+                    step=2,
+                    time_s=2.1,
+                    partner=-1,
+                    kind=2,
+                    partner_step=-1,
+                    age_steps=UNKNOWN_AGE,
+                    age_s=np.nan,
+                    bytes=0,
+                    retries=4,
+                    distance=0.5,
+                    rejected=0,
+                    set_staleness=-1,
+                )
+            )
         else:
-            record.append("exchange", 1, 1.1, 0, 1, 0, 3, 0.2, 500, 0, 0.5, 0, -1)
-            record.append("exchange", 1, 1.2, 0, 3, 0, 4, 0.3, 900, 0, np.nan, 0, 6)  # a gradient
+            record.append(
+                ExchangeRow(
+                    step=1,
+                    time_s=1.1,
+                    partner=0,
+                    kind=1,
+                    partner_step=0,
+                    age_steps=3,
+                    age_s=0.2,
+                    bytes=500,
+                    retries=0,
+                    distance=0.5,
+                    rejected=0,
+                    set_staleness=-1,
+                )
+            )
+            record.append(
+                ExchangeRow(
+                    step=1,
+                    time_s=1.2,
+                    partner=0,
+                    kind=3,
+                    partner_step=0,
+                    age_steps=4,
+                    age_s=0.3,
+                    bytes=900,
+                    retries=0,
+                    distance=np.nan,
+                    rejected=0,
+                    set_staleness=6,
+                )
+            )  # a gradient
         record.close("finished", {"bytes_sent": 2000 * (1 - rank) + 4000})
     table = {
-        "progress": [100, 200],
-        "time": [1.25, 2.75],
+        "total_samples": [100, 200],
+        "time_s": [1.25, 2.75],
         "mean_test_loss": [0.4, 0.25],
         "mean_test_accuracy": [0.85, 0.95],
         "worst_test_accuracy": [0.70, 0.80],
@@ -156,8 +252,7 @@ def test_without_results_the_rank_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_live_run_reports(tmp_path: Path) -> None:
     record = RunFile(rank_path(tmp_path, 0), rank=0, size=2, attributes={"algorithm": "alone"})
-    row = [1.0] * len(TABLES["train"])
-    record.append("train", *row)
+    record.append(TrainRow(**{column.name: 1 for column in TABLES["train"]}))
     record.flush()
     code = (
         "import sys; from mpi_dasgd.analysis.load import load_run;"
@@ -191,7 +286,7 @@ def test_json_is_json(runs: list[Run]) -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert [entry["algorithm"] for entry in report] == ["swarm", "adpsgd", "allreduce"]
     assert [rank["rank"] for rank in report[0]["per_rank"]] == [0, 1, 2, 3]
-    assert len(report[0]["milestones"]["time"]) == MILESTONES
+    assert len(report[0]["milestones"]["time_s"]) == MILESTONES
     assert report[0]["provenance"]["mpi_library"] == "MPICH 5.0"
     assert report[0]["config"]["batch"] == 32
 

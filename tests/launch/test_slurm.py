@@ -76,7 +76,7 @@ def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
     assert (job.state, job.code) == ("COMPLETED", 0), job.output
     results = _results(tmp_path)
     assert results["status"] == "finished"
-    assert results["ranks"] == 4
+    assert results["world_size"] == 4
     assert results["nodes"] == 2
     assert results["transport"] == "in place within a node, Get and Put between nodes"
     assert results["of_ranks"]["local_rank"] == [0, 1, 0, 1]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.storage.checkpoint import Checkpoints, good_steps, load
+from mpi_dasgd.storage.checkpoint import Checkpoints, good_indices, load
 from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.training import trainer
 
@@ -28,44 +28,44 @@ import sys
 import numpy as np
 from mpi_dasgd.storage.checkpoint import Checkpoints
 saves = Checkpoints(sys.argv[1], 0, 1)
-step = 0
+index = 0
 while True:
-    saves.save(step, {"model": np.full(500_000, step, "f4")}, {"next": step + 1})
+    saves.save(index, {"model": np.full(500_000, index, "f4")}, {"next": index + 1})
     saves.wait()
-    print(step, flush=True)
-    step += 1
+    print(index, flush=True)
+    index += 1
 """
 
 
-def state(step: int, rank: int = 0) -> dict[str, np.ndarray]:
-    random_numbers = np.random.default_rng([step, rank])
+def state(index: int, rank: int = 0) -> dict[str, np.ndarray]:
+    random_numbers = np.random.default_rng([index, rank])
     return {
         "model": random_numbers.standard_normal(3_000_000, dtype=np.float32),
         "optimizer/momentum": random_numbers.standard_normal((7, 5)),
         "rng": random_numbers.integers(0, 255, 64, dtype=np.uint8),
         "mask": np.array([True, False]),
-        "steps": np.array(step),
+        "index": np.array(index),
         "empty": np.zeros((0, 3)),
     }
 
 
-def save_all(directory: Path, steps: range, size: int = 2, **options: Any) -> list[Checkpoints]:
-    """Save `steps` of all ranks in one process and close."""
+def save_all(directory: Path, indices: range, size: int = 2, **options: Any) -> list[Checkpoints]:
+    """Save `indices` of all ranks in one process and close."""
     ranks = [Checkpoints(directory, rank, size, **options) for rank in range(size)]
-    for step in steps:
+    for index in indices:
         for rank in reversed(range(size)):
-            ranks[rank].save(step, state(step, rank), {"note": f"{step}.{rank}"})
+            ranks[rank].save(index, state(index, rank), {"note": f"{index}.{rank}"})
             ranks[rank].wait(0 if rank else 30)
     for each in ranks:
         each.close()
     return ranks
 
 
-def assert_state(directory: Path, step: int, size: int = 2) -> None:
+def assert_state(directory: Path, index: int, size: int = 2) -> None:
     for rank in range(size):
         arrays, meta = load(directory, rank)
-        assert meta == {"note": f"{step}.{rank}", "step": step, "rank": rank, "size": size}
-        expected = state(step, rank)
+        assert meta == {"note": f"{index}.{rank}", "index": index, "rank": rank, "size": size}
+        expected = state(index, rank)
         assert arrays.keys() == expected.keys()
         for name, array in expected.items():
             assert arrays[name].dtype == array.dtype
@@ -83,22 +83,22 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_state(tmp_path, 2)
-    assert good_steps(tmp_path, 0) == [1, 2]
+    assert good_indices(tmp_path, 0) == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         name
-        for step in ("step00000001", "step00000002")
-        for name in (f"{step}.json", f"{step}.rank00000.h5", f"{step}.rank00001.h5")
+        for index in ("checkpoint00000001", "checkpoint00000002")
+        for name in (f"{index}.json", f"{index}.rank00000.h5", f"{index}.rank00001.h5")
     )
 
 
 def test_files_are_contiguous_with_digests(tmp_path: Path) -> None:
     save_all(tmp_path, range(1))
-    with h5py.File(tmp_path / "step00000000.rank00000.h5") as file:
+    with h5py.File(tmp_path / "checkpoint00000000.rank00000.h5") as file:
         model = file["arrays/model"]
         assert model.chunks is None
         assert len(model.attrs["xxh3_128"]) == 32
         digest = file.attrs["digest"]
-    manifest = json.loads((tmp_path / "step00000000.json").read_text())
+    manifest = json.loads((tmp_path / "checkpoint00000000.json").read_text())
     assert manifest["files"][0]["digest"] == digest
 
 
@@ -122,13 +122,13 @@ def test_no_manifest_without_the_files_of_all_ranks(tmp_path: Path) -> None:
     assert first.wait()
     first.save(1, state(1, 0), {"note": "1.0"})
     assert not first.wait(timeout=0.3)
-    assert (tmp_path / "step00000001.rank00000.h5").exists()
+    assert (tmp_path / "checkpoint00000001.rank00000.h5").exists()
     assert_state(tmp_path, 0)
     # The late file makes it complete without any call by rank 0.
     second.save(1, state(1, 1), {"note": "1.1"})
     second.close()
     deadline = time.monotonic() + 20
-    while not (tmp_path / "step00000001.json").exists():
+    while not (tmp_path / "checkpoint00000001.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert_state(tmp_path, 1)
@@ -156,7 +156,7 @@ def test_files_of_the_dead_are_not_waited_for(tmp_path: Path) -> None:
     started = time.monotonic()
     assert not first.close(20, dead=lambda: {2} if time.monotonic() - started > 0.3 else set())
     assert 0.3 <= time.monotonic() - started < 10
-    assert good_steps(tmp_path, 0) == [0]
+    assert good_indices(tmp_path, 0) == [0]
 
 
 class Budget:
@@ -190,10 +190,10 @@ def test_the_last_checkpoint_is_saved_after_the_last_step(
     vars(rank).update(
         training=Budget(last),
         config=SimpleNamespace(
-            evaluation=SimpleNamespace(points=1), checkpoint=SimpleNamespace(points=2)
+            evaluation=SimpleNamespace(count=1), checkpoint=SimpleNamespace(count=2)
         ),
-        checkpoints=SimpleNamespace(save=lambda step, now, _: saved.append((step, now))),
-        progress=SimpleNamespace(due=False),
+        checkpoints=SimpleNamespace(save=lambda index, now, _: saved.append((index, now))),
+        progress_line=SimpleNamespace(due=False),
     )
     rank._train()
     assert saved == [(1, 0.6), (2, last)]
@@ -201,12 +201,12 @@ def test_the_last_checkpoint_is_saved_after_the_last_step(
 
 def test_a_lost_rank_does_not_fill_the_disk(tmp_path: Path) -> None:
     first, second = (Checkpoints(tmp_path, rank, 2) for rank in range(2))
-    for step in range(2):
+    for index in range(2):
         for saves, rank in ((first, 0), (second, 1)):
-            saves.save(step, state(step, rank), {"note": f"{step}.{rank}"})
+            saves.save(index, state(index, rank), {"note": f"{index}.{rank}"})
             saves.wait(0 if rank == 0 else 30)
-    for step in range(2, 12):
-        first.save(step, {"model": np.zeros(10)}, {})
+    for index in range(2, 12):
+        first.save(index, {"model": np.zeros(10)}, {})
     first.close(timeout=0)
     assert_state(tmp_path, 1)
     assert len(list(tmp_path.glob("*.rank00000.h5"))) == 2 + 4
@@ -215,17 +215,17 @@ def test_a_lost_rank_does_not_fill_the_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_damage_falls_back_to_the_older_checkpoint(tmp_path: Path, which: int) -> None:
     save_all(tmp_path, range(2))
-    damaged = tmp_path / f"step00000001.rank0000{which}.h5"
+    damaged = tmp_path / f"checkpoint00000001.rank0000{which}.h5"
     flip_a_bit(damaged, 6_000_000)
     with pytest.warns(UserWarning, match=rf"{damaged.name} is damaged.*back to checkpoint 0"):
         assert_state(tmp_path, 0)
-    # The rank whose own file is good would take step 1; agreement needs the intersection.
-    assert good_steps(tmp_path, 1 - which) == [0, 1]
+    # The rank whose own file is good would take index 1; agreement needs the intersection.
+    assert good_indices(tmp_path, 1 - which) == [0, 1]
     with pytest.warns(UserWarning, match="checkpoint 1 left out"):
-        assert good_steps(tmp_path, which) == [0]
-    assert load(tmp_path, 1 - which, step=1)[1]["step"] == 1
+        assert good_indices(tmp_path, which) == [0]
+    assert load(tmp_path, 1 - which, index=1)[1]["index"] == 1
     with pytest.raises(UserError, match=damaged.name):
-        load(tmp_path, which, step=1)
+        load(tmp_path, which, index=1)
 
 
 @pytest.mark.parametrize(
@@ -238,24 +238,26 @@ def test_damage_falls_back_to_the_older_checkpoint(tmp_path: Path, which: int) -
 )
 def test_every_file_damaged_names_them(tmp_path: Path, damage: Any, message: str) -> None:
     save_all(tmp_path, range(2))
-    for step in range(2):
-        damage(tmp_path / f"step0000000{step}.rank00001.h5")
-    with pytest.raises(UserError, match=rf"step00000001.rank00001.h5 {message}.*; .*step00000000"):
+    for index in range(2):
+        damage(tmp_path / f"checkpoint0000000{index}.rank00001.h5")
+    with pytest.raises(
+        UserError, match=rf"checkpoint00000001.rank00001.h5 {message}.*; .*checkpoint00000000"
+    ):
         load(tmp_path, 0)
 
 
 def test_a_changed_meta_is_found(tmp_path: Path) -> None:
     save_all(tmp_path, range(1))
-    with h5py.File(tmp_path / "step00000000.rank00000.h5", "r+") as file:
+    with h5py.File(tmp_path / "checkpoint00000000.rank00000.h5", "r+") as file:
         meta = file.attrs["meta_json"]
         file.attrs["meta_json"] = meta.replace("0.0", "0.1")
-    with pytest.raises(UserError, match=r"step00000000\.rank00000\.h5"):
+    with pytest.raises(UserError, match=r"checkpoint00000000\.rank00000\.h5"):
         load(tmp_path, 0)
 
 
 def test_a_torn_manifest_falls_back(tmp_path: Path) -> None:
     save_all(tmp_path, range(2))
-    manifest = tmp_path / "step00000001.json"
+    manifest = tmp_path / "checkpoint00000001.json"
     manifest.write_text(manifest.read_text()[:50])
     with pytest.warns(UserWarning, match="no complete manifest"):
         assert_state(tmp_path, 0)
@@ -285,11 +287,11 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 def test_resuming_removes_the_abandoned_branch(tmp_path: Path) -> None:
     save_all(tmp_path, range(3))
-    stale = tmp_path / "step00000003.rank00001.h5"
+    stale = tmp_path / "checkpoint00000003.rank00001.h5"
     stale.write_bytes(b"of the attempt that broke")
-    (tmp_path / "step00000003.rank00000.h5.tmp").write_bytes(b"torn")
+    (tmp_path / "checkpoint00000003.rank00000.h5.tmp").write_bytes(b"torn")
     resumed = Checkpoints(tmp_path, 0, 2, resumed=1)
-    assert {path.name[:12] for path in tmp_path.iterdir()} == {"step00000001"}
+    assert {path.name[:18] for path in tmp_path.iterdir()} == {"checkpoint00000001"}
     resumed.save(2, state(2, 0), {"note": "again"})
     assert not resumed.close(timeout=0)
     assert_state(tmp_path, 1)
@@ -319,6 +321,6 @@ def test_sigkill_keeps_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
                 if line.endswith("\n"):
                     acknowledged = int(line)
         arrays, meta = load(directory, 0)
-        assert meta["step"] >= acknowledged
-        assert meta["next"] == meta["step"] + 1
-        assert (arrays["model"] == meta["step"]).all()
+        assert meta["index"] >= acknowledged
+        assert meta["next"] == meta["index"] + 1
+        assert (arrays["model"] == meta["index"]).all()

@@ -17,7 +17,16 @@ import xarray as xr
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path, read_run_file
-from mpi_dasgd.storage.schema import ABSORBED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import (
+    ABSORBED,
+    INITIATED,
+    SKIPPED,
+    TABLES,
+    UNKNOWN_AGE,
+    EvaluationRow,
+    ExchangeRow,
+    TrainRow,
+)
 
 MILESTONES = 12
 
@@ -73,18 +82,19 @@ def write_run(
         moved = 0
         for step in range(steps):
             record.append(
-                "train",
-                step + 1,
-                seconds[step],
-                (step + 1) * batch,
-                int(progress[step]),
-                loss[step],
-                0.05,
-                step_s[rank] * 0.85,
-                step_s[rank] * 0.15,
-                1 / speeds[rank] - step_s[rank],
-                0 if wait_s else int(random.poisson(size - 1)),
-                1.0,
+                TrainRow(
+                    step=step + 1,
+                    time_s=seconds[step],
+                    samples=(step + 1) * batch,
+                    total_samples=int(progress[step]),
+                    loss=loss[step],
+                    learning_rate=0.05,
+                    compute_s=step_s[rank] * 0.85,
+                    exchange_s=step_s[rank] * 0.15,
+                    wait_s=1 / speeds[rank] - step_s[rank],
+                    delay=0 if wait_s else int(random.poisson(size - 1)),
+                    delay_factor=1.0,
+                ),
             )
             if wait_s or step % 2:
                 continue
@@ -94,31 +104,35 @@ def write_run(
             moved += payload * (kind == INITIATED)
             age = int(random.poisson(3)) + int((speeds[rank] / speeds[partner] - 1) * 5)
             record.append(
-                "exchange",
-                step + 1,
-                seconds[step],
-                -1 if kind == SKIPPED else partner,
-                kind,
-                -1 if kind == SKIPPED else step + 1 - age,
-                UNKNOWN_AGE if kind == SKIPPED else age,
-                float("nan") if kind == SKIPPED else age * step_s[rank],
-                payload if kind == INITIATED else 0,
-                int(random.poisson(0.1)),
-                float("nan"),
-                0,
-                -1,
+                ExchangeRow(
+                    step=step + 1,
+                    time_s=seconds[step],
+                    partner=-1 if kind == SKIPPED else partner,
+                    kind=kind,
+                    partner_step=-1 if kind == SKIPPED else step + 1 - age,
+                    age_steps=UNKNOWN_AGE if kind == SKIPPED else age,
+                    age_s=float("nan") if kind == SKIPPED else age * step_s[rank],
+                    bytes=payload if kind == INITIATED else 0,
+                    retries=int(random.poisson(0.1)),
+                    distance=float("nan"),
+                    rejected=0,
+                    set_staleness=-1,
+                ),
             )
         for milestone in range(MILESTONES):
             at = min(steps - 1, int(steps * (milestone + 1) / MILESTONES))
             record.append(
-                "evaluation",
-                milestone,
-                at + 1,
-                seconds[at],
-                (at + 1) * batch,
-                int(progress[at]),
-                0.1 + 2 * np.exp(-progress[at] / 22_000),
-                float(limit * (1 - np.exp(-progress[at] / 16_000)) - gap * rank / size),
+                EvaluationRow(
+                    milestone=milestone,
+                    step=at + 1,
+                    time_s=seconds[at],
+                    samples=(at + 1) * batch,
+                    total_samples=int(progress[at]),
+                    test_loss=0.1 + 2 * np.exp(-progress[at] / 22_000),
+                    test_accuracy=float(
+                        limit * (1 - np.exp(-progress[at] / 16_000)) - gap * rank / size
+                    ),
+                ),
             )
         record.close(
             (close or {}).get(rank, "finished"),
@@ -130,9 +144,9 @@ def write_run(
         0.9 * np.exp(-progress / 60_000) * (gap / 0.012) * random.lognormal(0, 0.1, MILESTONES)
     )
     return {
-        "progress": progress,
+        "total_samples": progress,
         "samples": progress,
-        "time": wall * np.arange(1, MILESTONES + 1) / MILESTONES,
+        "time_s": wall * np.arange(1, MILESTONES + 1) / MILESTONES,
         "mean_test_loss": 0.08 + 2 * np.exp(-progress / 22_000),
         "mean_test_accuracy": accuracy,
         "worst_test_accuracy": accuracy - gap,
@@ -181,7 +195,7 @@ def test_root_attributes(run: Any) -> None:
         attributes = dict(file.attrs)
     assert attributes["algorithm"] == "swarm"
     assert attributes["codec"] == "lattice8"
-    assert attributes["ranks"] == 4
+    assert attributes["world_size"] == 4
     assert attributes["seed"] == 1
     assert attributes["task"] == "digits-cnn"
     assert attributes["status"] == "finished"
@@ -237,9 +251,9 @@ def test_rank_table(run: Any) -> None:
         train = record.tables["train"]
         assert ranks["steps"][rank] == train["step"][-1]
         assert ranks["samples"][rank] == train["samples"][-1]
-        assert ranks["wall_s"][rank] == train["time"][-1]
+        assert ranks["wall_s"][rank] == train["time_s"][-1]
         assert ranks["samples_per_s"][rank] == pytest.approx(
-            train["samples"][-1] / train["time"][-1]
+            train["samples"][-1] / train["time_s"][-1]
         )
         assert ranks["bytes_sent"][rank] == record.counters["bytes_sent"]
         assert ranks["local_rank"][rank] == rank % 2
@@ -256,7 +270,7 @@ def test_lost_and_killed_ranks_are_reported(tmp_path: Path) -> None:
         assert "rank00001.h5 is missing" in file.attrs["ranks_lost_reason"]
         assert "rank00002.h5" in file.attrs["ranks_lost_reason"]
         assert file.attrs["status"] == "degraded"
-        assert file.attrs["ranks"] == 4
+        assert file.attrs["world_size"] == 4
         assert file["train/rank"][()].tolist() == [0, 3]
         assert "consensus" not in file
         own = file["train/loss"][1, : file["train/records"][1]]
@@ -287,10 +301,10 @@ def test_consolidate_waits_for_late_ranks(tmp_path: Path) -> None:
     rank_path(tmp_path, 0).unlink()
     RunFile(rank_path(tmp_path, 0), rank=0, size=2, attributes={}).close("finished", {})
     late = RunFile(rank_path(tmp_path, 1), rank=1, size=2, attributes={})
-    row = [first.tables["train"][column.name][0] for column in TABLES["train"]]
+    row = TrainRow(**{name: values[0] for name, values in first.tables["train"].items()})
 
     def end() -> None:
-        late.append("train", *row)
+        late.append(row)
         late.close("finished", {"messages": 1})
 
     threading.Timer(0.3, end).start()
@@ -337,5 +351,5 @@ def test_consensus_is_checked(run: Any) -> None:
     with pytest.raises(ValueError, match="unknown columns"):
         consolidate(directory, {"accuracy": np.zeros(3)})
     with pytest.raises(ValueError, match="different lengths"):
-        consolidate(directory, consensus | {"time": np.zeros(3)})
+        consolidate(directory, consensus | {"time_s": np.zeros(3)})
     assert not list(directory.glob("*.tmp"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import h5py
@@ -19,25 +20,65 @@ import xarray as xr
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.runfile import CHUNK_ROWS, RunFile, read_run_file
-from mpi_dasgd.storage.schema import TABLES
+from mpi_dasgd.storage.schema import FORMAT_VERSION, ROWS, TABLES, ExchangeRow, TrainRow
 
 WRITER = """
 import sys
 from mpi_dasgd.storage.runfile import RunFile
+from mpi_dasgd.storage.schema import ExchangeRow, TrainRow
 record = RunFile(sys.argv[1], rank=3, size=4, attributes={"config_json": "{}"})
 step = 0
 while True:
     for _ in range(37):
-        record.append("train", step, step / 2, step, 4 * step, 1 / (step + 1), 0.1, 1, 2, 3, 4, 1)
+        record.append(
+            TrainRow(
+                step=step, time_s=step / 2, samples=step, total_samples=4 * step,
+                loss=1 / (step + 1), learning_rate=0.1, compute_s=1, exchange_s=2, wait_s=3,
+                delay=4, delay_factor=1,
+            )
+        )
         step += 1
-    record.append("exchange", step, step * 0.5, 1, 0, step, 0, 0.1, 1000, 0, 0.5, 0, -1)
+    record.append(
+        ExchangeRow(
+            step=step, time_s=step / 2, partner=1, kind=0, partner_step=step, age_steps=0,
+            age_s=0.1, bytes=1000, retries=0, distance=0.5, rejected=0, set_staleness=-1,
+        )
+    )
     record.flush({"messages": step})
     print(step, flush=True)
 """
 
 
-def train_row(step: int) -> tuple[float, ...]:
-    return (step, step * 0.5, step * 32, step * 128, 1 / (step + 1), 0.1, 0.01, 0.002, 0.0, 3, 0.5)
+def train_row(step: int) -> TrainRow:
+    return TrainRow(
+        step=step,
+        time_s=step * 0.5,
+        samples=step * 32,
+        total_samples=step * 128,
+        loss=1 / (step + 1),
+        learning_rate=0.1,
+        compute_s=0.01,
+        exchange_s=0.002,
+        wait_s=0.0,
+        delay=3,
+        delay_factor=0.5,
+    )
+
+
+EXCHANGE = ExchangeRow(
+    step=4,
+    time_s=0.2,
+    partner=2,
+    kind=1,
+    partner_step=9,
+    age_steps=-5,
+    age_s=0.01,
+    bytes=4096,
+    retries=1,
+    distance=0.5,
+    rejected=0,
+    set_staleness=7,
+)
 
 
 def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
@@ -46,8 +87,8 @@ def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
     attributes = {"config_json": '{"a": 1}', "seed": 7, **provenance()}
     with RunFile(path, rank=1, size=4, attributes=attributes) as record:
         for step in range(rows):
-            record.append("train", *train_row(step))
-        record.append("exchange", 4, 0.2, 2, 1, 9, -5, 0.01, 4096, 1, 0.5, 0, 7)
+            record.append(train_row(step))
+        record.append(EXCHANGE)
         record.close("finished", {"messages": np.int64(12), "bytes_sent": 1 << 40, "idle_s": 0.25})
     read = read_run_file(path)
     assert read.status == "finished"
@@ -56,12 +97,14 @@ def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
     assert read.attributes["rank"] == 1
     assert read.attributes["size"] == 4
     assert read.attributes["started"] == attributes["started"]
-    expected = np.array([train_row(step) for step in range(rows)])
-    for index, column in enumerate(TABLES["train"]):
+    for column in TABLES["train"]:
         values = read.tables["train"][column.name]
         assert values.dtype == column.dtype
-        np.testing.assert_array_equal(values, expected[:, index])
-    assert read.tables["exchange"]["age_steps"].tolist() == [-5]
+        expected = [getattr(train_row(step), column.name) for step in range(rows)]
+        np.testing.assert_array_equal(values, expected)
+    assert {name: values.tolist() for name, values in read.tables["exchange"].items()} == {
+        name: [value] for name, value in asdict(EXCHANGE).items()
+    }
     assert read.tables["evaluation"]["milestone"].shape == (0,)
 
 
@@ -87,7 +130,7 @@ def test_append_does_not_touch_the_file(tmp_path: Path) -> None:
         # Processor time of this thread: what else runs on the machine does not count.
         start = time.thread_time()
         for _ in range(20_000):
-            record.append("train", *row)
+            record.append(row)
         mean = (time.thread_time() - start) / 20_000
     # Appended in some microseconds; a row through HDF5 takes over a hundred.
     assert mean < 50e-6
@@ -98,7 +141,7 @@ def test_xarray_reads_a_live_file(tmp_path: Path) -> None:
     path = tmp_path / "rank00000.h5"
     with RunFile(path, rank=0, size=1, attributes={}) as record:
         for step in range(10):
-            record.append("train", *train_row(step))
+            record.append(train_row(step))
         record.flush({"messages": 3})
         live = read_run_file(path)
         assert live.status == "running"
@@ -119,7 +162,7 @@ def test_xarray_reads_a_live_file(tmp_path: Path) -> None:
         )
     size, total, *name = done.stdout.split()
     assert int(size) == 10
-    assert float(total) == pytest.approx(sum(train_row(step)[4] for step in range(10)))
+    assert float(total) == pytest.approx(sum(train_row(step).loss for step in range(10)))
     assert " ".join(name) == "training loss of the step's batch"
     assert xr.open_dataset(path, engine="h5netcdf", group="train").sizes["step"] == 10
 
@@ -127,7 +170,7 @@ def test_xarray_reads_a_live_file(tmp_path: Path) -> None:
 def test_background_flush_without_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpi_dasgd.storage.runfile.FLUSH_SECONDS", 0.05)
     with RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={}) as record:
-        record.append("train", *train_row(5))
+        record.append(train_row(5))
         deadline = time.monotonic() + 20
         while not len(read_run_file(record.path).tables["train"]["step"]):
             assert time.monotonic() < deadline
@@ -164,7 +207,7 @@ def test_context_manager_records_failure(tmp_path: Path) -> None:
         pytest.raises(ZeroDivisionError),
         RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={}) as record,
     ):
-        record.append("train", *train_row(0))
+        record.append(train_row(0))
         raise ZeroDivisionError
     read = read_run_file(tmp_path / "r.h5")
     assert read.status == "failed"
@@ -177,12 +220,25 @@ def test_never_overwrites(tmp_path: Path) -> None:
         RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
 
 
-def test_a_row_of_the_wrong_length_is_an_error(tmp_path: Path) -> None:
-    record = RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
-    record.append("train", 1, 2.0)
-    with pytest.raises(ValueError, match="'train' has 11 values: step, time"):
-        record.flush()
-    record.close("failed", {})
+def test_values_of_a_row_are_named_so_that_none_are_exchanged() -> None:
+    values = list(asdict(EXCHANGE).values())
+    with pytest.raises(TypeError, match="positional"):
+        ExchangeRow(*values)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'partner'"):
+        ExchangeRow(**{k: v for k, v in asdict(EXCHANGE).items() if k != "partner"})
+
+
+def test_the_columns_of_a_table_are_the_fields_of_its_row() -> None:
+    for table, row in ROWS.items():
+        assert [column.name for column in TABLES[table]] == [field.name for field in fields(row)]
+
+
+def test_a_row_of_no_table_is_refused_at_once(tmp_path: Path) -> None:
+    with (
+        RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={}) as record,
+        pytest.raises(KeyError),
+    ):
+        record.append((1, 2.0))  # type: ignore[arg-type]
 
 
 def test_an_error_in_the_background_is_not_lost(
@@ -190,13 +246,22 @@ def test_an_error_in_the_background_is_not_lost(
 ) -> None:
     monkeypatch.setattr("mpi_dasgd.storage.runfile.FLUSH_SECONDS", 0.01)
     record = RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
-    record.append("train", 1, 2.0)
+    record.append(replace(train_row(0), loss="no number"))  # type: ignore[arg-type]
     time.sleep(0.3)
-    with pytest.raises(ValueError, match="11 values"):
+    with pytest.raises(ValueError, match="no number"):
         record.flush()
-    with pytest.raises(ValueError, match="11 values"):
+    with pytest.raises(ValueError, match="no number"):
         record.close("failed", {})
     assert read_run_file(record.path).status == "failed"
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.h5"
+    RunFile(path, rank=0, size=1, attributes={}).close("finished", {})
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = FORMAT_VERSION + 1
+    with pytest.raises(UserError, match=r"r\.h5: expected format version 2 or below, found 3"):
+        read_run_file(path)
 
 
 def test_not_a_run_file(tmp_path: Path) -> None:
@@ -230,7 +295,7 @@ def test_a_torn_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
 def test_a_file_cut_short_is_found_at_once(tmp_path: Path) -> None:
     cut_live, cut_closed = tmp_path / "live.h5", tmp_path / "closed.h5"
     with RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={}) as record:
-        record.append("train", *train_row(0))
+        record.append(train_row(0))
         record.flush()
         cut_live.write_bytes(record.path.read_bytes()[:-5000])
     cut_closed.write_bytes(record.path.read_bytes()[:-5000])
@@ -245,7 +310,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     path = tmp_path / "r.h5"
     with RunFile(path, rank=0, size=1, attributes={}) as record:
         for step in range(100):
-            record.append("train", *train_row(step))
+            record.append(train_row(step))
     with h5py.File(path) as file:
         offset = file["train/loss"].id.get_chunk_info(0).byte_offset
     content = bytearray(path.read_bytes())

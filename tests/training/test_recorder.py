@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mpi_dasgd.algorithms import ExchangeRecord
-from mpi_dasgd.storage.schema import APPLIED, INITIATED, SKIPPED, TABLES, UNKNOWN_AGE
+from mpi_dasgd.storage.schema import APPLIED, INITIATED, SKIPPED, UNKNOWN_AGE, Row
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.recorder import Recorder
@@ -21,12 +22,12 @@ class File:
     """Run file that keeps what it gets."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[Any, ...]] = []
+        self.rows: list[Row] = []
         self.closed: list[tuple[str, dict[str, float]]] = []
 
-    def append(self, table: str, *values: Any) -> None:
+    def append(self, row: Row) -> None:
         """Keep a row."""
-        self.rows.append((table, *values))
+        self.rows.append(row)
 
     def close(self, status: str, counters: dict[str, float]) -> None:
         """Keep the end."""
@@ -34,9 +35,7 @@ class File:
 
     def last(self) -> dict[str, Any]:
         """Return the newest row by column."""
-        table, *values = self.rows[-1]
-        columns = [column.name for column in TABLES[table]]
-        return dict(zip(columns, values, strict=True))
+        return asdict(self.rows[-1])
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def test_a_step_fills_its_row(file: File, training: SimpleNamespace, recorder: R
     _step(recorder, 1.25)
     row = file.last()
     assert (row["step"], row["samples"], row["loss"]) == (9, 100, 1.25)
-    assert 400 in row.values()  # samples of all ranks
+    assert row["total_samples"] == 400
     assert (row["compute_s"], row["exchange_s"], row["wait_s"]) == (0.1, 0.2, 0.3)
     assert (row["delay"], row["delay_factor"]) == (3, 0.5)
 

@@ -88,7 +88,7 @@ def test_four_ranks_learn_the_digits(
     assert "samples/s" in done.stdout
     with h5py.File(tmp_path / "run" / "results.h5") as file:
         assert file.attrs["status"] == "finished"
-        assert file.attrs["ranks"] == 4
+        assert file.attrs["world_size"] == 4
         config = json.loads(file.attrs["config_json"])
         samples = file["ranks/samples"][:].sum()
     # the budget of all ranks together is kept to a few batches
@@ -196,7 +196,7 @@ def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(2, whole, *settings)
     shutil.copytree(whole, parts)
-    newest = sorted((parts / "run" / "checkpoints").glob("step*.json"))[-1]
+    newest = sorted((parts / "run" / "checkpoints").glob("checkpoint*.json"))[-1]
     newest.unlink()  # as if the run had been cut off before its last checkpoint
     (parts / "run" / "model.h5").unlink()
     done = train(2, parts, *settings, "run.resume=true")
