@@ -42,7 +42,7 @@ TESTED_BY = {
     "training/test_train": ": __main__ cli errors / training: decentralized progress_line rank_parts "
     "state_dict synchronize trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown waiter",
-    "transport/test_failures": "transport: progress_context remote_peers",
+    "transport/test_failures": "transport: peer_views progress_context progress_engine remote_peers",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
     "transport/test_stress": "transport: payload_slots shared_memory windows",
