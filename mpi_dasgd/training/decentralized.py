@@ -81,8 +81,7 @@ class Decentralized:
         owns_world = environment is None  # else the owner reports the end of set-up
         self.world = environment = environment or start_world()
         self.rank, self.size = environment.rank, environment.size
-        if config is None:
-            config = _configure(algorithm, topology, codec, total_samples, seconds)
+        config = config or _configure(algorithm, topology, codec, total_samples, seconds)
         parts = build_rank(config, environment, model, optimizer, record)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
         self.codec, self.endpoint, self.algorithm = parts.codec, parts.endpoint, parts.algorithm
@@ -183,8 +182,7 @@ class Decentralized:
     def finish(self) -> None:
         """Stop exchanging, and absorb what others still send: after it no delta is in flight.
 
-        Ranks wait for each other's last messages here, but for no rank that has died. Called by
-        `close`; later calls do nothing.
+        Ranks wait here for each other's last messages, but for no dead rank's. Called by `close`.
         """
         if self.endpoint.membership.status[self.rank] == RUNNING:
             drain(self.endpoint, self.algorithm, self._waiter, self.local.local_step)
