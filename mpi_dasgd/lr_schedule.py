@@ -21,8 +21,8 @@ class Schedule:
       (Loshchilov and Hutter, 2017, without restarts).
     - `step`: multiplies by `config.gamma` at each of `config.milestones`.
 
-    A warm-up multiplies the factor by a line from `config.warmup_start_factor` at progress 0 to 1 at
-    progress `config.warmup`.
+    A warm-up multiplies the factor by a line that rises from `config.warmup_start_factor` at
+    progress 0 to 1 at progress `config.warmup`.
 
     Args:
         config: section ``schedule`` of a configuration.

@@ -13,8 +13,8 @@ from mpi_dasgd.errors import UserError
 
 __all__ = ["Straggler", "random_factor", "resolve_ranks"]
 
-RANDOM_KINDS = ("lognormal", "exponential")
-"""Kinds of which each rank draws its own factors."""
+RANDOM_DISTRIBUTIONS = ("lognormal", "exponential")
+"""Distributions of which each rank draws its own factors."""
 
 
 def resolve_ranks(ranks: Iterable[int], size: int) -> frozenset[int]:
@@ -32,19 +32,19 @@ def resolve_ranks(ranks: Iterable[int], size: int) -> frozenset[int]:
     return frozenset(rank % size for rank in ranks)
 
 
-def random_factor(kind: str, sigma: float, rng: np.random.Generator) -> float:
+def random_factor(distribution: str, sigma: float, rng: np.random.Generator) -> float:
     """Draw a factor of mean 1 on the time of a step.
 
     Args:
-        kind: `lognormal`, `exponential`, `uniform` (0.5 to 1.5), or anything else for exactly 1.
+        distribution: `lognormal`, `exponential`, `uniform` (0.5 to 1.5), or anything else for exactly 1.
         sigma: standard deviation of the logarithm of a `lognormal` factor.
         rng: source of the draw.
     """
-    if kind == "lognormal":
+    if distribution == "lognormal":
         return float(rng.lognormal(-(sigma**2) / 2.0, sigma))
-    if kind == "exponential":
+    if distribution == "exponential":
         return float(rng.exponential())
-    if kind == "uniform":
+    if distribution == "uniform":
         return 0.5 + rng.random()  # as rng.uniform(0.5, 1.5), which takes several times as long
     return 1.0
 
@@ -52,10 +52,10 @@ def random_factor(kind: str, sigma: float, rng: np.random.Generator) -> float:
 class Straggler:
     """Slows the steps of one rank down; the same seed slows the same steps by the same factors.
 
-    Slowness can only be added, so the random kinds stretch the steps whose factor exceeds 1 and
-    leave the others as they are: `lognormal` factors exp(sigma z - sigma^2 / 2), of mean 1, make
-    steps take 2 Phi(sigma / 2) times as long on average, `exponential` ones 1 + 1/e times. They
-    slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if there are none.
+    Slowness can only be added, so random factors, of mean 1, stretch the steps for which they exceed
+    1 and leave the others as they are: with `lognormal` factors exp(sigma z - sigma^2 / 2) steps
+    take 2 Phi(sigma / 2) times as long on average, with `exponential` ones 1 + 1/e times. Random
+    factors slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if there are none.
 
     The draws belong to (seed, rank, step), so that a run that is resumed continues its sequence.
 
@@ -75,7 +75,7 @@ class Straggler:
 
     def __init__(self, config: StragglerConfig, rank: int, size: int, seed: int) -> None:
         slowed = resolve_ranks(config.ranks, size)
-        if not slowed or config.distribution in RANDOM_KINDS:
+        if not slowed or config.distribution in RANDOM_DISTRIBUTIONS:
             slowed = frozenset(range(size))
         self.config = config
         self.active = config.distribution != "none" and rank in slowed
@@ -108,9 +108,9 @@ class Straggler:
         Args:
             step: step of this rank, from 0.
             compute_seconds: time that its gradient took.
-            repeat: computes the gradient once more. In mode `busy`, distribution `constant` calls it
-                factor - 1 times, rounded down, and keeps the core busy for the remaining fraction;
-                the other distributions, and `repeat` None, keep the core busy for the whole time.
+            repeat: computes the gradient once more. In mode `busy`, distribution `constant` calls
+                it factor - 1 times, rounded down, and keeps the core busy for the remaining
+                fraction; other distributions, and `repeat` None, keep it busy for the whole time.
         """
         extra = self.extra_seconds(step, compute_seconds)
         if extra <= 0.0:

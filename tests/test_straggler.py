@@ -34,15 +34,17 @@ def test_pause_comes_every_period() -> None:
     assert extras(settings, 2, steps=9) == [0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.3, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["lognormal", "exponential"])
-def test_random_kinds_repeat_and_differ_between_ranks_and_seeds(kind: str) -> None:
-    settings = StragglerConfig(distribution=kind, ranks=())
+@pytest.mark.parametrize("distribution", ["lognormal", "exponential"])
+def test_random_factors_repeat_and_differ_between_ranks_and_seeds(distribution: str) -> None:
+    settings = StragglerConfig(distribution=distribution, ranks=())
     assert extras(settings, 1, seed=7) == extras(settings, 1, seed=7)
     assert extras(settings, 1, seed=7) != extras(settings, 1, seed=8)
     assert extras(settings, 1, seed=7) != extras(settings, 2, seed=7)
     # A resumed run asks for step 30 first and must get what the whole run got.
     assert Straggler(settings, 1, 4, 7).extra_seconds(30, 2.0) == extras(settings, 1, seed=7)[30]
-    named = StragglerConfig(distribution=kind, ranks=(-1,))  # the default of the configuration
+    named = StragglerConfig(
+        distribution=distribution, ranks=(-1,)
+    )  # the default of the configuration
     for rank in range(4):
         assert any(extras(named, rank)) and extras(named, rank) == extras(settings, rank)
 
@@ -55,7 +57,7 @@ def test_random_kinds_repeat_and_differ_between_ranks_and_seeds(kind: str) -> No
         (StragglerConfig(distribution="exponential"), 1 + math.exp(-1)),
     ],
 )
-def test_random_kinds_have_the_documented_mean(
+def test_random_factors_have_the_documented_mean(
     settings: StragglerConfig, mean_factor: float
 ) -> None:
     draws = np.array(extras(settings, 0, steps=10_000)) / 2.0

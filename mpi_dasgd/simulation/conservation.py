@@ -27,7 +27,7 @@ class ConservationOracle:
         self.expected_sum = models.sum(0, dtype=np.float64)
 
     def observer(self, algorithm: Algorithm) -> Callable[[np.ndarray], None]:
-        """Return a function to call with every decrement of the model of `algorithm`, (elements,)."""
+        """Return the function to call with every decrement, (elements,), of a rank's model."""
 
         def observe(decrement: np.ndarray) -> None:
             weight = algorithm.mass_weight
@@ -36,7 +36,7 @@ class ConservationOracle:
         return observe
 
     def error(self, total_mass: np.ndarray, models: np.ndarray) -> float:
-        """Return the largest deviation of `total_mass` from what is expected, relative to the models.
+        """Return the largest deviation of `total_mass` from `expected_sum`, relative to the models.
 
         Args:
             total_mass: sum of all mass as measured, (elements,).

@@ -176,7 +176,7 @@ class Simulator:
         self._resume(rank, self.algorithms[rank].step(local))
 
     def _lr(self, local: NumpyLocalOptimizer) -> float:
-        """Return the learning rate by global progress, which ranks in lockstep know from their own steps."""
+        """Return the learning rate by global progress, which lockstep ranks know without asking."""
         done = local.local_step * self.size if self._lockstep else self.gradients
         factor = self._schedule.factor(done / self.max_gradients)
         return self.config.optimizer.lr * factor

@@ -1,4 +1,4 @@
-"""Trace: how far the models of a simulation are from each other and from the optimum, as it goes on."""
+"""Trace of a simulation: distances of the models from each other and from the optimum over time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 __all__ = ["Trace"]
 
 _BLOCK = 1 << 16  # elements
-_DIVERGED = 1e12  # squared distance from which a run counts as diverged
+_DIVERGED = 1e12  # squared distance at which a run counts as diverged
 
 
 @dataclass
 class Trace:
-    """What a simulation measured.
+    """Samples of a simulation; all lists have one element per sample.
 
     Attributes:
-        gradients: number of gradients computed, per sample of the lists below.
+        gradients: number of gradients computed by all ranks.
         times: virtual time.
         consensus_distance: mean_i |x_i - mean|^2.
-        distance: |mean - optimum|^2, the mean of the models that are trained.
+        distance: |mean - optimum|^2, with the mean of the models that are trained.
     """
 
     gradients: list[int] = field(default_factory=list)
@@ -39,23 +39,24 @@ class Trace:
         """Add a sample; return whether the run has diverged.
 
         Args:
-            gradients, now: see the lists.
-            models: (ranks, elements).
-            trained: the model that is trained, (elements,).
-            optimum: (elements,).
+            gradients: number of gradients computed by all ranks.
+            now: virtual time.
+            models: models of all ranks, (ranks, elements).
+            trained: mean of the models that are trained, (elements,) float64.
+            optimum: minimizer of the problem, (elements,) float64.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            disagreement = _consensus_distance(models, models.mean(0)) / len(models)
+            consensus_distance = _sum_of_squares(models, models.mean(0)) / len(models)
             distance = float(np.square(trained - optimum).sum())
         self.gradients.append(gradients)
         self.times.append(now)
-        self.consensus_distance.append(disagreement)
+        self.consensus_distance.append(consensus_distance)
         self.distance.append(distance)
-        return not (disagreement < _DIVERGED and distance < _DIVERGED)
+        return not (consensus_distance < _DIVERGED and distance < _DIVERGED)
 
 
-def _consensus_distance(models: np.ndarray, mean: np.ndarray) -> float:
-    """Return sum_i |x_i - mean|^2, by blocks that stay in a cache."""
+def _sum_of_squares(models: np.ndarray, mean: np.ndarray) -> float:
+    """Return sum_i |x_i - mean|^2, computed in blocks that fit a cache."""
     rows = max(1, _BLOCK // models.shape[1])
     return sum(
         float(np.square(models[start : start + rows] - mean).sum())

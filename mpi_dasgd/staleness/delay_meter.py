@@ -1,14 +1,15 @@
 """Delays of gradients as Koloskova, Stich and Jaggi (2022; arXiv 2206.08307) define them.
 
-A server applies one gradient per iteration: gradient t = 0, 1, ... makes x_{t+1} of x_t. A *job* is a
-point that a client was given: it starts at the iteration s whose point x_s it is, and ends when its
-gradient is applied, at iteration t. C_t is the multiset of the jobs in flight when gradient t arrives.
+A server applies one gradient per iteration: gradient t = 0, 1, ... makes x_{t+1} of x_t. A *job* is
+a point that a client was given: it starts at the iteration s whose point x_s it is, and ends when
+its gradient is applied, at iteration t. C_t is the multiset of the jobs in flight when gradient t
+arrives.
 
 - delay of an applied gradient: tau_t = t - s;
 - concurrency: |C_t|;
 - delay of a job that is in flight at the end, T gradients applied: T - s;
-- tau_avg = [sum_{t<T} tau_t + sum_{in flight} (T - s)] / (T + |C_T| - 1). The paper leaves j_T out of
-  the second sum: its next job starts at T and counts 0, which is the -1;
+- tau_avg = [sum_{t<T} tau_t + sum_{in flight} (T - s)] / (T + |C_T| - 1). The paper leaves j_T out
+  of the second sum: its next job starts at T and counts 0, which is the -1;
 - tau_max: the largest of both kinds.
 
 Each job but the one applied ages by one per iteration. Hence, for any schedule,
@@ -77,7 +78,7 @@ class DelayMeter:
         return delay
 
     def give_up(self, client: int) -> int:
-        """End all jobs of `client`, whose gradients will never come; return how many were in flight."""
+        """End the jobs of `client` without their gradients; return how many were in flight."""
         starts = list(self._starts.get(client, ()))
         for start in starts:
             self.given_up_sum += self.t - start

@@ -1,13 +1,16 @@
-"""Version vectors: how much the gradient sets of two replicas differ (Tosi, Theobald; arXiv 2309.03754).
+"""Version vectors: how far the gradient sets of two replicas differ.
 
-G_i is the set of gradients in replica i, V_i[k] the number of them that rank k computed. The gradients of
-each source are applied in its order, so that the sets are prefixes, and exactly
+After Tosi and Theobald (2023; arXiv 2309.03754).
+
+G_i is the set of gradients in replica i, V_i[k] the number of them that rank k computed. The
+gradients of each source are applied in its order, so that the sets are prefixes, and exactly
 
     S(i, j) = |G_i ^ G_j| = sum_k |V_i[k] - V_j[k]|.
 
-S_avg and S_max are the mean and the largest S(i, j) over the instants at which a rank i has ended a step (its
-own gradient and those that had arrived are in x_i, and its next one begins), and over all other ranks j.
-Beside them, as the concurrency of Koloskova et al. (2022; arXiv 2206.08307) for replicas,
+S_avg and S_max are the mean and the largest S(i, j) over the instants at which a rank i has ended a
+step (its own gradient and those that had arrived are in x_i, and its next one begins), and over all
+other ranks j. Beside them, as the concurrency of Koloskova et al. (2022; arXiv 2206.08307) for
+replicas,
 
     U_i = sum_k (V_k[k] - V_i[k]):
 

@@ -1,4 +1,4 @@
-"""Studies: the curves of the papers on the virtual clock, one command each; raw samples in HDF5, a plot."""
+"""Studies: curves of the papers, simulated; each writes its samples (HDF5) and a plot."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ if TYPE_CHECKING:
 __all__ = ["DIRECTORY", "STUDIES", "Study", "find", "run", "table"]
 
 DIRECTORY = "study-results"
-"""Where studies leave their samples and pictures unless told otherwise."""
+"""Default folder of the samples and pictures."""
 
 STUDIES = {
     "slowdown": "throughput when one of 16 workers is slow",
-    "delay": "gradients to a given accuracy against the largest delay: asgd, constant and adaptive steps",
+    "delay": "gradients to a given accuracy against the largest delay: asgd, constant and "
+    "adaptive steps",
     "speedup": "time to a given accuracy against the number of ranks: adpsgd, swarm",
-    "staleness": "slope against gradients at several levels of staleness: dasgd",
+    "staleness": "gradient norm against gradients at several levels of staleness: dasgd",
     "heterogeneous": "where asgd ends when data and speeds of the workers differ",
     "disagreement": "how far apart models are against rate, local steps and graph: swarm",
     "quantization": "loss and accuracy against local steps and bits: swarm",
     "adaptive": "whether delay-adaptive steps help adpsgd, swarm and dasgd with a straggler",
 }
-"""Name and question; the module of that name answers it."""
+"""Question by study; the module of the same name answers it."""
 
 
 class Study(Protocol):
-    """The module of a study. Its docstring has question, paper, setting, and the shape that is expected."""
+    """Module of a study; its docstring has question, paper, setting, and the expected shape."""
 
     SEEDS: int
-    """Seeds of a full run."""
+    """Number of seeds of a full run."""
 
     def samples(self, seeds: int, quick: bool) -> Dataset:
-        """Measure, with seeds 1 .. `seeds`; `quick` is a small version for tests."""
+        """Measure with seeds 1 to `seeds`; `quick` is a small version for tests."""
 
     def summary(self, samples: Dataset) -> Summary:
-        """Say what the samples show."""
+        """Return what the samples show."""
 
     def draw(self, samples: Dataset, path: Path) -> Path:
-        """Write the picture, a PNG."""
+        """Write the picture as PNG and return `path`."""
 
 
 def find(name: str) -> Study:
@@ -73,12 +74,12 @@ def run(
     """Run study `name`, write NAME.h5 and NAME.png, print the table or one JSON object; return 0.
 
     Args:
-        name: of the study.
-        out: directory for the samples and the picture, made if it is not there.
-        quick: seconds instead of minutes: smaller, and with one seed.
-        seeds: how many; unset: the study's own number.
+        name: name of the study.
+        out: directory for the samples and the picture, made if it does not exist.
+        quick: measure a smaller version with one seed, in seconds instead of minutes.
+        seeds: number of seeds; None for the study's own.
         as_json: print JSON instead of a table.
-        source: samples of an earlier run, to be drawn and summed up instead of new ones.
+        source: file with the samples of an earlier run, to be summarized and drawn again.
 
     Raises:
         UserError: an argument is wrong, or a package is missing.
@@ -93,7 +94,8 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"study: directory {folder} cannot be made ({error.strerror}); give another one with --out"
+            f"study: directory {folder} cannot be made ({error.strerror}); "
+            "give another one with --out"
         ) from error
     if source is None:
         samples = study.samples(seeds or (1 if quick else study.SEEDS), quick)
@@ -130,7 +132,7 @@ def run(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of a table, columns aligned."""
+    """Return the lines of a table with aligned columns; all rows have the same keys."""
     cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = [isinstance(value, str) for value in rows[0].values()]

@@ -1,18 +1,19 @@
 """Whether steps that adapt to the delay help decentralized algorithms with a straggler.
 
-Question: does a smaller step for late gradients (`algorithm.delay_adaptive_rule`) help `adpsgd`, `swarm` and
-    `dasgd`?
+Question: does a smaller step for late gradients (`algorithm.delay_adaptive_rule`) help `adpsgd`,
+    `swarm` and `dasgd`?
 Paper: none for these; the rule is that of Koloskova et al. 2022, theorem 8, for a server.
-Setting: 8 ranks, quadratic of 16 dimensions with noise 1, one rank 1, 10 or 100 times slower; a gradient
-    of the others takes 0.5 to 1.5 units of time. Rates 0.1 and 0.2 (`dasgd`, where every gradient counts
-    in full: 1/8 of these). The delay is the number of gradients that other ranks computed meanwhile, tau_C
-    = 8; in `drop 4n` 32, so that it concerns the straggler alone.
-Measured: excess loss of the mean of the 7 other ranks' models against time (the straggler's own is as old
-    as its last step: before its first it is the start, which no rule changes; the mean of all 8 is kept,
-    too); when it settles below epsilon = 1 (0.1 % of the start), its floor (mean over the last quarter),
-    its peak after the first quarter, and the share of gradients whose delay is above tau_C.
-Expected: in a pair average a late gradient moves the mean by eta / n once in a long while: nothing to be
-    gained; `dasgd` applies it with the full rate on every replica, as a server does.
+Setting: 8 ranks, quadratic of 16 dimensions with noise 1, one rank 1, 10 or 100 times slower; a
+    gradient of the others takes 0.5 to 1.5 units of time. Rates 0.1 and 0.2 (`dasgd`, where every
+    gradient counts in full: 1/8 of these). The delay is the number of gradients that other ranks
+    computed meanwhile, tau_C = 8; in `drop 4n` 32, so that it concerns the straggler alone.
+Measured: excess loss of the mean of the 7 other ranks' models against time (the straggler's own is
+    as old as its last step: before its first it is the start, which no rule changes; the mean of
+    all 8 is kept, too); when it stays below epsilon = 1 (0.1 % of the start), its floor (mean over
+    the last quarter), its peak after the first quarter, and the share of gradients whose delay is
+    above tau_C.
+Expected: in a pair average a late gradient moves the mean by eta / n once in a long while: nothing
+    to be gained; `dasgd` applies it with the full rate on every replica, as a server does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, seed_axis, spread
 from mpi_dasgd.studies.trajectory import (
     configure,
     simulate_trajectory,
@@ -48,7 +49,7 @@ EVERY, MOMENTS = 16, 120
 
 
 def samples(seeds: int, quick: bool) -> Dataset:
-    """Measure the courses."""
+    """Measure the trajectories."""
     gradients = EVERY * (50 if quick else 200)
     base = configure(
         {
@@ -104,7 +105,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
                 list(RULES)[: 2 if quick else 5], "1", "delay_adaptive_rule; 4n: delay_threshold"
             ),
             "rate": Axis([0.1] if quick else [0.1, 0.2], "1", "rate; dasgd: 1/8 of it"),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "excess": Variable("1", "f(mean of the other ranks) - f(optimum)", ("moment",)),
@@ -121,7 +122,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
 
 def summary(samples: Dataset) -> Summary:
-    """Time and floor of each rule, over those of the constant step."""
+    """Return time and floor of each rule, over those of the constant step."""
     middle = {
         name: spread(samples[name])[1] for name in ("settled", "floor", "peak", "late", "delay_max")
     }
@@ -157,7 +158,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """Excess loss against time at the smaller rate: a row for each slow-down."""
+    """Draw the excess loss against time at the smaller rate, one row per slow-down."""
     from mpi_dasgd.studies import plotting
 
     names, slow = samples["algorithm"].tolist(), samples["slowdown"].tolist()
@@ -167,8 +168,8 @@ def draw(samples: Dataset, path: Path) -> Path:
             for i, name in enumerate(names):
                 axis = axes[j * len(names) + i]
                 for k, rule in enumerate(samples["rule"].tolist()):
-                    course = samples["excess"][i, j, k, 0].T
-                    plotting.band(axis, samples["moment"], course, k, rule, points=False)
+                    curve = samples["excess"][i, j, k, 0].T
+                    plotting.band(axis, samples["moment"], curve, k, rule, points=False)
                 axis.axhline(EPSILON, color="#66717d", lw=0.8, ls=":")
                 axis.set(yscale="log", xlabel="time", title=f"{name}, one rank {slowdown}x slower")
                 axis.set(ylabel="f(mean of the others) - f(optimum)")

@@ -1,4 +1,4 @@
-"""Raw samples of a study: labelled arrays in memory and in HDF5, and what readers compute of them."""
+"""Raw samples of a study: labelled arrays in memory and in HDF5, and statistics of them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ __all__ = [
     "loglog_slope",
     "measure",
     "read",
+    "seed_axis",
     "spread",
     "write",
 ]
 
 
 class Axis(NamedTuple):
-    """One dimension: what was varied.
+    """A dimension of the samples: what was varied.
 
     Attributes:
-        values: 1-D, numbers or strings.
-        unit: "1" if there is none.
-        meaning: in words.
+        values: numbers or strings, 1-D.
+        unit: unit of the values, "1" if there is none.
+        meaning: description of the values.
     """
 
     values: ArrayLike
@@ -45,12 +46,13 @@ class Axis(NamedTuple):
 
 
 class Variable(NamedTuple):
-    """What is measured at every point.
+    """A quantity measured at every point.
 
     Attributes:
-        unit: "1" if there is none.
-        meaning: in words.
-        dimensions: of its array; to `measure` those of one point's values alone, () for a number.
+        unit: unit of the values, "1" if there is none.
+        meaning: description of the values.
+        dimensions: names of the axes of its array. Arguments of `measure` name those of a single
+            point alone, () for a number.
     """
 
     unit: str
@@ -59,11 +61,11 @@ class Variable(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a study says, computed from its samples.
+    """Results of a study, computed from its samples.
 
     Attributes:
-        rows: a table: the same keys in every row; numbers, strings or None.
-        figures: of the verdict: slopes, ratios; as JSON can hold them.
+        rows: table with the same keys in every row; numbers, strings or None.
+        figures: numbers that answer the question: exponents, ratios; as JSON can hold them.
     """
 
     rows: list[dict[str, Any]]
@@ -74,11 +76,14 @@ class Summary(NamedTuple):
 class Dataset:
     """All samples of a study, as they were measured.
 
+    Names of variables are those of older files and are kept: the variables `disagreement` and
+    `spread` are consensus distances, mean_i |x_i - mean|^2.
+
     Attributes:
-        name: of the study.
-        axes: dimensions by name, values as arrays.
-        variables: what was measured, by name.
-        arrays: the values, float64; NaN where a run diverged or never got there.
+        name: name of the study.
+        axes: dimensions by name, with arrays as values.
+        variables: measured quantities by name.
+        arrays: measured values by name, float64; NaN where a run diverged or never got there.
         attributes: config_json of the setting that all points share, version, and so on.
     """
 
@@ -92,8 +97,13 @@ class Dataset:
         return self.arrays[name] if name in self.arrays else np.asarray(self.axes[name].values)
 
 
+def seed_axis(seeds: int) -> Axis:
+    """Return the axis of the seeds 1 to `seeds`."""
+    return Axis(list(range(1, seeds + 1)), "1", "run.seed")
+
+
 def spread(values: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return least, median and largest over one dimension, the seeds; NaN, "never", counts as infinite."""
+    """Return the least, median and largest value over `axis`, the seeds; NaN counts as infinite."""
     never = np.where(np.isnan(values), np.inf, values)
     return never.min(axis), np.median(never, axis), never.max(axis)
 
@@ -109,12 +119,12 @@ def measure(
     """Call `point` for every combination of the axes' values and keep what it returns.
 
     Args:
-        name: of the study.
-        config: the setting that all points share, for the record.
-        axes: what is varied, the slowest first; the names are the keywords of `point`.
+        name: name of the study.
+        config: setting that all points share; it is stored with the samples.
+        axes: what is varied, the slowest first; their names are the keywords of `point`.
         variables: what `point` returns, by name.
-        point: returns one number or array for each variable; None for "never".
-        inner: dimensions of what a point returns.
+        point: returns a number or an array for each variable; None for "never".
+        inner: dimensions of the arrays that `point` returns.
     """
     arrayed = {k: Axis(np.asarray(a.values), a.unit, a.meaning) for k, a in axes.items()}
     within = {k: Axis(np.asarray(a.values), a.unit, a.meaning) for k, a in (inner or {}).items()}
@@ -140,7 +150,7 @@ def measure(
 
 
 def loglog_slope(x: ArrayLike, y: ArrayLike) -> float | None:
-    """Return the slope of the line of least squares through log y over log x; None below 2 points."""
+    """Return the slope of a least-squares line through log y over log x; None below 2 points."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
     if good.sum() < 2:
@@ -149,10 +159,10 @@ def loglog_slope(x: ArrayLike, y: ArrayLike) -> float | None:
 
 
 def write(samples: Dataset, path: Path) -> Path:
-    """Write the samples to an HDF5 file, whole or not at all, and return `path`.
+    """Write the samples to an HDF5 file, completely or not at all, and return `path`.
 
-    One group, named like the study: dimension scales, and arrays with units and meaning, so that xarray
-    opens it. Where it came from is in the attributes of the root.
+    The one group, named like the study, has dimension scales, and arrays with units and meaning, so
+    that xarray opens it. The attributes of the root say where the file came from.
     """
     import h5py
 
@@ -188,7 +198,7 @@ def read(path: str | Path) -> Dataset:
     """Read what `write` wrote.
 
     Raises:
-        UserError: it is not the file of a study.
+        UserError: `path` is not the file of a study.
     """
     import h5py
 

@@ -1,17 +1,19 @@
-"""How far apart the models of SwarmSGD are.
+"""Consensus distance of SwarmSGD.
 
-Question: how does the disagreement depend on the rate, the local steps H, and the graph?
-Paper: Nadiradze et al. 2021, the bound on the potential: per node eta^2 H^2 (r / lambda_2)^2 M^2. 3.5.
-Setting: `swarm`, 32 ranks on r-regular graphs, codec `none`; f_i(x) = |x - b_i|^2 / 2 in 8 dimensions.
-    `noise`: all b_i alike, gradient noise of standard deviation 100 a coordinate, which local steps add up
-    at random. `drift`: no noise, b_i of spread 100, which local steps add up in a straight line: H times
-    as much.
-Expected: the bound's exponents are 2, 2, 2; it holds for all gradients of second moment M^2. A linear
-    analysis (`linear.py`), S being the disagreement by unit noise on this graph, says per node
+Question: how does the consensus distance depend on the rate, the local steps H, and the graph?
+Paper: Nadiradze et al. 2021, the bound on the potential: per node eta^2 H^2 (r / lambda_2)^2 M^2.
+Setting: `swarm`, 32 ranks on r-regular graphs, codec `none`; f_i(x) = |x - b_i|^2 / 2 in 8
+    dimensions. `noise`: all b_i alike, gradient noise of standard deviation 100 per coordinate,
+    which local steps add up at random. `drift`: no noise, b_i of spread 100, which local steps add
+    up in a straight line: H times as much.
+Expected: the bound's exponents are 2, 2, 2; it holds for all gradients of second moment M^2. A
+    linear analysis (`linear_theory.py`), S being the consensus distance by unit noise on this
+    graph, says per node
         noise: eta^2 H sigma^2 d (S + (H - 1) / (2 H)): the last is what is not averaged yet
-        drift: |c + eta (H - 1) / 2 (b - c)|^2 + eta^2 H^2 |b - c|^2 S,  c = eta H (L / r + eta H)^-1 b
-    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the pull eta
-    H of the minima is not small beside the mixing lambda_2 / r.
+        drift: |c + eta (H - 1) / 2 (b - c)|^2 + eta^2 H^2 |b - c|^2 S
+            with c = eta H (L / r + eta H)^-1 b
+    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the pull
+    eta H of the minima is not small beside the mixing lambda_2 / r.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from mpi_dasgd.studies.dataset import (
     Variable,
     loglog_slope,
     measure,
+    seed_axis,
     spread,
 )
 from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
@@ -48,7 +51,7 @@ PHASES = {"complete": 100, "random_regular": 120, "torus": 160, "ring": 320}
 
 
 def samples(seeds: int, quick: bool) -> Dataset:
-    """Measure the disagreement, the mean over the second half of each run."""
+    """Measure the consensus distance, as the mean over the second half of each run."""
     base = configure(
         {
             "algorithm.name": "swarm",
@@ -99,7 +102,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "steps": Axis(
                 [1, 4] if quick else [1, 2, 4, 8], "gradients", "H, algorithm.local_steps"
             ),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "disagreement": Variable("1", "mean_i |x_i - mean|^2, the mean over the second half"),
@@ -115,28 +118,30 @@ def _laplacian(graph: str, seed: int) -> np.ndarray:
 
 
 def predict(graph: str, rate: float, steps: int, seed: int, minima: np.ndarray) -> float:
-    """Return the disagreement by the linear analysis.
+    """Return the consensus distance by the linear analysis.
 
     Args:
-        graph: its name.
-        rate, steps: eta and H.
-        seed: of the graph.
-        minima: b_i, (n, d); all zero: noise.
+        graph: name of the graph.
+        rate: eta.
+        steps: H.
+        seed: seed of the graph.
+        minima: b_i, (n, d), for the drift; all zero for the noise.
     """
     laplacian = _laplacian(graph, seed)
-    spread = linear_theory.noise(laplacian)
+    unit_distance = linear_theory.noise(laplacian)
     if not minima.any():
         variance = rate**2 * steps * STRENGTH**2 * DIMENSION
-        return variance * (spread + (steps - 1) / (2 * steps) * (1 - 1 / RANKS))
+        return variance * (unit_distance + (steps - 1) / (2 * steps) * (1 - 1 / RANKS))
     models, pull = linear_theory.drift(laplacian, rate * steps, minima)
-    now = models + rate * (steps - 1) / 2 * pull
+    after_local_steps = models + rate * (steps - 1) / 2 * pull
     return float(
-        np.square(now).sum(1).mean() + np.square(rate * steps * pull).sum(1).mean() * spread
+        np.square(after_local_steps).sum(1).mean()
+        + np.square(rate * steps * pull).sum(1).mean() * unit_distance
     )
 
 
 def summary(samples: Dataset) -> Summary:
-    """Disagreement beside the prediction, and the exponents in eta, H and r / lambda_2."""
+    """Return measured over predicted values, and the exponents in eta, H and r / lambda_2."""
     middle = {name: spread(samples[name])[1] for name in samples.arrays}
     graphs, rates, steps = (samples[name].tolist() for name in ("graph", "rate", "steps"))
     rate, step = rates.index(MIDDLE), steps.index(MIDDLE_H)
@@ -161,7 +166,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """Against H, eta and r / lambda_2, one row for each kind."""
+    """Draw the consensus distance against H, eta and r / lambda_2, one row per kind."""
     from mpi_dasgd.studies import plotting
 
     rates, steps = samples["rate"], samples["steps"]

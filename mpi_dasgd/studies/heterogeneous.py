@@ -3,11 +3,12 @@
 Question: how far is the point that `asgd` goes to from the optimum of the mean of all f_i?
 Paper: Koloskova et al. 2022, section 5 (Algorithm 2, theorem 10).
 Setting: `asgd`, 16 workers with f_i(x) = |x - b_i|^2 / 2, without noise; 4 of them 1, 3 or 10 times
-    slower; points go to whoever is free (Algorithm 1) or to a worker drawn uniformly (Algorithm 2); every
-    step rule.
-Expected: the fixed point is sum_i w_i b_i / sum_i w_i, w_i being the sum of the steps of worker i's
-    gradients. Free: w_i is the speed. Uniform: all alike, no bias, if the step is constant. The rules take
-    from the weight of late workers: their bias has the same form, and `drop` leaves slow workers out.
+    slower; points go to whoever is free (Algorithm 1) or to a worker drawn uniformly (Algorithm 2);
+    every step rule.
+Expected: the fixed point is sum_i w_i b_i / sum_i w_i, w_i being the sum of the step sizes of
+    worker i's gradients. Free: w_i is the speed. Uniform: all alike, no bias, if the step is
+    constant. The rules take from the weight of late workers: their bias has the same form, and
+    `drop` leaves slow workers out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.staleness.step_rule import delay_rule
-from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, seed_axis, spread
 from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -89,7 +90,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "slowdown": Axis(
                 [10] if quick else [1, 3, 10], "1", "how many times slower 4 of 16 workers are"
             ),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "bias": Variable(
@@ -110,7 +111,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
 
 def summary(samples: Dataset) -> Summary:
-    """Bias, measured and in closed form."""
+    """Return the bias, measured and in closed form."""
     middle = {name: spread(samples[name])[1] for name in samples.arrays}
     rows: list[dict[str, Any]] = []
     for i, clients in enumerate(_clients(samples)):
@@ -138,7 +139,7 @@ def _clients(samples: Dataset) -> list[str]:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """Bias against slow-down, one panel for each way to choose clients."""
+    """Draw the bias against the slow-down, one panel per way to choose clients."""
     from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Disagreement of SwarmSGD by a linear analysis: second moments of pair averages, solved exactly."""
+"""Consensus distance of SwarmSGD by linear analysis: second moments of pair averages, exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpi_dasgd import topology
 __all__ = ["drift", "laplacian", "noise", "relaxations"]
 
 ITERATIONS = 400
-"""Of the fixed point below; a ring of 32 ranks needs some 100 for 10 digits."""
+"""Iterations of the fixed point in `noise`; a ring of 32 ranks needs about 100 for 10 digits."""
 
 
 @lru_cache
@@ -26,15 +26,16 @@ def laplacian(graph: str, ranks: int, degree: int | None, seed: int) -> np.ndarr
 
 
 def relaxations(laplacian: np.ndarray) -> np.ndarray:
-    """Return r / lambda_k of the n - 1 modes that pair averages shrink, the slowest first."""
+    """Return r / lambda_k of the modes that pair averages contract, (n - 1,), slowest first."""
     return laplacian[0, 0] / np.linalg.eigvalsh(laplacian)[1:]
 
 
 def noise(laplacian: np.ndarray) -> float:
-    """Return tr(S) / n, in steady state, if each interaction adds variance 1 to its initiator.
+    """Return tr(S) / n in steady state, if each interaction adds variance 1 to its initiator.
 
-    With the edge uniform and W = I - d d^T / 2 the second moments S of the models around their mean obey
-    S = E[W S W] + (I - J) / n, that is (L S + S L) / 2 = m (I - J) / n + 1/4 sum_edges (d^T S d) d d^T.
+    With a uniformly drawn edge and W = I - d d^T / 2, the second moments S of the models around
+    their mean obey S = E[W S W] + (I - J) / n, that is
+    (L S + S L) / 2 = m (I - J) / n + 1/4 sum_edges (d^T S d) d d^T.
     """
     size = len(laplacian)
     edges = np.trace(laplacian) / 2
@@ -53,14 +54,15 @@ def noise(laplacian: np.ndarray) -> float:
 
 
 def drift(laplacian: np.ndarray, pull: float, minima: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean models and what still draws them to their minima, (n, d) each, in steady state.
+    """Return the mean models c in steady state, and b - c to their minima, (n, d) each.
 
-    A phase moves x_i by pull (b_i - x_i), the averages of one by -L x / r: c = pull (L / r + pull)^-1 b.
+    A phase moves x_i by pull (b_i - x_i), the averages of a phase move it by -L x / r; hence
+    c = pull (L / r + pull)^-1 b.
 
     Args:
-        laplacian: of the graph.
+        laplacian: Laplacian L of an r-regular graph, (n, n).
         pull: eta H.
-        minima: b_i, of mean 0, (n, d).
+        minima: b_i, (n, d), of mean 0.
     """
     walk = laplacian / laplacian[0, 0]
     models = np.linalg.solve(walk + pull * np.eye(len(walk)), pull * minima)

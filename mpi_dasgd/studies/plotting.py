@@ -1,4 +1,4 @@
-"""How the figures of studies are drawn: the median over seeds with its spread, and the theory's curve."""
+"""Plots of studies: medians with the spread of the seeds, and curves of the theory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["Axes", "band", "draw", "theory", "ticks"]
 
 
 def draw(path: Path, panels: Callable[[Any], None], columns: int, rows: int = 1) -> Path:
-    """Let `panels` draw on the axes of a figure of so many columns and rows, and write it as PNG.
+    """Let `panels` draw on the axes of a figure, write it as PNG, and return `path`.
 
     Args:
-        path: of the picture.
-        panels: called with an array of axes, (rows * columns,).
-        columns, rows: of the figure.
+        path: file of the picture.
+        panels: called with the array of axes, (rows * columns,).
+        columns: number of columns of the figure.
+        rows: number of rows of the figure.
     """
     with rc_context(style.RC):
         figure = Figure(figsize=(5.3 * columns, 3.9 * rows), layout="constrained")
@@ -42,33 +43,34 @@ def draw(path: Path, panels: Callable[[Any], None], columns: int, rows: int = 1)
 def band(
     axes: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str, *, points: bool = True
 ) -> None:
-    """Draw the median of `values` over their last dimension and the band between the least and the largest.
+    """Draw the median over the seeds, and a band from the least to the largest value.
 
     Args:
-        axes: to draw on.
-        x: (points,).
-        values: (points, seeds); infinite or NaN where a run never got there: drawn as 3 times the median.
-        index: chooses colour and marker.
-        label: for the legend.
+        axes: axes to draw on.
+        x: abscissas, (points,).
+        values: ordinates, (points, seeds); where a run never got there they are infinite or NaN,
+            and the band ends at 3 times the median.
+        index: number of the curve; it chooses colour and marker.
+        label: label in the legend.
         points: whether to mark every point.
     """
     low, middle, high = spread(values)
     good = np.isfinite(middle)
-    look: dict[str, Any] = {"color": style.colour(index), "ls": style.dash(index)}
+    line: dict[str, Any] = {"color": style.colour(index), "ls": style.dash(index)}
     if points:
-        look |= {"marker": style.marker(index), "ms": 5}
-    axes.plot(x[good], middle[good], label=label, **look)
+        line |= {"marker": style.marker(index), "ms": 5}
+    axes.plot(x[good], middle[good], label=label, **line)
     high = np.where(np.isfinite(high), high, 3 * middle)
     axes.fill_between(x[good], low[good], high[good], color=style.colour(index), alpha=0.16, lw=0)
 
 
 def theory(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    """Draw what theory says."""
+    """Draw a curve of the theory, y over x."""
     axes.plot(x, y, color=style.INK, lw=1.2, ls=(0, (5, 2)), label=label, zorder=1)
 
 
 def ticks(axis: Any, values: np.ndarray) -> None:
-    """Label an axis at `values` and nowhere else."""
+    """Label `axis` at `values` only."""
     axis.set_major_locator(FixedLocator(list(values)))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_locator(NullLocator())

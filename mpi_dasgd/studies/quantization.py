@@ -1,15 +1,16 @@
-"""What local steps and few bits cost SwarmSGD.
+"""Cost of local steps and of few bits for SwarmSGD.
 
-Question: how do accuracy and loss after so many gradients depend on H and on the bits of a parameter?
+Question: how do accuracy and loss after a fixed number of gradients depend on H and on the bits of
+    a parameter?
 Paper: Nadiradze et al. 2021, the figures against local steps and the quantized runs.
-Setting: `swarm`, 16 ranks, logistic regression on breast_cancer, each rank with its own samples, batch 8,
-    constant rate 0.5, 6,400 gradients, float32 models; codecs none (32 bits), lattice16, lattice8,
-    lattice4.
-Measured: means over the second half of the run: excess loss and accuracy of the mean model, and the mean
-    of those of the ranks' own models; share of buckets that were not decoded. (31 parameters fill one
-    bucket of 1,024: bytes of a message are not those of a real model.)
-Expected: more local steps cost accuracy, less in the mean model than in the ranks' own; 8 bits cost less
-    than 0.3 points.
+Setting: `swarm`, 16 ranks, logistic regression on breast_cancer, each rank with its own samples,
+    batch 8, constant rate 0.5, 6,400 gradients, float32 models; codecs none (32 bits), lattice16,
+    lattice8, lattice4.
+Measured: means over the second half of the run: excess loss and accuracy of the mean model, and the
+    mean of those of the ranks' own models; share of buckets that were not decoded. (31 parameters
+    fill one bucket of 1,024: bytes of a message are not those of a real model.)
+Expected: more local steps cost accuracy, less in the mean model than in the ranks' own; 8 bits cost
+    less than 0.3 points.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, seed_axis, spread
 from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 from mpi_dasgd.tasks.convex import BreastCancer
 
@@ -53,13 +54,13 @@ def samples(seeds: int, quick: bool) -> Dataset:
         problem = run.problem
         assert isinstance(problem, BreastCancer)
         half = len(run.means) // 2
-        every = run.models[half:].reshape(-1, run.models.shape[-1])
+        models = run.models[half:].reshape(-1, run.models.shape[-1])
         least = problem.value(problem.optimum)
         return {
             "excess": run.excess[half:].mean(),
             "accuracy": np.mean([problem.accuracy(x) for x in run.means[half:]]),
-            "excess_ranks": np.mean([problem.value(x) for x in every]) - least,
-            "accuracy_ranks": np.mean([problem.accuracy(x) for x in every]),
+            "excess_ranks": np.mean([problem.value(x) for x in models]) - least,
+            "accuracy_ranks": np.mean([problem.accuracy(x) for x in models]),
             "spread": run.consensus_distance[half:].mean(),
             "rejected": run.metrics["rejected"],
         }
@@ -70,7 +71,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
         {
             "codec": Axis(["none", "lattice8"] if quick else list(CODECS), "1", "codec.name"),
             "steps": Axis([1, 8] if quick else [1, 2, 4, 8, 16, 32], "gradients", "H, local steps"),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "excess": Variable("1", "f(mean) - f(optimum)"),
@@ -85,7 +86,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
 
 def summary(samples: Dataset) -> Summary:
-    """All figures, and what the fewer bits cost at each H."""
+    """Return all medians, and the cost of fewer bits at each H."""
     middle = {name: np.median(samples[name], -1) for name in samples.arrays}
     codecs, steps = samples["codec"].tolist(), samples["steps"].tolist()
     rows: list[dict[str, Any]] = []
@@ -114,7 +115,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """Excess loss of the mean model and of the ranks' own, and accuracy, against H."""
+    """Draw the excess loss of the mean model and of the ranks' own, and the accuracy, against H."""
     from mpi_dasgd.studies import plotting
 
     shown = {

@@ -1,12 +1,13 @@
 """Throughput when one of 16 workers is slow.
 
-Question: how many gradients per unit of time do the algorithms make when one worker takes k times as long?
+Question: how many gradients per unit of time do the algorithms make when one worker takes k times
+    as long?
 Paper: Lian et al. 2018 (AD-PSGD), the figure with one slow worker.
-Setting: 16 workers (an algorithm with a server has a 17th rank), no latency; a gradient takes 1 unit of
-    time, exactly (`constant`) or 0.5 to 1.5 at random (`uniform`); one worker is slowed 1, 2, 10, 100
-    times.
-Expected: synchronous n / k; asynchronous n - 1 + 1 / k. With random times synchronous ranks also wait for
-    the slowest of n draws in every step, which the line n / k leaves out.
+Setting: 16 workers (an algorithm with a server has a 17th rank), no latency; a gradient takes 1
+    unit of time, exactly (`constant`) or 0.5 to 1.5 at random (`uniform`); one worker is slowed 1,
+    2, 10, 100 times.
+Expected: synchronous n / k; asynchronous n - 1 + 1 / k. With random times synchronous ranks also
+    wait for the slowest of n draws in every step, which the line n / k leaves out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd import algorithms
-from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, seed_axis
 from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -29,11 +30,11 @@ SYNCHRONOUS = ("allreduce", "local_sgd", "dpsgd", "sgp", "minibatch")
 ASYNCHRONOUS = ("adpsgd", "swarm", "dasgd", "asgd", "osgp", "easgd")
 SERVERS = ("asgd", "minibatch", "easgd")
 GRADIENTS = {1: 800, 2: 800, 10: 1600, 100: 3200}
-"""Of a run, by slow-down: 2 gradients of the slow worker at the least; synchronous ones make 800."""
+"""Gradients of a run by slow-down: at least 2 of the slow worker; synchronous ones make 800."""
 
 
 def samples(seeds: int, quick: bool) -> Dataset:
-    """Measure."""
+    """Measure the virtual time of a number of gradients."""
     base = configure(
         {"simulation.dimension": 4, "optimizer.lr": 0.01, "simulation.slow_ranks": [-1]}
     )
@@ -70,7 +71,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "slowdown": Axis(
                 [1, 10] if quick else [1, 2, 10, 100], "1", "how many times slower one worker is"
             ),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "gradients": Variable("gradients", "computed by all workers"),
@@ -81,14 +82,14 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
 
 def theory(algorithm: str, slowdown: np.ndarray) -> np.ndarray:
-    """Return the gradients per unit of time that the paper's reasoning gives."""
+    """Return the gradients per unit of time that follow from the paper's reasoning."""
     if algorithm in SYNCHRONOUS:
         return WORKERS / slowdown
     return WORKERS - 1 + 1 / slowdown
 
 
 def summary(samples: Dataset) -> Summary:
-    """Throughput by algorithm and slow-down, and how far it is from theory."""
+    """Return the throughput by algorithm and slow-down, and its ratio to theory."""
     rate = np.median(samples["gradients"] / samples["time"], axis=-1)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, dict[str, list[float]]] = {}
@@ -106,7 +107,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """One panel for each law of the times."""
+    """Draw one panel per distribution of the times."""
     from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:

@@ -1,15 +1,16 @@
 """Linear speed-up with the number of ranks, where noise decides.
 
 Question: how much sooner do n ranks reach a given accuracy than one?
-Paper: Lian et al. 2018, Nadiradze et al. 2021: the rates do not contain n: n ranks need 1/n of the time.
-Setting: quadratic of 32 dimensions, noise of standard deviation 10 a coordinate, every rank alike and
-    without latency. One gradient moves the mean by eta / n, so that its noise floor is eta sigma^2 d / (2
-    n): what one rank reaches with eta_1, n ranks reach with n eta_1 in 1/n of the time. So eta = c n
-    epsilon / (sigma^2 d), which puts the floor at c epsilon / 2: c = 1, and the best c for each n. `alone`
-    is the run with n = 1.
-Expected: |mean - optimum|^2 is epsilon after ln(100 d / (epsilon - floor)) / (2 eta), which is like 1/n,
-    until eta nears 1: the disagreement of the models adds to the noise there, and the step is no longer
-    small.
+Paper: Lian et al. 2018, Nadiradze et al. 2021: the rates do not contain n: n ranks need 1/n of the
+    time.
+Setting: quadratic of 32 dimensions, noise of standard deviation 10 per coordinate, every rank alike
+    and without latency. One gradient moves the mean by eta / n, so that its noise floor is eta
+    sigma^2 d / (2 n): what one rank reaches with eta_1, n ranks reach with n eta_1 in 1/n of the
+    time. So eta = c n epsilon / (sigma^2 d), which puts the floor at c epsilon / 2: c = 1, and the
+    best c for each n. `alone` is the run with n = 1.
+Expected: |mean - optimum|^2 is epsilon after ln(100 d / (epsilon - floor)) / (2 eta), which is like
+    1/n, until eta nears 1: the consensus distance adds to the noise there, and the step is no
+    longer small.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from mpi_dasgd.studies.dataset import (
     Variable,
     loglog_slope,
     measure,
+    seed_axis,
     spread,
-)  # fmt: skip
+)
 from mpi_dasgd.studies.trajectory import configure, first_time_below, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -82,7 +84,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "factor": Axis(
                 FACTORS[1:2] if quick else FACTORS, "1", "c: the rate is c n epsilon / (sigma^2 d)"
             ),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "rate": Variable("1", "optimizer.lr"),
@@ -109,13 +111,13 @@ def _best(samples: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def theory(ranks: np.ndarray) -> np.ndarray:
-    """Return the time to epsilon with c = 1, of a mean that noise and small steps move alone."""
+    """Return the time to epsilon with c = 1, if only noise and small steps move the mean."""
     rate = ranks * EPSILON / (NOISE**2 * DIMENSION)
     return np.log(100 * DIMENSION / (EPSILON / 2)) / (2 * rate)
 
 
 def summary(samples: Dataset) -> Summary:
-    """Times with c = 1 and the best c, speed-up over one rank, and the exponent of the time in n."""
+    """Return times with c = 1 and the best c, the speed-up, and the exponent of the time in n."""
     tuned, factors = _best(samples)
     fixed = spread(_fixed(samples))[1]
     least, middle, largest = spread(tuned)
@@ -142,7 +144,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """Time to epsilon with c = 1, and speed-up with the best c."""
+    """Draw the time to epsilon with c = 1, and the speed-up with the best c."""
     from mpi_dasgd.studies import plotting
 
     fixed, (tuned, _) = _fixed(samples), _best(samples)

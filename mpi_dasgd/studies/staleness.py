@@ -1,9 +1,10 @@
-"""Slope against gradients for replicas of different staleness.
+"""Gradient norm against gradients for replicas of different staleness.
 
 Question: how much does staleness cost, early in a run and late?
 Paper: Tosi & Theobald 2023 (DASGD), abstract and experiments.
-Setting: `dasgd`, 8 ranks, messages that take 0, 4, 8 or 16 times as long as a gradient; a noisy quadratic,
-    and logistic regression on breast_cancer. The slope |grad f|^2 is that of the mean of the replicas.
+Setting: `dasgd`, 8 ranks, messages that take 0, 4, 8 or 16 times as long as a gradient; a noisy
+    quadratic, and logistic regression on breast_cancer. |grad f|^2 is taken at the mean of the
+    replicas.
 Expected: the bound is O(sigma / eps^2) + O(Q S_avg / eps^1.5) + O(S_avg / eps): the terms with the
     staleness S decide early, the noise late: curves separate early and merge late.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, spread
+from mpi_dasgd.studies.dataset import Axis, Dataset, Summary, Variable, measure, seed_axis, spread
 from mpi_dasgd.studies.trajectory import configure, simulate_trajectory, vary
 
 __all__ = ["SEEDS", "draw", "samples", "summary"]
@@ -33,11 +34,11 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "breast_cancer": {"optimizer.lr": 0.02, "task.batch_size": 8},
 }
 EARLY = 600
-"""Gradients in which curves are compared early (factor between them); the floor is the last quarter."""
+"""Gradients over which curves are compared early; their floor is that of the last quarter."""
 
 
 def samples(seeds: int, quick: bool) -> Dataset:
-    """Measure the courses."""
+    """Measure the trajectories."""
     gradients = 800 if quick else 6000
     base = configure(
         {"algorithm.name": "dasgd", "simulation.ranks": RANKS, "transport.inbox_slots": 64}
@@ -58,11 +59,12 @@ def samples(seeds: int, quick: bool) -> Dataset:
             ),
             EVERY,
         )
-        slopes = np.full(gradients // EVERY + 1, np.nan)
-        slopes[: len(run.counts)] = run.grad_norm_sq / run.grad_norm_sq[0]
+        grad_norm_sq = np.full(gradients // EVERY + 1, np.nan)
+        grad_norm_sq[: len(run.counts)] = run.grad_norm_sq / run.grad_norm_sq[0]
+        grid = np.arange(len(grad_norm_sq)) * EVERY
         return {
-            "slope": slopes,
-            "spread": np.interp(np.arange(len(slopes)) * EVERY, run.counts, run.consensus_distance),
+            "slope": grad_norm_sq,
+            "spread": np.interp(grid, run.counts, run.consensus_distance),
             "s_avg": run.metrics["set_staleness_mean"],
             "s_max": run.metrics["set_staleness_max"],
         }
@@ -76,7 +78,7 @@ def samples(seeds: int, quick: bool) -> Dataset:
             "latency": Axis(
                 [0.0, 8.0] if quick else [0.0, 4.0, 8.0, 16.0], "1", "times of a gradient"
             ),
-            "seed": Axis(list(range(1, seeds + 1)), "1", "run.seed"),
+            "seed": seed_axis(seeds),
         },
         {
             "slope": Variable("1", "|grad f(mean)|^2 over that at the start", ("count",)),
@@ -90,16 +92,16 @@ def samples(seeds: int, quick: bool) -> Dataset:
 
 
 def summary(samples: Dataset) -> Summary:
-    """Compare each curve with that of the least staleness, early and late."""
-    slopes = spread(samples["slope"], 2)[1]  # (problem, latency, count)
-    early, late = int(EARLY / EVERY), slopes.shape[-1] * 3 // 4
+    """Return how far each curve is from that of the least staleness, early and late."""
+    grad_norm_sq = spread(samples["slope"], 2)[1]  # (problem, latency, count)
+    early, late = int(EARLY / EVERY), grad_norm_sq.shape[-1] * 3 // 4
     rows: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
     for i, problem in enumerate(samples["problem"].tolist()):
-        log = np.log(slopes[i] / slopes[i, 0])
+        log = np.log(grad_norm_sq[i] / grad_norm_sq[i, 0])
         apart = np.exp(np.abs(log[:, 1:early]).mean(1))
-        floors = slopes[i][:, late:].mean(1)
-        means = np.cumsum(slopes[i], 1) / np.arange(1, slopes.shape[-1] + 1)
+        floors = grad_norm_sq[i][:, late:].mean(1)
+        means = np.cumsum(grad_norm_sq[i], 1) / np.arange(1, grad_norm_sq.shape[-1] + 1)
         for j, latency in enumerate(samples["latency"].tolist()):
             row: dict[str, Any] = {"problem": problem, "latency": latency}
             row |= {
@@ -121,7 +123,7 @@ def summary(samples: Dataset) -> Summary:
 
 
 def draw(samples: Dataset, path: Path) -> Path:
-    """One panel for each problem."""
+    """Draw one panel per problem."""
     from mpi_dasgd.studies import plotting
 
     def panels(axes: Any) -> None:

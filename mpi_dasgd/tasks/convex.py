@@ -1,4 +1,4 @@
-"""Convex problems for the virtual clock: quadratics, and logistic regression with a known optimum."""
+"""Convex problems for the simulator: quadratics, and logistic regression with a known optimum."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["BreastCancer", "Problem", "Quadratic", "build"]
 
 
 class Problem(Protocol):
-    """Minimize f(x) = mean_i f_i(x), f_i being the function of rank i, over the ranks that work.
+    """Minimization of f(x) = mean_i f_i(x) over the ranks i that compute gradients.
 
     Attributes:
-        start: initial model, shape (d,), float64.
-        optimum: minimizer of f, shape (d,).
+        start: initial model, (d,) float64.
+        optimum: minimizer of f, (d,) float64.
     """
 
     start: np.ndarray
     optimum: np.ndarray
 
     def gradient(self, rank: int, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return a stochastic gradient of f_rank at `x`."""
+        """Return a stochastic gradient of f_rank at `x`, both (d,), drawn with `rng`."""
 
     def value(self, x: np.ndarray) -> float:
         """Return f(x)."""
 
     def full_gradient(self, x: np.ndarray) -> np.ndarray:
-        """Return the gradient of f at `x`, without noise."""
+        """Return the exact gradient of f at `x`, (d,)."""
 
 
 class Quadratic:
@@ -43,7 +43,7 @@ class Quadratic:
         condition: largest over smallest curvature; the curvatures are spaced geometrically.
         heterogeneity: standard deviation of the minima b_i around their mean, which is 0.
         noise: standard deviation of the noise of each gradient coordinate.
-        seed: of start and minima.
+        seed: seed of the start and the minima.
         workers: ranks that compute gradients; None for all.
     """
 
@@ -84,15 +84,15 @@ class Quadratic:
 class BreastCancer:
     """L2-regularized logistic regression on scikit-learn's breast_cancer, standardized.
 
-    f(x) = mean_m log(1 + exp(-y_m <a_m, x>)) + regularization/2 |x|^2; the optimum is found by Newton's
-    method when the problem is made. Rank i sees the samples i, i + n, ... if `sharded`.
+    f(x) = mean_m log(1 + exp(-y_m <a_m, x>)) + regularization/2 |x|^2; Newton's method finds the
+    optimum when the problem is made. Rank i draws from the samples i, i + n, ... if `sharded`.
 
     Args:
-        ranks: n.
-        batch_size: samples of a stochastic gradient; 0 takes all of a rank's.
+        ranks: number of ranks, n.
+        batch_size: samples per stochastic gradient; 0 takes all samples of the rank.
         regularization: weight of the L2 term; also makes the problem strongly convex.
         sharded: whether each rank has its own samples.
-        workers: ranks that compute gradients, and have samples; None for all.
+        workers: ranks that compute gradients and have samples; None for all.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class BreastCancer:
         x = self.start
         for _ in range(50):
             p = 1 / (1 + np.exp(self._all @ x))
-            gradient = self._slope(self._all, x)
+            gradient = self._mean_gradient(self._all, x)
             weights = p * (1 - p) / len(self._all)
             hessian = (self._all.T * weights) @ self._all + self._regularization * np.eye(x.size)
             x = x - np.linalg.solve(hessian, gradient)
@@ -128,7 +128,8 @@ class BreastCancer:
                 return x
         raise ArithmeticError("Newton's method on breast_cancer did not converge")
 
-    def _slope(self, signed: np.ndarray, x: np.ndarray) -> np.ndarray:
+    def _mean_gradient(self, signed: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the gradient of the mean loss over the samples y_m a_m in the rows of `signed`."""
         p = 1 / (1 + np.exp(signed @ x))
         return -(p @ signed) / len(signed) + self._regularization * x
 
@@ -136,7 +137,7 @@ class BreastCancer:
         shard = self._shards[rank]
         if self._batch_size:
             shard = shard[rng.integers(len(shard), size=self._batch_size)]
-        return self._slope(shard, x)
+        return self._mean_gradient(shard, x)
 
     def value(self, x: np.ndarray) -> float:
         """Return f(x)."""
@@ -144,22 +145,22 @@ class BreastCancer:
         return float(loss + 0.5 * self._regularization * x @ x)
 
     def full_gradient(self, x: np.ndarray) -> np.ndarray:
-        return self._slope(self._all, x)
+        return self._mean_gradient(self._all, x)
 
     def accuracy(self, x: np.ndarray) -> float:
-        """Return the share of all samples on the right side."""
+        """Return the share of all samples that the model `x` classifies correctly."""
         return float(np.mean(self._all @ x > 0))
 
 
 def build(config: Config, workers: range | None = None) -> Problem:
-    """Make the problem that a configuration names.
+    """Make the problem of a configuration.
 
     Args:
-        config: its sections task and simulation count.
+        config: sections task and simulation, and run.seed, count.
         workers: ranks that compute gradients; None for all.
 
     Raises:
-        UserError: if it is a task for real runs only.
+        UserError: the task is for real runs only.
     """
     simulation = config.simulation
     if config.task.name == "quadratic":

@@ -19,11 +19,11 @@ class Data:
     """A classification task.
 
     Attributes:
-        train_x, test_x: samples, shape (samples, features), float32, or uint8 to save memory:
-            `inputs` makes of them what the network takes.
-        train_y, test_y: classes, shape (samples,), int64.
+        train_x, test_x: samples, (samples, features), float32, or uint8 to save memory: `inputs`
+            converts rows of them to what the network takes.
+        train_y, test_y: classes, (samples,), int64.
         classes: number of classes.
-        mean, std: of all bytes of train_x, if it is uint8.
+        mean, std: mean and standard deviation of all bytes of `train_x`, if it is uint8.
     """
 
     train_x: torch.Tensor
@@ -36,29 +36,29 @@ class Data:
 
     @property
     def features(self) -> int:
+        """Number of values per sample."""
         return self.train_x.shape[1]
 
     def inputs(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return rows of train_x or test_x as float32, bytes standardized; on the device they are on."""
+        """Return rows of `train_x` or `test_x` as float32, bytes standardized, on their device."""
         if samples.dtype == torch.uint8:
             return samples.float().sub_(self.mean).div_(self.std)
         return samples
 
 
 def load(name: str, model: str, seed: int, directory: str | None = None) -> Data:
-    """Load a data set; unless it comes split, one sample in five is for testing, whatever the seed.
+    """Load a data set. Unless it comes split, a fixed fifth of it is for testing.
 
     Args:
         name: digits (scikit-learn, 1,797 images of 8x8); breast_cancer (scikit-learn, 569 x 30);
             random (noise of the shape that `model` takes, for benchmarks); fashion_mnist (60,000
             and 10,000 images of 28x28, from files).
         model: name of the network.
-        seed: of `random`.
+        seed: seed of the data set `random`.
         directory: folder of the files of fashion_mnist; None: where Debian puts them.
 
     Raises:
-        UserError: the data set does not exist, or not for training, or its files are not as they
-            should be.
+        UserError: the data set does not exist or cannot be trained on, or its files are damaged.
     """
     if name == "fashion_mnist":
         return _images(directory)
@@ -91,9 +91,9 @@ def load(name: str, model: str, seed: int, directory: str | None = None) -> Data
 
 
 def _images(directory: str | None) -> Data:
-    """Load images and keep them as bytes: as float32 they would take a rank four times the memory."""
+    """Load images and keep them as bytes: float32 would take four times the memory per rank."""
     train_x, train_y, test_x, test_y = read_images(directory)
-    # by counting, a part at a time: NumPy would make 8 bytes of each for std or for one bincount
+    # Counted one part at a time: np.std or one bincount would take 8 bytes per byte of the images.
     counts = sum(np.bincount(part.ravel(), minlength=256) for part in np.array_split(train_x, 64))
     levels = np.arange(256)
     mean = float(np.average(levels, weights=counts))
@@ -110,13 +110,15 @@ def _images(directory: str | None) -> Data:
 
 
 class Batches:
-    """A rank's mini-batches, without end: every epoch in a new order, known by seed, rank and epoch.
+    """The endless mini-batches of a rank, every epoch in a new order fixed by seed, rank and epoch.
 
     Args:
-        data: the task.
-        size: samples of a batch.
-        seed, rank, ranks: whose order it is.
-        sharded: draw from the samples rank, rank + ranks, ... only.
+        data: data set to draw from.
+        size: samples per batch.
+        seed: seed of the run.
+        rank: rank that draws.
+        ranks: number of ranks that draw.
+        sharded: whether to draw from the samples rank, rank + ranks, ... only.
 
     Raises:
         UserError: a batch is larger than what the rank draws from.
@@ -126,10 +128,11 @@ class Batches:
         self, data: Data, size: int, *, seed: int, rank: int, ranks: int, sharded: bool
     ) -> None:
         count = len(data.train_x)
-        self._mine = np.arange(rank, count, ranks) if sharded else np.arange(count)
-        if size > len(self._mine):
+        self._shard = np.arange(rank, count, ranks) if sharded else np.arange(count)
+        if size > len(self._shard):
             raise UserError(
-                f"task.batch_size: {size} is more than the {len(self._mine)} samples a rank draws from"
+                f"task.batch_size: {size} is more than the {len(self._shard)} samples a rank draws "
+                "from"
             )
         self._data = data
         self._size = size
@@ -138,10 +141,14 @@ class Batches:
         self._order = np.empty(0, np.int64)
 
     def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and classes of batch `number`, from 0; incomplete batches are left out."""
-        epoch, position = divmod(number, len(self._mine) // self._size)
+        """Return the inputs, (size, features) float32, and classes, (size,) int64, of one batch.
+
+        Args:
+            number: number of the batch, from 0; incomplete batches of an epoch are left out.
+        """
+        epoch, position = divmod(number, len(self._shard) // self._size)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._mine)
+            self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._shard)
         chosen = torch.from_numpy(self._order[position * self._size : (position + 1) * self._size])
         return self._data.inputs(self._data.train_x[chosen]), self._data.train_y[chosen]

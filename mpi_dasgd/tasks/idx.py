@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and of the data sets made in its likeness."""
+"""IDX files, the format of MNIST and of the data sets that follow it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _OTHERS = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "f
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file of bytes; a name that ends in .gz says that it is compressed.
+    """Read an IDX file of bytes, compressed if its name ends in .gz.
 
     Returns:
-        Array of the shape that the file states, uint8, not writable.
+        Array of the shape that the file declares, uint8, not writable.
 
     Raises:
         UserError: the file cannot be read, is truncated or too long, or is not IDX of uint8.
@@ -65,10 +65,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_images(directory: str | None) -> Sequence[np.ndarray]:
-    """Read the four files of MNIST's like, each as it is or with .gz.
+    """Read the four files of a data set like MNIST, each plain or compressed (.gz).
 
     Args:
-        directory: where they are; None: where Debian puts Fashion-MNIST.
+        directory: folder of the files; None: where Debian puts Fashion-MNIST.
 
     Returns:
         Training images and classes, test images and classes: shapes (samples, rows, columns) and
@@ -92,8 +92,8 @@ def read_images(directory: str | None) -> Sequence[np.ndarray]:
     for images, labels in ((0, 1), (2, 3)):
         if len(arrays[images]) != len(arrays[labels]):
             raise UserError(
-                f"{paths[labels]}: expected a class for each of the {len(arrays[images])} images of "
-                f"{paths[images].name}, got {len(arrays[labels])}; take both from the same data set"
+                f"{paths[labels]}: expected a class for each of the {len(arrays[images])} images "
+                f"of {paths[images].name}, got {len(arrays[labels])}; take both from the same data set"
             )
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
         raise UserError(

@@ -16,7 +16,7 @@ def build(name: str, features: int, classes: int) -> nn.Module:
         name: logistic; mlp (one hidden layer of 128); cnn (two 3x3 convolutions of 16 and 32
             channels, 9,930 parameters on 8x8 images); cnn_1m (1.2 M parameters, 28x28 images);
             mlp_25m (25.1 M parameters, 1024-4096-4096-classes).
-        features: values a sample has; the convolutional networks take square images.
+        features: values per sample; the convolutional networks take square images.
         classes: number of classes.
 
     Raises:
@@ -50,6 +50,7 @@ def build(name: str, features: int, classes: int) -> nn.Module:
         return nn.Sequential(
             nn.Unflatten(1, (1, side, side)),
             nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * ((side - 4) // 2) ** 2, 128), nn.ReLU(), nn.Linear(128, classes),
+            nn.Flatten(), nn.Linear(64 * ((side - 4) // 2) ** 2, 128), nn.ReLU(),
+            nn.Linear(128, classes),
         )  # fmt: skip
     raise UserError(f"task.model: {name!r} is not known")

@@ -1,4 +1,4 @@
-"""Two small tables that come with scikit-learn, read without importing it: that takes over a second."""
+"""Two small tables of scikit-learn, read without importing it, which takes over a second."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["breast_cancer", "digits"]
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return 1,797 images of 8x8, shape (1797, 64), 0 .. 16, and their digits, shape (1797,), int64."""
+    """Return 1,797 images, (1797, 64) float64 in 0..16, and their digits, (1797,) int64."""
     return _read("digits.csv.gz", 0, "load_digits")
 
 
 def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
-    """Return measurements of 569 tumours, shape (569, 30), and whether each is benign, int64."""
+    """Return 569 tumours, (569, 30) float64, and whether each is benign, (569,) int64."""
     return _read("breast_cancer.csv", 1, "load_breast_cancer")
 
 
 def _read(name: str, head: int, loader: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a table, samples in rows, class in the last column; if it is not there, ask scikit-learn."""
+    """Read a table with the class in the last column; without the file ask scikit-learn."""
     spec = find_spec("sklearn")
     path = Path(spec.origin or "").parent / "datasets" / "data" / name if spec else None
     if path is None or not path.exists():

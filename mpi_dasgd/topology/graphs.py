@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Cayley:
-    """A Cayley graph: neighbours of a rank, as digits in the mixed base `shape`, differ by a generator.
+    """A Cayley graph: ranks are digits in the mixed base `shape`, neighbours differ by a generator.
 
     Attributes:
         shape: base of each digit of a rank; their product is the number of ranks.

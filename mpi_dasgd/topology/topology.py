@@ -118,7 +118,7 @@ class Topology:
         return pairs[np.lexsort(pairs.T[::-1])]
 
     def adjacency(self) -> Any:
-        """Return the adjacency matrix as a (size, size) csr_array, the weights of an edge file as data."""
+        """Return the adjacency matrix, (size, size) csr_array of ones or of an edge file's weights."""
         graph = self._graph.adjacency() if isinstance(self._graph, Cayley) else self._graph
         if self.removed:
             keep = sp.diags_array(self._alive.astype(float))
@@ -158,7 +158,7 @@ class Topology:
 
     @cached_property
     def bipartition(self) -> NDArray[np.int8] | None:
-        """Side of each rank, 0 or 1, (size,), with all edges between the sides and rank 0 on side 0.
+        """Side of each rank, 0 or 1, (size,), with all edges between the sides; rank 0 is on 0.
 
         None if the graph is not bipartite.
         """
@@ -186,7 +186,7 @@ class Topology:
     def without(self, ranks: Iterable[int]) -> Topology:
         """Return the graph without `ranks`, connected or not.
 
-        The numbering and `size` stay; the mixing weight of a removed neighbour goes to the rank itself.
+        The numbering and `size` stay; the weight of a removed neighbour goes to the rank itself.
         """
         return replace(self, removed=self.removed | frozenset(ranks), _tuples={})
 

@@ -1,4 +1,4 @@
-"""The algorithms on the virtual clock: effective step, stability, conservation, no waiting, repeatability."""
+"""The simulator: effective step, stability, conservation, no waiting, repeatability."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_logistic_regression_comes_near_its_known_optimum() -> None:
     problem = BreastCancer(4)
     # the optimum without intercept is 0.100446; an intercept can only lower it
     assert problem.value(problem.optimum) < 0.100447
-    gradient = problem._slope(problem._all, problem.optimum)
+    gradient = problem._mean_gradient(problem._all, problem.optimum)
     assert np.linalg.norm(gradient) < 1e-12
     figures = _run(
         "task.name=breast_cancer", "task.batch_size=16", "optimizer.lr=0.1",

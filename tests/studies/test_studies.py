@@ -1,4 +1,4 @@
-"""The studies, small: each has the shape that its paper claims; samples are read back as they were."""
+"""The studies, small: shapes that the papers claim, and samples that are read back unchanged."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_studies_load_plots_only_when_needed() -> None:
                 assert not {"plotting", "matplotlib", "h5py", "mpi_dasgd.studies.plotting"} & names
 
 
-def test_when_a_course_reaches_a_level_and_when_it_settles() -> None:
+def test_when_a_curve_reaches_a_level_and_when_it_stays_below() -> None:
     x = np.arange(5.0)
     values = np.array([100.0, 1.0, 100.0, 1.0, 1.0])
     assert trajectory.first_time_below(x, values, 10.0) == pytest.approx(0.5)
@@ -227,7 +227,7 @@ def test_when_a_course_reaches_a_level_and_when_it_settles() -> None:
     assert trajectory.first_time_below(x, values, 200.0) == 0
 
 
-def test_a_course_ends_early_and_leaves_out_what_comes_too_late() -> None:
+def test_a_trajectory_ends_early_and_leaves_out_gradients_that_come_too_late() -> None:
     keys = {
         "simulation.ranks": 4,
         "simulation.compute_time": "constant",
