@@ -204,7 +204,7 @@ def start() -> World:
     Raises:
         UserError: there is no MPI library, it lacks MPI_THREAD_MULTIPLE, or COMM_WORLD has
             not as many ranks as the launcher started (each process would train alone).
-        SystemExit: in place of the last UserError on ranks other than 0, so that it is printed once.
+        SystemExit: in place of the last UserError on ranks other than 0: one rank prints it.
     """
     try:
         from mpi4py import MPI  # initializes MPI, and finalizes it at exit

@@ -25,7 +25,8 @@ TESTED_BY = {
     "bench/test_training": "bench: ddp measured_rank measurement training_plan training_report",
     "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice none",
     "config/test_declared_once": "config: schema",
-    "doctor/test_doctor": "doctor: check contention environment network_checks probe",
+    "doctor/test_doctor": "doctor: bandwidth check contention environment latency mpi_progress "
+    "network_checks probe timing",
     "kernels/test_lattice": "kernels: encoded reference",
     "kernels/test_native_build": "kernels: native",
     "launch/test_job": "launch: rank_status supervisor",

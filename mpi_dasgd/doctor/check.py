@@ -1,4 +1,4 @@
-"""One finding of the doctor."""
+"""A finding of the doctor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ OK, WARNING, FAILS = "ok", "warning", "fails"
 
 @dataclass(frozen=True)
 class Check:
-    """What was examined, what was found, and what to do about it.
+    """Result of one check.
 
     Attributes:
-        name: one or two words.
+        name: subject of the check, a few words; unique within one run of the doctor.
         verdict: OK, WARNING (training works, but something is worth changing) or FAILS.
-        text: the finding in words, with the remedy if it is not OK.
-        values: the figures behind it; their names end in the unit.
+        text: finding in plain words, with the remedy unless the verdict is OK.
+        values: data behind the finding, serializable as JSON; keys of quantities end in the unit.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Whether swaps of one word by its owner and by another rank are atomic with each other.
+"""Lost updates when the owner of a control word and another rank swap it at the same time.
 
-A library may swap a word of its own node by other means than one of another node: then each is right by
-itself, and some are lost where they meet.
+An MPI library may carry out compare-and-swap on its own node by other means than on another node.
+Then each of the two is atomic by itself, but they are not atomic with respect to each other.
 """
 
 from __future__ import annotations
@@ -20,50 +20,61 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "count_up"]
 
-_SECONDS = (
-    3.0  # without its hint (`transport/rma/windows.py`) Open MPI lost 1.5 swaps a second over TCP
-)
-_PROGRESS = (
-    5e-5  # seconds between calls into MPI: other nodes' swaps come in the middle of the owner's
-)
+# Seconds: without the hint in `transport/rma/windows.py` Open MPI lost 1.5 swaps per second (TCP).
+_DURATION = 3.0
+# Seconds between calls into MPI: short, so that swaps of other nodes interrupt those of the owner.
+_PROGRESS_INTERVAL = 5e-5
 
 
-def check(comm: MPI.Intracomm, words: Words, where: str, other: int) -> Check:
-    """Let rank 0 and rank `other` swap a word of rank 0. Collective."""
-    swaps, lost = count_up(comm, words, other, _SECONDS)
+def check(comm: MPI.Intracomm, words: Words, where: str, target: int) -> Check:
+    """Let rank 0 and rank `target` swap a word of rank 0, and count lost swaps. Collective.
+
+    Args:
+        comm: communicator of all ranks.
+        words: control words.
+        where: place of `target` relative to rank 0, part of the check's name.
+        target: the other rank.
+    """
+    swaps, lost = count_up(comm, words, target, _DURATION)
     values = {"swaps": swaps, "lost": lost}
     name = f"swaps, {where}"
     if lost:
         text = (
-            f"{lost} of {swaps} swaps of one word by two ranks were lost: versions could be overwritten "
-            "while they are read; install another MPI"
+            f"{lost} of {swaps} swaps of one word by two ranks were lost: versions could be "
+            "overwritten while they are read; install another MPI"
         )
         return Check(name, FAILS, text, values)
     return Check(name, OK, f"none of {swaps} swaps of one word by two ranks was lost", values)
 
 
-def count_up(comm: MPI.Intracomm, words: Words, other: int, seconds: float) -> tuple[int, int]:
-    """Have rank 0 and rank `other` count word 0 of rank 0 up, by swaps, at the same time. Collective.
+def count_up(comm: MPI.Intracomm, words: Words, target: int, seconds: float) -> tuple[int, int]:
+    """Let rank 0 and rank `target` increment word 0 of rank 0 concurrently by swaps. Collective.
+
+    Args:
+        comm: communicator of all ranks.
+        words: control words.
+        target: the other rank.
+        seconds: duration.
 
     Returns:
-        How many swaps succeeded, and how many of them the word does not show.
+        Number of swaps that succeeded, and how many of them the word does not show.
     """
     before = words.read(0, 0) if comm.rank == 0 else 0
     polled_barrier(comm)
-    counted = 0
-    courier = ProgressThread(lambda: None, 1.0, comm.Iprobe, _PROGRESS)
-    if comm.rank in (0, other):
+    succeeded = 0
+    progress_thread = ProgressThread(lambda: None, 1.0, comm.Iprobe, _PROGRESS_INTERVAL)
+    if comm.rank in (0, target):
         deadline = time.monotonic() + seconds
-        seen = words.read(0, 0)
+        value = words.read(0, 0)
         while time.monotonic() < deadline:
             for _ in range(20):
-                if words.swap(0, 0, seen, seen + 1):
-                    counted += 1
-                    seen += 1
+                if words.swap(0, 0, value, value + 1):
+                    succeeded += 1
+                    value += 1
                 else:
-                    seen = words.read(0, 0)
+                    value = words.read(0, 0)
     polled_barrier(comm)
-    courier.close()
-    total = comm.allreduce(counted)
+    progress_thread.close()
+    total = comm.allreduce(succeeded)
     after = words.read(0, 0) if comm.rank == 0 else 0
     return total, comm.bcast(before + total - after)

@@ -1,4 +1,4 @@
-"""What the doctor examines without MPI: packages, kernels, devices, memory, files."""
+"""Checks of the environment without MPI: packages, kernels, devices, shared memory, HDF5."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 __all__ = ["checks"]
 
 _PACKAGES = ("numpy", "torch", "mpi4py", "h5py")
-_SHARED = 1e9  # bytes of shared memory: ten slots of a model of 25 million parameters
+_MIN_SHARED_BYTES = 1e9  # free shared memory: ten slots of a model of 25 million parameters
 
-_READ = """\
+# Program of the process that reads a run file while it is written.
+_READ_COUNTER = """\
 import sys
 from mpi_dasgd.storage.runfile import read_run_file
 print(read_run_file(sys.argv[1]).counters["answer"])
@@ -26,12 +27,19 @@ print(read_run_file(sys.argv[1]).counters["answer"])
 
 
 def checks() -> list[Check]:
-    """Return the findings; takes some two seconds, most of it the import of torch."""
-    return [_versions(), _kernels(), _cuda(), _shared_memory(), _hdf5()]
+    """Return the findings; this takes about two seconds, mostly for the import of torch."""
+    return [
+        _check_versions(),
+        _check_kernels(),
+        _check_cuda(),
+        _check_shared_memory(),
+        _check_hdf5(),
+    ]
 
 
-def _versions() -> Check:
-    values, missing = {"python": platform.python_version(), "mpi_dasgd": __version__}, []
+def _check_versions() -> Check:
+    values = {"python": platform.python_version(), "mpi_dasgd": __version__}
+    missing: list[str] = []
     for package in _PACKAGES:
         try:
             values[package] = metadata.version(package)
@@ -43,24 +51,22 @@ def _versions() -> Check:
     return Check("versions", FAILS if missing else OK, text, values)
 
 
-def _kernels() -> Check:
+def _check_kernels() -> Check:
     from mpi_dasgd.kernels import native
 
     library = native.load()
     if library is None:
         text = f"{native.status()}; training works, but exchanges take longer"
         return Check("kernels", WARNING, text, {"native": False})
-    instruction_set = library.mpd_instruction_set().decode()
-    return Check(
-        "kernels", OK, native.status(), {"native": True, "instruction_set": instruction_set}
-    )
+    values = {"native": True, "instruction_set": library.mpd_instruction_set().decode()}
+    return Check("kernels", OK, native.status(), values)
 
 
-def _cuda() -> Check:
+def _check_cuda() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check("torch", FAILS, f"torch cannot be imported ({error}): install it anew")
+        return Check("torch", FAILS, f"torch cannot be imported ({error}): reinstall it")
     built = torch.version.cuda
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -79,13 +85,13 @@ def _cuda() -> Check:
     return Check("torch", OK, "no CUDA device: training runs on the CPU", values)
 
 
-def _shared_memory() -> Check:
+def _check_shared_memory() -> Check:
     folder = Path("/dev/shm")
     if not folder.exists():
         return Check("shared memory", OK, "there is no /dev/shm to look at")
     free = shutil.disk_usage(folder).free
     text, values = f"{free / 1e9:.1f} GB free in /dev/shm", {"free_bytes": free}
-    if free < _SHARED:
+    if free < _MIN_SHARED_BYTES:
         text += (
             "; a model needs 8 times its size there for each rank of this node (less with smaller "
             "transport.publication_slots and .inbox_slots), and a rank that finds it full dies of "
@@ -95,38 +101,39 @@ def _shared_memory() -> Check:
     return Check("shared memory", OK, text, values)
 
 
-def _hdf5() -> Check:
-    """Write a run file and read it in another process while it is open, where runs are written."""
+def _check_hdf5() -> Check:
+    """Check that a run file in the working directory can be read while it is open for writing."""
     try:
         import h5py
 
         from mpi_dasgd.storage.runfile import RunFile
     except (ImportError, OSError) as error:
         return Check("hdf5", FAILS, f"h5py cannot be imported ({error}): pip install h5py")
-    here = Path.cwd()
+    directory = Path.cwd()
     version = h5py.version.hdf5_version
-    values = {"version": version, "directory": str(here)}
+    values = {"version": version, "directory": str(directory)}
     try:
-        with tempfile.TemporaryDirectory(prefix=".mpi-dasgd-", dir=here) as name:
+        with tempfile.TemporaryDirectory(prefix=".mpi-dasgd-", dir=directory) as name:
             path = Path(name, "rank.h5")
-            with RunFile(path, rank=0, size=1, attributes={}) as record:
-                record.flush({"answer": 42})
-                command = [sys.executable, "-c", _READ, str(path)]
+            with RunFile(path, rank=0, size=1, attributes={}) as run_file:
+                run_file.flush({"answer": 42})
+                command = [sys.executable, "-c", _READ_COUNTER, str(path)]
                 reader = subprocess.run(
                     command, capture_output=True, text=True, timeout=20, check=False
                 )
     except (OSError, subprocess.TimeoutExpired) as error:
         text = (
-            f"HDF5 {version}: no run file can be written in {here} ({error}); go elsewhere, or set "
-            "run.directory to a directory that can be written"
+            f"HDF5 {version}: no run file can be written in {directory} ({error}); go elsewhere, "
+            "or set run.directory to a directory that can be written"
         )
         return Check("hdf5", FAILS, text, values)
     if reader.stdout.strip() != "42":
-        said = (reader.stderr.strip().splitlines() or ["nothing"])[-1]
+        error_line = (reader.stderr.strip().splitlines() or ["nothing"])[-1]
         text = (
-            f"HDF5 {version}: a run file in {here} cannot be read while it is written ({said}); "
-            "runs work, but look at them only at their end, or set run.directory to a local disk"
+            f"HDF5 {version}: a run file in {directory} cannot be read while it is written "
+            f"({error_line}); runs work, but look at them only at their end, or set run.directory "
+            "to a local disk"
         )
         return Check("hdf5", WARNING, text, {**values, "swmr": False})
-    text = f"HDF5 {version}: run files can be read while they are written (SWMR) in {here}"
+    text = f"HDF5 {version}: run files can be read while they are written (SWMR) in {directory}"
     return Check("hdf5", OK, text, {**values, "swmr": True})

@@ -1,7 +1,7 @@
-"""What the doctor examines in the ranks of a job: windows, exchange, progress, latency, bandwidth.
+"""Checks in the ranks of a job: placement, windows, exchange, network, device memory.
 
-``python -m mpi_dasgd.doctor.probe MARK LIBRARY`` is a rank of the doctor's own job: rank 0 prints
-one line, MARK and the findings as JSON.
+``python -m mpi_dasgd.doctor.probe MARK LIBRARY`` is the program of a rank of the doctor's own job:
+rank 0 prints the findings as JSON in one line that starts with MARK.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -28,67 +28,81 @@ __all__ = ["checks", "main"]
 
 
 def main(mark: str, library: str) -> int:
-    """Be one rank of the doctor's own job; return its exit code."""
+    """Run as one rank of the doctor's own job.
+
+    Args:
+        mark: prefix of the line with the findings.
+        library: file of the MPI library, or "".
+
+    Returns:
+        Exit code.
+    """
     launch.enable_stack_dump()
     world.log_to_stderr()
     try:
         environment = world.start()
     except UserError as error:
-        found = [Check("ranks", FAILS, str(error))]
         if world.expected_ranks()[1] == 0:
-            print(mark + json.dumps([vars(check) for check in found]), flush=True)
+            _print_findings(mark, [Check("ranks", FAILS, str(error))])
         return error.exit_code
     environment.abort_on_exception()
 
     def body() -> int:
-        found = checks(environment, library)
+        findings = checks(environment, library)
         if environment.rank == 0:
-            print(mark + json.dumps([vars(check) for check in found]), flush=True)
+            _print_findings(mark, findings)
         return 0
 
     return environment.run(body)
 
 
+def _print_findings(mark: str, findings: Sequence[Check]) -> None:
+    print(mark + json.dumps([vars(check) for check in findings]), flush=True)
+
+
 def checks(environment: World, library: str) -> list[Check]:
-    """Return the findings of all ranks together; those of rank 0 count. Collective.
+    """Run all checks that need MPI. Collective.
 
     Args:
-        environment: the ranks.
+        environment: the ranks of the job.
         library: file of the MPI library, or "".
+
+    Returns:
+        The findings; those of rank 0 count.
     """
     from mpi_dasgd.doctor import network_checks
 
-    found = [_ranks(environment), _windows(environment)]
-    if environment.comm.bcast(any(check.verdict == FAILS for check in found)):
-        return found
+    findings = [_check_ranks(environment), _check_windows(environment)]
+    if environment.comm.bcast(any(check.verdict == FAILS for check in findings)):
+        return findings
     if environment.size > 1:
-        found += [_exchange(environment), *network_checks.checks(environment)]
+        findings += [_check_exchange(environment), *network_checks.checks(environment)]
     else:
         text = "one rank has no one to talk to: run the doctor with 2 ranks or more"
-        found.append(Check("exchange", WARNING, text))
-    return [*found, _device_memory(library)]
+        findings.append(Check("exchange", WARNING, text))
+    return [*findings, _check_device_memory(library)]
 
 
-def _ranks(environment: World) -> Check:
-    """Where the ranks are, and on how many cores."""
+def _check_ranks(environment: World) -> Check:
+    """Check on which nodes the ranks are, and how many cores each may use. Collective."""
     from mpi4py import MPI
 
     comm = environment.comm
     cores = comm.allgather(len(os.sched_getaffinity(0)))
-    on_nodes = comm.allgather(environment.node_size if environment.node_rank == 0 else 0)
-    per_node = [count for count in on_nodes if count]
-    level = {MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE"}.get(MPI.Query_thread(), "less")
+    node_sizes = comm.allgather(environment.node_size if environment.node_rank == 0 else 0)
+    ranks_per_node = [size for size in node_sizes if size]
+    thread_level = {MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE"}.get(MPI.Query_thread(), "less")
     values = {
         "ranks": comm.size,
         "nodes": environment.nodes,
-        "ranks_per_node": per_node,
+        "ranks_per_node": ranks_per_node,
         "cores_of_rank": cores,
-        "thread_level": level,
+        "thread_level": thread_level,
     }
-    where = f"{environment.nodes} node{'s' * (environment.nodes > 1)}"
+    nodes = f"{environment.nodes} node{'s' * (environment.nodes > 1)}"
     if environment.nodes > 1:
-        where += f" ({', '.join(map(str, per_node))})"
-    text = f"{comm.size} on {where}, {min(cores)} cores usable by each, {level}"
+        nodes += f" ({', '.join(map(str, ranks_per_node))})"
+    text = f"{comm.size} on {nodes}, {min(cores)} cores usable by each, {thread_level}"
     if min(cores) == 1 < (os.cpu_count() or 1):
         text += (
             "; bound to one core, a rank's threads wait for each other: bind to none or to several "
@@ -98,65 +112,74 @@ def _ranks(environment: World) -> Check:
     return Check("ranks", OK, text, values)
 
 
-def _windows(environment: World) -> Check:
-    """Which kinds of window carry a number from rank to rank."""
+def _check_windows(environment: World) -> Check:
+    """Check which constructors of windows yield one that works. Collective."""
     from mpi4py import MPI
 
     comm = environment.comm
-    node = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED))
+    node_comm = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED))
     memory = np.zeros(1, np.int64)
-    kinds: dict[str, tuple[MPI.Intracomm, Callable[[], MPI.Win]]] = {
+    constructors: dict[str, tuple[MPI.Intracomm, Callable[[], MPI.Win]]] = {
         "Allocate": (comm, lambda: MPI.Win.Allocate(8, 8, comm=comm)),
-        "Allocate_shared": (node, lambda: MPI.Win.Allocate_shared(8, 8, comm=node)),
+        "Allocate_shared": (node_comm, lambda: MPI.Win.Allocate_shared(8, 8, comm=node_comm)),
         "Create": (comm, lambda: MPI.Win.Create(memory, 8, comm=comm)),
     }
     errors = {}
-    for kind, (members, make) in kinds.items():
+    for name, (window_comm, construct) in constructors.items():
         try:
-            good = _carries(members, make(), in_place=kind == "Allocate_shared")
-            error = "" if good else "a wrong number arrived"
+            works = _transfers(window_comm, construct(), in_place=name == "Allocate_shared")
+            error = "" if works else "a wrong number arrived"
         except MPI.Exception as raised:
             error = raised.Get_error_string()
-        errors[kind] = next((text for text in comm.allgather(error) if text), "")
-    node.Free()
-    values = {kind: not error for kind, error in errors.items()}
-    bad = {kind: error for kind, error in errors.items() if error}
-    if not bad:
+        errors[name] = next((text for text in comm.allgather(error) if text), "")
+    node_comm.Free()
+    values = {name: not error for name, error in errors.items()}
+    failures = {name: error for name, error in errors.items() if error}
+    if not failures:
         return Check("windows", OK, f"{', '.join(errors)} work", values)
-    text = "; ".join(f"Win.{kind} does not work: {error}" for kind, error in bad.items())
-    if set(bad) == {"Create"} and environment.nodes == 1:
+    text = "; ".join(f"Win.{name} does not work: {error}" for name, error in failures.items())
+    if set(failures) == {"Create"} and environment.nodes == 1:
         return Check("windows", WARNING, f"{text}; it is needed with several nodes only", values)
     remedy = "install another MPI, as in `pip install 'mpi_dasgd[mpich]'`"
-    if "Allocate_shared" in bad:
+    if "Allocate_shared" in failures:
         remedy = f"set transport.mode=rma, or {remedy}"
     return Check("windows", FAILS, f"{text}; {remedy}", values)
 
 
-def _carries(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
-    """Write a number to the next rank, look for the one of the rank before. Collective."""
+def _transfers(comm: MPI.Intracomm, window: MPI.Win, in_place: bool) -> bool:
+    """Send a number to the next rank, and check that of the previous rank. Collective.
+
+    Args:
+        comm: communicator of the window.
+        window: window of one int64 per rank; it is freed.
+        in_place: write by store instead of Put.
+
+    Returns:
+        Whether the right number arrived at this rank.
+    """
     from mpi4py import MPI
 
-    after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    successor, predecessor = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     own = np.frombuffer(window.tomemory(), np.int64)
     own[0] = -1
     comm.Barrier()
     window.Lock_all(MPI.MODE_NOCHECK)
     if in_place:
-        np.frombuffer(window.Shared_query(after)[0], np.int64)[0] = comm.rank
+        np.frombuffer(window.Shared_query(successor)[0], np.int64)[0] = comm.rank
     else:
-        window.Put([np.full(1, comm.rank, np.int64), MPI.INT64_T], after)
-        window.Flush(after)
+        window.Put([np.full(1, comm.rank, np.int64), MPI.INT64_T], successor)
+        window.Flush(successor)
     window.Sync()
     comm.Barrier()
     window.Sync()
-    good = int(own[0]) == before
+    is_right = int(own[0]) == predecessor
     window.Unlock_all()
     window.Free()
-    return good
+    return is_right
 
 
-def _exchange(environment: World) -> Check:
-    """One pair exchange of every rank on the real transport: the sum of models must not change."""
+def _check_exchange(environment: World) -> Check:
+    """Check that a pair exchange on the real transport conserves the sum of models. Collective."""
     from mpi_dasgd import topology
     from mpi_dasgd.codecs import ExchangeBuffers, NoCodec
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
@@ -172,48 +195,47 @@ def _exchange(environment: World) -> Check:
     message.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
     endpoint.publication.publish()
     polled_barrier(environment.comm)
-    pairing = endpoint.begin_exchange([(comm.rank + 1) % comm.size])
-    while not pairing.test():
+    request = endpoint.begin_exchange([(comm.rank + 1) % comm.size])
+    while not request.test():
         endpoint.refresh_membership()
-    met = pairing.partner_model is not None and pairing.partner_delta is not None
-    if pairing.partner_model is not None and pairing.partner_delta is not None:
+    has_exchanged = request.partner_model is not None and request.partner_delta is not None
+    if request.partner_model is not None and request.partner_delta is not None:
         buffers = ExchangeBuffers(
-            partner_model=pairing.partner_model, reply_delta=pairing.partner_delta
+            partner_model=request.partner_model, reply_delta=request.partner_delta
         )
         codec.average_pair(x, buffers)
-        pairing.partner_delta.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
-        endpoint.commit_exchange(pairing)
+        request.partner_delta.stamp(rank=comm.rank, step=0, time_ns=endpoint.time_ns())
+        endpoint.commit_exchange(request)
     while not endpoint.is_flushed():
         endpoint.refresh_membership()
     polled_barrier(environment.comm)
-    for arrival in endpoint.inbox.receive():
-        codec.average_pair(x, ExchangeBuffers(deltas=[arrival.message]))
-        endpoint.inbox.free(arrival)
+    for received in endpoint.inbox.receive():
+        codec.average_pair(x, ExchangeBuffers(deltas=[received.message]))
+        endpoint.inbox.free(received)
     sums = environment.comm.allreduce(x.astype(np.float64))
-    met_all = environment.comm.allreduce(int(met)) == comm.size
-    right = met_all and bool((sums == comm.size * (comm.size - 1) / 2).all())
-    path = endpoint.transfer_mode
+    have_all_exchanged = environment.comm.allreduce(int(has_exchanged)) == comm.size
+    is_conserved = bool((sums == comm.size * (comm.size - 1) / 2).all())
+    transfer_mode = endpoint.transfer_mode
+    values = {"path": transfer_mode}
     endpoint.close()
     comm.Free()
-    if right:
-        return Check(
-            "exchange", OK, f"pair exchange conserves the sum of the models, {path}", {"path": path}
-        )
+    if have_all_exchanged and is_conserved:
+        text = f"pair exchange conserves the sum of the models, {transfer_mode}"
+        return Check("exchange", OK, text, values)
     text = (
-        f"pair exchange ({path}) changed the sum of the models or found no partner: this MPI "
-        "library does not keep its promises; try transport.mode=rma, or another MPI"
+        f"pair exchange ({transfer_mode}) changed the sum of the models or found no partner: this "
+        "MPI library does not keep its promises; try transport.mode=rma, or another MPI"
     )
-    return Check("exchange", FAILS, text, {"path": path})
+    return Check("exchange", FAILS, text, values)
 
 
-def _device_memory(library: str) -> Check:
-    """What the MPI library says about device memory; nothing depends on it."""
+def _check_device_memory(library: str) -> Check:
+    """Report whether the MPI library is CUDA-aware, on which nothing depends."""
     try:
         query = ctypes.CDLL(library or None).MPIX_Query_cuda_support
     except (OSError, AttributeError):
-        return Check(
-            "mpi and cuda", OK, "the library does not say whether it is CUDA-aware (not needed)"
-        )
+        text = "the library does not say whether it is CUDA-aware (not needed)"
+        return Check("mpi and cuda", OK, text)
     aware = bool(query())
     text = "the library says that it is CUDA-aware" if aware else "the library is not CUDA-aware"
     text += " (not needed: payload windows are in host memory)"

@@ -78,7 +78,7 @@ def test_under_a_launcher_it_examines_these_ranks() -> None:
     assert findings(line)["ranks"]["values"]["ranks"] == 3
 
 
-def test_between_hosts_the_courier_makes_progress(mpi: str, two_hosts: Hosts) -> None:
+def test_between_hosts_the_progress_thread_makes_progress(mpi: str, two_hosts: Hosts) -> None:
     done = run_ranks(2, PROGRAM, mpi=mpi, hosts=two_hosts, timeout=100)
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     checks = findings(line)
@@ -88,8 +88,8 @@ def test_between_hosts_the_courier_makes_progress(mpi: str, two_hosts: Hosts) ->
     progress = checks["progress, other node"]["values"]
     assert progress["independent"] is False
     # The target computes for 0.3 s: what waits for it takes 0.1 s or more.
-    assert progress["with_courier"]["fetch_and_op_us"] < 0.1e6
-    assert progress["with_courier"]["put_us"] < 0.1e6
+    assert progress["with_progress_thread"]["fetch_and_op_us"] < 0.1e6
+    assert progress["with_progress_thread"]["put_us"] < 0.1e6
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_ranks_that_do_not_end_are_a_finding(
 ) -> None:
     monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library("mpich")))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    failed = doctor._job(2, seconds=0.3)[-1]
+    failed = doctor._probe_in_job(2, timeout=0.3)[-1]
     assert (failed.name, failed.verdict) == ("ranks", "fails")
     assert "time limit" in failed.text and "stacks" in failed.text
     assert "stacks of rank 1" in capfd.readouterr().err
@@ -116,7 +116,7 @@ def test_ranks_that_do_not_end_are_a_finding(
 
 def test_a_directory_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/proc")
-    check = environment._hdf5()
+    check = environment._check_hdf5()
     assert check.verdict == "fails"
     assert "/proc" in check.text and "run.directory" in check.text
 
@@ -124,7 +124,7 @@ def test_a_directory_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatc
 def test_a_small_container_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64 << 20, 0, 64 << 20))
-    check = environment._shared_memory()
+    check = environment._check_shared_memory()
     assert check.verdict == "warning"
     assert "--shm-size" in check.text
 
@@ -132,7 +132,7 @@ def test_a_small_container_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None
 def test_kernels_that_were_not_built_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(native, "status", lambda: "NumPy kernels (why)")
-    check = environment._kernels()
+    check = environment._check_kernels()
     assert check.verdict == "warning"
     assert check.text.startswith("NumPy kernels (why)")
 
