@@ -1,4 +1,4 @@
-"""MPI start-up: devices, the trap of n separate jobs, and that one failing rank ends them all at once."""
+"""MPI start-up: devices, launchers of another MPI, and the failure of one rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_device_of_a_rank(visible: int, devices: list[str]) -> None:
     assert [choose_device(rank, visible) for rank in range(3)] == devices
 
 
-def test_what_launchers_say() -> None:
+def test_number_of_ranks_that_the_launcher_started() -> None:
     assert expected_ranks({}) == (1, 0)
     assert expected_ranks({"PMI_SIZE": "4", "PMI_RANK": "2"}) == (4, 2)
     assert expected_ranks({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}) == (3, 1)
@@ -50,18 +50,25 @@ def test_ranks_find_each_other(n: int) -> None:
 
 @pytest.mark.concurrent
 def test_separate_one_rank_jobs_are_refused_once() -> None:
-    """What a launcher of another MPI does: every process is a world of its own."""
+    """Under the launcher of another MPI every process is a job of one rank."""
     program = "from mpi_dasgd.cli import main; import sys; sys.exit(main(['train', sys.argv[1]]))"
     errors = []
     for rank in range(2):
         environment = {
-            **os.environ, "MPI_DASGD_RANKS": "2", "OMPI_COMM_WORLD_RANK": str(rank),
-            "PYTHONPATH": str(ROOT), "MPI4PY_LIBMPI": str(mpi_library("mpich")),
-        }  # fmt: skip
+            **os.environ,
+            "MPI_DASGD_RANKS": "2",
+            "OMPI_COMM_WORLD_RANK": str(rank),
+            "PYTHONPATH": str(ROOT),
+            "MPI4PY_LIBMPI": str(mpi_library("mpich")),
+        }
         done = subprocess.run(
             [sys.executable, "-c", program, str(ROOT / "jobs" / "train.toml")],
-            env=environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == 2
         errors.append(done.stderr)
     assert "started 2 ranks, but this process sees 1" in errors[0]
@@ -71,7 +78,7 @@ def test_separate_one_rank_jobs_are_refused_once() -> None:
 
 @pytest.mark.concurrent
 @pytest.mark.parametrize("where", ["main", "thread"])
-def test_an_uncaught_exception_ends_all_ranks_and_is_said_once(where: str) -> None:
+def test_an_uncaught_exception_ends_all_ranks_and_is_printed_once(where: str) -> None:
     done = run_ranks(
         3,
         """

@@ -1,4 +1,4 @@
-"""The doctor: what it finds here, under a launcher and between hosts, and what it says if all is not well."""
+"""The doctor: findings here, under a launcher and between hosts, and its advice on problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sys.exit(main(["doctor", "--json"]))
 
 
 def examine(directory: Path, library: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``mpi-dasgd doctor`` alone, with an MPI library of one's choice."""
+    """Run ``mpi-dasgd doctor`` alone, with a given MPI library."""
     return subprocess.run(
         [sys.executable, "-m", "mpi_dasgd", "doctor", *arguments],
         cwd=directory,
@@ -41,7 +41,7 @@ def examine(directory: Path, library: str, *arguments: str) -> subprocess.Comple
 
 
 def findings(text: str) -> dict[str, dict[str, Any]]:
-    """The checks by name; none of them fails."""
+    """Return the checks by name, after asserting that none of them fails."""
     report = json.loads(text)
     checks = {check["name"]: check for check in report["checks"]}
     assert len(checks) == len(report["checks"])
@@ -50,7 +50,7 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
     return checks
 
 
-def test_all_is_well_here(mpi: str, tmp_path: Path) -> None:
+def test_no_check_fails_here(mpi: str, tmp_path: Path) -> None:
     done = examine(tmp_path, str(mpi_library(mpi)), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     checks = findings(done.stdout)
@@ -67,7 +67,7 @@ def test_all_is_well_here(mpi: str, tmp_path: Path) -> None:
     assert set(bandwidth) == {f"{op}_mb_per_s" for op in ("memcpy", "get", "put", "in_place")}
     assert min(bandwidth.values()) > 1
     assert checks["hdf5"]["values"]["swmr"] is True
-    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # no file is left behind
 
 
 @pytest.mark.mpi
@@ -87,13 +87,13 @@ def test_between_hosts_the_progress_thread_makes_progress(mpi: str, two_hosts: H
     assert checks["swaps, other node"]["values"]["swaps"] > 1000
     progress = checks["progress, other node"]["values"]
     assert progress["independent"] is False
-    # The target computes for 0.3 s: what waits for it takes 0.1 s or more.
+    # The target computes for 0.3 s: an operation that waits for it takes at least 0.1 s.
     assert progress["with_progress_thread"]["fetch_and_op_us"] < 0.1e6
     assert progress["with_progress_thread"]["put_us"] < 0.1e6
 
 
 @pytest.mark.slow
-def test_without_an_mpi_library_it_says_what_to_do(tmp_path: Path) -> None:
+def test_without_an_mpi_library_it_names_the_remedy(tmp_path: Path) -> None:
     done = examine(tmp_path, "/nothing/libmpi.so")
     assert done.returncode == 1
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("FAILS"))
@@ -103,7 +103,7 @@ def test_without_an_mpi_library_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_ranks_that_do_not_end_are_a_finding(
+def test_ranks_that_do_not_end_are_a_failure(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library("mpich")))
@@ -121,7 +121,7 @@ def test_a_directory_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatc
     assert "/proc" in check.text and "run.directory" in check.text
 
 
-def test_a_small_container_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_container_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64 << 20, 0, 64 << 20))
     check = environment._check_shared_memory()
@@ -137,6 +137,6 @@ def test_kernels_that_were_not_built_are_a_warning(monkeypatch: pytest.MonkeyPat
     assert check.text.startswith("NumPy kernels (why)")
 
 
-def test_a_number_of_ranks_is_checked() -> None:
+def test_fewer_than_one_rank_is_refused() -> None:
     with pytest.raises(UserError, match="-n must be at least 1, got 0"):
         doctor.run(0)

@@ -1,4 +1,4 @@
-"""How jobs are started, how they end, and what is said about it; on one host and on fake hosts."""
+"""Start and end of jobs, and the messages about it; on one host and on fake hosts."""
 
 from __future__ import annotations
 
@@ -34,13 +34,10 @@ def mpich() -> mpiexec.Library:
     return mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library("mpich"))})
 
 
-# --- verdicts ---
+# --- environment and end of ranks ---
 
 
-# --- what a rank is given, and how it ends ---
-
-
-def test_ranks_get_what_they_need(mpi, n_ranks):
+def test_ranks_receive_arguments_and_environment(mpi, n_ranks):
     program = START + (
         "assert size == int(os.environ['MPI_DASGD_RANKS']), size\n"
         "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN\n"
@@ -83,7 +80,7 @@ def test_exception_ends_all_ranks_within_seconds(mpi):
 
 
 def test_failure_before_mpi_starts_ends_the_others():
-    """Nobody calls MPI_Abort, and the others wait in MPI_Init."""
+    """No rank calls MPI_Abort, and the others wait in MPI_Init."""
     program = "import os\nif os.environ['PMI_RANK'] == '1': os._exit(6)\n" + START
     done = run_ranks(2, program, timeout=40, check=False)
     assert done.code == 6
@@ -106,7 +103,7 @@ def test_time_limit_shows_the_stacks_of_all_ranks(mpi):
     assert [stack[0] for stack in stacks] == ["0", "1", "2"]
     assert "in stuck" in stacks[0]
     assert "in asleep" in stacks[1]
-    assert "none" in stacks[2]  # a stopped process cannot answer, but it is killed
+    assert "none" in stacks[2]  # a stopped process cannot dump its stacks, but it is killed
     assert "ranks [137, 137, 137]" in text
 
 
@@ -149,7 +146,7 @@ def test_signal_is_passed_on(tmp_path, handler, codes, verdict):
     assert helper.stdout is not None
     assert [helper.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     helper.send_signal(signal.SIGTERM)
-    if "IGN" in handler:  # those that do not heed it are killed later, or at the second one
+    if "IGN" in handler:  # ranks that ignore it are killed later, or at the second signal
         time.sleep(0.5)
         assert helper.poll() is None
         helper.send_signal(signal.SIGTERM)
@@ -166,7 +163,7 @@ def test_launch_runs_a_command(capfd, mpich, monkeypatch):
     assert launch.launch(2, ["train", "jobs/train.toml", "nonsense=1"]) == 2
     err = capfd.readouterr().err
     assert "nonsense" in err
-    assert "mpi-dasgd launch" not in err  # the program says why, and nothing is added
+    assert "mpi-dasgd launch" not in err  # the program itself prints the reason
 
 
 def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch):
@@ -174,10 +171,10 @@ def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert launch.launch(2, [str(ROOT / "examples" / "own_loop.py")], timeout=100) == 0
-    found = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", capfd.readouterr().out)
-    assert found is not None
-    assert 60_000 <= int(found[1]) < 61_000
-    assert float(found[2]) > 93
+    match = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", capfd.readouterr().out)
+    assert match is not None
+    assert 60_000 <= int(match[1]) < 61_000
+    assert float(match[2]) > 93
 
 
 @pytest.mark.parametrize(
@@ -189,14 +186,14 @@ def test_launch_runs_a_script_of_the_user(capfd, mpich, monkeypatch):
         (["nowhere.py"], r"there is no script nowhere\.py"),
     ],
 )
-def test_launch_refuses_other_words(arguments, message):
+def test_launch_refuses_what_is_neither_command_nor_script(arguments, message):
     with pytest.raises(UserError, match=message):
         launch.launch(2, arguments)
 
 
-# --- ranks that are killed while the others cannot do without them ---
+# --- ranks that are killed while the others need them ---
 
-# Kills a rank at the import of a module; Python imports this by itself at its start.
+# Kills rank 1 when it imports a certain module; Python imports sitecustomize at start-up.
 SITECUSTOMIZE = """
 import os, signal, sys
 class Killer:
@@ -210,7 +207,7 @@ if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
 
 @pytest.fixture
 def kill_rank_1(mpi, tmp_path, monkeypatch):
-    """Function that runs `launch.launch` and kills rank 1 at the import of a module."""
+    """Function that runs `launch.launch` and kills rank 1 when it imports a module."""
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi_library(mpi)))
@@ -224,7 +221,7 @@ def kill_rank_1(mpi, tmp_path, monkeypatch):
     return run
 
 
-# Before MPI starts, and after it.
+# Before the initialization of MPI, and after it.
 @pytest.mark.parametrize("module", ["mpi4py", "mpi_dasgd.training.trainer"])
 def test_rank_killed_before_training_ends_the_others(kill_rank_1, module, tmp_path, capfd):
     code = kill_rank_1(module, "train", "jobs/train.toml", f"run.directory={tmp_path}")
@@ -260,7 +257,7 @@ def test_own_script_needs_all_ranks_until_decentralized_is_made(
 
 
 @pytest.mark.parametrize("mpi", ["mpich"], indirect=True)
-def test_own_script_that_never_says_ready_outlives_a_loss(kill_rank_1, tmp_path, capfd):
+def test_own_script_that_never_calls_ready_survives_a_loss(kill_rank_1, tmp_path, capfd):
     script = tmp_path / "own.py"
     script.write_text("import colorsys; import time; time.sleep(2.5); print('goes on')")
     assert kill_rank_1("colorsys", str(script)) == 0
@@ -289,7 +286,7 @@ def test_impossible_jobs_are_refused(n, options, message):
 
 
 def test_killed_rank_on_another_host(two_hosts: Hosts):
-    """Not with Open MPI: a socket that closes ends its ranks, whatever their error handlers."""
+    """MPICH only: with Open MPI a closed socket ends the other ranks despite error handlers."""
     program = START + (
         "comm.Barrier()\n"
         "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,4 +1,4 @@
-"""Launchers: the one that belongs to the MPI library, and what the ranks are given."""
+"""Choice of the launcher that belongs to the MPI library, and the environment of the ranks."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_threads_share_the_cores(monkeypatch, mpich):
 
 def test_launcher_belongs_to_the_library(mpi):
     library = mpiexec.mpi_library({**os.environ, "MPI4PY_LIBMPI": str(mpi_library(mpi))})
-    found = Path(mpiexec.find_launcher(library))
+    launcher = Path(mpiexec.find_launcher(library))
     assert library.family.extra == mpi
-    assert found.parent == Path(library.path).parent.parent / "bin"
+    assert launcher.parent == Path(library.path).parent.parent / "bin"
 
 
 def test_launcher_of_another_mpi_is_refused(mpi, mpich, monkeypatch, tmp_path):
@@ -50,17 +50,17 @@ def test_launcher_of_another_mpi_is_refused(mpi, mpich, monkeypatch, tmp_path):
         launcher = str(mpi_library(mpi).parent.parent / "bin" / "mpirun")
     with pytest.raises(UserError, match="does not belong to"):
         mpiexec.find_launcher(other, launcher)
-    # Nor is it taken from PATH.
+    # It is not taken from PATH, either.
     monkeypatch.setenv("PATH", str(Path(launcher).parent))
     with pytest.raises(UserError, match=rf"mpi_dasgd\[{other.family.extra}\]"):
         mpiexec.find_launcher(mpiexec.Library(other.version, str(tmp_path / "lib/libmpi.so")))
 
 
 def test_launcher_is_found_in_path(mpich, monkeypatch):
-    folder = Path(mpiexec.find_launcher(mpich)).parent
-    monkeypatch.setenv("PATH", f"/nowhere:{folder}")
+    directory = Path(mpiexec.find_launcher(mpich)).parent
+    monkeypatch.setenv("PATH", f"/nowhere:{directory}")
     elsewhere = mpiexec.Library(mpich.version, "/nowhere/lib/libmpi.so.12")
-    assert mpiexec.find_launcher(elsewhere) == str(folder / "mpiexec")
+    assert mpiexec.find_launcher(elsewhere) == str(directory / "mpiexec")
 
 
 def test_unknown_library_is_refused():

@@ -1,4 +1,4 @@
-"""The job script on a real Slurm of two nodes, which share files and a network but no memory."""
+"""The job script on a real Slurm cluster of two nodes that share files but no memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cluster(two_hosts: Hosts) -> Iterator[Cluster]:
 
 @pytest.fixture
 def user(cluster: Cluster) -> Cluster:
-    """The cluster, as one submits to it who has set what the job script asks for."""
+    """The cluster, with the environment variables that the job script asks for."""
     library = mpi_library("mpich")
     if library is None:
         missing("no library of mpich: `make test` installs it")
@@ -49,7 +49,7 @@ def user(cluster: Cluster) -> Cluster:
 
 
 def _results(directory: Path) -> dict[str, Any]:
-    """Attributes of the results, of the run and of each rank."""
+    """Attributes of the run and columns of the ranks in the results file."""
     with h5py.File(directory / "runs" / "run" / "results.h5") as file:
         return {
             **file.attrs,
@@ -61,11 +61,11 @@ def _results(directory: Path) -> dict[str, Any]:
 def _kill_rank(cluster: Cluster, rank: int) -> None:
     """Kill a rank of the running job."""
     conf = cluster.environment["SLURM_CONF"]
-    wanted = {f"SLURM_PROCID={rank}".encode(), f"SLURM_CONF={conf}".encode()}
+    variables = {f"SLURM_PROCID={rank}".encode(), f"SLURM_CONF={conf}".encode()}
     killed = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+            if variables <= set((process / "environ").read_bytes().split(b"\0")):
                 os.kill(int(process.name), signal.SIGKILL)
                 killed += 1
     assert killed == 1
@@ -90,15 +90,15 @@ def test_job_trains_on_two_nodes(user: Cluster, tmp_path: Path) -> None:
     assert results["slurm_submit_dir"] == str(tmp_path)
 
 
-def test_bad_key_fails_the_job_and_says_why(user: Cluster, tmp_path: Path) -> None:
+def test_bad_key_fails_the_job_with_a_message(user: Cluster, tmp_path: Path) -> None:
     job = user.wait(user.submit(tmp_path, *TWO_NODES, "budget.epoch=6"))
     assert (job.state, job.code) == ("FAILED", 2), job.output
-    assert job.output.count("budget.epoch") == 1  # rank 0 alone says it
+    assert job.output.count("budget.epoch") == 1  # only rank 0 prints it
     assert "did you mean 'epochs'" in job.output
     assert not (tmp_path / "runs").exists()
 
 
-def test_srun_of_another_mpi_is_found_out(user: Cluster, tmp_path: Path) -> None:
+def test_srun_of_another_mpi_is_detected(user: Cluster, tmp_path: Path) -> None:
     """Started without PMI, each rank would train alone."""
     alone = user.with_variables(MPI_DASGD_SRUN_MPI="none")
     job = alone.wait(alone.submit(tmp_path, *TWO_NODES, "budget.epochs=6"))
@@ -110,9 +110,9 @@ def test_srun_of_another_mpi_is_found_out(user: Cluster, tmp_path: Path) -> None
 def test_job_that_loses_a_rank_finishes_and_counts_as_failed(user: Cluster, tmp_path: Path) -> None:
     number = user.submit(tmp_path, *ONE_NODE, "budget.seconds=5", "transport.heartbeat_timeout=2")
     output = tmp_path / f"mpi-dasgd-{number}.out"
-    end = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not (output.exists() and "samples/s" in output.read_text()):
-        assert time.monotonic() < end, "training did not begin"
+        assert time.monotonic() < deadline, "training did not begin"
         time.sleep(0.1)
     _kill_rank(user, 1)
     job = user.wait(number)
