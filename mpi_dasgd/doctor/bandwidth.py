@@ -15,6 +15,7 @@ from mpi_dasgd.world import polled_barrier
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpi_dasgd.codecs.message import Layout, Message
     from mpi_dasgd.transport.rma.windows import WindowSlots
 
 __all__ = ["PAYLOAD_BYTES", "check"]
@@ -32,12 +33,11 @@ def check(
 ) -> Check:
     """Measure transfers between rank 0 and `target`, and compare the bytes. Collective.
 
-    The operations alternate, so that all of them see the same load of the machine.
-
     Args:
         comm: communicator of all ranks.
         remote_slots: slots of `PAYLOAD_BYTES`, of float32, that are reached by Get and Put only.
-        shared_slots: the same slots in memory that rank 0 shares with `target`; None: not measured.
+        shared_slots: slots of the same layout in memory that rank 0 shares with `target`; None: not
+            measured.
         where: place of `target` relative to rank 0, part of the check's name.
         target: the rank whose slots are read and written.
 
@@ -54,36 +54,11 @@ def check(
         shared_slots.fence()
     polled_barrier(comm)
     durations: dict[str, list[float]] = {}
-    corrupted: list[str] = []
+    corrupted: set[str] = set()
     if comm.rank == 0:
-        from mpi_dasgd.codecs.message import Message
-
-        source = np.full(PAYLOAD_BYTES // 4, -1, np.float32)
-        copy = np.zeros(PAYLOAD_BYTES // 4, np.float32)
-        layout = own_message.layout
-        received = Message(np.zeros(layout.nbytes, np.uint8), layout)
-        operations: dict[str, Callable[[], object]] = {
-            "memcpy": lambda: ctypes.memmove(copy.ctypes.data, source.ctypes.data, PAYLOAD_BYTES),
-            "get": lambda: remote_slots.get(target, 0, received),
-            "put": lambda: remote_slots.put(target, 0, received),
-        }
-        if shared_message is not None:
-            operations["in_place"] = lambda: np.copyto(copy, shared_message.payload)
-        expected = {
-            "memcpy": (copy, -1),
-            "get": (received.payload, target),
-            "in_place": (copy, target),
-        }
-        for repeat in range(_REPEATS + 1):
-            for operation, run in operations.items():
-                start = time.perf_counter()
-                run()
-                seconds = time.perf_counter() - start
-                array, value = expected.get(operation, (copy, None))
-                if value is not None and not (array == value).all():
-                    corrupted.append(operation)
-                if repeat:  # the first round also faults the pages in
-                    durations.setdefault(operation, []).append(seconds)
+        durations, corrupted = _time_transfers(
+            remote_slots, own_message.layout, shared_message, target
+        )
     polled_barrier(comm)
     values = {
         f"{operation}_mb_per_s": PAYLOAD_BYTES / float(np.median(seconds)) / 1e6
@@ -91,10 +66,58 @@ def check(
     }
     name = f"payload, {where}"
     if corrupted:
-        operations_text = " and ".join(sorted(set(corrupted)))
-        text = f"{operations_text} brought wrong bytes: install another MPI"
+        text = f"{' and '.join(sorted(corrupted))} brought wrong bytes: install another MPI"
         return Check(name, FAILS, text, values)
     rates = ", ".join(
         f"{key.removesuffix('_mb_per_s')} {rate:.0f}" for key, rate in values.items()
     ).replace("_", " ")
     return Check(name, OK, f"MB/s at {PAYLOAD_BYTES / 1e6:.0f} MB: {rates}", values)
+
+
+def _time_transfers(
+    remote_slots: WindowSlots, layout: Layout, shared_message: Message | None, target: int
+) -> tuple[dict[str, list[float]], set[str]]:
+    """Time each operation `_REPEATS` times, in turn, so that all see the same load of the machine.
+
+    Args:
+        remote_slots: slots whose payload on `target` is filled with the number of that rank.
+        layout: layout of the slots.
+        shared_message: message in a slot of `target` with the same content, reached in place; None:
+            not measured.
+        target: the rank whose slots are read and written.
+
+    Returns:
+        Durations in seconds by operation, and the operations that yielded wrong values.
+    """
+    from mpi_dasgd.codecs.message import Message
+
+    source = np.full(PAYLOAD_BYTES // 4, -1, np.float32)
+    copy = np.zeros(PAYLOAD_BYTES // 4, np.float32)
+    received = Message(np.zeros(layout.nbytes, np.uint8), layout)
+    operations: dict[str, Callable[[], object]] = {
+        "memcpy": lambda: ctypes.memmove(copy.ctypes.data, source.ctypes.data, PAYLOAD_BYTES),
+        "get": lambda: remote_slots.get(target, 0, received),
+        # Writes back what "get" has received, so the slot keeps its content.
+        "put": lambda: remote_slots.put(target, 0, received),
+    }
+    if shared_message is not None:
+        operations["in_place"] = lambda: np.copyto(copy, shared_message.payload)
+    expected = {
+        "memcpy": (copy, -1),
+        "get": (received.payload, target),
+        "in_place": (copy, target),
+    }
+    durations: dict[str, list[float]] = {operation: [] for operation in operations}
+    corrupted: set[str] = set()
+    for repeat in range(_REPEATS + 1):
+        for operation, run in operations.items():
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            if operation in expected:
+                array, value = expected[operation]
+                if not (array == value).all():
+                    corrupted.add(operation)
+            if repeat:  # the first round also faults the pages in
+                durations[operation].append(seconds)
+    return durations, corrupted
