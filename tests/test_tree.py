@@ -9,11 +9,14 @@ from tests.support.mpi_ranks import ROOT
 PACKAGE, TESTS = ROOT / "mpi_dasgd", ROOT / "tests"
 
 TESTED_BY = {
-    "algorithms/test_adpsgd": "algorithms: adpsgd_bipartite adpsgd_pull pair_averaging pull_averaging",
-    "algorithms/test_asgd": "algorithms: minibatch server work_queue / staleness: delay_meter",
+    "algorithms/test_adpsgd": "algorithms: adpsgd_bipartite adpsgd_pull neighbour_exchange "
+    "pair_averaging pull_averaging",
+    "algorithms/test_asgd": "algorithms: gradient_server minibatch server work_queue / staleness: delay_meter",
     "algorithms/test_catalogue": "algorithms: description",
     "algorithms/test_dasgd": "algorithms: replica / codecs: error_feedback / staleness: version_vectors "
     "/ analysis: version_history",
+    "algorithms/test_build": "algorithms: validation",
+    "algorithms/test_conservation": "algorithms: communication",
     "algorithms/test_registration": "algorithms: base build no_communication",
     "algorithms/test_swarm": "algorithms: local_phase swarm_blocking swarm_pull",
     "algorithms/test_synchronous_and_push_sum": "algorithms: allreduce dpsgd local_sgd osgp push_sum sgp",

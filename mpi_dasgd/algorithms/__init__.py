@@ -1,4 +1,4 @@
-"""The algorithms, one file each, to be read beside their papers."""
+"""Algorithms, one file per paper, to be read beside it; finding and registering them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
 from mpi_dasgd.algorithms.adpsgd_pull import PullADPSGD
 from mpi_dasgd.algorithms.allreduce import AllReduce
 from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, LocalOptimizer, peer_rng
+from mpi_dasgd.algorithms.asynchronous import AsynchronousAlgorithm
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer, peer_rng
 from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.dpsgd import DPSGD
@@ -16,6 +17,7 @@ from mpi_dasgd.algorithms.local_sgd import LocalSGD
 from mpi_dasgd.algorithms.minibatch import MiniBatch
 from mpi_dasgd.algorithms.no_communication import Alone
 from mpi_dasgd.algorithms.osgp import OSGP
+from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.algorithms.sgp import SGP
 from mpi_dasgd.algorithms.swarm import Swarm
 from mpi_dasgd.algorithms.swarm_blocking import BlockingSwarm
@@ -27,6 +29,7 @@ __all__ = [
     "ALGORITHMS",
     "VARIANTS",
     "Algorithm",
+    "AsynchronousAlgorithm",
     "Capabilities",
     "Description",
     "ExchangeRecord",
@@ -59,14 +62,14 @@ VARIANTS: dict[str, tuple[type[Algorithm], ...]] = {
     ADPSGD.name: (ADPSGD, BipartiteADPSGD, PullADPSGD),
     Swarm.name: (Swarm, BlockingSwarm, PullSwarm),
 }
-"""The values of `algorithm.variant`: a class each, the first one the default."""
+"""Classes of the values of `algorithm.variant`; the first one is the default."""
 
 
 def find(name: str, variant: str | None = None) -> type[Algorithm]:
-    """Return the algorithm called `name`, in its default variant or the one given.
+    """Return the class of the algorithm `name`, in its default variant or the one given.
 
     Raises:
-        UserError: if there is none.
+        UserError: there is no such algorithm or variant.
     """
     if name not in ALGORITHMS:
         valid = ", ".join(ALGORITHMS)
@@ -83,10 +86,10 @@ def find(name: str, variant: str | None = None) -> type[Algorithm]:
 
 
 def register(algorithm: type[Algorithm]) -> type[Algorithm]:
-    """Make an algorithm known by its `name`, as a decorator of its class; return the class.
+    """Register an algorithm under its `name`, as a decorator of its class; return the class.
 
-    From then on `algorithm.name`, `Decentralized(algorithm=...)` and the simulator take the name. On ranks,
-    each of them must register it, before it reads a configuration that names it.
+    From then on `algorithm.name`, `Decentralized(algorithm=...)` and the simulator accept the name.
+    On ranks, each of them must register it before it reads a configuration that names it.
 
     Raises:
         ValueError: another algorithm has this name.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.communication import wait
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.transport.endpoint import Request
 
@@ -16,7 +17,7 @@ __all__ = ["AllReduce"]
 
 
 class AllReduce(Algorithm):
-    """Mini-batch SGD with the union of all ranks' batches, as by PyTorch DDP or Horovod."""
+    """Mini-batch SGD with the union of all ranks' batches, as in PyTorch DDP or Horovod."""
 
     name = "allreduce"
     description = Description(
@@ -26,17 +27,11 @@ class AllReduce(Algorithm):
         memory="0",
         waits="every step",
     )
-    capabilities = Capabilities(
-        synchronous=True,
-        uses_publication=False,
-        uses_inbox=False,
-    )
+    capabilities = Capabilities(synchronous=True, uses_publication=False, uses_inbox=False)
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """Both lines."""
+        """Average the gradients and apply the mean."""
         gradient = local.gradient
-        total = self.endpoint.allreduce(gradient)  # 1
-        while not total.test():
-            yield total
+        yield from wait(self.endpoint.allreduce(gradient))  # 1
         gradient /= self.endpoint.size
         local.apply()  # 2

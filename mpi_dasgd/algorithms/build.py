@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import Algorithm, ExchangeRecord, peer_rng
+from mpi_dasgd.algorithms.base import Algorithm, peer_rng
+from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.codecs import Codec
 from mpi_dasgd.config.schema import CodecConfig, Config
 from mpi_dasgd.lr_schedule import Schedule

@@ -5,55 +5,59 @@ Each rank keeps a whole replica x_i, all equal at the start, and goes on without
 1. gradient:  g_i at x_i, as the last step left it
 2. update:    x_i <- x_i - eta g_i, at once
 3. drain:     x_i <- x_i + u for every update u in the inbox
-4. send:      to each rank j what it has not got yet; no room in its inbox: more next time
-5. drain:     again, so that no gradient starts while updates wait; if something came, step 4 again
+4. send:      to each rank j what it has not been sent; if its inbox is full: more next time
+5. drain:     again, so that no gradient starts while updates wait; if there were any, step 4 again
 
 Nothing is divided by n: each of the n gradients moves every replica by the whole eta.
 
-As in TensAIR, the authors' system, replicas differ only by the gradients that they do not both have;
+As in TensAIR, the authors' system, replicas differ only by the gradients that just one of them has;
 their number is S(i, j) = |G_i ^ G_j|. Different from it, and why:
 
-- **What is sent is the update** u = x_after - x_before of the local optimizer; with plain SGD -eta g. So any
-  optimizer works and stays local. With momentum the replicas still agree (a linear filter of each rank's
-  gradients); Adam is outside the theory, as in TensAIR.
+- **What is sent is the update** u = x_after - x_before of the local optimizer; with plain SGD it is
+  -eta g. So any optimizer works and stays local. With momentum the replicas still agree (a linear
+  filter of each rank's gradients); Adam is outside the theory, as in TensAIR.
 - **Additions are exact**: a replica is a float64 sum on a grid (`replica.py`,
-  `codecs/error_feedback.py`). Once all has arrived all replicas are equal bit for bit, also float32 models and with quantized messages.
-- **What j must still get is one vector**, `owed`. A message takes out of it what its code can say; the rest,
-  and updates that met a full inbox, stay and add up. Memory is bounded, nobody waits, nothing is lost.
-- **Sparse graphs**: updates go along the breadth-first spanning tree from rank 0. What arrives from one
-  neighbour is owed to all others. A tree has one path between two ranks: exactly once again.
-- **One thread**: arrivals are applied between gradients; TensAIR has a thread that applies them at any time.
-  The gradient is no other: it belongs to the x_i of its start.
+  `codecs/error_feedback.py`). Once all updates are received all replicas are equal bit for bit, also
+  with float32 models and with quantized messages.
+- **What j still needs is one vector**, its `residual`. A message subtracts from it what its code can
+  represent; the remainder, and updates that found a full inbox, stay and add up. Memory is bounded,
+  no rank waits, nothing is lost.
+- **Sparse graphs**: updates go along the breadth-first spanning tree from rank 0. What is received
+  from one neighbour is added to the residuals of all others. A tree has one path between two ranks:
+  exactly once again.
+- **One thread**: received updates are applied between gradients; TensAIR has a thread that applies
+  them at any time. The gradient is the same: it belongs to the x_i of its start.
 
-Version vectors: V_i[k] is the number of gradients of rank k in replica i. Links keep the order of a source's
-updates, so that the sets are prefixes and S(i, j) = sum_k |V_i[k] - V_j[k]| exactly. Every message has the
-sender's V. A gradient counts as applied with the first message that contains it; a rest that its code could
-not say is still owed then. Each source that advances is recorded as one APPLIED exchange: partner k,
-partner_step V_i[k], staleness S(i, sender) before it.
+Version vectors: V_i[k] is the number of gradients of rank k in replica i. Links keep the order of a
+source's updates, so that the sets are prefixes and S(i, j) = sum_k |V_i[k] - V_j[k]| exactly. Every
+message has the sender's V. A gradient counts as applied when the first message containing it arrives;
+the quantization residual follows in later messages. Each source that advances is recorded as one
+APPLIED exchange: partner k, partner_step V_i[k], staleness S(i, sender) before it.
 
 Local steps H > 1 are refused: V counts gradients, and an update must be one.
 
-A resumed run begins with a sum over all ranks, the only time that anybody waits. Checkpoints are taken at
-different moments, so that the replicas as saved would never agree again: all go on from their mean, what was
-owed included. A message on its way at the checkpoint counts by the share of the ranks that had it.
+A resumed run begins with a sum over all ranks, the only time that a rank waits. Checkpoints are taken
+at different moments, so that the replicas as saved would never agree again: all go on from their
+mean, residuals included. A message in flight at the checkpoint counts by the share of the ranks that
+had received it.
 
-A rank that dies: on the complete graph the others drop what they owe it and go on; its last gradients may
+If a rank dies: on the complete graph the others drop its residuals and go on; its last gradients may
 have reached some of them only, whose replicas then differ by these. A tree needs all ranks.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import APPLIED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.communication import send, wait
 from mpi_dasgd.algorithms.description import Capabilities, Description
+from mpi_dasgd.algorithms.records import APPLIED
 from mpi_dasgd.algorithms.replica import Link, Replica
-from mpi_dasgd.codecs.error_feedback import EXACT_RANGE
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
-from mpi_dasgd.errors import Diverged, UserError
+from mpi_dasgd.config.schema import AlgorithmConfig
+from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology, tree_branches
 from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
@@ -73,23 +77,24 @@ class DASGD(Algorithm):
         waits="never",
         effective_step="n",
     )
-    capabilities = Capabilities(
-        preserves_mean=False,  # one update moves the sum of the models n times
-        uses_publication=False,
-        minimum_ranks=2,
-    )
+    # One update moves the sum of the models n times.
+    capabilities = Capabilities(preserves_mean=False, uses_publication=False, minimum_ranks=2)
     config_keys = ("relay",)
     codecs = ("none", "bf16", "qsgd8")
     versions: np.ndarray
 
     @classmethod
     def trailer_words(cls, ranks: int) -> int:
-        """The sender's version vector, and whether its receiver is settled then."""
+        """Return the length of the sender's version vector and of a flag: whether it is settled."""
         return ranks + 1
 
     @classmethod
-    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse local steps, and direct sending without links to all."""
+    def validate_requirements(cls, ranks: int, settings: AlgorithmConfig, graph: Topology) -> None:
+        """Refuse local steps, and direct sending without links to all ranks.
+
+        Raises:
+            UserError: says why, and what would work.
+        """
         super().validate_requirements(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
@@ -103,25 +108,25 @@ class DASGD(Algorithm):
             )
 
     def start(self) -> None:
-        """Make the replica; nobody owes anything."""
+        """Make the replica, with no residuals."""
         rank, graph = self.endpoint.rank, self.endpoint.topology
         self._relays = self.settings.relay == "tree" or not graph.is_complete
-        behind = (
+        subtree_sizes = (
             tree_branches(graph, rank) if self._relays else dict.fromkeys(graph.neighbours(rank), 1)
         )
-        self._replica = Replica(self.x, self.codec, behind)
+        self._replica = Replica(self.x, self.codec, subtree_sizes)
         self._links = self._replica.links
         self.versions = np.zeros(self.endpoint.size, np.int64)
         self._resumed = False
 
     @property
     def required_ranks(self) -> frozenset[int]:
-        """All ranks if they relay for each other, or while a resumed run begins."""
-        everyone = self._relays or self._resumed
-        return frozenset(range(self.endpoint.size) if everyone else ())
+        """All ranks if they relay for each other, or while a resumed run begins; otherwise none."""
+        all_required = self._relays or self._resumed
+        return frozenset(range(self.endpoint.size) if all_required else ())
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """Apply one gradient, send it, and take in those of others."""
+        """Apply one gradient, send it, and apply the received ones."""
         if self._resumed:
             yield from self._resynchronize()
         local.apply()  # 2
@@ -135,93 +140,93 @@ class DASGD(Algorithm):
             self._send(local.local_step)
 
     def _receive(self, step: int) -> int:
-        """Apply what is in the inbox; return how many messages that were."""
-        arrivals = self.endpoint.inbox.receive()
-        for arrival in arrivals:
-            self._replica.add(arrival.message, self._onward(arrival.sender))
-            self._advance(step, arrival)
-            self.endpoint.inbox.free(arrival)
-        return len(arrivals)
+        """Apply the messages in the inbox; return their number."""
+        messages = self.endpoint.inbox.receive()
+        for received in messages:
+            self._replica.add(received.message, self._onward(received.sender))
+            self._advance(step, received)
+            self.endpoint.inbox.free(received)
+        return len(messages)
 
     def _onward(self, sender: int) -> list[Link]:
-        """Links along which what comes from `sender` goes on."""
+        """Return the links along which updates from `sender` are relayed."""
         return [link for j, link in self._links.items() if j != sender] if self._relays else []
 
-    def _advance(self, step: int, arrival: ReceivedMessage) -> None:
-        """V_i[k] <- V_sender[k] for the gradients that came with a message."""
-        message, sender, ours = arrival.message, arrival.sender, self.versions
-        theirs, header = message.trailer[:-1], message.header
-        staleness = int(np.abs(ours - theirs).sum())
-        # Directly only the sender's own gradients come, along a tree all that lie behind it.
-        news = [sender] if theirs[sender] > ours[sender] else []
+    def _advance(self, step: int, received: ReceivedMessage) -> None:
+        """V_i[k] <- V_sender[k] for the gradients in a message."""
+        message, sender, own = received.message, received.sender, self.versions
+        senders, header = message.trailer[:-1], message.header
+        staleness = int(np.abs(own - senders).sum())
+        # A direct message has only the sender's own gradients, along a tree all from its side.
+        advanced = [sender] if senders[sender] > own[sender] else []
         if self._relays:
-            news = np.flatnonzero(theirs > ours).tolist()
-        ours[news] = theirs[news]
-        age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
+            advanced = np.flatnonzero(senders > own).tolist()
+        own[advanced] = senders[advanced]
         nbytes = header.nbytes
-        for k in news or [sender]:  # a rest alone advances nobody
-            version = int(ours[k])
-            self.record(
-                ExchangeRecord(step, k, APPLIED, version, age, nbytes, 0, set_staleness=staleness)
+        for k in advanced or [sender]:  # a message that only flushes residuals advances no version
+            self.records.exchange(
+                APPLIED,
+                step,
+                partner=k,
+                partner_step=int(own[k]),
+                sent_ns=header.time_ns,
+                nbytes=nbytes,
+                set_staleness=staleness,
             )
             nbytes = 0
         for link in self._onward(sender):
-            link.has_new_updates = link.has_new_updates or bool(news)
+            link.has_new_updates = link.has_new_updates or bool(advanced)
             link.has_residual = True
         if sender in self._links:
             self._links[sender].peer_settled = bool(message.trailer[-1])
 
-    def _send(self, step: int, rests: bool = False) -> None:
-        """Send to each neighbour what is owed to it, if there are new gradients or `rests` are wanted."""
+    def _send(self, step: int, flush: bool = False) -> None:
+        """Send each neighbour its residual if it has new gradients, or in any case to `flush` it."""
         endpoint = self.endpoint
         self._drop_dead()
         for link in self._links.values():
-            if not (link.has_new_updates or (rests and not self._knows_all(link))):
+            if not (link.has_new_updates or (flush and not self._is_up_to_date(link))):
                 continue
-            posting = endpoint.acquire_send_buffer(link.rank)
-            if posting is None:
-                continue  # no room: what is owed adds up
-            message = posting.message
+            send_buffer = endpoint.acquire_send_buffer(link.rank)
+            if send_buffer is None:
+                continue  # its inbox is full: the residual adds up
+            message = send_buffer.message
             self._replica.pack(link, message)
-            link.advertised_settled = self._settled(link)
+            link.advertised_settled = self._is_settled(link)
             message.trailer[:-1] = self.versions
             message.trailer[-1] = link.advertised_settled
-            message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-            endpoint.send(posting)
+            send(endpoint, send_buffer, step)
 
-    def _settled(self, link: Link) -> bool:
-        """Whether nothing is owed to `link`, nor to this rank by those for whom it relays."""
+    def _is_settled(self, link: Link) -> bool:
+        """Return whether `link` has no residual here, nor one on the way to this rank."""
         return not link.has_residual and all(
             other.peer_settled for other in self._onward(link.rank)
         )
 
-    def _knows_all(self, link: Link) -> bool:
-        return (
-            not link.has_new_updates
-            and not link.has_residual
-            and link.advertised_settled == self._settled(link)
-        )
+    def _is_up_to_date(self, link: Link) -> bool:
+        has_unsent = link.has_new_updates or link.has_residual
+        return not has_unsent and link.advertised_settled == self._is_settled(link)
 
     def _drop_dead(self) -> None:
-        """Forget what is owed to the dead; with a tree the run ends instead, as `needs` says."""
+        """Drop the links to the dead; with a tree the run ends instead, by `required_ranks`."""
         living = self.endpoint.neighbours()
         if not self._relays and len(living) < len(self._links):
             for j in set(self._links).difference(living):
                 del self._links[j]
 
     def absorb(self, step: int) -> None:
-        """Apply and relay what has arrived, and send every rest."""
+        """Apply and relay the received updates, and flush all residuals."""
         self._receive(step)
-        self._send(step, rests=True)
+        self._send(step, flush=True)
 
     @property
     def is_drained(self) -> bool:
-        """Whether this replica has every gradient of all ranks, and all has gone on from here."""
+        """Whether this replica has every gradient of all ranks, and has relayed them all."""
         endpoint, links = self.endpoint, self._links.values()
         sources = range(endpoint.size) if self._relays else (endpoint.rank, *self._links)
         return (
             all(
-                link.peer_settled and link.advertised_settled and self._knows_all(link)
+                link.peer_settled and link.advertised_settled and self._is_up_to_date(link)
                 for link in links
             )
             and all(self.versions[k] >= endpoint.gradients_of(k) for k in sources)
@@ -229,27 +234,17 @@ class DASGD(Algorithm):
         )
 
     def finalize(self) -> Iterator[Request]:
-        """See that the replica can be drained: what is not finite would be owed for ever."""
+        """Check that the replica can be drained: a residual that is not finite never becomes 0."""
         if self._resumed:
             yield from self._resynchronize()
-        rank, largest = self.endpoint.rank, self._replica.largest
-        if not np.isfinite(largest):
-            raise Diverged(
-                f"a parameter of rank {rank} became {largest}; try a smaller optimizer.lr"
-            )
-        if largest >= EXACT_RANGE:
-            warnings.warn(
-                f"dasgd: a parameter of rank {rank} is {largest:g}; from {EXACT_RANGE:g} on replicas may "
-                "differ in their last bits",
-                stacklevel=2,
-            )
+        self._replica.check_range(self.endpoint.rank)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the exact replica, what is owed, and the version vector."""
+        """Return the exact replica, the residuals, and the version vector."""
         return {**self._replica.state(), "versions": self.versions}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self._replica.load_state(arrays)
         self.versions[:] = arrays["versions"]
 
@@ -259,14 +254,12 @@ class DASGD(Algorithm):
         self._resumed = True
 
     def _resynchronize(self) -> Iterator[Request]:
-        """x_i <- the mean of all replicas, what is owed included; V_i[k] <- steps of k."""
+        """x_i <- the mean of all replicas, residuals included; V_i[k] <- number of steps of k."""
         rank, size, elements = self.endpoint.rank, self.endpoint.size, self.x.size
-        both = np.zeros(elements + size)
-        both[:elements] = self._replica.consensus_share()
-        both[elements + rank] = self.versions[rank]
-        total = self.endpoint.allreduce(both)
-        while not total.test():
-            yield total
-        self._replica.replace(both[:elements] / size)
-        self.versions[:] = both[elements:]
+        sums = np.zeros(elements + size)  # of the replicas, and of the version vectors
+        sums[:elements] = self._replica.consensus_share()
+        sums[elements + rank] = self.versions[rank]
+        yield from wait(self.endpoint.allreduce(sums))
+        self._replica.replace(sums[:elements] / size)
+        self.versions[:] = sums[elements:]
         self._resumed = False

@@ -41,8 +41,8 @@ class Capabilities:
         synchronous: whether all ranks make the same number of steps, in lockstep.
         preserves_mean: whether exchanges conserve the sum of all `Algorithm.mass` and of the
             messages in flight.
-        applies_step_rule: whether the algorithm applies `algorithm.delay_adaptive_rule` itself; otherwise the
-            driver does, by the delays that the membership words show.
+        applies_step_rule: whether the algorithm applies `algorithm.delay_adaptive_rule` itself;
+            otherwise the driver does, by the gradient counts of all ranks.
         uses_publication: whether it needs slots for publications.
         uses_inbox: whether it needs slots for inboxes.
         minimum_ranks: least number of ranks that it works with.

@@ -1,24 +1,27 @@
-"""D-PSGD: decentralized parallel SGD (Lian, Zhang, Zhang, Hsieh, Zhang, Liu; NeurIPS 2017; arXiv 1705.09056).
+"""D-PSGD: decentralized parallel SGD.
+
+Lian, Zhang, Zhang, Hsieh, Zhang, Liu; NeurIPS 2017; arXiv 1705.09056.
 
     x_i(k+1) = sum_j W_ij x_j(k) - eta g_i(x_i(k))
 
-The gradient is taken at the model *before* the average, so that both proceed at the same time:
+The gradient is taken at the model *before* the average, so that the two can overlap:
 
 1. publish:  x_i(k), as version k, at the end of step k - 1
 2. compute:  g_i(x_i(k)), while the neighbours read x_i(k)
 3. local:    x_i <- x_i(k) - eta g_i
-4. average:  x_i <- x_i + sum_j W_ij (x_j(k) - x_i(k)), waiting for the version k of each neighbour
+4. average:  x_i <- x_i + sum_j W_ij (x_j(k) - x_i(k)), waiting for version k of each neighbour
 
-W is doubly stochastic: Metropolis weights, or those of the edge file. Step 4 takes x_i(k) from the own
-publication, so that the optimizer (weight decay too) acts on x_i(k), as the formula has it.
+W is doubly stochastic: Metropolis weights, or those of the edge file. Step 4 takes x_i(k) from the
+own publication, so that the optimizer (weight decay too) acts on x_i(k), as in the formula.
 
-With H local steps between two averages, step 3 is done H times and step 4 averages the models that were
-published H steps ago. The paper has H = 1.
+With H local steps between two averages, step 3 is done H times and step 4 averages the models that
+were published H steps ago. The paper has H = 1.
 
-**No barrier, and only two versions.** A version is read in place, without a claim. Its slot is the first
-that its owner reuses, for version k + 2. The owner j encodes k + 2 when it has read the version k + 1
-of all its neighbours; each of them published k + 1 after it had read the version k of j. So nobody
-still reads version k then. Edges go both ways, which makes readers and neighbours the same ranks.
+**No barrier, and only two versions.** A version is read in place, without a claim. Its slot is the
+first that its owner reuses, for version k + 2. The owner j encodes k + 2 once it has read version
+k + 1 of all its neighbours; each of them published k + 1 after it had read version k of j. So no
+rank still reads version k at that time. Edges are undirected, so that readers and neighbours are the
+same ranks.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import INITIATED, Algorithm, ExchangeRecord, LocalOptimizer
+from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.communication import publish_vector, wait
 from mpi_dasgd.algorithms.description import Capabilities, Description
+from mpi_dasgd.algorithms.records import INITIATED
 from mpi_dasgd.codecs import Message
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
 
@@ -48,15 +53,12 @@ class DPSGD(Algorithm):
         memory="4 M + P",
         waits="every H steps, for the neighbours",
     )
-    capabilities = Capabilities(
-        synchronous=True,
-        uses_inbox=False,
-    )
+    capabilities = Capabilities(synchronous=True, uses_inbox=False)
     config_keys = ("local_steps",)
 
     @classmethod
-    def max_steps_ahead(cls, settings: Settings, graph: Topology) -> int:
-        """As many exchanges as rank 0 has edges to the farthest rank."""
+    def max_steps_ahead(cls, settings: AlgorithmConfig, graph: Topology) -> int:
+        """Return one exchange per edge on the way from rank 0 to the farthest rank, in steps."""
         return settings.local_steps * graph.eccentricity(0)
 
     def start(self) -> None:
@@ -68,32 +70,32 @@ class DPSGD(Algorithm):
         self._publish(0, self.x)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the model that the next average reads: of the last exchange."""
+        """Return the published model, which the next average reads."""
         return {"published": self._published.payload}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take back what `state` returned; `restart` publishes it."""
+        """Restore what `state` returned; `restart` publishes it."""
         self._loaded = arrays["published"]
 
     def restart(self, step: int) -> None:
-        """Publish what the checkpoint had published: one version more, on all ranks."""
+        """Publish what was published at the checkpoint, as the next version on all ranks."""
         self._publish(step, self._loaded)
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """One gradient, and after every `local_steps` of them one average with all neighbours."""
+        """Apply one gradient; average with all neighbours after every `local_steps` gradients."""
         local.apply()  # 3
         if local.local_step % self.settings.local_steps:
             return
         # 4: x_i - eta g_i - (1 - W_ii) x_i(k): the own share W_ii of the old model stays
         self._add(-sum(self._weights), self._published)
         for rank, weight in zip(self._neighbours, self._weights, strict=True):
-            reading = self.endpoint.read(rank, self._version)
-            while not reading.test():
-                yield reading
+            request = self.endpoint.read(rank, self._version)
+            yield from wait(request)
             # None: the neighbour is gone, and the driver ends the run.
-            if reading.message is not None:
-                self._add(weight, reading.message)
-                self._record_read(local.local_step, reading.message)
+            if request.message is not None:
+                self._add(weight, request.message)
+                header = request.message.header
+                self.records.message(INITIATED, local.local_step, header, nbytes=header.nbytes)
         self._publish(local.local_step, self.x)  # 1
 
     def _add(self, weight: float, message: Message) -> None:
@@ -101,18 +103,8 @@ class DPSGD(Algorithm):
         np.multiply(message.payload, weight, out=self._scratch)
         self.x += self._scratch
 
-    def _record_read(self, step: int, message: Message) -> None:
-        header = message.header
-        age = (self.endpoint.time_ns() - header.time_ns) * 1e-9
-        self.record(
-            ExchangeRecord(step, header.rank, INITIATED, header.step, age, header.nbytes, 0)
-        )
-
     def _publish(self, step: int, model: np.ndarray) -> None:
-        publication = self.endpoint.publication.reserve()
-        assert publication is not None, "nobody claims"
-        self.codec.encode(model, publication)
-        publication.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
-        self.endpoint.publication.publish()
-        self._published = publication
+        slot = publish_vector(self.endpoint, self.codec, model, step)
+        assert slot is not None, "no rank claims a slot"
+        self._published = slot
         self._version += 1

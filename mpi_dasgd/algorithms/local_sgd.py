@@ -1,13 +1,13 @@
-"""Local SGD: H steps alone, then the exact mean of all models (Stich; ICLR 2019; arXiv 1805.09767).
+"""Local SGD: H local steps, then the exact mean of all models (Stich; ICLR 2019; arXiv 1805.09767).
 
 Known as FedAvg where the ranks are clients with data of their own (McMahan et al. 2017).
 
 1. local:    x_i <- x_i - eta g_i(x_i), H times (`local_steps`)
 2. average:  x_i <- (1/n) sum_j x_j
 
-With H = 1 and plain SGD this is `allreduce`, to rounding. The optimizer is not averaged: momentum stays
-with its rank. Ranks end with the models of their own if the number of steps is no multiple of H; the
-mean of them is what the run returns.
+With H = 1 and plain SGD this is `allreduce`, to rounding. Optimizer state is not averaged: momentum
+stays with its rank. If the number of steps is no multiple of H, ranks end with models of their own;
+the run returns their mean.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.communication import wait
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.transport.endpoint import Request
 
@@ -32,18 +33,12 @@ class LocalSGD(Algorithm):
         memory="0",
         waits="every H steps",
     )
-    capabilities = Capabilities(
-        synchronous=True,
-        uses_publication=False,
-        uses_inbox=False,
-    )
+    capabilities = Capabilities(synchronous=True, uses_publication=False, uses_inbox=False)
     config_keys = ("local_steps",)
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """One local step; every H of them the average."""
+        """Make one local step; average after every H steps."""
         local.apply()  # 1
         if local.local_step % self.settings.local_steps == 0:  # 2
-            total = self.endpoint.allreduce(self.x)
-            while not total.test():
-                yield total
+            yield from wait(self.endpoint.allreduce(self.x))
             self.x /= self.endpoint.size

@@ -1,11 +1,12 @@
-"""Mini-batch SGD through the server of `asgd` (Koloskova et al. 2022, section 2: a case of Algorithm 1).
+"""Mini-batch SGD through the server of `asgd`.
 
-C_0 = all; A_t is empty until the n gradients of a batch have been applied, then A_t = all. The gradients
-are applied one by one as they arrive, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of
-mean (n-1)/2. Momentum and schedule see n gradients where `allreduce` has one.
+Koloskova et al. 2022, section 2, where it is a case of Algorithm 1: C_0 = all; A_t is empty until
+the n gradients of a batch have been applied, then A_t = all. The gradients are applied one by one as
+they are received, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of mean (n-1)/2.
+Momentum and schedule see n gradients where `allreduce` has one.
 
-1/n: a batch moves the model by eta (g_1 + ... + g_n). `allreduce` moves it by eta times their mean, so that
-`minibatch` at eta is `allreduce` at n eta.
+The factor 1/n: a batch moves the model by eta (g_1 + ... + g_n). `allreduce` moves it by eta times
+their mean, so that `minibatch` at eta is `allreduce` at n eta.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mpi_dasgd.algorithms.asgd import ASGD
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
-from mpi_dasgd.config.schema import Config
+from mpi_dasgd.config.schema import AlgorithmConfig, Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
 
@@ -23,14 +23,18 @@ __all__ = ["MiniBatch"]
 
 
 class MiniBatch(ASGD):
-    """A server that gives its model to all workers when all their gradients are in."""
+    """A server that sends its model to all workers once it has received all their gradients."""
 
     name = "minibatch"
     description = replace(ASGD.description, waits="for the slowest worker of each batch")
 
     @classmethod
-    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse settings that choose clients: a batch has them all."""
+    def validate_requirements(cls, ranks: int, settings: AlgorithmConfig, graph: Topology) -> None:
+        """Refuse settings that choose clients: a batch includes them all.
+
+        Raises:
+            UserError: says why, and what would work.
+        """
         super().validate_requirements(ranks, settings, graph)
         for key, value, expected in (
             ("client_sampling", settings.client_sampling, "idle"),
@@ -45,9 +49,9 @@ class MiniBatch(ASGD):
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
-        """Not of data that differ: every worker has the same share of every batch."""
+        """Return the warnings but that about sharded data: all workers have equal shares of a batch."""
         return super(ASGD, cls).warnings(config)
 
     def _choose(self, client: int | None) -> Sequence[int]:
-        """A_t: all, when no gradient of the batch is missing."""
+        """Return A_t: all workers, once no gradient of the batch is missing."""
         return () if self.meter.in_flight else tuple(self.living)

@@ -1,17 +1,15 @@
-"""Ranks that never exchange anything: what every benchmark compares with."""
+"""Ranks that never exchange anything: the reference of every benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from mpi_dasgd.algorithms.base import Algorithm, LocalOptimizer
+from mpi_dasgd.algorithms.asynchronous import AsynchronousAlgorithm
+from mpi_dasgd.algorithms.base import LocalOptimizer
 from mpi_dasgd.algorithms.description import Capabilities, Description
-from mpi_dasgd.transport.endpoint import Request
 
 __all__ = ["Alone"]
 
 
-class Alone(Algorithm):
+class Alone(AsynchronousAlgorithm):
     """n independent runs of SGD from the same weights."""
 
     name = "alone"
@@ -22,13 +20,8 @@ class Alone(Algorithm):
         memory="0",
         waits="never",
     )
-    capabilities = Capabilities(
-        uses_publication=False,
-        uses_inbox=False,
-    )
+    capabilities = Capabilities(uses_publication=False, uses_inbox=False)
 
-    def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """x_i <- x_i - eta g_i(x_i)."""
+    def advance(self, local: LocalOptimizer) -> None:
+        """Apply one gradient: x_i <- x_i - eta g_i(x_i)."""
         local.apply()
-        return
-        yield

@@ -1,4 +1,4 @@
-"""What algorithms with a server share: rank 0 keeps the model, the others compute gradients."""
+"""Base of algorithms with a server: rank 0 keeps the model, the others compute gradients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from mpi_dasgd.algorithms.base import Algorithm
 from mpi_dasgd.algorithms.description import Capabilities
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
-from mpi_dasgd.config.schema import Config
+from mpi_dasgd.config.schema import AlgorithmConfig, Config
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
@@ -16,16 +15,20 @@ __all__ = ["ServerAlgorithm"]
 
 
 class ServerAlgorithm(Algorithm):
-    """Base of algorithms with a server on rank 0, which works itself only if the settings say so.
+    """Base of algorithms with a server on rank 0, which trains itself only if the settings say so.
 
-    A server that works deals with others between its own gradients only, so that these wait for it.
+    A server that trains serves others between its own gradients only, so that they wait for these.
     """
 
     capabilities = Capabilities(minimum_ranks=2)
 
     @classmethod
-    def validate_requirements(cls, ranks: int, settings: Settings, graph: Topology) -> None:
-        """Refuse graphs in which the server cannot be reached by all."""
+    def validate_requirements(cls, ranks: int, settings: AlgorithmConfig, graph: Topology) -> None:
+        """Refuse graphs in which the server is not a neighbour of all other ranks.
+
+        Raises:
+            UserError: says why, and what would work.
+        """
         super().validate_requirements(ranks, settings, graph)
         if len(graph.neighbours(0)) != ranks - 1:
             raise UserError(
@@ -35,39 +38,40 @@ class ServerAlgorithm(Algorithm):
             )
 
     def start(self) -> None:
-        """See who is there. Workers are `living` until they die, or say farewell."""
+        """List the workers, which are `living` until they die or shut down."""
         self.living = list(self.workers(self.endpoint.size, self.settings))
         self.departing = False
-        self._seen = len(self.endpoint.neighbours())
+        self._neighbours_seen = len(self.endpoint.neighbours())
 
     def finalize(self) -> Iterator[Request]:
-        """From now on nobody is missed."""
+        """Stop treating silent workers as lost: training has ended."""
         self.departing = True
         return iter(())
 
-    def lost(self) -> list[int]:
-        """Take workers that have died off the list, on the server; return which.
+    def remove_lost(self) -> list[int]:
+        """Remove workers that have died from `living`, on the server; return their ranks.
 
         Raises:
             PeerLost: none is left to compute gradients.
         """
         neighbours = self.endpoint.neighbours()
-        if len(neighbours) == self._seen:
+        if len(neighbours) == self._neighbours_seen:
             return []
-        self._seen = len(neighbours)
+        self._neighbours_seen = len(neighbours)
         dead = [worker for worker in self.living if worker and worker not in neighbours]
         self.living = [worker for worker in self.living if worker not in dead]
         if dead and not (self.living or self.departing):
             raise PeerLost(f"rank {dead[-1]}, the last worker of {self.name}, is gone")
         return dead
 
-    def end_training(self) -> bool:
-        """Whether there is something to do for the server: a message, or a death."""
-        return self.endpoint.inbox.has_messages or len(self.endpoint.neighbours()) != self._seen
+    def has_work(self) -> bool:
+        """Return whether the server has something to process: a message, or a death."""
+        deaths = len(self.endpoint.neighbours()) != self._neighbours_seen
+        return self.endpoint.inbox.has_messages or deaths
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
-        """Warn that a server that works answers between its own gradients only."""
+        """Warn that a server that trains answers between its own gradients only."""
         warnings = super().warnings(config)
         if config.algorithm.server_trains:
             warnings.append(
@@ -78,16 +82,16 @@ class ServerAlgorithm(Algorithm):
         return warnings
 
     @classmethod
-    def workers(cls, size: int, settings: Settings) -> range:
-        """Return the ranks that compute gradients."""
+    def workers(cls, size: int, settings: AlgorithmConfig) -> range:
+        """Return the ranks that compute gradients: all, or all but the server."""
         return range(0 if settings.server_trains else 1, size)
 
     @classmethod
     def model_ranks(cls, size: int) -> range:
-        """The server's model is the model."""
+        """Return rank 0: the server's model is the model that the run trains."""
         return range(1)
 
     @property
     def required_ranks(self) -> frozenset[int]:
-        """All go on without a worker, none without the server."""
+        """The server; a run goes on without any one worker."""
         return frozenset((0,))

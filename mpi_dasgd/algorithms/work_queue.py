@@ -1,4 +1,4 @@
-"""The jobs of a server's workers: what their messages say, and those that found no room yet."""
+"""Work items of a server's workers: contents of their messages, and a queue for those that wait."""
 
 from __future__ import annotations
 
@@ -7,73 +7,86 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpi_dasgd.algorithms.communication import send
 from mpi_dasgd.transport.endpoint import Endpoint, SendBuffer
 
 __all__ = ["SHUTDOWN", "Outbox", "WorkItem", "send_work_item"]
 
 
 class WorkItem(NamedTuple):
-    """A point to compute a gradient at: the notes of the point's message and of the gradient's."""
+    """A model version to compute a gradient at: the trailer of its message and of the gradient's."""
 
     start: int
-    """Iteration s of the server whose point x_s it is."""
+    """Iteration s of the server whose model x_s it is."""
     time_ns: int
-    """When the server gave it away, by the server's clock."""
+    """Time at which the server issued it, by the server's clock, in nanoseconds."""
 
 
 SHUTDOWN = WorkItem(-1, 0)
-"""Instead of a gradient's: the worker computes no more."""
+"""Sent instead of a gradient's work item by a worker that computes no more gradients."""
 
 
 def send_work_item(
-    endpoint: Endpoint, posting: SendBuffer, job: WorkItem, vector: np.ndarray | None, step: int
+    endpoint: Endpoint,
+    send_buffer: SendBuffer,
+    item: WorkItem,
+    vector: np.ndarray | None,
+    step: int,
 ) -> None:
-    """Write a point, a gradient or a farewell to `posting`, and send it."""
-    message = posting.message
+    """Send a model, a gradient, or the notice that a worker shuts down.
+
+    Args:
+        endpoint: transport of this rank.
+        send_buffer: buffer for the receiver.
+        item: work item that the model or gradient belongs to, or `SHUTDOWN`.
+        vector: model or gradient, shape (elements,); None to send none.
+        step: local step for the header.
+    """
+    message = send_buffer.message
     if vector is not None:
         message.payload[:] = vector
-    message.trailer[:] = job
-    message.stamp(rank=endpoint.rank, step=step, time_ns=endpoint.time_ns())
-    endpoint.send(posting)
+    message.trailer[:] = item
+    send(endpoint, send_buffer, step)
 
 
 class Outbox:
-    """Sends the server's points: at once where there is room, else as copies, in order, when there is.
+    """Sends the server's models: at once if the inbox has a free slot, otherwise later, in order.
 
     Args:
-        endpoint: the workers.
-        x: the server's model.
+        endpoint: transport to the workers.
+        x: the server's model, shape (elements,).
     """
 
     def __init__(self, endpoint: Endpoint, x: np.ndarray) -> None:
         self._endpoint = endpoint
         self._x = x
         self._waiting: dict[int, deque[tuple[WorkItem, np.ndarray]]] = {}
-        self._copy: tuple[int, np.ndarray] | None = (
-            None  # the newest, shared by all who wait for it
-        )
+        # The newest version and its copy, which all workers that wait for it share.
+        self._copy: tuple[int, np.ndarray] | None = None
 
-    def send(self, worker: int, job: WorkItem) -> None:
-        """Send x, which is the point of `job`, to `worker`."""
-        posting = None if worker in self._waiting else self._endpoint.acquire_send_buffer(worker)
-        if posting is not None:
-            send_work_item(self._endpoint, posting, job, self._x, job.start)
+    def send(self, worker: int, item: WorkItem) -> None:
+        """Send x, which is the model of `item`, to `worker`."""
+        send_buffer = (
+            None if worker in self._waiting else self._endpoint.acquire_send_buffer(worker)
+        )
+        if send_buffer is not None:
+            send_work_item(self._endpoint, send_buffer, item, self._x, item.start)
             return
-        if self._copy is None or self._copy[0] != job.start:
-            self._copy = job.start, self._x.copy()
-        self._waiting.setdefault(worker, deque()).append((job, self._copy[1]))
+        if self._copy is None or self._copy[0] != item.start:
+            self._copy = item.start, self._x.copy()
+        self._waiting.setdefault(worker, deque()).append((item, self._copy[1]))
 
     def send_waiting(self) -> None:
-        """Send those for which there is room now."""
-        for worker, points in list(self._waiting.items()):
-            while points and (posting := self._endpoint.acquire_send_buffer(worker)) is not None:
-                job, point = points.popleft()
-                send_work_item(self._endpoint, posting, job, point, job.start)
-            if not points:
+        """Send the waiting models to workers whose inbox now has a free slot."""
+        for worker, queue in list(self._waiting.items()):
+            while queue and (send_buffer := self._endpoint.acquire_send_buffer(worker)) is not None:
+                item, model = queue.popleft()
+                send_work_item(self._endpoint, send_buffer, item, model, item.start)
+            if not queue:
                 del self._waiting[worker]
         if not self._waiting:
             self._copy = None
 
     def remove_worker(self, worker: int) -> None:
-        """Drop what waits for `worker`."""
+        """Drop the models that wait for `worker`."""
         self._waiting.pop(worker, None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import ABSORBED, APPLIED, INITIATED, SKIPPED, ExchangeRecord
+from mpi_dasgd.algorithms.records import ABSORBED, APPLIED, INITIATED, SKIPPED, ExchangeRecord
 from mpi_dasgd.simulation.conservation import total_mass
 from mpi_dasgd.storage.json_values import json_value
 from mpi_dasgd.tasks import convex

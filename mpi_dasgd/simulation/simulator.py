@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mpi_dasgd.algorithms.base import ExchangeRecord
 from mpi_dasgd.algorithms.build import RunParts, build_run
+from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.codecs.message import Layout
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError

@@ -132,7 +132,7 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
             def record(exchange: Any, seen: list[float] = seen, at: Any = simulation) -> None:
                 seen.append(gamma(at.models))
 
-            pulls.record = record
+            pulls.records.record = record
         simulation.run()
         ratios += [after / before for before, after in pairwise(seen)]
     assert np.mean(ratios) == pytest.approx(1 - (1 + 1 / 8) / 14, rel=0.01)

@@ -50,7 +50,7 @@ def _run(*overrides: str, endpoint: Any = VirtualEndpoint) -> tuple[Any, DelayMe
     simulation = _simulation(*overrides, endpoint=endpoint)
     records: list[Any] = []
     for algorithm in simulation.algorithms:
-        algorithm.record = records.append
+        algorithm.records.record = records.append
     drain, simulation.drain = simulation.drain, lambda: None  # type: ignore[method-assign]
     figures = simulation.run()
     meter = _meter(simulation)
@@ -258,7 +258,7 @@ def test_each_gradient_is_of_the_point_that_its_job_names(setting: list[str]) ->
         points.append(simulation.models[0].copy())
 
     server.apply = spy  # type: ignore[method-assign]
-    simulation.algorithms[0].record = lambda exchange: starts.append(exchange.partner_step)
+    simulation.algorithms[0].records.record = lambda exchange: starts.append(exchange.partner_step)
     simulation.run()
     assert len(gradients) == len(starts) > 500
     for gradient, start in zip(gradients, starts, strict=True):
@@ -313,7 +313,7 @@ def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
         expected.append(1.0 if delay <= threshold else factor(delay))
 
     simulation.locals[0].apply = spy  # type: ignore[method-assign]
-    simulation.algorithms[0].record = record
+    simulation.algorithms[0].records.record = record
     figures = simulation.run()
     assert factors == [value for value in expected if value]  # what is dropped moves no momentum
     reduced = np.mean(np.array(expected) < 1)
@@ -368,7 +368,7 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
         if exchange.step >= 2500:
             total[:] += simulation.models[0]
 
-    simulation.algorithms[0].record = record
+    simulation.algorithms[0].records.record = record
     applied = simulation.run()["applied"]
     minima = simulation.problem._minima[1:]  # type: ignore[attr-defined]
     assert np.abs(minima.mean(0)).max() < 1e-12  # so that the right end is 0
@@ -445,7 +445,7 @@ def test_a_resumed_run_gives_all_a_new_point() -> None:
 
         algorithm.start = resume  # type: ignore[method-assign]
     starts: list[int] = []
-    second.algorithms[0].record = lambda exchange: starts.append(exchange.partner_step)
+    second.algorithms[0].records.record = lambda exchange: starts.append(exchange.partner_step)
     figures = second.run()
     assert figures["gradients"] - N == figures["applied"]  # one a worker was of an old point
     assert starts[:20] == [int(state["iteration"])] * 4 + starts[4:20] and min(starts) == starts[0]

@@ -220,7 +220,7 @@ class Recorded(Watched):
             tuple[int, int, int, int]
         ] = []  # steps of all so far, rank, source, version
         for rank, algorithm in enumerate(self.algorithms):
-            algorithm.record = lambda exchange, rank=rank: self._exchange(rank, exchange)
+            algorithm.records.record = lambda exchange, rank=rank: self._exchange(rank, exchange)
 
     def _exchange(self, rank: int, exchange: ExchangeRecord) -> None:
         source, version = exchange.partner, exchange.partner_step

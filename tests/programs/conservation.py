@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
-from mpi_dasgd.algorithms.base import ABSORBED, INITIATED, ExchangeRecord
+from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.transport.membership import FINISHED, RUNNING

@@ -20,7 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
-from mpi_dasgd.algorithms.base import ExchangeRecord
+from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions

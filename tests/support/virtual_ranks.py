@@ -10,7 +10,7 @@ import numpy as np
 
 from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms import peer_rng
-from mpi_dasgd.algorithms.base import ExchangeRecord
+from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.codecs import NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
 from mpi_dasgd.simulation.simulator import simulate

@@ -1,0 +1,130 @@
+"""Records of exchanges: what a run's results hold of each average, skipped exchange and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mpi_dasgd.codecs import ExchangeOutcome, Header
+from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
+from mpi_dasgd.transport.endpoint import Endpoint
+
+__all__ = ["ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "ExchangeRecord", "ExchangeRecorder"]
+
+_NOT_MEASURED = ExchangeOutcome()
+
+
+class ExchangeRecord(NamedTuple):
+    """Record of an exchange as one of its sides sees it, or of a gradient from another rank.
+
+    Attributes:
+        step: own local step.
+        partner: the other rank, -1 if none was found.
+        kind: INITIATED, ABSORBED, SKIPPED or APPLIED (a gradient).
+        partner_step: local step at which the partner made its model or delta, -1 without a partner;
+            algorithms that record gradients say in their module what it is.
+        age_s: seconds since then.
+        nbytes: bytes that this rank moved.
+        retries: candidates that were claimed by others, or whose inbox was full, before a partner
+            was found.
+        distance: ||x_i - x_j||_2 before the average; NaN if it was not measured.
+        rejected: buckets of the partner's publication that could not be decoded.
+        set_staleness: size of the symmetric difference of the two ranks' sets of gradients, -1 if
+            it is unknown.
+    """
+
+    step: int
+    partner: int
+    kind: int
+    partner_step: int
+    age_s: float
+    nbytes: int
+    retries: int
+    distance: float = float("nan")
+    rejected: int = 0
+    set_staleness: int = -1
+
+
+class ExchangeRecorder:
+    """Writer of one rank's exchange records.
+
+    Args:
+        endpoint: transport of the rank, whose clock gives ages and whose counters count skips.
+        record: called with every record.
+
+    Attributes:
+        record: as above; tests replace it to observe the records.
+    """
+
+    def __init__(self, endpoint: Endpoint, record: Callable[[ExchangeRecord], None]) -> None:
+        self._endpoint = endpoint
+        self.record = record
+
+    def skipped(self, step: int, failed_attempts: int = 0) -> None:
+        """Record and count that no partner was found at `step`."""
+        self._endpoint.counters.skipped += 1
+        self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, failed_attempts))
+
+    def message(
+        self,
+        kind: int,
+        step: int,
+        header: Header,
+        *,
+        nbytes: int = 0,
+        failed_attempts: int = 0,
+        outcome: ExchangeOutcome = _NOT_MEASURED,
+        now_ns: int | None = None,
+    ) -> None:
+        """Record that the message with `header` was used at `step`; see `exchange`."""
+        self.exchange(
+            kind,
+            step,
+            partner=header.rank,
+            partner_step=header.step,
+            sent_ns=header.time_ns,
+            nbytes=nbytes,
+            failed_attempts=failed_attempts,
+            outcome=outcome,
+            now_ns=now_ns,
+        )
+
+    def exchange(
+        self,
+        kind: int,
+        step: int,
+        *,
+        partner: int,
+        partner_step: int,
+        sent_ns: int,
+        nbytes: int = 0,
+        failed_attempts: int = 0,
+        outcome: ExchangeOutcome = _NOT_MEASURED,
+        set_staleness: int = -1,
+        now_ns: int | None = None,
+    ) -> None:
+        """Record an exchange, with its age.
+
+        Args:
+            kind, step, partner, partner_step, nbytes, set_staleness: as in `ExchangeRecord`.
+            sent_ns: time at which the partner's model, delta or work item was made, nanoseconds.
+            failed_attempts: candidates that failed before this partner.
+            outcome: what the codec measured.
+            now_ns: time of the exchange, nanoseconds; None for the present.
+        """
+        now = self._endpoint.time_ns() if now_ns is None else now_ns
+        age = (now - sent_ns) * 1e-9
+        self.record(
+            ExchangeRecord(
+                step,
+                partner,
+                kind,
+                partner_step,
+                age,
+                nbytes,
+                failed_attempts,
+                outcome.distance,
+                outcome.rejected,
+                set_staleness,
+            )
+        )
