@@ -17,7 +17,8 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 3 for a run that diverged."""
+    """Run one command and return its exit code: 0, 2 for bad input, 3 for a run that diverged, 4
+    for a run that lost a rank it needs."""
     options = _parser().parse_args(arguments)
     log_to_stderr()
     try:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="mpi-dasgd",
         description="Decentralized, asynchronous SGD for PyTorch over MPI windows.",
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--markdown", action="store_true", help="print the table of the README")
     algorithms.add_argument(
-        "--parameters", type=int, help="also give bytes, for so many parameters"
+        "--parameters", type=int, help="also give bytes, for this number of parameters"
     )
     algorithms.add_argument("-n", "--ranks", type=int, default=16, help="for bytes: ranks [16]")
     algorithms.add_argument(
@@ -114,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--quick", action="store_true", help="small: seconds instead of minutes")
     study.add_argument("--seeds", type=int, help="number of seeds [the study's own]")
     study.add_argument(
-        "--samples", metavar="FILE", help="draw a NAME.h5 of before, measure nothing"
+        "--from", dest="source", metavar="FILE", help="draw an earlier NAME.h5, measure nothing"
     )
+    study.add_argument("--samples", dest="source", help=argparse.SUPPRESS)  # its old name
     study.add_argument("--json", action="store_true", help="print one JSON object")
     study.set_defaults(command=_study)
     return parser
@@ -136,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
             return 0
         print("\n".join(config.describe(config.load(options.config, options.overrides))))
         return 0
-    settings = config.load(options.config, options.overrides)
+    configuration = config.load(options.config, options.overrides)
     from mpi_dasgd import launch, world
 
     launch.enable_stack_dump()
@@ -144,7 +147,7 @@ def _train(options: argparse.Namespace) -> int:
     environment.abort_on_exception()
     from mpi_dasgd.training import trainer
 
-    return environment.run(lambda: trainer.train(settings, environment))
+    return environment.run(lambda: trainer.train(configuration, environment))
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -168,11 +171,11 @@ def _simulate(options: argparse.Namespace) -> int:
     from mpi_dasgd import config
     from mpi_dasgd.simulation.simulator import simulate
 
-    figures = simulate(config.load(options.config, options.overrides))
+    metrics = simulate(config.load(options.config, options.overrides))
     if options.json:
-        print(json.dumps(figures))
+        print(json.dumps(metrics))
     else:
-        for name, value in figures.items():
+        for name, value in metrics.items():
             text = f"{value:.6g}" if isinstance(value, float) else str(value)
             print(f"{name:<22}{text}")
     return 0
@@ -192,14 +195,14 @@ def _report(options: argparse.Namespace) -> int:
         print(json.dumps(report_json(runs)))
         return 0
     print(summary_table(runs))
-    png, page = write_report(
-        runs, Path(options.out) if options.out else _directory_of(options.runs[0])
+    picture, page = write_report(
+        runs, Path(options.out) if options.out else _run_directory(options.runs[0])
     )
-    print(f"picture: {png}\npage:    {page}")
+    print(f"picture: {picture}\npage:    {page}")
     return 0
 
 
-def _directory_of(run: str) -> Path:
+def _run_directory(run: str) -> Path:
     path = Path(run)
     return path if path.is_dir() else path.parent
 
@@ -241,5 +244,5 @@ def _study(options: argparse.Namespace) -> int:
         print("\n".join(f"{name:<15}{question}" for name, question in studies.STUDIES.items()))
         return 0
     return studies.run(
-        options.name, options.out, options.quick, options.seeds, options.json, options.samples
+        options.name, options.out, options.quick, options.seeds, options.json, options.source
     )

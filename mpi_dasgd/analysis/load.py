@@ -1,4 +1,4 @@
-"""Opens a run: its results.h5, or the run files of its ranks if it is live or was killed."""
+"""Loads a run: from its results.h5, or from its ranks' run files if it is live or was killed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def load_run(path: str | Path) -> Run:
 
     Args:
         path: a run directory or its results.h5. In a directory without results.h5 the run files of
-            the ranks are read, so a run can be looked at while it is live or after it was killed.
+            the ranks are read, so that a live or a killed run can be reported.
 
     Raises:
-        UserError: if there is no run, it has no records yet, or a file is damaged.
+        UserError: if there is no run, it has no records yet, or a file is damaged or of a newer
+            format version.
     """
     path = Path(path)
     if not path.exists():
@@ -59,7 +60,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _read_results(path: Path) -> Results:
-    """Read a results.h5; every checksum is verified."""
+    """Read a results.h5 and verify every checksum."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             attributes = {name: plain(value) for name, value in file.attrs.items()}

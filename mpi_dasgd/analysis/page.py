@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page and one overview picture."""
+"""Report of runs: one self-contained HTML page and one overview picture."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> tuple[Path, Path]:
     The page needs no network, no script and no other file; figures are embedded as SVG.
 
     Args:
-        runs: what to report, in this order.
-        out_dir: where to write; created if it is not there.
+        runs: runs to report, in this order.
+        out_dir: directory to write to; created if missing.
 
     Returns:
         The paths of report.png and report.html.
@@ -80,9 +80,9 @@ def _page(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    """Return what the runs have in common: task, ranks, seed."""
+    """Return what the runs have in common: task, number of ranks, seed."""
     shared = []
-    for key, text in (("task", "task {}"), ("ranks", "{} ranks"), ("seed", "seed {}")):
+    for key, text in (("task", "task {}"), ("world_size", "{} ranks"), ("seed", "seed {}")):
         values = {run.results.attributes.get(key) for run in runs}
         if len(values) == 1 and None not in values:
             shared.append(text.format(values.pop()))

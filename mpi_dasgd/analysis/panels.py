@@ -1,4 +1,4 @@
-"""The panels of the figures: each draws one quantity of all runs into given axes."""
+"""Panels of the figures: each draws one quantity of all runs into given axes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ Panel = Callable[[Axes, Sequence[Run], Sequence[str]], bool]
 
 
 def loss_by_samples(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Training loss against samples, mean over the batches of all ranks."""
+    """Draw the training loss against samples, mean over the batches of all ranks."""
     axes.xaxis.set_major_formatter(style.engineering())
     return _loss(axes, runs, "total_samples", SAMPLES)
 
 
 def loss_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Training loss against wall time, mean over the batches of all ranks."""
+    """Draw the training loss against wall time, mean over the batches of all ranks."""
     return _loss(axes, runs, "time_s", SECONDS)
 
 
@@ -61,18 +61,18 @@ def _loss(axes: Axes, runs: Sequence[Run], x: str, label: str) -> bool:
 
 
 def accuracy_by_samples(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Test accuracy against samples: mean model, worst rank, and the band to the best rank."""
+    """Draw test accuracy against samples: mean model, worst rank, and the band to the best rank."""
     axes.xaxis.set_major_formatter(style.engineering())
     return _accuracy(axes, runs, "samples", SAMPLES)
 
 
 def accuracy_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Test accuracy against wall time: mean model, worst rank, and the band to the best rank."""
+    """Draw test accuracy against wall time: mean model, worst rank, and the band to the best rank."""
     return _accuracy(axes, runs, "seconds", SECONDS)
 
 
 def test_loss_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Test loss of the mean model against wall time."""
+    """Draw the test loss of the mean model against wall time."""
     drawn = []
     for index, run in enumerate(runs):
         table = run.results.consensus
@@ -126,7 +126,7 @@ def _accuracy(axes: Axes, runs: Sequence[Run], x: str, label: str) -> bool:
 
 
 def throughput(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Samples per second of each rank."""
+    """Draw the samples per second of each rank."""
     width = 0.8 / len(runs)
     most = max(len(run.results.rank) for run in runs)
     for index, run in enumerate(runs):
@@ -147,7 +147,7 @@ def throughput(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 
 def staleness(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """By how many steps the received states lagged behind, as a share of the exchanges."""
+    """Draw how many steps the received states lagged behind, as a share of the exchanges."""
     if not _histogram(axes, [run.ages() for run in runs]):
         return False
     axes.axvline(0, color=style.MUTED, lw=0.8, ls=":")
@@ -160,7 +160,7 @@ def staleness(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 
 def delay(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """How many gradients of other ranks each gradient came late, as a share of the gradients."""
+    """Draw the delays, in gradients of other ranks, as a share of the gradients."""
     if not _histogram(axes, [run.delays() for run in runs]):
         return False
     axes.set(
@@ -172,18 +172,18 @@ def delay(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 
 def _histogram(axes: Axes, values: Sequence[np.ndarray]) -> bool:
-    """Draw the shares of whole numbers, one outline a run."""
-    found = [(index, counts) for index, counts in enumerate(values) if len(counts)]
-    if not found:
+    """Draw the shares of whole numbers, one outline per run."""
+    drawn = [(index, counts) for index, counts in enumerate(values) if len(counts)]
+    if not drawn:
         return False
-    everything = np.concatenate([counts for _, counts in found])
+    everything = np.concatenate([counts for _, counts in drawn])
     low, high = map(int, np.percentile(everything, (0.25, 99.75), method="nearest"))
-    step = max(1, (high - low) // 60)  # at most some 60 bars, each of whole steps
+    step = max(1, (high - low) // 60)  # at most about 60 bars of whole steps
     edges = np.arange(low, high + 2 * step, step) - 0.5
-    for index, counts in found:
+    for index, counts in drawn:
         share = np.histogram(counts, edges)[0] / len(counts)
         axes.stairs(share, edges, color=style.colour(index), lw=1.6)
-        if len(found) <= 3:
+        if len(drawn) <= 3:
             axes.stairs(share, edges, color=style.colour(index), fill=True, alpha=0.18)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(style.per_cent())
@@ -191,7 +191,7 @@ def _histogram(axes: Axes, values: Sequence[np.ndarray]) -> bool:
 
 
 def consensus(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Distance of the models from their mean, relative to the norm of the mean."""
+    """Draw the distance of the models from their mean, relative to the norm of the mean."""
     drawn = []
     for index, run in enumerate(runs):
         table = run.results.consensus
@@ -216,7 +216,7 @@ def consensus(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 
 def traffic(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Payload moved by all ranks until then; one mark at the end where only the total is known."""
+    """Draw the payload moved by all ranks; one mark at the end where only the total is known."""
     drawn = False
     for index, run in enumerate(runs):
         time, moved = run.column("exchange", "time_s"), run.column("exchange", "bytes")
@@ -225,9 +225,9 @@ def traffic(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
         if len(time):
             order = np.argsort(time, kind="stable")
             seconds = np.linspace(0, wall, 100)
-            upto = np.searchsorted(time[order], seconds, side="right")
+            count = np.searchsorted(time[order], seconds, side="right")
             sums = np.concatenate([[0], np.cumsum(moved[order])])
-            axes.plot(seconds, sums[upto], color=colour, ls=style.dash(index))
+            axes.plot(seconds, sums[count], color=colour, ls=style.dash(index))
         elif total:
             axes.plot(wall, total, color=colour, lw=0, marker=style.marker(index), ms=7)
             axes.set_xmargin(0.08)
@@ -241,7 +241,7 @@ def traffic(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
 
 
 def time_split(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Shares of the ranks' step time in computing, exchanging and waiting."""
+    """Draw the shares of the ranks' step time in computing, exchanging and waiting."""
     parts = ("compute_s", "exchange_s", "wait_s")
     totals = np.array([[np.nansum(run.column("train", part)) for part in parts] for run in runs])
     if not (totals.sum(axis=1) > 0).all():

@@ -1,4 +1,4 @@
-"""A run as the report sees it: its figures, each of them measured or None."""
+"""Run with the figures of its report, each of them measured or None."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpi_dasgd.storage.schema import APPLIED, CONSENSUS, INITIATED, SKIPPED, UNK
 
 __all__ = ["Evaluations", "Run", "SecondsTo"]
 
-# What the summary and the list of ranks show anyway; the other attributes are provenance.
+# Shown by the summary and the list of ranks; the other attributes are provenance.
 IDENTITY = (
     "config_json",
     "algorithm",
@@ -54,9 +54,9 @@ class Run:
     """One run and its figures.
 
     Attributes:
-        name: what the run is called in tables and figures.
-        path: the run directory.
-        results: all its records.
+        name: name of the run in tables and figures.
+        path: run directory.
+        results: records of all ranks.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Run:
         return np.concatenate([row[:n] for row, n in zip(values, records, strict=True)])
 
     def ages(self) -> np.ndarray:
-        """Return by how many steps each state received lagged behind its reader (< 0: ahead)."""
+        """Return by how many steps each received state lagged behind its reader (< 0: ahead)."""
         ages = self.column("exchange", "age_steps")
         known = (self.column("exchange", "kind") != SKIPPED) & (ages != UNKNOWN_AGE)
         return np.asarray(ages[known])
 
     def delays(self) -> np.ndarray:
-        """Return how many gradients of other ranks each gradient came late; empty if none ever did."""
+        """Return the delay of each gradient, in gradients of other ranks; empty if all are 0."""
         delays = self.column("train", "delay")
         return delays if delays.any() else np.empty(0, delays.dtype)
 
@@ -183,7 +183,7 @@ class Run:
         }
 
     def report(self) -> dict[str, Any]:
-        """Return the summary, one entry a rank, the milestones, configuration and provenance."""
+        """Return the summary, one entry per rank, the milestones, configuration and provenance."""
         ranks = [
             {"rank": int(rank)}
             | {name: json_value(values[row]) for name, values in self.results.rank_table.items()}

@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers can tell apart, one a run, on white."""
+"""Style of the figures: one colour per run, distinct for colour-blind readers, on white."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def colour(index: int) -> str:
 
 
 def marker(index: int) -> str:
-    """Return the marker of the run of this index, for those who cannot tell the colours."""
+    """Return the marker of the run of this index, for readers who cannot tell the colours."""
     return MARKERS[index % len(MARKERS)]
 
 
@@ -118,7 +118,7 @@ def log_ticks(axes: Axes) -> None:
 
 
 def empty(axes: Axes, why: str) -> None:
-    """Say in an empty panel why it is empty."""
+    """Write into an empty panel why it is empty."""
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -55,19 +55,19 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     for run in runs:
         mean, worst = run.seconds_to(target) if target else (None, None)
         summaries.append(run.summary() | {"seconds_mean": mean, "seconds_worst": worst})
-    found = []
+    rows = []
     for key, name, unit, text, better in FIGURES:
         values = [summary[key] for summary in summaries]
         if all(value is None for value in values):
             continue
         name = name.format(target=f"{100 * target:.0f} %" if target else "")
         texts = [NOT_MEASURED if value is None else text(value) for value in values]
-        found.append(Line(name, unit, texts, _best(values, better)))
-    return found
+        rows.append(Line(name, unit, texts, _best(values, better)))
+    return rows
 
 
 def summary_table(runs: Sequence[Run], width: int = 100) -> str:
-    """Return a plain-text table, one column a run, in as many blocks as `width` characters need.
+    """Return a plain-text table, one column per run, in as many blocks as `width` characters need.
 
     Raises:
         UserError: if there are no runs.
@@ -91,7 +91,7 @@ def summary_table(runs: Sequence[Run], width: int = 100) -> str:
 
 
 def report_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return one dictionary a run, as JSON can hold it: summary, ranks, milestones, provenance."""
+    """Return one dictionary per run, as JSON can hold it: summary, ranks, milestones, provenance."""
     return [run.report() for run in runs]
 
 

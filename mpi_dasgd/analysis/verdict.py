@@ -1,4 +1,4 @@
-"""What the runs show, in words: how fast which accuracy was reached, and what went wrong."""
+"""Verdict on the runs in words: how fast which accuracy was reached, and what failed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["common_target", "labels", "shorten", "verdict"]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Return one distinct label a run: its name, with its folder or a number where names repeat.
+    """Return one distinct label per run: its name, with its folder or a number where names repeat.
 
     Raises:
         UserError: if there are no runs.
     """
     if not runs:
-        raise UserError("runs: expected at least one run, came none; give run directories")
+        raise UserError("runs: expected at least one run, got none; give run directories")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [f"{run.path.resolve().parent.name}/{run.name}" for run in runs]
@@ -108,7 +108,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     times = []
     for run, name in zip(runs, names, strict=True):
         worst = run.seconds_to(target).worst
-        times.append((worst or math.inf, name))  # all have reached it: see common_target
+        times.append((worst or math.inf, name))  # every run has reached it, see common_target
     (best, first), *others = sorted(times)
     rest = _some([f"{name} after {seconds(t)} ({t / best:.1f}x)" for t, name in others])
     return (
@@ -118,9 +118,9 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def _some(texts: Sequence[str], most: int = 4) -> str:
-    """Join the texts; of many only the first."""
-    more = [f"{len(texts) - most} more later"] if len(texts) > most else []
-    return ", ".join([*texts[:most], *more])
+    """Join the first `most` texts, and count the others."""
+    others = [f"{len(texts) - most} more later"] if len(texts) > most else []
+    return ", ".join([*texts[:most], *others])
 
 
 def seconds(value: float) -> str:

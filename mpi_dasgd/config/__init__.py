@@ -1,4 +1,4 @@
-"""The configuration of a run: its schema, its reader, and which settings go together."""
+"""Configuration of a run: schema, loader, and which settings are consistent."""
 
 from __future__ import annotations
 

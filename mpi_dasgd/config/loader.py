@@ -1,4 +1,4 @@
-"""A run's configuration: read from TOML files and ``key=value`` overrides, and written as TOML."""
+"""Reads a configuration from TOML files and ``key=value`` overrides, and writes it as TOML."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a configuration.
 
     Args:
-        path: TOML file, or None for the defaults.
-        overrides: ``section.key=value`` each, later ones win; values are TOML, or else strings.
+        path: TOML file; None for the defaults.
+        overrides: ``section.key=value`` each; later ones win. Values are TOML, or else strings.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key, or a value out of range.
+        UserError: if the file is missing or malformed, a key is unknown, or a value is out of range.
     """
     data: dict[str, Any] = {}
     if path is not None:
@@ -61,6 +61,7 @@ def _renamed(section: str, values: dict[str, Any], path: str | Path) -> dict[str
 
 
 def _set(data: dict[str, Any], override: str) -> None:
+    """Set the key that an override names, under its present name."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
@@ -84,15 +85,15 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    """One validation error in words: where, what came, what was expected."""
-    where = tuple(part for part in item["loc"] if isinstance(part, str))
+    """Return one validation error in words: the key, the value given, what was expected."""
+    key_path = tuple(part for part in item["loc"] if isinstance(part, str))
     name = ".".join(str(part) for part in item["loc"] if part not in ("int", "float", "bool"))
     value = item.get("input")
     if item["type"] == "extra_forbidden":
-        valid = list(_fields(where[:-1]))
-        return f"{name}: unknown key{nearest(where[-1], valid)} (valid here: {', '.join(valid)})"
+        valid = list(_fields(key_path[:-1]))
+        return f"{name}: unknown key{nearest(key_path[-1], valid)} (valid here: {', '.join(valid)})"
     if item["type"] == "literal_error":
-        field = _fields(where[:-1]).get(where[-1])
+        field = _fields(key_path[:-1]).get(key_path[-1])
         valid = [str(v) for v in get_args(field.annotation)] if field else []
         return f"{name}: {value!r} is not known{nearest(str(value), valid)} (valid: {', '.join(valid)})"
     message = item["msg"].removeprefix("Value error, ")
@@ -101,6 +102,7 @@ def _explain(item: Mapping[str, Any]) -> str:
 
 
 def _fields(path: Iterable[str]) -> Mapping[str, Any]:
+    """Return the fields of a section; none if `path` does not name a section."""
     model: type[BaseModel] = Config
     for part in path:
         inner = model.model_fields[part].annotation if part in model.model_fields else None
@@ -111,7 +113,7 @@ def _fields(path: Iterable[str]) -> Mapping[str, Any]:
 
 
 def describe(config: Config) -> Iterator[str]:
-    """Yield TOML lines of every key with its value, its default where that differs, and its meaning."""
+    """Yield TOML lines: every key with its value, its meaning, and its default where that differs."""
     for section, field in Config.model_fields.items():
         values = getattr(config, section)
         yield f"[{section}]"
@@ -120,11 +122,11 @@ def describe(config: Config) -> Iterator[str]:
         defaults = model()
         for key, info in model.model_fields.items():
             value, default = getattr(values, key), getattr(defaults, key)
-            note = info.description or ""
+            comment = info.description or ""
             if value != default:
-                note += f"; default {_toml(default) or 'unset'}"
+                comment += f"; default {_toml(default) or 'unset'}"
             text = _toml(value)
-            yield (f"{key} = {text}" if text else f"# {key} =") + f"  # {note}"
+            yield (f"{key} = {text}" if text else f"# {key} =") + f"  # {comment}"
         yield ""
 
 

@@ -1,4 +1,4 @@
-"""A run's settings: one frozen, typed schema, every key with its default and meaning."""
+"""Schema of a configuration: frozen and typed, every key with its default and meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are refused; old names are translated."""
+    """Base of all sections: frozen; unknown keys are refused, old names translated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=False)
 
@@ -49,7 +49,7 @@ class RunConfig(Section):
     directory: str = Field("runs", description="directory in which result directories are created")
     seed: int = Field(1, description="seed of weights, batches, partners and stragglers", ge=0)
     overwrite: bool = Field(False, description="replace an existing result directory")
-    resume: bool = Field(False, description="go on from the newest checkpoint of this run")
+    resume: bool = Field(False, description="resume from the newest checkpoint of this run")
 
 
 class TaskConfig(Section):
@@ -80,7 +80,7 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "step"] = Field(
-        "constant", description="course of the learning rate over GLOBAL progress"
+        "constant", description="learning rate as a function of GLOBAL progress"
     )
     warmup: Fraction = Field(0.0, description="share of the budget with linear warm-up")
     warmup_start_factor: Fraction = Field(0.1, description="factor at which warm-up starts")
@@ -126,7 +126,7 @@ class BudgetConfig(Section):
 
 
 OWN_ALGORITHMS: set[str] = set()
-"""Names that `mpi_dasgd.algorithms.register` has added to those of `algorithm.name`."""
+"""Names added to those of `algorithm.name` by `mpi_dasgd.algorithms.register`."""
 
 
 def _known_algorithm(name: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -148,7 +148,7 @@ class AlgorithmConfig(Section):
         ],
         WrapValidator(_known_algorithm),
         PlainSerializer(str),
-    ] = Field("adpsgd", description="how the ranks agree: `mpi-dasgd algorithms` lists them")  # fmt: skip
+    ] = Field("adpsgd", description="training algorithm: `mpi-dasgd algorithms` lists them")  # fmt: skip
     variant: str | None = Field(
         None,
         description="adpsgd: pair, bipartite, pull; swarm: nonblocking, blocking, pull; "
@@ -190,7 +190,7 @@ class AlgorithmConfig(Section):
         "uniformly from all clients, busy or not (Algorithm 2)",
     )
     concurrency: Positive | None = Field(
-        None, description="asgd: gradients in flight; unset: one for each rank that works"
+        None, description="asgd: gradients in flight; unset: one per worker"
     )
     server_trains: bool = Field(
         False, description="asgd, minibatch, easgd: rank 0, the server, also computes gradients"
@@ -199,7 +199,7 @@ class AlgorithmConfig(Section):
         None, description="easgd: alpha, the elastic weight; unset: 0.9 / workers", gt=0, le=0.5
     )
     overlap_tau: Positive | None = Field(
-        None, description="osgp: steps after which a message is waited for; unset: never"
+        None, description="osgp: steps after which a rank waits for a message; unset: never"
     )
     relay: Literal["auto", "direct", "tree"] = Field(
         "auto",
@@ -212,7 +212,7 @@ class TopologyConfig(Section):
     graph: Literal[
         "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
         "bipartite_exponential", "edge_list",
-    ] = Field("complete", description="who may talk to whom")  # fmt: skip
+    ] = Field("complete", description="which ranks are neighbours")  # fmt: skip
     degree: Positive | None = Field(None, description="random_regular: neighbours of each rank")
     file: str | None = Field(None, description="edge_list: file with one `i j [weight]` per line")
 
@@ -221,12 +221,12 @@ class CodecConfig(Section):
     name: Literal["auto", "none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = (
         Field(
             "auto",
-            description="what crosses the wire: see docs/codecs.md; none = fp32 as it is; auto: lattice8 "
+            description="what is sent: see docs/codecs.md; none = fp32 as it is; auto: lattice8 "
             "where models are averaged in pairs, else none",
         )
     )
     rounding: Literal["stochastic", "nearest"] = Field(
-        "stochastic", description="lattice: at random without bias, or to the nearest"
+        "stochastic", description="lattice: at random without bias, or to nearest"
     )
     scale_margin: float | None = Field(
         None,
@@ -245,7 +245,7 @@ class TransportConfig(Section):
         description="auto: in place within a node, Get/Put between nodes; shared_memory and rma force "
         "one of them",
     )
-    memory: Literal["host"] = Field("host", description="memory kind of the payload windows")
+    memory: Literal["host"] = Field("host", description="memory of the payload windows")
     publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
     inbox_slots: int = Field(4, description="messages that an inbox holds", ge=1, le=64)
     progress_interval: float = Field(
@@ -260,7 +260,7 @@ class TransportConfig(Section):
 
 class StragglerConfig(Section):
     distribution: Literal["none", "constant", "lognormal", "exponential", "pause"] = Field(
-        "none", description="artificial slowness"
+        "none", description="distribution of the artificial slowness"
     )
     ranks: tuple[int, ...] = Field(
         (-1,), description="constant, pause: the slow ranks; negative from the end"
@@ -331,7 +331,7 @@ class SimulationConfig(Section):
 
 
 class Config(Section):
-    """Everything that a run depends on. Build it with `mpi_dasgd.config.load`."""
+    """All settings of a run. Load it with `mpi_dasgd.config.load`."""
 
     run: RunConfig = RunConfig()
     task: TaskConfig = TaskConfig()
@@ -349,5 +349,5 @@ class Config(Section):
 
     @property
     def run_directory(self) -> Path:
-        """Where the run writes its results."""
+        """Directory to which the run writes its results."""
         return Path(self.run.directory) / self.run.name

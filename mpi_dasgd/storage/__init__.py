@@ -1,1 +1,1 @@
-"""What a run leaves on disk: one run file per rank, checkpoints, and the results of all ranks."""
+"""Files of a run: one run file per rank, checkpoints, and the results of all ranks."""

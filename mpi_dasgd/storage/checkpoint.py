@@ -1,4 +1,4 @@
-"""Checkpoints: one HDF5 file per rank, written in the background, made one by a manifest."""
+"""Checkpoints: one HDF5 file per rank, written in the background, and a manifest that lists them."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Checkpoints:
     rank 0 has removed what a broken earlier attempt left before any rank saves.
 
     Args:
-        directory: where the checkpoints lie, seen by all ranks.
+        directory: directory of the checkpoints, visible to all ranks.
         rank: this rank.
         size: number of ranks.
-        keep: how many complete checkpoints stay, at least 2.
-        resumed: index this run was restarted from; later checkpoints in the directory are removed.
+        keep: number of complete checkpoints to keep, at least 2.
+        resumed: index of the checkpoint that this run resumes from; later ones are removed.
 
     Raises:
         UserError: if `keep` is below 2, or the directory has checkpoints but `resumed` is None.
@@ -63,13 +63,13 @@ class Checkpoints:
         resumed: int | None = None,
     ) -> None:
         if keep < 2:
-            raise UserError(f"keep: expected at least 2 checkpoints to keep, came {keep}")
+            raise UserError(f"keep: expected at least 2 checkpoints to keep, got {keep}")
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._rank, self._size, self._keep = rank, size, keep
         self._copy: dict[str, np.ndarray] = {}
         self._writing: Future[None] | None = None
-        self._pending: dict[int, int] = {}  # index -> a rank whose file was not there yet
+        self._pending: dict[int, int] = {}  # index -> a rank whose file was missing
         self._polling: Future[None] | None = None
         if rank == 0:
             self._remove_leftovers(resumed)
@@ -79,17 +79,17 @@ class Checkpoints:
         """Copy the state and write it in the background; waits only for the write before this one.
 
         Args:
-            index: number of the checkpoint, the same on all ranks and growing.
-            arrays: the state, any shapes and numeric dtypes; the first call allocates the copy.
-            meta: what else belongs to the state, as JSON can hold it.
+            index: index of the checkpoint, the same on all ranks and increasing.
+            arrays: state, of any shapes and numeric dtypes; the first call allocates the copy.
+            meta: remaining state, as JSON can hold it.
 
         Raises:
             OSError: if an earlier write failed.
         """
         self._finish_writing()
         self._snapshot(arrays)
-        everything = {**meta, "index": index, "rank": self._rank, "size": self._size}
-        text = json.dumps(everything, sort_keys=True)
+        attributes = {**meta, "index": index, "rank": self._rank, "size": self._size}
+        text = json.dumps(attributes, sort_keys=True)
         self._writing = writer().submit(lambda: self._write(index, text))
 
     def wait(
@@ -99,10 +99,10 @@ class Checkpoints:
 
         Args:
             timeout: seconds to wait for the files of other ranks.
-            dead: says which ranks have died by now: their files are not waited for.
+            dead: returns the ranks that have died so far; their files are not waited for.
 
         Returns:
-            False if on rank 0 the files of some ranks did not come.
+            False if on rank 0 the files of some ranks are missing.
         """
         self._finish_writing()
         deadline = time.monotonic() + timeout
@@ -112,14 +112,15 @@ class Checkpoints:
             writer().submit(self._poll).result()
             if not self._pending:
                 break
-            gone = dead()
-            can_come = any(self._has_files(index, gone) for index in self._pending)
+            lost = dead()
+            can_come = any(self._has_files(index, lost) for index in self._pending)
             if not can_come or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True
 
     def _has_files(self, index: int, ranks: Collection[int]) -> bool:
+        """Return whether the files of `ranks` in a checkpoint exist."""
         return all(rank_file_path(self.directory, index, rank).exists() for rank in ranks)
 
     def close(
@@ -166,17 +167,17 @@ class Checkpoints:
         self._remove_own_incomplete()
         if self._rank == 0:
             self._pending[index] = 0
-            # Every rank removes its files of older indices that never became complete; forget them.
+            # Every rank removes its files of older checkpoints that never became complete.
             for old in sorted(self._pending)[: -self._keep - 2]:
                 del self._pending[old]
             self._poll()
 
     def _poll(self) -> bool:
-        """Write the manifest of the newest complete pending index; older ones are obsolete."""
+        """Write the manifest of the newest complete checkpoint; older pending ones are obsolete."""
         for index in sorted(self._pending, reverse=True):
             files = [rank_file_path(self.directory, index, rank) for rank in range(self._size)]
             if not files[self._pending[index]].exists():
-                continue  # one look a poll while a rank is late, however many ranks there are
+                continue  # one stat per poll while a rank is late, whatever the number of ranks
             late = next((rank for rank, file in enumerate(files) if not file.exists()), None)
             if late is not None:
                 self._pending[index] = late
@@ -200,7 +201,7 @@ class Checkpoints:
         self._remove_files(index for index, _ in rank_files(self.directory) if index < oldest)
 
     def _remove_own_incomplete(self) -> None:
-        """Bound the disk used when a lost rank lets no checkpoint become complete any more."""
+        """Remove this rank's oldest incomplete files: a lost rank completes no checkpoint."""
         complete = set(complete_indices(self.directory))
         own = [index for index, rank in rank_files(self.directory) if rank == self._rank]
         incomplete = sorted(index for index in own if index not in complete)
@@ -208,7 +209,7 @@ class Checkpoints:
             rank_file_path(self.directory, index, self._rank).unlink(missing_ok=True)
 
     def _remove_leftovers(self, resumed: int | None) -> None:
-        """Leave only complete checkpoints up to the one resumed from."""
+        """Remove all but the complete checkpoints up to the one resumed from."""
         indices = complete_indices(self.directory)
         if indices and resumed is None:
             raise UserError(
@@ -226,7 +227,7 @@ class Checkpoints:
             temporary.unlink()
 
     def _remove_files(self, indices: Iterator[int]) -> None:
-        doomed = set(indices)
+        removed = set(indices)
         for index, rank in rank_files(self.directory):
-            if index in doomed:
+            if index in removed:
                 rank_file_path(self.directory, index, rank).unlink(missing_ok=True)

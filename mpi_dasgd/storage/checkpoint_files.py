@@ -63,7 +63,7 @@ def rank_files(directory: Path) -> list[tuple[int, int]]:
 
 
 def slices(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Yield indices along the first axis, each of about 4 MiB; of a scalar the one empty index."""
+    """Yield indices along the first axis, each of about 4 MiB; for a scalar the one empty index."""
     if array.ndim == 0:
         yield ()
     elif array.size:
@@ -83,12 +83,12 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def file_digest(meta: str, digests: Mapping[str, str]) -> str:
-    """Return the digest of a rank's file: of its meta text and the digests of its arrays."""
+    """Return the digest of a rank's file, from its meta text and the digests of its arrays."""
     return xxhash.xxh3_128_hexdigest(json.dumps([meta, sorted(digests.items())]).encode())
 
 
 def read_digest(path: Path) -> str:
-    """Return the digest that a rank's file states."""
+    """Read the digest that is stored in a rank's file."""
     with h5py.File(path, "r", locking="best-effort") as file:
         return str(file.attrs["digest"])
 
@@ -112,7 +112,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path, index: int) -> dict[str, Any]:
-    """Return a manifest.
+    """Return the manifest of checkpoint `index`.
 
     Raises:
         ValueError: if it is no complete manifest.

@@ -1,4 +1,4 @@
-"""The trained model as HDF5: one data set for each entry of a torch state dictionary."""
+"""The trained model in HDF5: one dataset per entry of a torch state dictionary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["load_model", "save_model"]
 
 
 def save_model(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a state dictionary, at once or not at all."""
+    """Write a state dictionary atomically: the file appears whole or not at all."""
     with atomic(Path(path)) as temporary, h5py.File(temporary, "w", libver=LIBVER) as file:
         for name, value in state.items():
             file.create_dataset(name, data=value.detach().cpu().numpy())
@@ -29,7 +29,7 @@ def load_model(path: str | Path) -> dict[str, torch.Tensor]:
     """Read what `save_model` wrote, for ``module.load_state_dict``.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: if the file is missing or damaged.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Where a run came from: versions, machine, source and command."""
+"""Provenance of a run: versions, machine, source and command."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SLURM = (
 def provenance() -> dict[str, str]:
     """Return flat attributes: versions, host, processor, git commit, command, start, Slurm job.
 
-    Versions come from the packages' metadata; nothing is imported. What is not there (a package, a
-    git checkout, a Slurm job) has no entry.
+    Versions are read from the packages' metadata; nothing is imported. A missing package, git
+    checkout or Slurm job has no entry.
     """
     entries = {"python": platform.python_version()}
     for package in PACKAGES:

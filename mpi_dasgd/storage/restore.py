@@ -1,4 +1,4 @@
-"""Reading checkpoints back: only what verifies is used."""
+"""Loads checkpoints: only data whose digests verify are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["good_indices", "load"]
 
 
 class _DamagedError(Exception):
-    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+    """Checkpoint that cannot be used; the message names the file and its fault."""
 
 
 def load(
@@ -35,9 +35,9 @@ def load(
     damaged an older good one is taken, with a `UserWarning` that says why.
 
     Args:
-        directory: where the checkpoints lie.
-        rank: whose state to return.
-        index: take this checkpoint and verify the file of `rank` alone: the ranks have agreed on
+        directory: directory of the checkpoints.
+        rank: rank whose state to return.
+        index: load this checkpoint and verify the file of `rank` alone: the ranks have agreed on
             the newest of the indices that `good_indices` gave to all of them.
         size: number of ranks of this run, if it must be that of the checkpoint.
 
@@ -91,7 +91,7 @@ def good_indices(directory: str | Path, rank: int) -> list[int]:
 
 
 def _files(directory: Path, index: int) -> list[dict[str, Any]]:
-    """Return the manifest's entries, one a rank."""
+    """Return the entries of a manifest, one per rank."""
     path = manifest_path(directory, index)
     try:
         files: list[dict[str, Any]] = read_manifest(directory, index)["files"]

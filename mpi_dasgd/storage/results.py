@@ -1,4 +1,4 @@
-"""The results of all ranks in one HDF5 file that xarray opens: the copy of record of a run."""
+"""Results of all ranks in one HDF5 file that xarray opens: the copy of record of a run."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ OWN_ATTRIBUTES = ("format", "format_version", "content", "size", *RANK_ATTRIBUTE
 
 
 def results_path(directory: Path) -> Path:
-    """Return where the results of a run directory lie."""
+    """Return the path of the results of a run directory."""
     return directory / "results.h5"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run, all ranks together.
+    """Records of all ranks of a run.
 
     Attributes:
         attributes: attributes of the run; `world_size` is the number of ranks started.
-        rank: which ranks the rows stand for, (rows,) int32; lost ranks have no row.
-        n_records: valid records by table, (rows,) int64.
+        rank: rank of each row, (rows,) int32; lost ranks have no row.
+        n_records: number of valid records of each row, by table, (rows,) int64.
         tables: columns by table, (rows, record), padded with the column's fill.
-        rank_table: one value a rank, (rows,).
-        consensus: one value a milestone, (milestone,); empty if it was not measured.
-        lost: why a rank's file could not be read, by rank.
+        rank_table: columns of /ranks, one value per rank, (rows,).
+        consensus: columns of /consensus, one value per milestone; empty if not measured.
+        lost: reason why a rank's file could not be read, by rank.
     """
 
     attributes: dict[str, Any]
@@ -77,7 +77,7 @@ def consolidate(
         directory: the run directory, with ranks/rank00000.h5 and so on.
         consensus: columns of `schema.CONSENSUS`, each (milestone,), measured by the caller.
         timeout: seconds to wait for ranks that have not closed their files yet.
-        dead: ranks that will not, which are not waited for.
+        dead: ranks that will never close theirs; they are not waited for.
 
     Returns:
         The path of results.h5.
@@ -110,12 +110,12 @@ def gather(directory: str | Path) -> Results:
     """
     directory = Path(directory)
     folder = rank_path(directory, 0).parent
-    found = sorted(folder.glob("rank*.h5"))
-    if not found:
+    paths = sorted(folder.glob("rank*.h5"))
+    if not paths:
         raise UserError(f"{directory}: expected a run directory, found no run file ranks/rank*.h5")
     read: dict[Path, RankRecord] = {}
     damaged: dict[Path, str] = {}
-    for path in found:
+    for path in paths:
         try:
             read[path] = read_run_file(path)
         except UserError as error:
@@ -156,31 +156,31 @@ def gather(directory: str | Path) -> Results:
 
 
 def _all_closed(results: Results, dead: Collection[int]) -> bool:
-    """Whether the files of all ranks but the dead are there, and closed."""
+    """Return whether all ranks but the dead have closed their files."""
     open_ones = results.rank[results.rank_table["status"] == "running"].tolist()
     return not {*results.lost, *open_ones}.difference(dead)
 
 
 def _run_status(status: np.ndarray, lost: bool) -> str:
     """Return finished, failed, degraded (ranks lost, the others finished), killed or running."""
-    kinds = set(status.tolist())
+    statuses = set(status.tolist())
     for word in ("failed", "running"):
-        if word in kinds:
+        if word in statuses:
             return word
-    if kinds == {"finished"}:
+    if statuses == {"finished"}:
         return "degraded" if lost else "finished"
-    return "degraded" if "finished" in kinds else "killed"
+    return "degraded" if "finished" in statuses else "killed"
 
 
 def _run_attributes(records: Sequence[RankRecord], size: int, lost: bool) -> dict[str, Any]:
-    """Return the attributes of the run: those of its first rank that are not of the rank alone."""
+    """Return the attributes of the run: those of its first rank that all ranks share."""
     kept = {k: v for k, v in records[0].attributes.items() if k not in OWN_ATTRIBUTES}
     status = _run_status(np.array([record.status for record in records]), lost)
     return {**kept, "world_size": size, "status": status}
 
 
 def _pad(columns: Sequence[np.ndarray], column: Column) -> np.ndarray:
-    """Stack columns of different lengths to (rank, record)."""
+    """Stack columns of different lengths to (ranks, records), padded with the fill value."""
     padded = np.full((len(columns), max(map(len, columns))), column.fill, dtype=column.dtype)
     for row, values in zip(padded, columns, strict=True):
         row[: len(values)] = values
@@ -188,7 +188,7 @@ def _pad(columns: Sequence[np.ndarray], column: Column) -> np.ndarray:
 
 
 def _rank_table(records: Sequence[RankRecord]) -> dict[str, np.ndarray]:
-    """Return one value a rank: totals of its training, where it ran, how it ended, its counters."""
+    """Return one row per rank: totals of its training, host and device, status, counters."""
     rows = []
     for record in records:
         train = record.tables["train"]

@@ -1,4 +1,4 @@
-"""The result directory of a run."""
+"""Result directory of a run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["prepare"]
 
 
 def prepare(directory: Path, overwrite: bool, resume: bool) -> None:
-    """Make the directory of a run; an older result is never overwritten silently.
+    """Create the directory of a run; an older result is never overwritten silently.
 
     Args:
-        directory: to be made.
+        directory: directory to create.
         overwrite: remove an older result.
-        resume: keep it; the run files of the part that it holds are set aside.
+        resume: keep an older result; its run files are set aside.
 
     Raises:
-        UserError: the directory exists, or cannot be made, or has nothing to resume from.
+        UserError: if the directory exists, cannot be created, or has no checkpoints to resume from.
     """
     ranks = directory / "ranks"
     try:

@@ -1,4 +1,4 @@
-"""The record that one rank writes while it runs: readable live, and after a kill at any moment."""
+"""Run file: the record that a rank writes while it runs, readable live and after a kill."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ __all__ = ["RankRecord", "RunFile", "rank_path", "read_run_file"]
 
 FLUSH_SECONDS = 2.0
 
-# A chunk of 511 8-byte values and its checksum lie in one page: no kill can tear its rewriting.
+# A chunk of 511 8-byte values and its checksum fit into one page: no kill can tear its rewriting.
 PAGE = 4096
 CHUNK_ROWS = 511
 STATE_BYTES = PAGE - 8
 
 
 def rank_path(directory: Path, rank: int) -> Path:
-    """Return where the run file of `rank` lies in the run directory."""
+    """Return the path of the run file of `rank`."""
     return directory / "ranks" / f"rank{rank:05d}.h5"
 
 
 class RunFile:
-    """The run file of one rank: the tables of `schema.TABLES` in HDF5, readable live (SWMR).
+    """Run file of one rank: the tables of `schema.TABLES` in HDF5, readable live (SWMR).
 
     `append` costs well under a microsecond; a background thread writes the rows every two seconds.
     A kill loses the rows since then and nothing else: ``h5py.File(path, swmr=True)`` reads it.
 
     Args:
-        path: the file to create, by convention ``rank_path(directory, rank)``.
+        path: file to create, by convention ``rank_path(directory, rank)``.
         rank: this rank.
         size: number of ranks of the run.
-        attributes: root attributes: config_json, algorithm, codec, seed, task, provenance ...
+        attributes: root attributes: config_json, algorithm, codec, seed, task, provenance, ...
 
     Raises:
         UserError: if the file exists; a record is never overwritten.
@@ -62,7 +62,7 @@ class RunFile:
                 f"{self.path}: expected no file, found the record of an earlier run, which is "
                 "never overwritten; give another run directory or remove it"
             )
-        everything = {
+        root_attributes = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "content": "rank",
@@ -70,7 +70,7 @@ class RunFile:
             "rank": rank,
             "size": size,
         }
-        writer().submit(lambda: self._create(everything)).result()
+        writer().submit(lambda: self._create(root_attributes)).result()
         self._repeated = writer().repeat(self._drain, FLUSH_SECONDS)
 
     def append(self, row: Row) -> None:
@@ -78,31 +78,31 @@ class RunFile:
         self._rows[type(row)].append(row)
 
     def flush(self, counters: Mapping[str, float | np.number[Any]] | None = None) -> None:
-        """Hand all rows, and the counters so far, to the operating system, and wait for that.
+        """Hand all rows, and the counters so far, to the operating system, and wait until it has them.
 
         What was flushed survives the death of the process, not that of the machine.
         """
 
-        def job() -> None:
+        def write() -> None:
             self._drain()
             if counters is not None:
                 self._write_state("running", counters)
 
         self._raise_earlier_error()
-        writer().submit(job).result()
+        writer().submit(write).result()
 
     def close(self, status: str, counters: Mapping[str, float | np.number[Any]]) -> None:
-        """Write the rest, how the rank ended, and its counters; later calls do nothing.
+        """Write the remaining rows, the final status and counters; later calls do nothing.
 
         Args:
             status: finished, failed, killed, ...
-            counters: numbers of the whole run, such as messages and bytes_sent.
+            counters: totals of the run, such as messages and bytes_sent.
         """
         if self._closed:
             return
         self._closed = True
 
-        def job() -> None:
+        def write() -> None:
             try:
                 self._drain()
                 self._write_state(status, counters)
@@ -110,7 +110,7 @@ class RunFile:
                 self._file.close()
 
         ended = not self._repeated.cancel()
-        writer().submit(job).result()
+        writer().submit(write).result()
         if ended:
             self._repeated.result()
 
@@ -119,11 +119,11 @@ class RunFile:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
-        self.close("finished" if error is None else "failed", {})
+        self.close("finished" if exc_value is None else "failed", {})
 
     def _raise_earlier_error(self) -> None:
         if self._repeated.done():
@@ -171,7 +171,7 @@ class RunFile:
         temporary.replace(self.path)
 
     def _drain(self) -> bool:
-        """Write the rows that wait; False, since there is always a next time."""
+        """Write the pending rows; return False: the writer calls it again and again."""
         for table, columns in TABLES.items():
             rows = self._rows[ROWS[table]]
             block = [rows.popleft() for _ in range(len(rows))]
@@ -202,7 +202,7 @@ class RunFile:
 
 
 class RankRecord(NamedTuple):
-    """What one run file holds: attributes, columns by table (1-D arrays), status, counters."""
+    """Contents of a run file: attributes, columns by table (1-D arrays), status, counters."""
 
     attributes: dict[str, Any]
     tables: dict[str, dict[str, np.ndarray]]
@@ -211,12 +211,12 @@ class RankRecord(NamedTuple):
 
 
 def read_run_file(path: str | Path) -> RankRecord:
-    """Read the run file of a rank that runs, has ended, or was killed; every checksum is verified.
+    """Read the run file of a rank that runs, has ended, or was killed; verify every checksum.
 
-    The status is "running" unless the rank closed its file: a killed rank never says so.
+    The status is "running" unless the rank closed its file, which a killed rank never does.
 
     Raises:
-        UserError: if the file is missing, damaged, or no run file.
+        UserError: if the file is missing, damaged, not a run file, or of a newer format version.
     """
     path = Path(path)
     for attempt in range(5):
@@ -235,9 +235,9 @@ def read_run_file(path: str | Path) -> RankRecord:
 
 
 def _is_open(path: Path) -> bool:
-    """Say whether a writer has the file open, or was killed; refuse a file cut short.
+    """Return whether a writer has the file open, or was killed; refuse a truncated file.
 
-    HDF5 would read on and on in a file cut short, which it takes for one that is being written.
+    HDF5 would retry endlessly on a truncated file, which it takes for one being written.
 
     Raises:
         OSError: if the file is shorter than its superblock (version 3) says.
@@ -247,8 +247,8 @@ def _is_open(path: Path) -> bool:
     if len(superblock) < 48 or superblock[:9] != b"\x89HDF\r\n\x1a\n\x03":
         return False
     consistency_flags, (end,) = superblock[11], struct.unpack_from("<Q", superblock, 28)
-    if (found := path.stat().st_size) < end:
-        raise OSError(f"it has {found} of {end} bytes")
+    if (size := path.stat().st_size) < end:
+        raise OSError(f"it has {size} of {end} bytes")
     return bool(consistency_flags & 1)
 
 
@@ -271,7 +271,7 @@ def _read(file: h5py.File, path: Path) -> RankRecord:
 
 
 def _state(data: h5py.Dataset, slot: int) -> dict[str, Any] | None:
-    """Return one of the two states, or None if it was never written or is being written now."""
+    """Return one of the two states, or None if it was never written or is being written."""
     try:
         state: dict[str, Any] = json.loads(data[slot])
         return state

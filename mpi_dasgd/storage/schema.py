@@ -1,4 +1,4 @@
-"""The tables of a run: every column's name, type, unit and meaning, declared once.
+"""Tables of a run: name, type, unit and meaning of every column, declared once.
 
 The run file of a rank, the results of all ranks and the report all read these declarations.
 Fractions (accuracies) run from 0 to 1. A column's unit is "1" where it has none.
@@ -65,7 +65,7 @@ class Column(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What the annotation of a row's field says of its column."""
+    """Type, unit and meaning of a column, as the annotation of a row's field."""
 
     dtype: str
     unit: str
@@ -80,7 +80,7 @@ _TOTAL_SAMPLES = Unit("i8", "samples", "samples all ranks have processed, as see
 _MILESTONE = Unit("i4", "1", "index of the evaluation, the same on all ranks")
 
 
-# Keywords only: exchanged values of one type would be written without anybody noticing.
+# Keywords only: values of the same type that are exchanged would be written unnoticed.
 @dataclass(slots=True, kw_only=True)
 class TrainRow:
     """One local step of a rank."""
@@ -100,7 +100,7 @@ class TrainRow:
         int, Unit("i8", "gradients", "gradients of other ranks since this one's model was taken")
     ]
     delay_factor: Annotated[
-        float, Unit("f8", "1", "what the rule for delays multiplied the step size by")
+        float, Unit("f8", "1", "factor of the delay-adaptive rule on the step size")
     ]
 
 
@@ -187,14 +187,19 @@ RANKS: tuple[Column, ...] = (
     Column("bytes_sent", "i8", "bytes", "payload written to other ranks"),
     Column("bytes_received", "i8", "bytes", "payload read from other ranks"),
     Column(
-        "torn_reads", "i8", "1", "copies of a publication that was replaced meanwhile: made again"
+        "torn_reads",
+        "i8",
+        "1",
+        "copies of a publication that was replaced meanwhile, and copied again",
     ),
-    Column("claims_lost", "i8", "1", "claims that failed because another rank had the publication"),
+    Column("claims_lost", "i8", "1", "claims lost to another rank that held the publication"),
     Column("inbox_full", "i8", "1", "sends refused because the inbox was full"),
     Column("skipped", "i8", "1", "exchanges skipped because no partner was found"),
     Column("buckets_decoded", "i8", "buckets", "buckets of partners' models decoded"),
-    Column("buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left alone"),
-    Column("buckets_corrupt", "i8", "buckets", "buckets of deltas that failed their check"),
+    Column(
+        "buckets_rejected", "i8", "buckets", "buckets too far away to be decoded, left unchanged"
+    ),
+    Column("buckets_corrupt", "i8", "buckets", "buckets of deltas that failed their checksum"),
     Column("applied", "i8", "gradients", "gradients that the server applied"),
     Column(
         "server_delay_mean",

@@ -1,4 +1,4 @@
-"""The one background thread of a process that writes to disk."""
+"""Background thread that writes to disk, one per process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Writer:
-    """A thread that runs jobs in the order given, and repeated jobs when they are due.
+    """Thread that runs tasks in the order given, and repeated tasks when they are due.
 
-    One thread suffices because HDF5 runs one call at a time anyway. It is a daemon: whoever gives
-    it work waits for the future of that work before the program ends.
+    One thread suffices because HDF5 runs one call at a time anyway. It is a daemon: callers wait
+    for the futures of their tasks before the program ends.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Writer:
         threading.Thread(target=self._run, name="mpi_dasgd-writer", daemon=True).start()
 
     def submit(self, task: Callable[[], T]) -> Future[T]:
-        """Run `job` once; the future holds its result or its exception."""
+        """Run `task` once; the future holds its result or its exception."""
         future: Future[T] = Future()
         self._tasks.put((task, future))
         return future
 
     def repeat(self, task: Callable[[], bool], seconds: float) -> Future[None]:
-        """Run `job` every `seconds` until it returns True, raises, or the future is cancelled."""
+        """Run `task` every `seconds` until it returns True, raises, or the future is cancelled."""
         repeated = _Repeated(task, seconds)
         self.submit(lambda: self._repeated.append(repeated))
         return repeated.future
@@ -44,32 +44,32 @@ class Writer:
             due = min((repeated.due for repeated in self._repeated), default=None)
             timeout = None if due is None else max(0.0, due - time.monotonic())
             try:
-                job, future = self._tasks.get(timeout=timeout)
+                task, future = self._tasks.get(timeout=timeout)
             except queue.Empty:
                 pass
             else:
-                _fulfil(job, future)
-                del job, future  # a finished job must not keep its buffers alive
-            self._repeated = [each for each in self._repeated if not each.finished()]
+                _run_task(task, future)
+                del task, future  # a finished task must not keep its buffers alive
+            self._repeated = [task for task in self._repeated if not task.finished()]
 
 
 class _Repeated:
-    """A job run once every so many seconds."""
+    """Task that runs at a fixed interval."""
 
-    def __init__(self, job: Callable[[], bool], seconds: float) -> None:
+    def __init__(self, task: Callable[[], bool], seconds: float) -> None:
         self.future: Future[None] = Future()
         self.due = time.monotonic() + seconds
-        self._job = job
+        self._task = task
         self._seconds = seconds
 
     def finished(self) -> bool:
-        """Run the job if it is due; say whether it was the last time."""
+        """Run the task if it is due; return whether that was its last run."""
         if self.future.cancelled():
             return True
         if time.monotonic() < self.due:
             return False
         try:
-            last = self._job()
+            last = self._task()
         except Exception as error:
             if self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
@@ -80,12 +80,12 @@ class _Repeated:
         return last
 
 
-def _fulfil(job: Callable[[], Any], future: Future[Any]) -> None:
-    """Run `job` and hand its outcome to `future`."""
+def _run_task(task: Callable[[], Any], future: Future[Any]) -> None:
+    """Run `task` and store its result or exception in `future`."""
     if not future.set_running_or_notify_cancel():
         return
     try:
-        future.set_result(job())
+        future.set_result(task())
     except Exception as error:
         future.set_exception(error)
 

@@ -104,7 +104,7 @@ def run(
         samples, path = read(source), Path(source)
         if samples.name != name:
             raise UserError(
-                f"study {name}: --samples: {source} has those of study {samples.name!r}"
+                f"study {name}: --from: {source} has the samples of study {samples.name!r}"
             )
     rows, figures = study.summary(samples)
     try:

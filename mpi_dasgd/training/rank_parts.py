@@ -73,7 +73,7 @@ def build_rank(
         codec = run.make_codec(environment.rank, x.size, x.dtype)
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
-        consistency.check(config, run.algorithm_cls.name, run.lockstep)
+        consistency.validate(config, run.algorithm_cls.name, run.lockstep)
     synchronize.broadcast_parameters(environment.comm, parameters)
     local = TorchLocalOptimizer(optimizer, parameters)
     endpoint = _make_endpoint(environment, codec.layout, run)

@@ -24,7 +24,7 @@ def test_budgets_that_cannot_be_kept_are_refused(
     overrides: list[str], in_step: bool, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        consistency.check(config.load(None, overrides), "some", in_step)
+        consistency.validate(config.load(None, overrides), "some", in_step)
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_budgets_that_cannot_be_kept_are_refused(
     ],
 )
 def test_other_budgets_are_not(overrides: list[str], in_step: bool) -> None:
-    consistency.check(config.load(None, overrides), "some", in_step)
+    consistency.validate(config.load(None, overrides), "some", in_step)

@@ -172,11 +172,11 @@ def test_the_command_writes_samples_and_picture_and_draws_them_again(
 
     with h5py.File(report["samples"]) as file:
         assert {"numpy", "host", "command"} <= set(file.attrs)
-    again = ["study", "heterogeneous", "--samples", report["samples"], "--out", str(tmp_path)]
+    again = ["study", "heterogeneous", "--from", report["samples"], "--out", str(tmp_path)]
     assert cli.main(again) == 0
     assert "bias_free_constant_over_speeds" in capsys.readouterr().out
-    assert cli.main(["study", "delay", "--samples", report["samples"]]) == 2
-    assert "has those of study 'heterogeneous'" in capsys.readouterr().err
+    assert cli.main(["study", "delay", "--from", report["samples"]]) == 2
+    assert "has the samples of study 'heterogeneous'" in capsys.readouterr().err
 
 
 def test_without_a_name_all_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +193,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "file").write_text("")
     assert cli.main(["study", "delay", "--out", str(tmp_path / "file")]) == 2
     assert "cannot be made" in capsys.readouterr().err
-    assert cli.main(["study", "delay", "--samples", str(tmp_path / "file")]) == 2
+    assert cli.main(["study", "delay", "--from", str(tmp_path / "file")]) == 2
     assert "expected the samples of `mpi-dasgd study`" in capsys.readouterr().err
 
 
@@ -204,7 +204,7 @@ def test_without_matplotlib_the_samples_are_kept(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "mpi_dasgd.studies.plotting", raising=False)
     monkeypatch.delattr(studies, "plotting", raising=False)
-    assert cli.main(["study", "speedup", "--samples", str(path), "--out", str(tmp_path)]) == 2
+    assert cli.main(["study", "speedup", "--from", str(path), "--out", str(tmp_path)]) == 2
     assert "mpi_dasgd[report]" in capsys.readouterr().err
 
 
