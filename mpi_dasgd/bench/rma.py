@@ -210,7 +210,8 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
     from mpi_dasgd import topology
     from mpi_dasgd.bench.rma_operations import Peer
     from mpi_dasgd.codecs.none import NoCodec
-    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+    from mpi_dasgd.config.schema import TransportConfig
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
     from mpi_dasgd.world import polled_barrier
 
     codec = NoCodec(nbytes // 4, np.dtype(np.float32))
@@ -219,7 +220,7 @@ def _measure(comm: MPI.Intracomm, path: str, peer: int, nbytes: int, seconds: fl
         transport_comm,
         codec.layout,
         topology.build("complete", comm.size),
-        RmaOptions(
+        TransportConfig(
             mode="rma" if path == "remote" else "auto",
             publication_slots=3,
             # In place, one of them is reserved throughout.

@@ -84,20 +84,15 @@ def build_rank(
 
 def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> RmaEndpoint:
     # not before: it starts MPI
-    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+    from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
-    transport = run.config.transport
     return RmaEndpoint(
         environment.comm,
         layout,
         run.topology,
-        RmaOptions(
-            mode=transport.mode,
-            publication_slots=run.publication_slots,
-            inbox_slots=run.inbox_slots,
-            progress_interval=transport.progress_interval,
-            heartbeat_timeout=transport.heartbeat_timeout,
-        ),
+        run.config.transport,
+        publication_slots=run.publication_slots,
+        inbox_slots=run.inbox_slots,
     )
 
 

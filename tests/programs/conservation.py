@@ -29,8 +29,9 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 GRID = np.float32(2.0**-8)
 
@@ -123,7 +124,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         comm,
         codec.layout,
         topology.build("complete", comm.size),
-        RmaOptions(mode=options.path, heartbeat_timeout=60.0),
+        TransportConfig(mode=options.path, heartbeat_timeout=60.0),
     )
     kinds: list[int] = []
 

@@ -16,7 +16,8 @@ from mpi4py import MPI
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.config.schema import TransportConfig
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from tests.support.mpi_ranks import parallel_assert
 
 COMM = MPI.COMM_WORLD
@@ -173,7 +174,7 @@ def main() -> None:
     graph = topology.build("complete", COMM.size)
     for path in sys.argv[1:]:
         for case in (newest_version, given_version, messages, conditions, gradients):
-            endpoint = RmaEndpoint(COMM, LAYOUT, graph, RmaOptions(mode=path))
+            endpoint = RmaEndpoint(COMM, LAYOUT, graph, TransportConfig(mode=path))
             COMM.Barrier()
             good = case(endpoint)
             endpoint.close()

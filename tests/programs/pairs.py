@@ -19,9 +19,10 @@ from mpi4py import MPI
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mpi_dasgd import topology
+from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.transport.endpoint import ExchangeRequest
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from tests.programs.ledger import Ledger, fill, layout, staging
 
 
@@ -44,7 +45,7 @@ class Rank:
             comm,
             layout(options.elements),
             topology.build("complete", self.size),
-            RmaOptions(mode=options.path, heartbeat_timeout=60.0),
+            TransportConfig(mode=options.path, heartbeat_timeout=60.0),
         )
         self.request: ExchangeRequest | None = None
         self.out = staging(options.elements)

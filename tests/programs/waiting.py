@@ -21,9 +21,9 @@ from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.records import ExchangeRecord
-from mpi_dasgd.config.schema import AlgorithmConfig
+from mpi_dasgd.config.schema import AlgorithmConfig, TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 ELEMENTS = 2048
 NAMES = {"bipartite": "adpsgd", "blocking": "swarm"}
@@ -61,7 +61,7 @@ class Part:
             codecs.Settings(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
         )
         self.endpoint = RmaEndpoint(
-            comm, made.layout, graph, RmaOptions(mode=path, heartbeat_timeout=1.0)
+            comm, made.layout, graph, TransportConfig(mode=path, heartbeat_timeout=1.0)
         )
         self.records: list[ExchangeRecord] = []
         settings = AlgorithmConfig(name=NAMES[variant], variant=variant)

@@ -16,12 +16,13 @@ from mpi4py import MPI
 
 from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.doctor.contention import count_up
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.membership import DEPARTED
 from mpi_dasgd.transport.rma import windows
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 from tests.support.mpi_ranks import parallel_assert
@@ -156,7 +157,7 @@ def endpoint(comm: MPI.Intracomm) -> None:
     graph = topology.build("complete", comm.size)
     layout = _layout(100)
     for path in ("auto", "rma"):
-        endpoint = RmaEndpoint(comm, layout, graph, RmaOptions(mode=path))
+        endpoint = RmaEndpoint(comm, layout, graph, TransportConfig(mode=path))
         assert endpoint.publication.reserve() is not None
         endpoint.publication.publish()
         comm.Barrier()
@@ -191,9 +192,7 @@ def endpoint(comm: MPI.Intracomm) -> None:
 def silent(comm: MPI.Intracomm) -> None:
     """Algorithms that send no messages have windows without slots."""
     graph = topology.build("complete", comm.size)
-    endpoint = RmaEndpoint(
-        comm, _layout(100), graph, RmaOptions(publication_slots=0, inbox_slots=0)
-    )
+    endpoint = RmaEndpoint(comm, _layout(100), graph, publication_slots=0, inbox_slots=0)
     array = np.full(1000, float(comm.rank))
     pending = endpoint.allreduce(array)
     while not pending.test():

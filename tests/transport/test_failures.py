@@ -404,13 +404,14 @@ from mpi_dasgd import topology
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.transport.membership import FINISHED
-from mpi_dasgd.transport.rma.endpoint import RmaEndpoint, RmaOptions
+from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from mpi_dasgd.config.schema import TransportConfig
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 N = 200_000
 layout = Layout(codec=0, elements=N, payload_dtype=np.dtype("f4"), payload_items=N)
 graph = topology.build("complete", size)
-endpoint = RmaEndpoint(comm, layout, graph, RmaOptions(heartbeat_timeout=1.0))
+endpoint = RmaEndpoint(comm, layout, graph, TransportConfig(heartbeat_timeout=1.0))
 comm.Barrier()
 start = time.monotonic()
 """

@@ -7,13 +7,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout
+from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import WordMap
@@ -31,31 +31,12 @@ from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.remote_peers import RemotePeers
 from mpi_dasgd.transport.rma.windows import WindowSlots, allocate_words
 
-__all__ = ["RmaEndpoint", "RmaOptions"]
+__all__ = ["RmaEndpoint"]
 
 _HEARTBEAT_SECONDS = 0.05  # between heartbeats, and between polls of ranks of other nodes
 _BARRIER_POLL_SECONDS = 0.001  # between tests of the last barrier
 _SWITCH_INTERVAL = 0.0005  # seconds by which a GIL holder delays the progress thread's answer
 _MANY_RANKS = 128  # of a node, above which their gradients are not read at every step
-
-
-@dataclass(frozen=True)
-class RmaOptions:
-    """Options of `RmaEndpoint`; the same on all ranks.
-
-    Attributes:
-        mode: which memory carries payload, as for `WindowSlots`.
-        publication_slots: number of slots of a publication per rank.
-        inbox_slots: number of slots of an inbox per rank.
-        progress_interval: seconds between calls into MPI when there are several nodes.
-        heartbeat_timeout: seconds without a heartbeat after which a rank counts as dead.
-    """
-
-    mode: str = "auto"
-    publication_slots: int = 4
-    inbox_slots: int = 4
-    progress_interval: float = 0.0003
-    heartbeat_timeout: float = 10.0
 
 
 class RmaEndpoint(Endpoint):
@@ -65,7 +46,9 @@ class RmaEndpoint(Endpoint):
         comm: communicator of all ranks; not used for anything else.
         layout: layout of every message.
         topology: graph of the ranks that may communicate.
-        options: slots, memory and timing.
+        config: section ``transport`` of the configuration: memory, slots and timing.
+        publication_slots: slots of a publication per rank, 0 for none; None: those of `config`.
+        inbox_slots: slots of an inbox per rank, 0 for none; None: those of `config`.
     """
 
     def __init__(
@@ -73,18 +56,25 @@ class RmaEndpoint(Endpoint):
         comm: MPI.Intracomm,
         layout: Layout,
         topology: Topology,
-        options: RmaOptions | None = None,
+        config: TransportConfig | None = None,
+        *,
+        publication_slots: int | None = None,
+        inbox_slots: int | None = None,
     ) -> None:
-        options = options or RmaOptions()
+        config = config or TransportConfig()
+        if publication_slots is None:
+            publication_slots = config.publication_slots
+        if inbox_slots is None:
+            inbox_slots = config.inbox_slots
         self.rank, self.size = comm.rank, comm.size
         self.topology = topology
         self._comm = comm
-        self._heartbeat_timeout = options.heartbeat_timeout
-        word_map = WordMap(options.publication_slots, options.inbox_slots)
-        slot_count = options.publication_slots + options.inbox_slots
+        self._heartbeat_timeout = config.heartbeat_timeout
+        word_map = WordMap(publication_slots, inbox_slots)
+        slot_count = publication_slots + inbox_slots
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
-        self._words = allocate_words(comm, node, word_map.count, options.mode)
-        self._slots = WindowSlots(comm, node, layout, slot_count, options.mode)
+        self._words = allocate_words(comm, node, word_map.count, config.mode)
+        self._slots = WindowSlots(comm, node, layout, slot_count, config.mode)
         node.Free()
 
         def new_views(sent: defaultdict[int, int]) -> PeerViews:
@@ -95,7 +85,7 @@ class RmaEndpoint(Endpoint):
         views = new_views(defaultdict(int))
         self.publication, self.inbox, self.counters = views
         self._node = NodePeers(views, self._slots)
-        self.membership = Membership(self._words, self.rank, self.size, options.heartbeat_timeout)
+        self.membership = Membership(self._words, self.rank, self.size, config.heartbeat_timeout)
         self._neighbours: Sequence[int] = topology.neighbours(self.rank)
         self._reclaimed: set[int] = set()  # dead ranks
         self._closed = False
@@ -112,7 +102,7 @@ class RmaEndpoint(Endpoint):
                 _HEARTBEAT_SECONDS,
                 # Not on COMM_SELF, where MPICH 5 makes no progress between hosts.
                 comm.Iprobe if remote_ranks else None,
-                options.progress_interval,
+                config.progress_interval,
                 (context,),
             )
             return context
@@ -121,8 +111,8 @@ class RmaEndpoint(Endpoint):
         self._remote = RemotePeers(remote_ranks, self._slots, self.membership, self._engine)
         self._allreduce = WatchedAllreduce(
             comm,
-            options.heartbeat_timeout,
-            lambda: self.membership.dead | self._engine.stalled_peers(options.heartbeat_timeout),
+            config.heartbeat_timeout,
+            lambda: self.membership.dead | self._engine.stalled_peers(config.heartbeat_timeout),
         )
 
     def _exchange_heartbeats(self, context: ProgressContext) -> None:
