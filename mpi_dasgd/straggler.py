@@ -36,7 +36,7 @@ def random_factor(distribution: str, sigma: float, rng: np.random.Generator) -> 
     """Draw a factor of mean 1 on the time of a step.
 
     Args:
-        distribution: `lognormal`, `exponential`, `uniform` (0.5 to 1.5), or anything else for exactly 1.
+        distribution: `lognormal`, `exponential`, `uniform` (0.5 to 1.5); any other is exactly 1.
         sigma: standard deviation of the logarithm of a `lognormal` factor.
         rng: source of the draw.
     """
@@ -52,10 +52,11 @@ def random_factor(distribution: str, sigma: float, rng: np.random.Generator) -> 
 class Straggler:
     """Slows the steps of one rank down; the same seed slows the same steps by the same factors.
 
-    Slowness can only be added, so random factors, of mean 1, stretch the steps for which they exceed
-    1 and leave the others as they are: with `lognormal` factors exp(sigma z - sigma^2 / 2) steps
+    Slowness can only be added, so random factors, of mean 1, stretch the steps for which they
+    exceed 1 and leave the others as they are: with `lognormal` factors exp(sigma z - sigma^2 / 2) steps
     take 2 Phi(sigma / 2) times as long on average, with `exponential` ones 1 + 1/e times. Random
-    factors slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if there are none.
+    factors slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if it is
+    empty.
 
     The draws belong to (seed, rank, step), so that a run that is resumed continues its sequence.
 

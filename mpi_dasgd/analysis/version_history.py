@@ -1,4 +1,4 @@
-"""Version vectors of a recorded run, rebuilt and measured; `staleness/version_vectors.py` defines S and U."""
+"""Version vectors of a recorded run; `staleness/version_vectors.py` defines S and U."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class History:
 def history(results: Results) -> History:
     """Rebuild the version vectors of all ranks from the results of a run of `dasgd`.
 
-    Ranks without steps are left out, and ranks that were killed while others finished: their records
-    end too early. Clocks of ranks may differ a little: a gradient counts as computed no later than
-    its first trace.
+    Ranks without steps are left out, and ranks that were killed while others finished: their
+    records end too early. Clocks of ranks may differ a little: a gradient counts as computed no
+    later than its first trace.
 
     Raises:
         UserError: no gradients of other ranks were recorded.
@@ -151,7 +151,7 @@ def _part(
 
 
 def _at_first(ascending: np.ndarray, values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Return for each of `levels` the value where `ascending` first reaches it, infinity if never."""
+    """Return the value where `ascending` first reaches each of `levels`, infinity if never."""
     return np.append(values, np.inf)[np.searchsorted(ascending, levels)]
 
 

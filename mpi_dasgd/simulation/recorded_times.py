@@ -1,4 +1,4 @@
-"""Step times of a run that was recorded, for the virtual clock: the same ranks at the same speeds."""
+"""Step times of a recorded run: they let virtual ranks compute at the speeds of real ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["RecordedTimes", "recorded_times"]
 
 
 class RecordedTimes:
-    """Repeats what each rank took for its steps, in order, from the beginning again after the end.
+    """Repeats the times of each rank's steps in their order, and from the first again at the end.
 
     Args:
-        compute: seconds of the gradients of each rank, (steps,).
-        exchange: seconds of what followed each of them, (steps,).
+        compute: seconds of the gradients, (steps,) per rank.
+        exchange: seconds of the exchanges that followed each gradient, (steps,) per rank.
     """
 
     def __init__(self, compute: Sequence[np.ndarray], exchange: Sequence[np.ndarray]) -> None:
@@ -33,27 +33,27 @@ class RecordedTimes:
         return float(values[self._step[rank]])
 
     def exchange_seconds(self, rank: int) -> float:
-        """Return the seconds between the newest gradient of `rank` and the beginning of the next."""
+        """Return the seconds between the newest gradient of `rank` and the start of the next."""
         return float(self._exchange[rank][self._step[rank]])
 
 
 def recorded_times(run: str | Path, ranks: int) -> RecordedTimes:
-    """Read how long the steps of a run took: gradients with all that goes with them, and exchanges.
+    """Read the times of a run's steps: gradients with data and optimizer, and exchanges.
 
-    Waiting for other ranks is left out: on the virtual clock it comes about anew.
+    Waiting for other ranks is left out: it arises again on the virtual clock.
 
     Args:
         run: run directory or results.h5.
-        ranks: that are simulated.
+        ranks: number of virtual ranks.
 
     Raises:
-        UserError: no such run, or one of another number of ranks.
+        UserError: there is no such run, or it has another number of ranks.
     """
     results = load_run(run).results
     if len(results.rank) != ranks:
         raise UserError(
-            f"simulation.recorded_run: {run} has {len(results.rank)} ranks, and {ranks} are simulated: "
-            f"set simulation.ranks={len(results.rank)}"
+            f"simulation.recorded_run: {run} has {len(results.rank)} ranks, and {ranks} are "
+            f"simulated: set simulation.ranks={len(results.rank)}"
         )
     table = results.tables["train"]
     compute, exchange = [], []

@@ -12,8 +12,8 @@ Expected: the bound's exponents are 2, 2, 2; it holds for all gradients of secon
         noise: eta^2 H sigma^2 d (S + (H - 1) / (2 H)): the last is what is not averaged yet
         drift: |c + eta (H - 1) / 2 (b - c)|^2 + eta^2 H^2 |b - c|^2 S
             with c = eta H (L / r + eta H)^-1 b
-    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the pull
-    eta H of the minima is not small beside the mixing lambda_2 / r.
+    so that noise has the exponents 2, 1, less than 1; drift 2, 2, less than 2, and less where the
+    pull eta H of the minima is not small beside the mixing lambda_2 / r.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def read_images(directory: str | None) -> Sequence[np.ndarray]:
         if len(arrays[images]) != len(arrays[labels]):
             raise UserError(
                 f"{paths[labels]}: expected a class for each of the {len(arrays[images])} images "
-                f"of {paths[images].name}, got {len(arrays[labels])}; take both from the same data set"
+                f"of {paths[images].name}, got {len(arrays[labels])}; take both from the same "
+                "data set"
             )
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
         raise UserError(

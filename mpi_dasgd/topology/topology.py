@@ -118,7 +118,7 @@ class Topology:
         return pairs[np.lexsort(pairs.T[::-1])]
 
     def adjacency(self) -> Any:
-        """Return the adjacency matrix, (size, size) csr_array of ones or of an edge file's weights."""
+        """Return the adjacency matrix, a (size, size) csr_array; its data are any given weights."""
         graph = self._graph.adjacency() if isinstance(self._graph, Cayley) else self._graph
         if self.removed:
             keep = sp.diags_array(self._alive.astype(float))

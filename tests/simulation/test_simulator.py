@@ -29,7 +29,7 @@ def _seeds(*overrides: str, count: int = 3) -> list[dict[str, Any]]:
 
 
 def _effective_step(*overrides: str) -> float:
-    return float(np.mean([figures["effective_step"] for figures in _seeds(*overrides)]))
+    return float(np.mean([metrics["effective_step"] for metrics in _seeds(*overrides)]))
 
 
 @pytest.mark.slow
@@ -79,12 +79,12 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
         "simulation.latency=0", SLOW, "simulation.slow_factor=100", "transport.inbox_slots=64",
         "budget.samples=16000",
     ]  # fmt: skip
-    assert max(figures["max_disagreement"] for figures in _seeds(*settings)) < 100
+    assert max(metrics["max_disagreement"] for metrics in _seeds(*settings)) < 100
     broken = [
         Simulator(config.load(JOB, [*settings, f"run.seed={seed}"]), _WithoutClaims).run()
         for seed in range(1, 4)
     ]
-    assert all(figures["diverged"] for figures in broken)
+    assert all(metrics["diverged"] for metrics in broken)
 
 
 @pytest.mark.slow
@@ -102,13 +102,13 @@ def test_without_claims_the_same_run_diverges_with_a_straggler() -> None:
 def test_sum_is_conserved_over_thousands_of_exchanges_without_gradients(
     ranks: int, latency: float, gradients: int, exchanges: int
 ) -> None:
-    figures = _run(
+    metrics = _run(
         "simulation.gradients=false", f"simulation.latency={latency}", f"simulation.ranks={ranks}",
         "simulation.compute_time=exponential", SLOW, f"budget.samples={gradients}",
     )  # fmt: skip
-    assert figures["exchanges"] >= exchanges
-    assert figures["conservation_error"] < 1e-12
-    assert figures["final_disagreement"] < 1e-6 * figures["max_disagreement"]
+    assert metrics["exchanges"] >= exchanges
+    assert metrics["conservation_error"] < 1e-12
+    assert metrics["final_disagreement"] < 1e-6 * metrics["max_disagreement"]
 
 
 def test_sum_and_gradients_add_up_with_gradients_on() -> None:
@@ -120,9 +120,9 @@ def test_sum_and_gradients_add_up_with_gradients_on() -> None:
 @pytest.mark.parametrize("compute", ["constant", "uniform", "lognormal", "exponential"])
 @pytest.mark.parametrize("network", ["latency=0", "latency=0.5", "bandwidth=400"])
 def test_adpsgd_never_yields(compute: str, network: str) -> None:
-    figures = _run(f"simulation.compute_time={compute}", f"simulation.{network}", SLOW)
-    assert figures["waits"] == 0
-    assert figures["exchanges"] > 100
+    metrics = _run(f"simulation.compute_time={compute}", f"simulation.{network}", SLOW)
+    assert metrics["waits"] == 0
+    assert metrics["exchanges"] > 100
 
 
 def test_allreduce_yields() -> None:
@@ -155,10 +155,10 @@ def test_a_run_repeats_bit_for_bit() -> None:
 @pytest.mark.slow
 def test_disagreement_under_noise_matches_the_prototype() -> None:
     # design, section 4: 0.30 for claims with four tries; rate 0.05, noise 5, dimension 8
-    figures = _seeds(
+    metrics = _seeds(
         "simulation.noise=5", "optimizer.lr=0.05", "budget.samples=12000", "simulation.latency=0"
     )
-    assert np.mean([f["final_disagreement"] for f in figures]) == pytest.approx(0.3, rel=0.5)
+    assert np.mean([f["final_disagreement"] for f in metrics]) == pytest.approx(0.3, rel=0.5)
 
 
 def test_logistic_regression_comes_near_its_known_optimum() -> None:
@@ -167,17 +167,17 @@ def test_logistic_regression_comes_near_its_known_optimum() -> None:
     assert problem.value(problem.optimum) < 0.100447
     gradient = problem._mean_gradient(problem._all, problem.optimum)
     assert np.linalg.norm(gradient) < 1e-12
-    figures = _run(
+    metrics = _run(
         "task.name=breast_cancer", "task.batch_size=16", "optimizer.lr=0.1",
         "schedule.name=cosine", "budget.samples=320000", "simulation.ranks=8",
     )  # fmt: skip
-    assert 0 <= figures["excess_loss"] < 2e-3
+    assert 0 <= metrics["excess_loss"] < 2e-3
 
 
 @pytest.mark.slow
 def test_heterogeneous_functions_have_the_mean_as_their_optimum() -> None:
-    figures = _run("simulation.heterogeneity=1", "budget.samples=40000")
-    assert figures["final_distance"] < 0.1
+    metrics = _run("simulation.heterogeneity=1", "budget.samples=40000")
+    assert metrics["final_distance"] < 0.1
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:

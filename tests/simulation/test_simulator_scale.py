@@ -19,11 +19,11 @@ from mpi_dasgd.config import load
 from mpi_dasgd.simulation.simulator import simulate
 
 before = resource.getrusage(resource.RUSAGE_SELF)
-figures = simulate(load(sys.argv[1], sys.argv[2:]))
+metrics = simulate(load(sys.argv[1], sys.argv[2:]))
 after = resource.getrusage(resource.RUSAGE_SELF)
-figures["processor_seconds"] = after.ru_utime - before.ru_utime
-figures["megabytes"] = (after.ru_maxrss - before.ru_maxrss) / 1024  # Linux counts in KiB
-print(json.dumps(figures))
+metrics["processor_seconds"] = after.ru_utime - before.ru_utime
+metrics["megabytes"] = (after.ru_maxrss - before.ru_maxrss) / 1024  # Linux counts in KiB
+print(json.dumps(metrics))
 """
 
 
@@ -43,11 +43,11 @@ def test_4096_ranks_of_1000_dimensions() -> None:
     """Memory is 10 models a rank and some objects; neither it nor time grows with n^2."""
     ranks, dimension, gradients = 4096, 1000, 10_000
     # The complete graph too: as lists its neighbours alone would be 670 MB.
-    figures = run(f"budget.samples={gradients}", "topology.graph=complete")
-    assert (figures["ranks"], figures["gradients"]) == (ranks, gradients)
-    assert figures["events"] > 4 * gradients
-    assert figures["megabytes"] < 12 * 8 * ranks * dimension / 2**20 + ranks * 0.03
+    metrics = run(f"budget.samples={gradients}", "topology.graph=complete")
+    assert (metrics["ranks"], metrics["gradients"]) == (ranks, gradients)
+    assert metrics["events"] > 4 * gradients
+    assert metrics["megabytes"] < 12 * 8 * ranks * dimension / 2**20 + ranks * 0.03
     # A quarter of a millisecond an event would be a million in five minutes.
-    assert figures["processor_seconds"] < 0.0003 * figures["events"] + 5
-    assert abs(figures["effective_step"] - 1) < 0.03
-    assert figures["conservation_error"] < 1e-12
+    assert metrics["processor_seconds"] < 0.0003 * metrics["events"] + 5
+    assert abs(metrics["effective_step"] - 1) < 0.03
+    assert metrics["conservation_error"] < 1e-12
