@@ -17,7 +17,7 @@ TESTED_BY = {
     "/ analysis: version_history",
     "algorithms/test_build": "algorithms: validation",
     "algorithms/test_conservation": "algorithms: communication",
-    "algorithms/test_registration": "algorithms: base build no_communication",
+    "algorithms/test_registration": "algorithms: base no_communication",
     "algorithms/test_swarm": "algorithms: local_phase swarm_blocking swarm_pull",
     "algorithms/test_synchronous_and_push_sum": "algorithms: allreduce dpsgd local_sgd osgp push_sum sgp",
     "analysis/test_report": "analysis: load page page_template panels plots run style table verdict",
@@ -36,15 +36,15 @@ TESTED_BY = {
     "simulation/test_simulator": "simulation: drain local_optimizer metrics / tasks: convex",
     "jobs/test_jobs": "simulation: recorded_times trace",
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
-    "storage/test_results": "storage: model schema / training: evaluator finalize local_optimizer",
+    "storage/test_results": "storage: model schema / training: local_optimizer",
     "storage/test_runfile": "storage: provenance",
     "studies/test_studies": "studies: adaptive dataset delay disagreement heterogeneous linear_theory "
     "plotting quantization slowdown speedup staleness trajectory",
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
     "training/test_budget": "training: learning_rate",
-    "training/test_train": ": __main__ cli errors / training: decentralized progress_line rank_parts "
-    "state_dict synchronize trainer / storage: run_directory",
+    "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
+    "trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine remote_peers",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
