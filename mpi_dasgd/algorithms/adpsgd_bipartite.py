@@ -4,7 +4,7 @@ The ranks are split into two sets so that all edges run between them. Communicat
 
 active:  choose a neighbour j uniformly (all are passive); send x_i; wait for the answer;
          x_i <- (x_i + x_j)/2
-passive: if some active i has sent a request: x_j <- (x_i + x_j)/2, and answer; otherwise do not wait
+passive: if some active i has sent a request: x_j <- (x_i + x_j)/2, and answer; else do not wait
 
 Only active ranks wait, and only for passive ones, which never wait: there is no cycle of waiting
 ranks, so no deadlock. On a graph that is not bipartite three ranks can wait for each other in a
@@ -17,10 +17,10 @@ How it is done here, and why:
   must move; j moves by as much the other way. So both end at the same mean (to the rounding of the
   codec), and their sum is conserved with any codec, although only one encoded model has crossed the
   wire.
-- The model of an active rank does not change between request and answer. It sends the request at the
-  end of a step and waits at the end of the next, so that the exchange overlaps with the computation
-  (`algorithm.order` = adapt_with_combine). With order = adapt_then_combine it applies the gradient
-  first, sends the request, and waits at once.
+- The model of an active rank does not change between request and answer. It sends the request at
+  the end of a step and waits at the end of the next, so that the exchange overlaps with the
+  computation (`algorithm.order` = adapt_with_combine). With order = adapt_then_combine it applies
+  the gradient first, sends the request, and waits at once.
 - The paper's passive ranks answer from a thread of their own, at any time; here a passive rank
   answers between two gradients. An active rank may thus wait for one gradient of its partner: a
   straggler on the passive side delays every rank that draws it.
@@ -91,7 +91,7 @@ class BipartiteADPSGD(Algorithm):
         self._step = 0
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
-        """Apply one gradient; an active rank sends a request after every `local_steps` gradients."""
+        """Apply one gradient; an active rank sends a request after `local_steps` gradients."""
         self._step = local.local_step
         if self.settings.order == "adapt_then_combine":
             local.apply()

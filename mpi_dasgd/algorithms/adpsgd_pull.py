@@ -3,21 +3,21 @@
 It is not the algorithm of the paper. KungFu's PairAveragingOptimizer is the best-known example. A
 rank reads; its neighbour neither moves nor knows of it:
 
-1. average:  x_i <- x_i + w (x̂_j - x_i),  j uniform among the neighbours, x̂_j its newest publication
+1. average:  x_i <- x_i + w (x̂_j - x_i),  j a uniform neighbour, x̂_j its newest publication
 2. apply:    x_i <- x_i - eta g_i, g_i computed before the average
 3. publish:  x_i
 
-W_k is then row- but not doubly stochastic. The mean of the models is not conserved: it does a random
-walk with E|mean' - mean|^2 = Gamma / (2 n^2 (n-1)) per event. Gamma = sum_i |x_i - mean|^2 contracts
-half as fast as with `pair` (1 - 1/(2(n-1)) - 1/(2n(n-1)) against 1 - 1/(n-1) on the complete graph),
-and the disagreement and the noise of the mean are about twice as large.
+W_k is then row- but not doubly stochastic. The mean of the models is not conserved: it does a
+random walk with E|mean' - mean|^2 = Gamma / (2 n^2 (n-1)) per event. Gamma = sum_i |x_i - mean|^2
+contracts half as fast as with `pair` (1 - 1/(2(n-1)) - 1/(2n(n-1)) against 1 - 1/(n-1) on the
+complete graph), and the disagreement and the noise of the mean are about twice as large.
 
 With `algorithm.order` = adapt_then_combine it is 2, 1, publish, in one pass. Then half of every
 gradient is lost: the effective step is 0.51, not 1. Both figures are for memoryless compute times.
 With even ones the models that a rank reads are half a step ahead of its own, and the steps are
-1/(1 - (1 - cv^2)/4) times as large, cv being the coefficient of variation of the compute times: 1.33
-and 0.67 if they are constant. The average that conserves the mean (`pair`) does not depend on the
-timing.
+1/(1 - (1 - cv^2)/4) times as large, cv being the coefficient of variation of the compute times:
+1.33 and 0.67 if they are constant. The average that conserves the mean (`pair`) does not depend on
+the timing.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ eta(tau) is the rule of Theorem 8 (`delay_adaptive_rule`), with tau_C = the conc
 draw of Algorithm 2 does not.
 
 A worker that departs tells the server, which issues its models to others, as it does if a worker
-dies. A server that trains (`server_trains`) serves between its own gradients, which are delayed like
-any other; the paper's does not train. The optimizer, and its momentum, are the server's; the paper
-has plain SGD.
+dies. A server that trains (`server_trains`) serves between its own gradients, which are delayed
+like any other; the paper's does not train. The optimizer, and its momentum, are the server's; the
+paper has plain SGD.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class ASGD(GradientServer):
             self.serve(local)
 
     def absorb(self, step: int) -> None:
-        """Go on serving, on the server; free the inbox for further models, on a departing worker."""
+        """Go on serving, on the server; free the inbox for models, on a departing worker."""
         if self.endpoint.rank == 0:
             if self.departing or not self.computes_gradients:  # else its own model would move
                 self.serve(self.local)

@@ -1,4 +1,4 @@
-"""The table of all algorithms, in words and in bytes: what `mpi-dasgd algorithms` prints."""
+"""Catalogue of all algorithms, in words and in bytes, which `mpi-dasgd algorithms` prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from mpi_dasgd import codecs
 from mpi_dasgd.algorithms import ALGORITHMS, VARIANTS, Algorithm
-from mpi_dasgd.config.schema import CodecConfig as CodecSettings
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import UserError
 
 __all__ = ["SYMBOLS", "Sizes", "algorithm_classes", "evaluate", "markdown", "rows", "text"]
@@ -31,7 +31,7 @@ COLUMNS = {
     "waits": "waits",
     "effective_step": "step, in eta/n",
 }
-"""Keys of `rows`, and the heads of the table."""
+"""Keys of `rows`, and the column heads of the table."""
 
 _OPERATORS = {
     ast.Add: operator.add,
@@ -43,14 +43,14 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """For which the formulas are evaluated.
+    """Sizes for which the formulas are evaluated.
 
     Attributes:
-        parameters: elements of the model, fp32.
-        ranks: n.
-        codec: as in `codec.name`; an algorithm that cannot use it takes its own default.
-        local_steps: H.
-        degree: r; None for the complete graph's, n - 1.
+        parameters: number of model elements, float32.
+        ranks: number of ranks, n.
+        codec: value of `codec.name`; an algorithm that cannot use it takes its own default.
+        local_steps: number of local steps, H.
+        degree: number of neighbours, r; None for that of the complete graph, n - 1.
 
     Raises:
         UserError: a number is too small.
@@ -63,8 +63,8 @@ class Sizes:
     degree: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"parameters": 1, "ranks": 2, "local_steps": 1, "degree": 1}
-        for name, minimum in least.items():
+        minimums = {"parameters": 1, "ranks": 2, "local_steps": 1, "degree": 1}
+        for name, minimum in minimums.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 flag = name.replace("_", "-")
@@ -88,8 +88,8 @@ def rows(sizes: Sizes | None = None) -> list[dict[str, Any]]:
     """Return a row for each algorithm and variant.
 
     Args:
-        sizes: also give ``codec``, ``traffic_bytes`` and ``memory_bytes``: bytes by case, the usual one
-            under ``""``.
+        sizes: sizes for the columns ``codec``, ``traffic_bytes`` and ``memory_bytes``, which hold
+            the bytes of each case, the usual one under ``""``; None to leave these columns out.
     """
     table = []
     for algorithm_cls in algorithm_classes():
@@ -111,9 +111,9 @@ def rows(sizes: Sizes | None = None) -> list[dict[str, Any]]:
 
 
 def _symbols(algorithm_cls: type[Algorithm], sizes: Sizes) -> tuple[dict[str, float], str]:
-    """Return the values of the symbols for an algorithm, and the codec that it uses."""
+    """Return the values of the symbols for an algorithm, and the name of the codec that it uses."""
     usable = sizes.codec in algorithm_cls.codecs
-    settings = CodecSettings.model_validate(
+    settings = CodecConfig.model_validate(
         {"name": sizes.codec if usable else algorithm_cls.codecs[0]}
     )
     codec = codecs.make(
@@ -138,12 +138,12 @@ def evaluate(formula: str, symbols: Mapping[str, float]) -> dict[str, float]:
     """Return the value of each case of a formula such as ``"M / H; server: (n-1) M"``.
 
     Args:
-        formula: cases separated by semicolons, all but the first with a name and a colon: numbers, symbols,
-            + - * / and brackets; what stands side by side is multiplied.
-        symbols: their values.
+        formula: cases separated by semicolons, all but the first with a name and a colon. They
+            consist of numbers, symbols, + - * / and brackets; adjacent factors are multiplied.
+        symbols: values of the symbols.
 
     Raises:
-        ValueError: it is no such formula.
+        ValueError: `formula` is not of this form.
     """
     values = {}
     for case in formula.split(";"):
@@ -168,7 +168,7 @@ def _value(node: ast.expr, symbols: Mapping[str, float]) -> float:
 
 
 def markdown() -> list[str]:
-    """Return the lines of the table as the README has it."""
+    """Return the lines of the table in README.md."""
     lines = [f"| {' | '.join(COLUMNS.values())} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
     for row in rows():
         name, _, variant = row["algorithm"].partition(" ")
@@ -179,7 +179,7 @@ def markdown() -> list[str]:
 
 
 def text(sizes: Sizes | None = None) -> list[str]:
-    """Return a paragraph for each algorithm, for people at a terminal."""
+    """Return the lines of a paragraph per algorithm, for the terminal."""
     lines = []
     for row in rows(sizes):
         lines += [f"{row['algorithm']}  ({row['paper']})", f"    exchanges   {row['exchanges']}"]
@@ -193,14 +193,14 @@ def text(sizes: Sizes | None = None) -> list[str]:
 
 
 def _bytes(values: Mapping[str, float] | None) -> str:
-    """Return bytes by case in words, such as `` = 1.2 GB; tree: 3.4 MB``."""
+    """Return the bytes of each case as text, such as `` = 1.2 GB; tree: 3.4 MB``."""
     if values is None:
         return ""
-    words = []
+    cases = []
     for case, value in values.items():
         power = 0
         while value >= 1000 and power < 4:
             value, power = value / 1000, power + 1
         unit = ("B", "kB", "MB", "GB", "TB")[power]
-        words.append(f"{case}: {value:.3g} {unit}" if case else f"{value:.3g} {unit}")
-    return f" = {'; '.join(words)}"
+        cases.append(f"{case}: {value:.3g} {unit}" if case else f"{value:.3g} {unit}")
+    return f" = {'; '.join(cases)}"

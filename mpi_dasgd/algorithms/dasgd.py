@@ -1,6 +1,6 @@
-"""DASGD: every gradient reaches every replica exactly once (Tosi, Theobald; 2023; arXiv 2309.03754).
+"""DASGD: every gradient reaches every replica exactly once.
 
-Each rank keeps a whole replica x_i, all equal at the start, and goes on without ever waiting:
+Tosi, Theobald; 2023; arXiv 2309.03754. Each rank keeps a whole replica x_i, all equal at the start, and goes on without ever waiting:
 
 1. gradient:  g_i at x_i, as the last step left it
 2. update:    x_i <- x_i - eta g_i, at once
@@ -17,11 +17,11 @@ their number is S(i, j) = |G_i ^ G_j|. Different from it, and why:
   -eta g. So any optimizer works and stays local. With momentum the replicas still agree (a linear
   filter of each rank's gradients); Adam is outside the theory, as in TensAIR.
 - **Additions are exact**: a replica is a float64 sum on a grid (`replica.py`,
-  `codecs/error_feedback.py`). Once all updates are received all replicas are equal bit for bit, also
-  with float32 models and with quantized messages.
-- **What j still needs is one vector**, its `residual`. A message subtracts from it what its code can
-  represent; the remainder, and updates that found a full inbox, stay and add up. Memory is bounded,
-  no rank waits, nothing is lost.
+  `codecs/error_feedback.py`). Once all updates are received all replicas are equal bit for bit,
+  also with float32 models and with quantized messages.
+- **What j still needs is one vector**, its `residual`. A message subtracts from it what its code
+  can represent; the remainder, and updates that found a full inbox, stay and add up. Memory is
+  bounded, no rank waits, nothing is lost.
 - **Sparse graphs**: updates go along the breadth-first spanning tree from rank 0. What is received
   from one neighbour is added to the residuals of all others. A tree has one path between two ranks:
   exactly once again.
@@ -30,19 +30,19 @@ their number is S(i, j) = |G_i ^ G_j|. Different from it, and why:
 
 Version vectors: V_i[k] is the number of gradients of rank k in replica i. Links keep the order of a
 source's updates, so that the sets are prefixes and S(i, j) = sum_k |V_i[k] - V_j[k]| exactly. Every
-message has the sender's V. A gradient counts as applied when the first message containing it arrives;
-the quantization residual follows in later messages. Each source that advances is recorded as one
-APPLIED exchange: partner k, partner_step V_i[k], staleness S(i, sender) before it.
+message has the sender's V. A gradient counts as applied when the first message containing it
+arrives; the quantization residual follows in later messages. Each source that advances is recorded
+as one APPLIED exchange: partner k, partner_step V_i[k], staleness S(i, sender) before it.
 
 Local steps H > 1 are refused: V counts gradients, and an update must be one.
 
-A resumed run begins with a sum over all ranks, the only time that a rank waits. Checkpoints are taken
-at different moments, so that the replicas as saved would never agree again: all go on from their
-mean, residuals included. A message in flight at the checkpoint counts by the share of the ranks that
-had received it.
+A resumed run begins with a sum over all ranks, the only time that a rank waits. Checkpoints are
+taken at different moments, so that the replicas as saved would never agree again: all go on from
+their mean, residuals included. A message in flight at the checkpoint counts by the share of the
+ranks that had received it.
 
-If a rank dies: on the complete graph the others drop its residuals and go on; its last gradients may
-have reached some of them only, whose replicas then differ by these. A tree needs all ranks.
+If a rank dies: on the complete graph the others drop its residuals and go on; its last gradients
+may have reached some of them only, whose replicas then differ by these. A tree needs all ranks.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class DASGD(Algorithm):
             self._links[sender].peer_settled = bool(message.trailer[-1])
 
     def _send(self, step: int, flush: bool = False) -> None:
-        """Send each neighbour its residual if it has new gradients, or in any case to `flush` it."""
+        """Send each neighbour its residual if it has new gradients, or if `flush` is set."""
         endpoint = self.endpoint
         self._drop_dead()
         for link in self._links.values():

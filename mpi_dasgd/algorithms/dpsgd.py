@@ -18,9 +18,9 @@ With H local steps between two averages, step 3 is done H times and step 4 avera
 were published H steps ago. The paper has H = 1.
 
 **No barrier, and only two versions.** A version is read in place, without a claim. Its slot is the
-first that its owner reuses, for version k + 2. The owner j encodes k + 2 once it has read version
-k + 1 of all its neighbours; each of them published k + 1 after it had read version k of j. So no
-rank still reads version k at that time. Edges are undirected, so that readers and neighbours are the
+first that its owner reuses, for version k + 2. The owner j encodes k + 2 once it has read version k
++ 1 of all its neighbours; each of them published k + 1 after it had read version k of j. So no rank
+still reads version k at that time. Edges are undirected, so that readers and neighbours are the
 same ranks.
 """
 

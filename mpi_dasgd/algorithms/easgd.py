@@ -6,19 +6,19 @@ its own clock worker i does
 
 1. local:    x_i <- x_i - eta g_i
 2. read:     ĉ, the newest center that rank 0 has published
-3. elastic:  d = alpha (x_i - ĉ);  x_i <- x_i - d;  send d to rank 0; if its inbox is full, skip this
-             exchange
+3. elastic:  d = alpha (x_i - ĉ);  x_i <- x_i - d;  send d to rank 0; if its inbox is full, skip
+             this exchange
 4. center:   rank 0, when d is received:  c <- c + d, and publish c
 
-alpha is `moving_rate`, or beta / p with the paper's beta = 0.9 and p workers. EAMSGD is the same with
-momentum in the workers' optimizer; momentum is never averaged. The result is the center.
+alpha is `moving_rate`, or beta / p with the paper's beta = 0.9 and p workers. EAMSGD is the same
+with momentum in the workers' optimizer; momentum is never averaged. The result is the center.
 
 No rank waits: the paper's worker fetches c and updates it in one transaction, here d may refer to a
-center that has moved since. Both sides move by the same d, so that gradients alone change the sum of
-c, of all x_i and of the d in flight. A published center serves each worker once: otherwise fast
+center that has moved since. Both sides move by the same d, so that gradients alone change the sum
+of c, of all x_i and of the d in flight. A published center serves each worker once: otherwise fast
 workers would push a center that is slow to answer beyond their own models. The paper takes the
-gradient at the model before step 3, and applies it after; in this order the gradient is always taken
-at the model that it changes.
+gradient at the model before step 3, and applies it after; in this order the gradient is always
+taken at the model that it changes.
 
 Records: a worker's `partner_step` is its own step at which it started to read the center, `age_s`
 the center's age; the server's `step` is the number of deltas absorbed so far.

@@ -1,8 +1,8 @@
 """Mini-batch SGD through the server of `asgd`.
 
 Koloskova et al. 2022, section 2, where it is a case of Algorithm 1: C_0 = all; A_t is empty until
-the n gradients of a batch have been applied, then A_t = all. The gradients are applied one by one as
-they are received, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of mean (n-1)/2.
+the n gradients of a batch have been applied, then A_t = all. The gradients are applied one by one
+as they are received, each with the full rate: tau = 0, 1, ..., n-1 within a batch, of mean (n-1)/2.
 Momentum and schedule see n gradients where `allreduce` has one.
 
 The factor 1/n: a batch moves the model by eta (g_1 + ... + g_n). `allreduce` moves it by eta times
@@ -49,7 +49,7 @@ class MiniBatch(ASGD):
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
-        """Return the warnings but that about sharded data: all workers have equal shares of a batch."""
+        """Return all warnings but that about sharded data: workers have equal shares of a batch."""
         return super(ASGD, cls).warnings(config)
 
     def _choose(self, client: int | None) -> Sequence[int]:

@@ -1,8 +1,8 @@
 """OSGP: overlapped stochastic gradient push.
 
-Assran, Loizou, Ballas, Rabbat; ICML 2019; arXiv 1811.10792. Push-sum needs no answer and no order of
-messages: mass counts whenever it is received. So gradients and messages can overlap (`push_sum.py`
-explains the mass, and why z is held):
+Assran, Loizou, Ballas, Rabbat; ICML 2019; arXiv 1811.10792. Push-sum needs no answer and no order
+of messages: mass counts whenever it is received. So gradients and messages can overlap
+(`push_sum.py` explains the mass, and why z is held):
 
 1. local:    X_i <- X_i - eta g_i(z_i)
 2. receive:  add all received mass
@@ -14,15 +14,15 @@ inbox is full the mass stays here. No rank ever waits.
 
 `overlap_tau = tau`: the paper's tau-OSGP. Receivers rotate as in `sgp`, and step k waits until the
 messages of step k - tau and of all steps before are received. The paper sends every tau steps:
-`local_steps = tau`. A message that others wait for is always sent: a rank that may send no mass sends
-it with weight 0.
+`local_steps = tau`. A message that others wait for is always sent: a rank that may send no mass
+sends it with weight 0.
 
-Each gradient moves the sum of the X_i by eta g, whichever rank computes it. But z_i moves by
-(eta / w_i) g, and a rank that sends k times as often as others has k times less mass: on fast ranks
-w_i is small. Chance makes it smaller still: m sends without a received message in between leave 2^-m.
-**A rank with less than 1/2 therefore sends no mass** (`MIN_WEIGHT`), so that w_i >= 1/4 and no step is
-larger than 4 eta. That is push-sum as well: any split of the mass conserves it. Without this minimum
-the run diverges (a test shows it).
+Each gradient moves the sum of the X_i by eta g, whichever rank computes it. But z_i moves by (eta /
+w_i) g, and a rank that sends k times as often as others has k times less mass: on fast ranks w_i is
+small. Chance makes it smaller still: m sends without a received message in between leave 2^-m. **A
+rank with less than 1/2 therefore sends no mass** (`MIN_WEIGHT`), so that w_i >= 1/4 and no step is
+larger than 4 eta. That is push-sum as well: any split of the mass conserves it. Without this
+minimum the run diverges (a test shows it).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Push-sum: averages over directed edges, by mass that is split and sent.
 
 Kempe, Dobra, Gehrke; FOCS 2003. Each rank has a numerator X_i and a weight w_i, first x_i and 1. A
-message carries a share of both; the receiver adds what it receives. Sums over all ranks and messages
-never change, and z_i = X_i / w_i converges to the mean of the x_i, whatever the order and delay of
-the messages. No rank needs to know who sends to it.
+message carries a share of both; the receiver adds what it receives. Sums over all ranks and
+messages never change, and z_i = X_i / w_i converges to the mean of the x_i, whatever the order and
+delay of the messages. No rank needs to know who sends to it.
 
-Here a rank holds z_i, the model at which gradients are taken, and w_i; X_i = w_i z_i is never formed:
+Here a rank holds z_i, the model at which gradients are taken, and w_i; X_i = w_i z_i is never
+formed:
 
-* send:     w_i <- w_i - m, message (z_i, m): the part m z_i of the numerator; m = p w_i, p the share
+* send:     w_i <- w_i - m, message (z_i, m): the part m z_i of the numerator; m = p w_i, share p
 * receive:  w_i <- w_i + m, z_i <- z_i + (m / w_i) (z_j - z_i): both numerators over both weights
 * local:    X_i <- X_i - eta g is z_i <- z_i - (eta / w_i) g: the optimizer, its rate divided by w_i
 

@@ -1,4 +1,4 @@
-"""Records of exchanges: what a run's results hold of each average, skipped exchange and gradient."""
+"""Records of exchanges: the rows of a run's results on averages, skips and received gradients."""
 
 from __future__ import annotations
 

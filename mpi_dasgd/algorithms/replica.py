@@ -1,8 +1,8 @@
 """Replica: a model as an exact sum of updates, and the residual that each neighbour still needs.
 
-The sum is float64 on the grid of `codecs/error_feedback.py`, where additions do not round; the model
-is this sum in its own type. Replicas that have added the same updates, in whatever order, are equal
-bit for bit.
+The sum is float64 on the grid of `codecs/error_feedback.py`, where additions do not round; the
+model is this sum in its own type. Replicas that have added the same updates, in whatever order, are
+equal bit for bit.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Replica:
         self.links = {j: Link(j, count, np.zeros(x.size)) for j, count in subtree_sizes.items()}
 
     def add_own(self) -> None:
-        """Add the local optimizer's change of the model as an update, to be sent to all neighbours."""
+        """Add the local optimizer's change of the model as an update for all neighbours."""
         for part in blocks(self._x.size):
             update = self._x[part].astype(np.float64)
             update -= self._sum[part].astype(self._x.dtype)  # the model before the step
             self._add(part, round_to_grid(update), self.links.values())
 
     def add(self, message: Message, onward: Collection[Link]) -> None:
-        """Add the update u of a message: x <- x + u, and u to the residuals of the links `onward`."""
+        """Add the update u of a message to x, and to the residuals of the links `onward`."""
         for part in blocks(self._x.size):
             self._add(part, self._quantizer.read(message, part), onward)
 

@@ -1,8 +1,8 @@
 """SGP: stochastic gradient push (Assran, Loizou, Ballas, Rabbat; ICML 2019; arXiv 1811.10792).
 
 Synchronous SGD over a directed graph that changes from step to step. In step k each rank sends half
-of its push-sum mass to one rank, and waits for that of one rank (`push_sum.py` explains the mass, and
-why z is held):
+of its push-sum mass to one rank, and waits for that of one rank (`push_sum.py` explains the mass,
+and why z is held):
 
 1. local:    X_i <- X_i - eta g_i(z_i)
 2. send:     half of (X_i, w_i) to rank i + d_k
@@ -14,14 +14,15 @@ The offsets d_k, cyclically: `exponential` 1, 2, 4, ... below n; `complete` 1, 2
 gradients. Every exchange is doubly stochastic, so w_i is 1 at the end of each step; it is sent all
 the same.
 
-With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has H = 1.
+With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has H =
+1.
 
-**One slot is enough.** A fast rank may send its message of step k + 1 before a slower one sends that
-of step k. As long as the message of its own step is missing, a rank that waits copies those of later
-steps and frees their slots. So no rank waits forever: let k be the smallest step that any rank is in.
-A rank in step k that finds no free slot at j has not sent the message of step k that j needs; so j
-is in step k, too, and computes or empties its inbox. A rank that waits for a message of step k waits
-for a rank in step k that finds a free slot, as shown.
+**One slot is enough.** A fast rank may send its message of step k + 1 before a slower one sends
+that of step k. As long as the message of its own step is missing, a rank that waits copies those of
+later steps and frees their slots. So no rank waits forever: let k be the smallest step that any
+rank is in. A rank in step k that finds no free slot at j has not sent the message of step k that j
+needs; so j is in step k, too, and computes or empties its inbox. A rank that waits for a message of
+step k waits for a rank in step k that finds a free slot, as shown.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""SwarmSGD, blocking (Nadiradze et al., NeurIPS 2021, arXiv 1910.12308): both sides end their phases.
+"""SwarmSGD, blocking: both sides end their phases first.
 
-On the interaction of i and j, an edge drawn uniformly:
+Nadiradze et al., NeurIPS 2021, arXiv 1910.12308. On the interaction of i and j, an edge drawn uniformly:
 
 1. local:   H_i times x_i <- x_i - eta g(x_i), and H_j times x_j <- x_j - eta g(x_j)
 2. average: x_i, x_j <- (x_i + x_j)/2
 
-The paper says who meets whom, not how they find each other. Here a rank at the end of its phase meets
-a neighbour, tried in random order, that has also ended its phase, and otherwise waits for one. So the
-edge is not drawn before the phases but uniformly among the waiting ranks; a rank never waits for one
-that still computes although another neighbour is free. The meeting:
+The paper says who meets whom, not how they find each other. Here a rank at the end of its phase
+meets a neighbour, tried in random order, that has also ended its phase, and otherwise waits for
+one. So the edge is not drawn before the phases but uniformly among the waiting ranks; a rank never
+waits for one that still computes although another neighbour is free. The meeting:
 
 a. offer:    publish x_i; the publication is READY only while i waits
 b. claim:    try to claim the offer of each neighbour in random order
 c. withdraw: having claimed j's, withdraw the own offer by claiming it; then average, send j its
              delta: done
 d. lost:     the own offer is claimed already by some k: release j's, as if it had not been claimed,
-             and wait for k. But where k is j (both have claimed each other) the lower of the two goes
+             and wait for k. But where k is j (both have claimed each other) the lower of the two
+             goes
              on with c, and where k has released it meanwhile the own offer is void: go on with c
 e. wait:     until the delta of the rank that claimed the offer is received: done; or the offer was
              released: go to a
@@ -27,8 +28,8 @@ they claim in random order.
 
 A rank that has finished training claims offers as long as others train, and offers nothing itself:
 so no rank waits forever for a partner if one is left over, with odd n, or when the last rank is
-alone. Ranks do not wait for a neighbour that has died; what it had claimed is released. Each round of
-claims costs one operation on a control word per neighbour: choose a sparse graph for hundreds of
+alone. Ranks do not wait for a neighbour that has died; what it had claimed is released. Each round
+of claims costs one operation on a control word per neighbour: choose a sparse graph for hundreds of
 ranks.
 """
 

@@ -8,13 +8,13 @@ reader only:
 3. average: after every H steps x_i <- (x_i + x̂_j)/2, x̂_j the newest publication of a random other
             rank j, which is not modified and does not know of it
 
-The reader gives up half of its lead over x̂_j, and no other rank takes it over: a gradient moves the
-mean by less than eta/n. With memoryless compute times the effective step is 2/3 at H = 1, 0.78 at 2,
-0.865 at 4, 0.96 at 16; with constant ones 0.80, 0.88, 0.94, 0.98. (It would be 0.51 at H = 1 if the
-average were published, too; step 2 comes before it.) A rate tuned with that code is therefore too
-large for the paper's algorithm. The mean of the models is not conserved. Differences: j is drawn
-among the neighbours of `topology.graph` (there among all ranks: choose `complete`), a torn read is
-noticed and repeated, and codes carry a checksum.
+The reader gives up half of its lead over x̂_j, and no other rank takes it over: a gradient moves
+the mean by less than eta/n. With memoryless compute times the effective step is 2/3 at H = 1, 0.78
+at 2, 0.865 at 4, 0.96 at 16; with constant ones 0.80, 0.88, 0.94, 0.98. (It would be 0.51 at H = 1
+if the average were published, too; step 2 comes before it.) A rate tuned with that code is
+therefore too large for the paper's algorithm. The mean of the models is not conserved. Differences:
+j is drawn among the neighbours of `topology.graph` (there among all ranks: choose `complete`), a
+torn read is noticed and repeated, and codes carry a checksum.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ __all__ = ["SHUTDOWN", "Outbox", "WorkItem", "send_work_item"]
 
 
 class WorkItem(NamedTuple):
-    """A model version to compute a gradient at: the trailer of its message and of the gradient's."""
+    """A model version to compute a gradient at: trailer of its message and of the gradient's."""
 
     start: int
     """Iteration s of the server whose model x_s it is."""

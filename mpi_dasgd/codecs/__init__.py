@@ -1,4 +1,4 @@
-"""Codecs: how a model or a delta becomes a message and how a partner uses it."""
+"""Codecs: the encoding of models and deltas as messages, and averages with decoded ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpi_dasgd.codecs.elementwise import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
-from mpi_dasgd.config.schema import CodecConfig as Settings
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import UserError, nearest
 
 __all__ = [
@@ -24,12 +24,11 @@ __all__ = [
     "Layout",
     "Message",
     "NoCodec",
-    "Settings",
     "make",
 ]
 
 
-CODECS: dict[str, Callable[[int, np.dtype, Settings, Seeds], Codec]] = {
+CODECS: dict[str, Callable[[int, np.dtype, CodecConfig, Seeds], Codec]] = {
     "none": lambda n, dtype, settings, seeds: NoCodec(n, dtype),
     "bf16": lambda n, dtype, settings, seeds: BFloat16Codec(n, dtype),
     "fp16": lambda n, dtype, settings, seeds: Float16Codec(n, dtype),
@@ -41,7 +40,7 @@ CODECS: dict[str, Callable[[int, np.dtype, Settings, Seeds], Codec]] = {
 
 
 def make(
-    settings: Settings,
+    settings: CodecConfig,
     elements: int,
     dtype: np.dtype,
     *,
@@ -49,17 +48,18 @@ def make(
     rank: int,
     trailer_words: int = 0,
 ) -> Codec:
-    """Make a rank's codec for models of `elements` elements of `dtype`.
+    """Return a rank's codec for models of `elements` elements of `dtype`.
 
     Args:
         settings: section ``codec`` of the configuration.
-        elements, dtype: of the model.
-        seed: of the run.
-        rank: whose codec.
+        elements: number of model elements, padding included.
+        dtype: type of the model.
+        seed: seed of the run.
+        rank: rank that the codec belongs to.
         trailer_words: 64-bit words that the algorithm adds to each message.
 
     Raises:
-        UserError: for an unknown name, or models that the codec does not take.
+        UserError: the name is unknown, or the codec does not accept such models.
     """
     name = settings.name
     if name not in CODECS:

@@ -65,7 +65,7 @@ class Codec(ABC):
 
     @abstractmethod
     def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
-        """Absorb deltas, average with a partner's model, and write its delta and the own publication.
+        """Absorb deltas, average with a partner's model, write its delta and the own publication.
 
         Both sides of an exchange move by exactly the same amounts, so that the sum of all models
         and of the deltas in flight is conserved.

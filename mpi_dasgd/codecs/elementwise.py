@@ -1,8 +1,8 @@
-"""Baselines that quantize without regard to the distance: `bf16`, `fp16` and `qsgd8`.
+"""Baseline codecs whose error does not follow the models' distance: `bf16`, `fp16` and `qsgd8`.
 
-Their error follows the size of the models, so that it exceeds the distance between models that are near
-each other. The delta is quantized, too, and both sides move by the quantized one: the sum of the models
-is conserved as with the other codecs. They are plain NumPy, in cache-sized blocks.
+Their error follows the size of the models, so that it exceeds the distance between models that are
+close to each other. The delta is quantized, too, and both sides move by the quantized one: the sum
+of the models is conserved as with the other codecs. They are plain NumPy, in cache-sized blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ __all__ = ["BFloat16Codec", "ElementwiseCodec", "Float16Codec", "QsgdCodec"]
 
 
 class ElementwiseCodec(Codec):
-    """Averages in float32 what `pack` and `unpack` make of a block.
+    """Base of codecs that encode each block by `pack`, decode it by `unpack`, average in float32.
 
     Args:
         elements: number of model elements.
-        dtype: float32.
+        dtype: type of the model: float32.
+        layout: layout of all messages.
 
     Raises:
         UserError: the models are not float32.
@@ -36,11 +37,17 @@ class ElementwiseCodec(Codec):
 
     @abstractmethod
     def pack(self, x: np.ndarray, out: Message, start: int) -> None:
-        """Write a block of a vector, from element `start` on, to `out`."""
+        """Write a block of a vector, which begins at element `start`, to `out`.
+
+        Args:
+            x: block, float32, 1-D.
+            out: message that receives it.
+            start: index of the first element of the block.
+        """
 
     @abstractmethod
     def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
-        """Return `count` elements of a message as a new float32 array."""
+        """Return `count` elements of a message from `start` on, a new float32 array."""
 
     def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
         """Do the whole exchange, block by block; see `Codec.average_pair`."""
@@ -71,12 +78,12 @@ class ElementwiseCodec(Codec):
         return ExchangeOutcome() if partner_model is None else ExchangeOutcome(square**0.5)
 
     def delta(self, message: Message) -> np.ndarray:
-        """Return a delta as numbers."""
+        """Return a delta as numbers, float32, shape (elements,)."""
         return self.unpack(message, 0, self.layout.elements)
 
 
 class BFloat16Codec(ElementwiseCodec):
-    """The upper 16 bits of float32, rounded to the nearest, ties to even."""
+    """Upper 16 bits of float32, rounded to nearest, ties to even."""
 
     name = "bf16"
 
@@ -96,7 +103,7 @@ class BFloat16Codec(ElementwiseCodec):
 
 
 class Float16Codec(ElementwiseCodec):
-    """IEEE half precision, rounded to the nearest; beyond 65,504 it saturates."""
+    """IEEE half precision, rounded to nearest; beyond 65,504 it saturates."""
 
     name = "fp16"
 
@@ -112,10 +119,10 @@ class Float16Codec(ElementwiseCodec):
 
 
 class QsgdCodec(ElementwiseCodec):
-    """255 even steps between the extremes of a bucket of 1,024, rounded at random without bias.
+    """255 even steps between the extremes of a bucket of 1,024, with unbiased random rounding.
 
-    As QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132) in the form with the minimum and the
-    maximum of a bucket that frameworks use. ``scales`` holds the minima, then the steps.
+    This is QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132) in the form that frameworks use,
+    with the minimum and the maximum of a bucket. ``scales`` holds the minima, then the steps.
     """
 
     name = "qsgd8"
@@ -132,7 +139,7 @@ class QsgdCodec(ElementwiseCodec):
         rows = -(-x.size // BUCKET)
         values = np.empty((rows, BUCKET), np.float32)
         values.reshape(-1)[: x.size] = x
-        values.reshape(-1)[x.size :] = x[-1:]  # the extremes stay what they are
+        values.reshape(-1)[x.size :] = x[-1:]  # the extremes of the bucket do not change
         least = values.min(1)
         step = (values.max(1) - least) / np.float32(255)
         first = start // BUCKET

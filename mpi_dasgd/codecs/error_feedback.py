@@ -1,22 +1,24 @@
-"""Updates: increments of a model on the wire, exact on a grid, with error feedback.
+"""Error feedback: increments of a model on the wire, exact on a grid, with their residuals.
 
 All numbers are multiples of `GRID_STEP` = 2^-40. While they stay below `EXACT_RANGE` = 2^12,
 float64 adds and subtracts them without rounding, so that the order in which updates are added does
 not matter: replicas that have added the same updates are equal bit for bit. An update loses at most
 half a `GRID_STEP` once, at its source.
 
-What a rank still owes another is one vector. A message carries the part Q(owed) that the codec can
-say, and exactly that part is subtracted: owed <- owed - Q(owed). What is left goes with later
-messages (error feedback). Updates that found no room meanwhile are simply more that is owed.
+What a rank has not yet sent to another one is a vector, the residual. A message carries the part
+Q(residual) that the codec can represent, and exactly that part is subtracted: residual <- residual
+- Q(residual). The remainder is sent with later messages (error feedback). Updates that found a full
+inbox meanwhile are simply added to the residual.
 
-- `none`: the type of the model. A sum may need more bits than float32 has; the rest stays owed.
+- `none`: the type of the model. A sum may need more bits than float32 has; the remainder stays in
+  the residual.
 - `bf16`: the upper half of float32.
-- `qsgd8`: codes -127 .. 127 times a unit for each bucket of 1,024, rounded to the nearest: 0 stays
-  0. The unit is a multiple of `GRID_STEP`; it is in the first half of the message's scales, the
-  second is not used. The rest is at most 1/254 of the largest that was owed, and 0 once that is
-  below 127 `GRID_STEP`: some five messages say all.
+- `qsgd8`: codes -127 .. 127 times a unit for each bucket of 1,024, rounded to nearest: 0 stays 0.
+  The unit is a multiple of `GRID_STEP`; it is stored in the first half of the message's scales, the
+  second half is not used. Each message leaves a residual of at most 1/254 of the largest entry, and
+  none below 127 `GRID_STEP`; about five messages transmit an update exactly.
 
-Codes relative to a reference (`lattice*`) have no place here: an update is no model near another
+Codes relative to a reference (`lattice*`) cannot be used: an update is not a model close to another
 one.
 """
 
@@ -42,8 +44,12 @@ __all__ = [
 ]
 
 GRID_STEP = 2.0**-40
+"""Spacing of the grid."""
+
 EXACT_RANGE = 2.0**12
-_LARGEST = 127
+"""Absolute value below which additions on the grid are exact."""
+
+_LARGEST_CODE = 127
 
 
 def round_to_grid(values: np.ndarray) -> np.ndarray:
@@ -55,46 +61,46 @@ def round_to_grid(values: np.ndarray) -> np.ndarray:
 
 
 def blocks(elements: int) -> Iterator[slice]:
-    """Yield the parts of a vector that are dealt with at a time."""
+    """Yield the parts of a vector of `elements` elements that are processed one after the other."""
     for start in range(0, elements, CACHE_BLOCK):
         yield slice(start, min(start + CACHE_BLOCK, elements))
 
 
 class UpdateQuantizer(ABC):
-    """Writes what is owed to messages, and reads it."""
+    """Writes residuals to messages, and reads updates from them."""
 
     def pack(self, residual: np.ndarray, out: Message) -> bool:
-        """Write Q(owed) to `out` and subtract it from `owed`; return whether anything is left.
+        """Write Q(residual) to `out`, subtract it, and return whether anything remains.
 
         Args:
-            residual: (elements,), float64, on the grid; changed in place.
-            out: receives the payload; its header and notes are left alone.
+            residual: shape (elements,), float64, on the grid; changed in place.
+            out: message whose payload and scales are written; header and trailer are not.
         """
-        left = False
+        remains = False
         for part in blocks(residual.size):
             block = residual[part]
             self._write(block, out, part)
             block -= self.read(out, part)
-            left = bool(block.any()) or left
-        return left
+            remains = bool(block.any()) or remains
+        return remains
 
     @abstractmethod
     def read(self, message: Message, part: slice) -> np.ndarray:
-        """Return a part of an update, exactly on the grid; of some type that float64 holds."""
+        """Return a part of an update, exactly on the grid, in a type that float64 contains."""
 
     @abstractmethod
-    def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
-        """Write Q(owed) of a part."""
+    def _write(self, residual: np.ndarray, out: Message, part: slice) -> None:
+        """Write Q(residual) of a part."""
 
 
 class _Plain(UpdateQuantizer):
-    """The type of the model: float32 (a rounded multiple of the grid is one) or float64."""
+    """Type of the model: float64, or float32, where a rounded multiple of the grid is one again."""
 
     def read(self, message: Message, part: slice) -> np.ndarray:
         return message.payload[part]
 
-    def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
-        out.payload[part] = owed
+    def _write(self, residual: np.ndarray, out: Message, part: slice) -> None:
+        out.payload[part] = residual
 
 
 class _BFloat16(UpdateQuantizer):
@@ -104,12 +110,12 @@ class _BFloat16(UpdateQuantizer):
     def read(self, message: Message, part: slice) -> np.ndarray:
         return self._codec.unpack(message, part.start, part.stop - part.start)
 
-    def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
-        self._codec.pack(owed.astype(np.float32), out, part.start)
+    def _write(self, residual: np.ndarray, out: Message, part: slice) -> None:
+        self._codec.pack(residual.astype(np.float32), out, part.start)
 
 
 class _Buckets(UpdateQuantizer):
-    """8-bit codes times a unit for each bucket."""
+    """8-bit codes times a unit per bucket."""
 
     def read(self, message: Message, part: slice) -> np.ndarray:
         first, last = part.start // BUCKET, -(-part.stop // BUCKET)
@@ -117,13 +123,13 @@ class _Buckets(UpdateQuantizer):
         values = codes.reshape(-1, BUCKET) * message.scales[first:last, None].astype(np.float64)
         return values.reshape(-1)[: part.stop - part.start]
 
-    def _write(self, owed: np.ndarray, out: Message, part: slice) -> None:
+    def _write(self, residual: np.ndarray, out: Message, part: slice) -> None:
         first, last = part.start // BUCKET, -(-part.stop // BUCKET)
         values = np.zeros((last - first, BUCKET))
-        values.reshape(-1)[: owed.size] = owed
+        values.reshape(-1)[: residual.size] = residual
         largest = np.abs(values).max(1)
-        # 24 bits of a multiple of the grid are one again, whether rounded up or down
-        unit = (np.ceil(largest / (_LARGEST * GRID_STEP)) * GRID_STEP).astype(np.float32)
+        # rounding a multiple of the grid to 24 bits, up or down, gives a multiple of the grid
+        unit = (np.ceil(largest / (_LARGEST_CODE * GRID_STEP)) * GRID_STEP).astype(np.float32)
         values /= np.where(unit > 0, unit, 1).astype(np.float64)[:, None]
         codes = np.rint(values, out=values).astype(np.int8)
         out.payload[first * BUCKET : last * BUCKET] = codes.reshape(-1).view(np.uint8)
@@ -131,10 +137,10 @@ class _Buckets(UpdateQuantizer):
 
 
 def update_quantizer(codec: Codec) -> UpdateQuantizer:
-    """Return how updates are written to messages with the layout of `codec`: none, bf16 or qsgd8."""
+    """Return the quantizer of updates for messages of `codec`: none, bf16 or qsgd8."""
     if isinstance(codec, BFloat16Codec):
         return _BFloat16(codec)
     if isinstance(codec, QsgdCodec):
         return _Buckets()
-    assert codec.name == "none", "`Algorithm.codec_settings` refuses others"
+    assert codec.name == "none", "`Algorithm.resolve_codec` refuses others"
     return _Plain()

@@ -1,8 +1,9 @@
-"""The codecs `lattice4`, `lattice8`, `lattice16`: codes whose error follows the distance between the models.
+"""The codecs `lattice4`, `lattice8`, `lattice16`, whose error follows the models' distance.
 
-A publication holds lattice codes of the model; a delta holds the integers by which both sides move, so
-that the sum of the models is conserved to the rounding of one addition an element, whatever the codes,
-the scales, or the buckets that could not be decoded. See `mpi_dasgd.kernels.lattice` for the arithmetic.
+A publication holds lattice codes of the model. A delta holds the integers by which both sides move,
+so that the sum of the models is conserved to the rounding of one addition per element, whatever the
+codes, the scales, or the buckets that could not be decoded. `mpi_dasgd.kernels.lattice` has the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds, require_float32
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
-from mpi_dasgd.config.schema import CodecConfig as Settings
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import (
     BUCKET,
@@ -29,25 +30,26 @@ from mpi_dasgd.kernels.encoded import (
 
 __all__ = ["LatticeCodec"]
 
+# Codec numbers in the header: 16 + bits, and 64 more if rounded to nearest.
 _NUMBER, _NEAREST = 16, 64
 
 
 class LatticeCodec(Codec):
-    """Lattice codes of 4, 8 or 16 bits with a scale and a check for each bucket of 1,024 elements.
+    """Lattice codes of 4, 8 or 16 bits, with a scale and a checksum per bucket of 1,024 elements.
 
     Args:
         elements: number of model elements.
-        dtype: float32.
-        bits: of a code.
+        dtype: type of the model: float32.
+        bits: bits per code.
         settings: section ``codec`` of the configuration.
-        seeds: of the messages.
+        seeds: generator of the messages' seeds.
 
     Raises:
         UserError: the models are not float32.
     """
 
     def __init__(
-        self, elements: int, dtype: np.dtype, bits: int, settings: Settings, seeds: Seeds
+        self, elements: int, dtype: np.dtype, bits: int, settings: CodecConfig, seeds: Seeds
     ) -> None:
         self.name = f"lattice{bits}"
         require_float32(self.name, dtype)
@@ -72,11 +74,7 @@ class LatticeCodec(Codec):
         self._delta_stats: list[np.ndarray] = []
 
     def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
-        """Do all of an exchange in one pass; see `mpi_dasgd.codecs.base.Codec`.
-
-        Raises:
-            MpiDasgdError: a message is none of this codec, model size and version.
-        """
+        """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
         step = FusedStep(x, self._threads)
         step.deltas = tuple(map(self._received, buffers.deltas))
         step.delta_stats = self._stats_of_deltas(len(buffers.deltas))
@@ -118,43 +116,48 @@ class LatticeCodec(Codec):
             self._delta_stats.append(np.zeros_like(self._stats))
         return tuple(self._delta_stats[:count])
 
-    def _observe(self, theirs: Message) -> ExchangeOutcome:
-        """Learn from an exchange that this rank has begun."""
-        found, scales = self._stats, theirs.scales
-        rejected, count = found["rejected"], 0
+    def _observe(self, publication: Message) -> ExchangeOutcome:
+        """Update scale and counters after an exchange that this rank initiated."""
+        stats, scales = self._stats, publication.scales
+        rejected, count = stats["rejected"], 0
         if rejected.any():
             count = int(rejected.sum())
-            scales = np.where(rejected, np.float32(0), scales)  # a rejected one may be anything
+            scales = np.where(
+                rejected, np.float32(0), scales
+            )  # that of a rejected bucket is arbitrary
         self.counters["buckets_decoded"] += rejected.size - count
         self.counters["buckets_rejected"] += count
-        largest = np.sqrt(found["max_d2"], dtype=np.float32)
+        largest = np.sqrt(stats["max_d2"], dtype=np.float32)
         largest *= scales
-        self.scale.observe(largest, rejected != 0 if count else None, theirs.scales)
+        self.scale.observe(largest, rejected != 0 if count else None, publication.scales)
         squares = np.square(scales, dtype=np.float64)
-        return ExchangeOutcome(math.sqrt(squares @ found["sum_d2"]), count)
+        return ExchangeOutcome(math.sqrt(squares @ stats["sum_d2"]), count)
 
-    def _observe_delta(self, message: Message, found: np.ndarray, weight: float) -> None:
-        """Learn from a delta: its unit is -weight * scale, or 0 where the partner rejected the bucket."""
-        units, corrupt = message.scales, found["rejected"]
+    def _observe_delta(self, message: Message, stats: np.ndarray, weight: float) -> None:
+        """Update the scale after a received delta.
+
+        Its unit in a bucket is -weight * scale, or 0 if the partner rejected the bucket.
+        """
+        units, corrupt = message.scales, stats["rejected"]
         if corrupt.any():
             self.counters["buckets_corrupt"] += int(corrupt.sum())
             units = np.where(corrupt, np.float32(0), units)
-        distance = np.sqrt(found["max_d2"], dtype=np.float32)
+        distance = np.sqrt(stats["max_d2"], dtype=np.float32)
         distance *= units
         distance *= np.float32(-1 / weight)
         self.scale.observe(distance, None if units.all() else units == 0)
 
     def delta(self, message: Message) -> np.ndarray:
-        """Return a delta as numbers."""
+        """Return a delta as numbers, float32, shape (elements,)."""
         numbers = np.zeros(self.layout.elements, np.float32)
         lattice.apply(numbers, self._received(message))
         return numbers
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the estimates of the distances, and how many messages were made."""
+        """Return the estimated distances, and the number of seeds drawn so far."""
         return {"estimate": self.scale.estimate, "messages": np.array([self._seeds.drawn])}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self.scale.estimate[:] = arrays["estimate"]
         self._seeds.drawn = int(arrays["messages"][0])

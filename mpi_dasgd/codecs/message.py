@@ -1,4 +1,4 @@
-"""What crosses the wire: one contiguous buffer of header, scales, checks and payload.
+"""Messages: contiguous buffers of header, trailer words, scales, checksums and payload.
 
 All offsets are multiples of 64 bytes, so that every part is aligned for vector loads wherever the
 buffer is. Sizes and counts are 64-bit: a message may exceed 2 GiB.
@@ -21,7 +21,7 @@ MAGIC = 0x4D504453  # "MPDS"
 VERSION = 1
 ALIGNMENT = 64
 _HEADER = struct.Struct("<IHHi4xqqqqQ")
-_STAMP = struct.Struct("<IHHi4xqqqq")  # the header but for its seed
+_STAMP = struct.Struct("<IHHi4xqqqq")  # the header without its seed
 _SEED = struct.Struct("<Q")
 _SEED_AT = _STAMP.size
 _SEQUENCE = struct.Struct("<q")
@@ -29,17 +29,18 @@ _SEQUENCE_AT = 56
 
 
 class Header(NamedTuple):
-    """The first 64 bytes of a message, little endian.
+    """First 64 bytes of a message, little endian.
 
     Attributes:
-        magic, version: what this is; a reader refuses others.
-        codec: number of the codec; codecs that cannot read each other have different ones.
-        rank: sender.
+        magic, version: identify the format; a reader refuses others.
+        codec: number of the codec; codecs that cannot read each other's messages have different
+            ones.
+        rank: rank of the sender.
         step: local step of the sender.
-        time_ns: wall-clock (or virtual) time of the sender in nanoseconds.
+        time_ns: wall-clock (or virtual) time at the sender, in nanoseconds.
         elements: number of model elements, padding included.
-        nbytes: length of the whole message.
-        seed: of this message: what the codec drew at random, and its checks, depend on it.
+        nbytes: length of the whole message in bytes.
+        seed: seed of this message, which determines the codec's random numbers and checksums.
     """
 
     magic: int
@@ -55,7 +56,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of all messages of a codec for one model.
+    """Layout of all messages of a codec for one model.
 
     Attributes:
         codec: number of the codec.
@@ -63,7 +64,7 @@ class Layout:
         scales: number of float32 scales.
         checksums: number of uint32 checksums.
         trailer_words: number of 64-bit words that an algorithm writes beside the payload.
-        payload_dtype: type of the payload.
+        payload_dtype: dtype of the payload.
         payload_items: number of payload items.
     """
 
@@ -77,12 +78,12 @@ class Layout:
 
     @property
     def scales_at(self) -> int:
-        """Offset of the scales in bytes; the notes lie before them."""
+        """Offset of the scales in bytes; the trailer words are stored before them."""
         return ALIGNMENT + _aligned(8 * self.trailer_words)
 
     @property
     def checksums_at(self) -> int:
-        """Offset of the checks in bytes."""
+        """Offset of the checksums in bytes."""
         return self.scales_at + _aligned(4 * self.scales)
 
     @cached_property
@@ -101,16 +102,17 @@ def _aligned(nbytes: int) -> int:
 
 
 class Message:
-    """Views of one message in a buffer that somebody else owns: a window slot or a staging area.
+    """Views of one message in a buffer owned by others: a slot of a window, or a staging buffer.
 
     Args:
         buffer: 1-D uint8 array of `layout.nbytes` bytes.
-        layout: its division.
+        layout: layout of the message.
 
     Attributes:
         buffer: the whole message.
-        trailer, scales, checksums, payload: int64, float32, uint32 and codec-typed views of its parts.
-        view: what a codec wants to keep with this memory from call to call.
+        trailer, scales, checksums, payload: 1-D views of its parts: int64, float32, uint32, and the
+            type of the codec.
+        view: object that a codec keeps with this memory from call to call.
     """
 
     __slots__ = ("_raw", "buffer", "checksums", "layout", "payload", "scales", "trailer", "view")
@@ -131,7 +133,7 @@ class Message:
         self.payload = buffer[layout.payload_at :][:size].view(layout.payload_dtype)
 
     def stamp(self, *, rank: int, step: int, time_ns: int) -> None:
-        """Write the header, but for the seed, which is the codec's."""
+        """Write the header, except for the seed, which the codec writes."""
         layout = self.layout
         _STAMP.pack_into(
             self._raw, 0, MAGIC, VERSION, layout.codec, rank, step, time_ns,
@@ -140,7 +142,7 @@ class Message:
 
     @property
     def seed(self) -> int:
-        """The seed of this message, unsigned 64 bits."""
+        """Seed of this message, an unsigned 64-bit integer."""
         return int(_SEED.unpack_from(self._raw, _SEED_AT)[0])
 
     @seed.setter
@@ -149,10 +151,10 @@ class Message:
 
     @property
     def header(self) -> Header:
-        """The header, checked.
+        """The header, validated.
 
         Raises:
-            MpiDasgdError: if this is no message of this program, version, codec and model size.
+            MpiDasgdError: the message has another format, version, codec or model size.
         """
         header = Header._make(_HEADER.unpack_from(self._raw, 0))
         expected = (MAGIC, VERSION, self.layout.codec, self.layout.elements, self.layout.nbytes)

@@ -15,6 +15,7 @@ from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.analysis.version_history import history
 from mpi_dasgd.codecs.error_feedback import GRID_STEP, round_to_grid, update_quantizer
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.simulation import simulator
 from mpi_dasgd.simulation.simulator import Simulator
@@ -300,7 +301,7 @@ def test_the_version_vectors_are_rebuilt_from_the_results(
 def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
     elements = 2500  # no whole bucket at the end
     made = codecs.make(
-        codecs.Settings(name=codec), elements, np.dtype(np.float32), seed=0, rank=0
+        CodecConfig(name=codec), elements, np.dtype(np.float32), seed=0, rank=0
     )  # fmt: skip
     code, rng = update_quantizer(made), np.random.default_rng(3)
     message = codecs.Message(np.zeros(made.layout.nbytes, np.uint8), made.layout)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mpi_dasgd import codecs, config
-from mpi_dasgd.codecs import CODECS, Codec, ExchangeBuffers, Message, Settings
+from mpi_dasgd.codecs import CODECS, Codec, ExchangeBuffers, Message
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.lattice import LatticeCodec
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.simulation.simulator import Simulator, simulate
 from tests.support.mpi_ranks import ROOT
@@ -21,7 +22,7 @@ JOB = ROOT / "jobs" / "sim_quadratic.toml"
 
 
 def _make(name: str, elements: int, rank: int = 0, **settings: Any) -> Codec:
-    return codecs.make(Settings(name=name, **settings), elements, F32, seed=1, rank=rank)  # type: ignore[arg-type]
+    return codecs.make(CodecConfig(name=name, **settings), elements, F32, seed=1, rank=rank)  # type: ignore[arg-type]
 
 
 def _message(codec: Codec) -> Message:
@@ -91,12 +92,12 @@ def test_a_delta_moves_the_partner_by_what_was_moved_here(name: str) -> None:
 
 
 def test_unknown_names_and_other_types_are_refused() -> None:
-    settings = Settings.model_construct(name="latice8")  # type: ignore[arg-type]
+    settings = CodecConfig.model_construct(name="latice8")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="did you mean 'lattice8'"):
         codecs.make(settings, 10, F32, seed=0, rank=0)
     for name in LOSSY:
         with pytest.raises(UserError, match=r"float32.*float64.*simulation\.dtype"):
-            codecs.make(Settings(name=name), 10, np.dtype(np.float64), seed=0, rank=0)  # type: ignore[arg-type]
+            codecs.make(CodecConfig(name=name), 10, np.dtype(np.float64), seed=0, rank=0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"scale_margin.*at most 2\.1.*got 4"):
         _make("lattice4", 10, scale_margin=4.0)
 

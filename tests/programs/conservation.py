@@ -29,6 +29,7 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
@@ -118,7 +119,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     codec: Codec = (
         MODES[mode](x.size, x.dtype)
         if mode in MODES
-        else codecs.make(codecs.Settings(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
+        else codecs.make(CodecConfig(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
     )
     endpoint = RmaEndpoint(
         comm,

@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.records import ExchangeRecord
-from mpi_dasgd.config.schema import AlgorithmConfig, TransportConfig
+from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig, TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -58,7 +58,7 @@ class Part:
         self.before = self.x.astype(np.float64)
         self.local = Local(self.x, rng)
         made = codecs.make(
-            codecs.Settings(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
+            CodecConfig(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
         )
         self.endpoint = RmaEndpoint(
             comm, made.layout, graph, TransportConfig(mode=path, heartbeat_timeout=1.0)

@@ -20,6 +20,7 @@ import xarray
 from torch.nn.functional import cross_entropy
 
 from mpi_dasgd import codecs, load_model
+from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.storage.runfile import read_run_file
 from mpi_dasgd.tasks import data, models
 from tests.support.fake_hosts import Hosts
@@ -133,7 +134,7 @@ def test_the_digits_are_learned_with_codecs(tmp_path: Path, codec: str) -> None:
         assert file.attrs["codec"] == codec
         ranks, exchange = file["ranks"], file["exchange"]
         layout = codecs.make(
-            codecs.Settings(name=codec), 10 * 1024, np.dtype(np.float32), seed=0, rank=0
+            CodecConfig(name=codec), 10 * 1024, np.dtype(np.float32), seed=0, rank=0
         ).layout
         messages = ranks["messages"][:]
         np.testing.assert_array_equal(ranks["bytes_sent"][:], messages * layout.nbytes)
