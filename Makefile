@@ -22,7 +22,7 @@ ifeq ($(CI),true)
 export MPI_DASGD_REQUIRE_NATIVE := 1
 endif
 
-# Some containers set it: every rank would compile the whole package anew, and its start take longer.
+# Some containers set it: every rank would compile the whole package again, and its start take longer.
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list the targets
@@ -47,13 +47,13 @@ coverage: $(VENV)/.test  ## which lines the tests without ranks run: build/cover
 	echo "coverage: $$($(BIN)/coverage report --format=total) % of the lines of mpi_dasgd"
 	exit $$status
 
-test-%: $(VENV)/.test  ## the MPI tests at so many ranks: test-8
+test-%: $(VENV)/.test  ## the MPI tests on N ranks: test-8
 	MPI_DASGD_TEST_RANKS=$* $(BIN)/python -m pytest -m mpi $(PYTEST)
 
 doctor: $(VENV)/.train  ## look at this machine: MPI, threads, kernels, device
 	$(BIN)/mpi-dasgd doctor $(ARGS)
 
-bench: $(VENV)/.train  ## measure against the limit or the rivals; BENCH=rma chooses
+bench: $(VENV)/.train  ## measure against the limit or the baselines; BENCH=rma chooses
 	for name in $(BENCH); do $(BIN)/mpi-dasgd bench $$name $(ARGS); done
 
 gpu-check: $(VENV)/.test  ## on a machine with a GPU: its tests and benchmark; CUDA=12 if it has that one
@@ -86,7 +86,7 @@ $(BIN)/python -m pytest -m "mpi and not concurrent" || status=$$?
 exit $$status
 endef
 
-# Stamps: nothing is installed anew unless one of the files it is built from has changed.
+# Stamps: nothing is installed again unless one of the files it is built from has changed.
 $(VENV)/.train: $(VENV)/.created $(BUILD)
 	$(INSTALL) -e '.[mpich,report]'
 	$(BIN)/python -c 'from mpi_dasgd.kernels import native; print(native.status())'

@@ -14,7 +14,7 @@ from mpi_dasgd.storage.schema import APPLIED
 
 __all__ = ["History", "history"]
 
-_OWN, _ARRIVAL, _END = range(3)
+_OWN, _APPLIED_HERE, _END = range(3)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def history(results: Results) -> History:
     """
     kept = _kept(results)
     ranks = results.rank[kept].tolist()
-    arrivals = [_arrivals(results, row) for row in kept]
-    if len(ranks) < 2 or not any(len(time) for time, *_ in arrivals):
+    applied = [_applied(results, row) for row in kept]
+    if len(ranks) < 2 or not any(len(time) for time, *_ in applied):
         raise UserError(
             "results: expected the records of 'dasgd', found no gradient of another rank applied"
         )
     steps, ends = zip(*(_steps(results, row) for row in kept), strict=True)
-    events = _events(ranks, arrivals, steps, ends)
+    events = _events(ranks, applied, steps, ends)
     event, time, rows, source, version = events
     table = np.zeros((len(ranks), int(results.attributes["world_size"])), np.int64)
     table[:, ranks] = [own[0] - 1 for own in steps]  # more than 0 if the run was resumed
@@ -92,10 +92,10 @@ def _kept(results: Results) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
-_Arrivals = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # time, own step, source, version
+_Applied = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # time, own step, source, version
 
 
-def _arrivals(results: Results, row: int) -> _Arrivals:
+def _applied(results: Results, row: int) -> _Applied:
     """Return the gradients of others that one rank applied, in order."""
     count, table = results.n_records["exchange"][row], results.tables["exchange"]
     applied = table["kind"][row, :count] == APPLIED
@@ -113,24 +113,24 @@ def _steps(results: Results, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _events(
     ranks: Sequence[int],
-    arrivals: Sequence[_Arrivals],
+    applied: Sequence[_Applied],
     steps: Sequence[np.ndarray],
     ends: Sequence[np.ndarray],
 ) -> _Events:
     """Return kind, time, row, source and version of all events, in order of time."""
     parts = []
     for row, rank in enumerate(ranks):
-        time, step, source, version = arrivals[row]
+        time, step, source, version = applied[row]
         own, end = steps[row], ends[row]
         # applied before its step ended, before what arrived in that step, before others had it
         bounds = [end, _at_first(step, time, own)]
-        for other_time, _, other_source, other_version in arrivals:
+        for other_time, _, other_source, other_version in applied:
             of_it = other_source == rank
             bounds.append(_at_first(other_version[of_it], other_time[of_it], own))
         when = np.minimum.accumulate(np.min(bounds, axis=0)[::-1])[::-1]
         parts += [
             _part(_OWN, when, row, rank, own),
-            _part(_ARRIVAL, time, row, source, version),
+            _part(_APPLIED_HERE, time, row, source, version),
             _part(_END, end, row, rank, own),
         ]
     kind, time, row_, source, version = (
@@ -164,7 +164,7 @@ def _propagation(ranks: Sequence[int], events: _Events, steps: Sequence[np.ndarr
         own = issued[(kind == _OWN) & (row == k)]
         last = own.astype(float)
         for i in range(len(ranks)):
-            got = (kind == _ARRIVAL) & (row == i) & (source == rank)
+            got = (kind == _APPLIED_HERE) & (row == i) & (source == rank)
             if i != k:
                 first = _at_first(np.maximum.accumulate(version[got]), issued[got], steps[k])
                 last = np.maximum(last, first)

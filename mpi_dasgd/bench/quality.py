@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpi-dasgd bench quality",
-        description="Errors, checks and bias of the codecs; choice of the scale's parameters.",
+        description="Errors, checksums and bias of the codecs; choice of the scale's parameters.",
     )
     add = parser.add_argument
     laws = ", ".join(DISTRIBUTIONS)

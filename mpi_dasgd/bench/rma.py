@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=1.0,
-        help="time for each size and path, checks included [1]",
+        help="time for each size and mode, checks included [1]",
     )
     add_output_options(parser)
     return parser

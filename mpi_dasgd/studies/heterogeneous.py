@@ -3,10 +3,10 @@
 Question: how far is the point that `asgd` goes to from the optimum of the mean of all f_i?
 Paper: Koloskova et al. 2022, section 5 (Algorithm 2, theorem 10).
 Setting: `asgd`, 16 workers with f_i(x) = |x - b_i|^2 / 2, without noise; 4 of them 1, 3 or 10 times
-    slower; points go to whoever is free (Algorithm 1) or to a worker drawn uniformly (Algorithm 2);
+    slower; points go to idle workers (Algorithm 1) or to a worker drawn uniformly (Algorithm 2);
     every step rule.
 Expected: the fixed point is sum_i w_i b_i / sum_i w_i, w_i being the sum of the step sizes of
-    worker i's gradients. Free: w_i is the speed. Uniform: all alike, no bias, if the step is
+    worker i's gradients. Idle: w_i is the speed. Uniform: all alike, no bias, if the step is
     constant. The rules take from the weight of late workers: their bias has the same form, and
     `drop` leaves slow workers out.
 """
@@ -150,7 +150,7 @@ def draw(samples: Dataset, path: Path) -> Path:
                 closed = spread(samples["by_steps"])[1][i, j]
                 plotting.theory(axis, k, closed, "sum w_i b_i / sum w_i" if j == 0 else "")
             axis.set(xscale="log", yscale="log", xlabel="slow-down of 4 of 16 workers")
-            title = "whoever is free" if clients == "idle" else "drawn uniformly"
+            title = "an idle worker" if clients == "idle" else "drawn uniformly"
             axis.set(ylabel="|x - optimum|^2", title=f"Next point to: {title}")
             plotting.ticks(axis.xaxis, k)
             axis.legend(loc="upper left")

@@ -107,7 +107,7 @@ def cayley_graph(name: str, size: int) -> Cayley:
 def random_regular(size: int, degree: int | None, seed: int) -> Any:
     """Return a connected graph with `degree` neighbours per rank as a (size, size) 0/1 csr_array.
 
-    The pairing model of networkx, drawn until the graph is connected; the same for the same seed.
+    The configuration model of networkx, drawn until the graph is connected; the same for the same seed.
 
     Raises:
         UserError: there is no such graph.
@@ -128,11 +128,11 @@ def random_regular(size: int, degree: int | None, seed: int) -> Any:
         raise UserError(f"{what}: degree 1 only pairs ranks up; use 2 or more to connect them")
     rng = random.Random(seed)
     if degree == 2:
-        # Pairing at random would nearly always give several rings; a shuffled ring is connected.
+        # Random pairs would nearly always give several rings; a shuffled ring is connected.
         ranks = rng.sample(range(size), size)
         return _adjacency(nx.cycle_graph(ranks))
     if degree >= size / 2:
-        # Pairing at random does not end for dense graphs; the complement is sparse, and a graph
+        # Drawing random pairs does not end for dense graphs; the complement is sparse, and a graph
         # of such a degree is always connected.
         missing = nx.random_regular_graph(size - 1 - degree, size, seed=rng)
         return _adjacency(nx.complement(missing))

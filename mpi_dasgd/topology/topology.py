@@ -1,7 +1,7 @@
 """Graphs over the ranks: which ranks may exchange models, and with which mixing weights.
 
 Regular graphs are kept as a rule (each rank computes its own neighbours in O(degree)), so that a
-ring of 65,536 ranks or a complete graph of 4096 costs a rank nothing; whole matrices are built only
+ring of 65,536 ranks or a complete graph of 4096 costs nothing; whole matrices are built only
 when asked for.
 """
 
