@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs beside docs/: pages of other files, generated tables, docstrings as Markdown.
+"""Additions of `mkdocs build` to docs/: other files, generated tables, docstrings as Markdown.
 
 mkdocs calls the functions `on_...`; griffe, which reads the docstrings, uses `MarkdownDocstrings`.
 """
@@ -55,7 +55,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Fill in the generated tables, and point links between the repository's files at their pages."""
+    """Fill in the generated tables, and link the pages of the repository's files."""
     for name, lines in (("settings", settings), ("columns", columns)):
         if MARKER.format(name) in markdown:
             markdown = markdown.replace(MARKER.format(name), "\n".join(lines()))
@@ -141,8 +141,8 @@ def _row(*cells: str) -> str:
 class MarkdownDocstrings(griffe.Extension):
     """Makes of our docstrings what Markdown and the Google style have for it.
 
-    ``::`` before an indented block becomes ``:``; an entry of several names (``rank, size: ...``) becomes
-    one entry per name, so that each gets its type.
+    ``::`` before an indented block becomes ``:``; an entry of several names (``rank, size: ...``)
+    becomes one entry per name, so that each gets its type.
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:

@@ -53,10 +53,10 @@ class Straggler:
     """Slows the steps of one rank down; the same seed slows the same steps by the same factors.
 
     Slowness can only be added, so random factors, of mean 1, stretch the steps for which they
-    exceed 1 and leave the others as they are: with `lognormal` factors exp(sigma z - sigma^2 / 2) steps
-    take 2 Phi(sigma / 2) times as long on average, with `exponential` ones 1 + 1/e times. Random
-    factors slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if it is
-    empty.
+    exceed 1 and leave the others as they are: with `lognormal` factors exp(sigma z - sigma^2 / 2)
+    steps take 2 Phi(sigma / 2) times as long on average, with `exponential` ones 1 + 1/e times.
+    Random factors slow every rank; `constant` and `pause` slow `config.ranks`, or every rank if it
+    is empty.
 
     The draws belong to (seed, rank, step), so that a run that is resumed continues its sequence.
 

@@ -1,4 +1,4 @@
-"""The examples do what they say. That of a loop of one's own is in `tests/training/test_train.py`."""
+"""The examples do what they claim; that of an own loop is in `tests/training/test_train.py`."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_the_licence_is_the_one_that_the_metadata_name() -> None:
 
 
 def test_every_environment_variable_stands_in_the_table_and_no_other() -> None:
-    """`cmake/` is left out: its variables of this prefix are CMake's own, not of the environment."""
+    """`cmake/` is left out: its variables of this prefix are CMake's own."""
     sources = [ROOT / name for name in ("Makefile", "setup.py", ".ci/run")]
     for folder in ("mpi_dasgd", "tests", "jobs", "examples"):
         sources += [p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES]

@@ -1,4 +1,4 @@
-"""Where the tests of a module are: those of ``a/b.py`` in ``tests/a/test_b.py``, or as said here."""
+"""Where the tests of a module are: ``tests/a/test_b.py`` for ``a/b.py``, or as said here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ PACKAGE, TESTS = ROOT / "mpi_dasgd", ROOT / "tests"
 TESTED_BY = {
     "algorithms/test_adpsgd": "algorithms: adpsgd_bipartite adpsgd_pull neighbour_exchange "
     "pair_averaging pull_averaging",
-    "algorithms/test_asgd": "algorithms: gradient_server minibatch server work_queue / staleness: delay_meter",
+    "algorithms/test_asgd": "algorithms: gradient_server minibatch server work_queue "
+    "/ staleness: delay_meter",
     "algorithms/test_catalogue": "algorithms: description",
-    "algorithms/test_dasgd": "algorithms: replica / codecs: error_feedback / staleness: version_vectors "
-    "/ analysis: version_history",
+    "algorithms/test_dasgd": "algorithms: replica / codecs: error_feedback "
+    "/ staleness: version_vectors / analysis: version_history",
     "algorithms/test_build": "algorithms: validation",
     "algorithms/test_conservation": "algorithms: communication",
     "algorithms/test_registration": "algorithms: base no_communication",
     "algorithms/test_swarm": "algorithms: local_phase swarm_blocking swarm_pull",
-    "algorithms/test_synchronous_and_push_sum": "algorithms: allreduce dpsgd local_sgd osgp push_sum sgp",
-    "analysis/test_report": "analysis: load page page_template panels plots run style table verdict",
-    "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report kernel_workload machine "
-    "timed_operation",
+    "algorithms/test_synchronous_and_push_sum": "algorithms: allreduce dpsgd local_sgd osgp "
+    "push_sum sgp",
+    "analysis/test_report": "analysis: load page page_template panels plots run style "
+    "table verdict",
+    "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report "
+    "kernel_workload machine timed_operation",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",
     "bench/test_rma": "bench: rma_operations",
     "bench/test_training": "bench: ddp measured_rank measurement training_plan training_report",
@@ -38,15 +41,16 @@ TESTED_BY = {
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
     "storage/test_results": "storage: model schema / training: local_optimizer",
     "storage/test_runfile": "storage: provenance",
-    "studies/test_studies": "studies: adaptive dataset delay disagreement heterogeneous linear_theory "
-    "plotting quantization slowdown speedup staleness trajectory",
+    "studies/test_studies": "studies: adaptive dataset delay disagreement heterogeneous "
+    "linear_theory plotting quantization slowdown speedup staleness trajectory",
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
     "training/test_budget": "training: learning_rate",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown waiter",
-    "transport/test_failures": "transport: peer_views progress_context progress_engine remote_peers",
+    "transport/test_failures": "transport: peer_views progress_context progress_engine "
+    "remote_peers",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
     "transport/test_stress": "transport: payload_slots shared_memory windows",

@@ -27,7 +27,7 @@ while not training.finished:
     training.step(32)
 training.close()
 ages: np.ndarray = load_run("runs/a").column("exchange", "age_s")
-mpi_dasgd.Decentralized(model, optimizer, total_samples="many")  # "total_samples" .* expected "int | None"
+mpi_dasgd.Decentralized(model, optimizer, total_samples="many")  # "total_samples" .* "int | None"
 mpi_dasgd.Decentralized(model)  # Missing positional argument "optimizer"
 training.step(model)  # Argument 1 to "step" .* expected "int"
 training.ended  # "Decentralized" has no attribute "ended"
@@ -37,7 +37,7 @@ load_run(1)  # Argument 1 to "load_run" .* expected "str | Path"
 
 @pytest.mark.slow
 def test_mypy_finds_a_users_wrong_types_and_no_others(tmp_path: Path) -> None:
-    """The package is installed as a wheel installs it: mypy does not follow our editable install."""
+    """The package is installed as by a wheel: mypy does not follow our editable install."""
     environment = tmp_path / "environment"
     make = [sys.executable, "-m", "venv", "--without-pip", "--symlinks", str(environment)]
     subprocess.run(make, check=True)

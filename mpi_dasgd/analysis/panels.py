@@ -67,7 +67,7 @@ def accuracy_by_samples(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -
 
 
 def accuracy_by_time(axes: Axes, runs: Sequence[Run], names: Sequence[str]) -> bool:
-    """Draw test accuracy against wall time: mean model, worst rank, and the band to the best rank."""
+    """Draw test accuracy against wall time: mean model, worst rank, band to the best rank."""
     return _accuracy(axes, runs, "seconds", SECONDS)
 
 

@@ -141,10 +141,11 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return the figures of the run, as JSON can hold them; None for what was not measured.
 
-        staleness_mean and staleness_max count a state that was ahead of its reader as 0 steps
-        stale; exchanges are averages initiated and gradients of others applied, and bytes_per_exchange
-        is all payload moved per exchange; delay_factor_mean is of the rule for delays, None where it
-        changed nothing; accuracies, test loss and consensus distance are those of the last milestone.
+        `staleness_mean` and `staleness_max` count a state that was ahead of its reader as 0 steps
+        stale. `exchanges` counts averages initiated and gradients of others applied;
+        `bytes_per_exchange` is all payload moved, divided by them. `delay_factor_mean` is the mean
+        factor of the delay-adaptive rule, None where it changed nothing. Accuracies, test loss and
+        consensus distance are those of the last milestone.
         """
         attributes, ranks = self.results.attributes, self.results.rank_table
         stale = np.maximum(self.ages(), 0)

@@ -91,7 +91,7 @@ def summary_table(runs: Sequence[Run], width: int = 100) -> str:
 
 
 def report_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return one dictionary per run, as JSON can hold it: summary, ranks, milestones, provenance."""
+    """Return the report of each run as a dictionary that JSON can hold."""
     return [run.report() for run in runs]
 
 

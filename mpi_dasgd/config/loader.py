@@ -29,7 +29,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         overrides: ``section.key=value`` each; later ones win. Values are TOML, or else strings.
 
     Raises:
-        UserError: if the file is missing or malformed, a key is unknown, or a value is out of range.
+        UserError: if the file is missing or malformed, a key unknown, or a value out of range.
     """
     data: dict[str, Any] = {}
     if path is not None:
@@ -95,7 +95,8 @@ def _explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "literal_error":
         field = _fields(key_path[:-1]).get(key_path[-1])
         valid = [str(v) for v in get_args(field.annotation)] if field else []
-        return f"{name}: {value!r} is not known{nearest(str(value), valid)} (valid: {', '.join(valid)})"
+        hint = nearest(str(value), valid)
+        return f"{name}: {value!r} is not known{hint} (valid: {', '.join(valid)})"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message}" + ("" if item["type"] == "value_error" else f", got {value!r}")
@@ -113,7 +114,7 @@ def _fields(path: Iterable[str]) -> Mapping[str, Any]:
 
 
 def describe(config: Config) -> Iterator[str]:
-    """Yield TOML lines: every key with its value, its meaning, and its default where that differs."""
+    """Yield TOML lines: every key with its value and meaning, and its default if different."""
     for section, field in Config.model_fields.items():
         values = getattr(config, section)
         yield f"[{section}]"

@@ -143,12 +143,22 @@ def _full_order(order: Any) -> Any:
 class AlgorithmConfig(Section):
     name: Annotated[
         Literal[
-            "adpsgd", "swarm", "dasgd", "asgd", "minibatch", "allreduce", "local_sgd", "dpsgd", "sgp",
-            "osgp", "easgd", "alone",
+            "adpsgd",
+            "swarm",
+            "dasgd",
+            "asgd",
+            "minibatch",
+            "allreduce",
+            "local_sgd",
+            "dpsgd",
+            "sgp",
+            "osgp",
+            "easgd",
+            "alone",
         ],
         WrapValidator(_known_algorithm),
         PlainSerializer(str),
-    ] = Field("adpsgd", description="training algorithm: `mpi-dasgd algorithms` lists them")  # fmt: skip
+    ] = Field("adpsgd", description="training algorithm: `mpi-dasgd algorithms` lists them")
     variant: str | None = Field(
         None,
         description="adpsgd: pair, bipartite, pull; swarm: nonblocking, blocking, pull; "
@@ -158,8 +168,8 @@ class AlgorithmConfig(Section):
         Literal["adapt_then_combine", "adapt_with_combine"] | None, BeforeValidator(_full_order)
     ] = Field(
         None,
-        description="adpsgd: apply the gradient, then average (atc), or average and apply the gradient "
-        "taken before (awc); unset: adapt_then_combine for pair, else adapt_with_combine",
+        description="adpsgd: apply the gradient, then average (atc), or average and apply the "
+        "gradient taken before (awc); unset: adapt_then_combine for pair, else adapt_with_combine",
     )
     local_steps: Positive = Field(1, description="H: local steps between two exchanges")
     local_steps_distribution: Literal["fixed", "geometric"] = Field(
@@ -178,7 +188,8 @@ class AlgorithmConfig(Section):
     )
     delay_threshold: float | None = Field(
         None,
-        description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks, asgd: concurrency",
+        description="tau_C: delay, in gradients, that keeps the full rate; unset: ranks, asgd: "
+        "concurrency",
         ge=0,
     )
     delay_cap: float | None = Field(
@@ -203,16 +214,22 @@ class AlgorithmConfig(Section):
     )
     relay: Literal["auto", "direct", "tree"] = Field(
         "auto",
-        description="dasgd: send gradients to all ranks, or along a spanning tree of the graph; auto: "
-        "direct on the complete graph",
+        description="dasgd: send gradients to all ranks, or along a spanning tree of the graph; "
+        "auto: direct on the complete graph",
     )
 
 
 class TopologyConfig(Section):
     graph: Literal[
-        "ring", "complete", "exponential", "hypercube", "torus", "random_regular",
-        "bipartite_exponential", "edge_list",
-    ] = Field("complete", description="which ranks are neighbours")  # fmt: skip
+        "ring",
+        "complete",
+        "exponential",
+        "hypercube",
+        "torus",
+        "random_regular",
+        "bipartite_exponential",
+        "edge_list",
+    ] = Field("complete", description="which ranks are neighbours")
     degree: Positive | None = Field(None, description="random_regular: neighbours of each rank")
     file: str | None = Field(None, description="edge_list: file with one `i j [weight]` per line")
 
@@ -242,8 +259,8 @@ class CodecConfig(Section):
 class TransportConfig(Section):
     mode: Literal["auto", "shared_memory", "rma"] = Field(
         "auto",
-        description="auto: in place within a node, Get/Put between nodes; shared_memory and rma force "
-        "one of them",
+        description="auto: in place within a node, Get/Put between nodes; shared_memory and rma "
+        "force one of them",
     )
     memory: Literal["host"] = Field("host", description="memory of the payload windows")
     publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)

@@ -1,4 +1,4 @@
-"""Checkpoints: one HDF5 file per rank, written in the background, and a manifest that lists them."""
+"""Checkpoints: one HDF5 file per rank, written in the background, and a manifest of them."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class RunFile:
         self._rows[type(row)].append(row)
 
     def flush(self, counters: Mapping[str, float | np.number[Any]] | None = None) -> None:
-        """Hand all rows, and the counters so far, to the operating system, and wait until it has them.
+        """Hand all rows, and the counters so far, to the operating system, and wait for that.
 
         What was flushed survives the death of the process, not that of the machine.
         """

@@ -148,8 +148,8 @@ class Decentralized:
         if not self.computes_gradients:
             raise UserError(
                 f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no "
-                "gradients: call training.serve() while training.computes_gradients is false, or set "
-                "algorithm.server_trains=true"
+                "gradients: call training.serve() while training.computes_gradients is false, or "
+                "set algorithm.server_trains=true"
             )
         started, updated = time.perf_counter(), self.local.update_seconds
         self.budget.samples += samples

@@ -87,9 +87,11 @@ def test_each_old_name_is_warned_of_once_and_names_the_new_one(
         for _ in range(2):
             config.load(None, ["algorithm.tries=7", "transport.path=remote"])
     assert caplog.messages == [
-        "algorithm.tries is deprecated and will be removed: it is now called algorithm.max_attempts",
+        "algorithm.tries is deprecated and will be removed: "
+        "it is now called algorithm.max_attempts",
         "transport.path is deprecated and will be removed: it is now called transport.mode",
-        "transport.mode=remote is deprecated and will be removed: it is now called transport.mode=rma",
+        "transport.mode=remote is deprecated and will be removed: "
+        "it is now called transport.mode=rma",
     ]
 
 

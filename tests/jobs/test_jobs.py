@@ -63,10 +63,10 @@ def _replayed(directory: Path, **changed: object) -> Simulator:
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["adpsgd", "swarm", "dasgd", "osgp"])
 def test_real_and_simulated_staleness_agree(trained: Path, name: str) -> None:
-    """Same ranks, same step times: delays within 30 %, ages within a few steps, their seconds by half.
+    """Delays agree within 30 %, ages within a few steps and by half in seconds.
 
-    On the virtual clock an exchange is an instant, and all of the optimizer's time lies before it. So a pair
-    average, whose age is taken when it is done, is older on windows by the time that it takes.
+    On the virtual clock an exchange is an instant, and all of the optimizer's time lies before it.
+    So a pair average, whose age is taken when it is done, is older on windows by its duration.
     """
     run = load_run(trained / f"digits-{name}")
     simulation = _replayed(run.path)

@@ -1,4 +1,4 @@
-"""Virtual ranks of one algorithm without a driver: a test says who makes a step, and sees every vector."""
+"""Virtual ranks of one algorithm without a driver: a test chooses who steps, and sees all."""
 
 from __future__ import annotations
 

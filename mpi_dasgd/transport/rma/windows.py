@@ -114,8 +114,9 @@ class WindowSlots:
         node: communicator of the ranks of this node.
         layout: layout of every message.
         count: number of slots per rank, of ``layout.nbytes`` bytes each.
-        mode: ``auto`` shares memory within a node and uses Get and Put between nodes, ``shared_memory``
-            demands that all ranks are on one node, ``rma`` uses Get and Put between all ranks.
+        mode: ``auto`` shares memory within a node and uses Get and Put between nodes,
+            ``shared_memory`` demands that all ranks are on one node, ``rma`` uses Get and Put
+            between all ranks.
 
     Raises:
         UserError: if mode is ``shared_memory`` and there are several nodes.
