@@ -1,6 +1,7 @@
 """DASGD: every gradient reaches every replica exactly once.
 
-Tosi, Theobald; 2023; arXiv 2309.03754. Each rank keeps a whole replica x_i, all equal at the start, and goes on without ever waiting:
+Tosi, Theobald; 2023; arXiv 2309.03754. Each rank keeps a whole replica x_i, all equal at the start,
+and goes on without ever waiting:
 
 1. gradient:  g_i at x_i, as the last step left it
 2. update:    x_i <- x_i - eta g_i, at once

@@ -14,8 +14,8 @@ The offsets d_k, cyclically: `exponential` 1, 2, 4, ... below n; `complete` 1, 2
 gradients. Every exchange is doubly stochastic, so w_i is 1 at the end of each step; it is sent all
 the same.
 
-With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has H =
-1.
+With H local steps (`local_steps`) steps 2 to 4 are done after every H gradients; the paper has
+H = 1.
 
 **One slot is enough.** A fast rank may send its message of step k + 1 before a slower one sends
 that of step k. As long as the message of its own step is missing, a rank that waits copies those of

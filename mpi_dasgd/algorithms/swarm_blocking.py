@@ -1,6 +1,8 @@
 """SwarmSGD, blocking: both sides end their phases first.
 
-Nadiradze et al., NeurIPS 2021, arXiv 1910.12308. On the interaction of i and j, an edge drawn uniformly:
+Nadiradze et al., NeurIPS 2021, arXiv 1910.12308.
+
+On the interaction of i and j, an edge drawn uniformly:
 
 1. local:   H_i times x_i <- x_i - eta g(x_i), and H_j times x_j <- x_j - eta g(x_j)
 2. average: x_i, x_j <- (x_i + x_j)/2
@@ -16,8 +18,8 @@ c. withdraw: having claimed j's, withdraw the own offer by claiming it; then ave
              delta: done
 d. lost:     the own offer is claimed already by some k: release j's, as if it had not been claimed,
              and wait for k. But where k is j (both have claimed each other) the lower of the two
-             goes
-             on with c, and where k has released it meanwhile the own offer is void: go on with c
+             goes on with c, and where k has released it meanwhile the own offer is void: go on
+             with c
 e. wait:     until the delta of the rank that claimed the offer is received: done; or the offer was
              released: go to a
 

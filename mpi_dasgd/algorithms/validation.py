@@ -18,7 +18,7 @@ def refuse_ignored_keys(
     Args:
         algorithm: name and variant of the algorithm, for the message.
         config_keys: keys that it uses beside `name`, `variant` and those of the delay-adaptive
-        rule.
+            rule.
         settings: section ``algorithm`` of the configuration.
 
     Raises:

@@ -96,9 +96,13 @@ class LatticeCodec(Codec):
         view: EncodedVector | None = message.view
         if view is None:
             view = message.view = EncodedVector(
-                self.layout.elements, self._bits, message.payload, message.scales, message.checksums,
+                self.layout.elements,
+                self._bits,
+                message.payload,
+                message.scales,
+                message.checksums,
                 nearest=self._nearest,
-            )  # fmt: skip
+            )
         return view
 
     def _received(self, message: Message) -> EncodedVector:

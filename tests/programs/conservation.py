@@ -29,8 +29,7 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig as Settings
-from mpi_dasgd.config.schema import CodecConfig
-from mpi_dasgd.config.schema import TransportConfig
+from mpi_dasgd.config.schema import CodecConfig, TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
