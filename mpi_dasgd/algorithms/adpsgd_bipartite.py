@@ -75,10 +75,11 @@ class BipartiteADPSGD(Algorithm):
         super().validate_requirements(ranks, settings, graph)
         if not graph.is_bipartite:
             raise UserError(
-                "algorithm.variant: 'bipartite' needs a graph of two sets with all edges between them, "
-                f"or ranks could wait for each other in a circle; {graph.name} of {ranks} ranks has an "
-                "odd circle: take topology.graph=ring with an even number of ranks, "
-                "bipartite_exponential or hypercube, or algorithm.variant=pair, which waits for nobody"
+                "algorithm.variant: 'bipartite' needs a graph of two sets with all edges between "
+                f"them, or ranks could wait for each other in a circle; {graph.name} of {ranks} "
+                "ranks has an odd circle: take topology.graph=ring with an even number of ranks, "
+                "bipartite_exponential or hypercube, or algorithm.variant=pair, which "
+                "waits for nobody"
             )
 
     def start(self) -> None:

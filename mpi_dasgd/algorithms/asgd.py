@@ -52,7 +52,8 @@ class ASGD(GradientServer):
         exchanges="gradients to a server, its model back",
         traffic="M; server: (n-1) M",
         memory="4 M; server, more for each point without room: P",
-        waits="for the server's answer; with client_sampling = uniform or a low concurrency, for a point",
+        waits="for the server's answer; with client_sampling = uniform or a low concurrency, for "
+        "a point",
         effective_step="n",
     )
     capabilities = Capabilities(
@@ -82,8 +83,8 @@ class ASGD(GradientServer):
             settings.client_sampling == "uniform" or settings.concurrency
         ):
             raise UserError(
-                "algorithm.server_trains: with client_sampling = uniform or a concurrency, rank 0 would "
-                "have to compute at points that its model has left; expected false, got true"
+                "algorithm.server_trains: with client_sampling = uniform or a concurrency, rank 0 "
+                "would have to compute at points that its model has left; expected false, got true"
             )
 
     @classmethod
@@ -93,8 +94,8 @@ class ASGD(GradientServer):
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
         if sharded and config.algorithm.client_sampling == "idle":
             warnings.append(
-                "algorithm.client_sampling: 'idle' with data that differ between ranks favours the data "
-                "of fast ranks; 'uniform' does not (Koloskova et al. 2022, section 5)"
+                "algorithm.client_sampling: 'idle' with data that differ between ranks favours "
+                "the data of fast ranks; 'uniform' does not (Koloskova et al. 2022, section 5)"
             )
         return warnings
 

@@ -141,8 +141,9 @@ class Algorithm(ABC):
         sharded = config.task.data == "sharded" or config.simulation.heterogeneity > 0
         if config.algorithm.delay_adaptive_rule != "constant" and sharded:
             return [
-                f"algorithm.delay_adaptive_rule: {config.algorithm.delay_adaptive_rule!r} with data that "
-                "differ between ranks favours the data of fast ranks (Koloskova et al. 2022, section 5)"
+                f"algorithm.delay_adaptive_rule: {config.algorithm.delay_adaptive_rule!r} with "
+                "data that differ between ranks favours the data of fast ranks "
+                "(Koloskova et al. 2022, section 5)"
             ]
         return []
 
@@ -185,8 +186,8 @@ class Algorithm(ABC):
             )
         if settings.delay_adaptive_rule != "constant" and cls.is_lockstep(settings):
             raise UserError(
-                f"algorithm.delay_adaptive_rule: {settings.delay_adaptive_rule!r} is for asynchronous "
-                f"algorithms; {cls.name!r} has no delays: leave it at 'constant'"
+                f"algorithm.delay_adaptive_rule: {settings.delay_adaptive_rule!r} is for "
+                f"asynchronous algorithms; {cls.name!r} has no delays: leave it at 'constant'"
             )
 
     @property

@@ -19,8 +19,8 @@ from mpi_dasgd.errors import UserError
 __all__ = ["SYMBOLS", "Sizes", "algorithm_classes", "evaluate", "markdown", "rows", "text"]
 
 SYMBOLS = (
-    "M: bytes of a model or gradient in the codec; P: of a model in its own type; n ranks; H local steps; "
-    "r neighbours"
+    "M: bytes of a model or gradient in the codec; P: of a model in its own type; n ranks; H "
+    "local steps; r neighbours"
 )
 COLUMNS = {
     "algorithm": "algorithm",

@@ -99,8 +99,8 @@ class DASGD(Algorithm):
         super().validate_requirements(ranks, settings, graph)
         if settings.local_steps != 1:
             raise UserError(
-                "algorithm.local_steps: 'dasgd' sends and counts every gradient by itself, expected 1, "
-                f"got {settings.local_steps}; 'swarm' and 'local_sgd' take local steps"
+                "algorithm.local_steps: 'dasgd' sends and counts every gradient by itself, "
+                f"expected 1, got {settings.local_steps}; 'swarm' and 'local_sgd' take local steps"
             )
         if settings.relay == "direct" and not graph.is_complete:
             raise UserError(

@@ -89,9 +89,9 @@ class PushSum(Algorithm):
     def _check_rotation(cls, settings: AlgorithmConfig, graph: Topology) -> None:
         if rotation(graph.name, graph.size) is None:
             raise UserError(
-                f"topology.graph: {cls.name!r} sends along a directed rotation, in which each rank hears "
-                f"from one rank at a time; {graph.name!r} has none: use 'exponential' (mixes in log2 n "
-                "exchanges), 'complete' or 'ring'"
+                f"topology.graph: {cls.name!r} sends along a directed rotation, in which each "
+                f"rank hears from one rank at a time; {graph.name!r} has none: use 'exponential' "
+                "(mixes in log2 n exchanges), 'complete' or 'ring'"
             )
 
     def start(self) -> None:

@@ -103,8 +103,8 @@ class Replica:
             )
         if largest >= EXACT_RANGE:
             warnings.warn(
-                f"dasgd: a parameter of rank {rank} is {largest:g}; from {EXACT_RANGE:g} on replicas may "
-                "differ in their last bits",
+                f"dasgd: a parameter of rank {rank} is {largest:g}; from {EXACT_RANGE:g} on "
+                "replicas may differ in their last bits",
                 stacklevel=3,
             )
 

@@ -32,9 +32,9 @@ class ServerAlgorithm(Algorithm):
         super().validate_requirements(ranks, settings, graph)
         if len(graph.neighbours(0)) != ranks - 1:
             raise UserError(
-                f"topology.graph: {cls.name!r} needs rank 0, its server, to be the neighbour of all other "
-                f"{ranks - 1} ranks, got {graph.name!r}, where it has {len(graph.neighbours(0))}; "
-                "use complete"
+                f"topology.graph: {cls.name!r} needs rank 0, its server, to be the neighbour of "
+                f"all other {ranks - 1} ranks, got {graph.name!r}, where it has "
+                f"{len(graph.neighbours(0))}; use complete"
             )
 
     def start(self) -> None:
@@ -76,8 +76,8 @@ class ServerAlgorithm(Algorithm):
         if config.algorithm.server_trains:
             warnings.append(
                 "algorithm.server_trains: rank 0 deals with at most transport.inbox_slots = "
-                f"{config.transport.inbox_slots} messages between two gradients of its own; with more "
-                "workers than that raise it"
+                f"{config.transport.inbox_slots} messages between two gradients of its own; with "
+                "more workers than that raise it"
             )
         return warnings
 

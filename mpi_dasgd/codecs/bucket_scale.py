@@ -63,8 +63,9 @@ class AdaptiveScale:
             margin = 3.0 if bits > 4 else 1.5
         if margin / levels > _MAX_SCALE_RATIO:
             raise UserError(
-                f"codec.scale_margin: with {bits} bits expected at most {_MAX_SCALE_RATIO * levels:g}, got "
-                f"{margin:g}: coarser codes drive the models apart; take a smaller margin or more bits"
+                f"codec.scale_margin: with {bits} bits expected at most "
+                f"{_MAX_SCALE_RATIO * levels:g}, got {margin:g}: coarser codes drive the models "
+                "apart; take a smaller margin or more bits"
             )
         buckets = -(-elements // bucket)
         self.estimate = np.zeros(buckets, np.float32)

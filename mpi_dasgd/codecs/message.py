@@ -161,7 +161,8 @@ class Message:
         found = (header.magic, header.version, header.codec, header.elements, header.nbytes)
         if found != expected:
             raise MpiDasgdError(
-                f"message header: expected (magic, version, codec, elements, bytes) {expected}, got {found}"
+                f"message header: expected (magic, version, codec, elements, bytes) {expected}, "
+                f"got {found}"
             )
         return header
 

@@ -107,7 +107,7 @@ def cayley_graph(name: str, size: int) -> Cayley:
 def random_regular(size: int, degree: int | None, seed: int) -> Any:
     """Return a connected graph with `degree` neighbours per rank as a (size, size) 0/1 csr_array.
 
-    The configuration model of networkx, drawn until the graph is connected; the same for the same seed.
+    The configuration model of networkx, drawn until connected; reproducible by its seed.
 
     Raises:
         UserError: there is no such graph.

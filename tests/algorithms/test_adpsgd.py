@@ -1,4 +1,4 @@
-"""AD-PSGD in its three variants on the virtual clock: effective step, contraction, conservation, waiting."""
+"""AD-PSGD in its three variants: effective step, contraction, conservation, waiting."""
 
 from __future__ import annotations
 

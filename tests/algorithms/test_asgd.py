@@ -1,4 +1,4 @@
-"""asgd and minibatch on the virtual clock: delays, concurrency, points, bias; and on real windows."""
+"""asgd and minibatch: delays, concurrency, work items, bias; also on windows."""
 
 from __future__ import annotations
 
@@ -296,7 +296,8 @@ def test_minibatch_is_allreduce_with_n_times_its_rate() -> None:
 def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
     """Theorem 8: eta up to tau_C, which is the concurrency, and less beyond."""
     simulation = _simulation(
-        f"algorithm.delay_adaptive_rule={rule[0]}", *rule[1:], "simulation.compute_time=exponential",
+        f"algorithm.delay_adaptive_rule={rule[0]}", *rule[1:],
+        "simulation.compute_time=exponential",
         "budget.samples=800", "optimizer.options={momentum=0.9}",
     )  # fmt: skip
     threshold = 3 if "algorithm.delay_threshold=3" in rule else N
@@ -321,7 +322,7 @@ def test_step_rules(rule: list[str], factor: Callable[[int], float]) -> None:
 
 
 def _gradients_a_second(demands: Sequence[float], jobs: int) -> float:
-    """Throughput of a closed network of exponential servers (Buzen 1973), one job's path drawn uniformly."""
+    """Throughput of a closed network of exponential servers (Buzen 1973), with uniform routing."""
     sums = np.eye(1, jobs + 1)[0]
     for demand in demands:
         for number in range(1, jobs + 1):
@@ -332,7 +333,7 @@ def _gradients_a_second(demands: Sequence[float], jobs: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("concurrency", "slow"), [(1, 4), (4, 4), (40, 0)])
 def test_time_of_uniform_clients(concurrency: int, slow: int) -> None:
-    """Lemma 11: C gradients take the mean of the clients' times, if no point waits for a busy client.
+    """Lemma 11: C gradients take the mean of the clients' times if none waits for a busy client.
 
     With C well below n few do; queueing theory has the exact figure.
     """
@@ -359,7 +360,8 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
     """
     simulation = _simulation(
         "simulation.heterogeneity=1", "simulation.dimension=24", "optimizer.lr=0.005",
-        "simulation.compute_time=exponential", HALF, "simulation.slow_factor=4", "budget.samples=5000",
+        "simulation.compute_time=exponential", HALF, "simulation.slow_factor=4",
+        "budget.samples=5000",
         *overrides,
     )  # fmt: skip
     total = np.zeros(24)
@@ -377,7 +379,7 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 def test_free_clients_minimize_the_wrong_function() -> None:
-    """Whoever is free: sum p_i f_i with p_i the share of gradients; uniform: the mean. Section 5."""
+    """Idle clients: sum p_i f_i, p_i the share of gradients; uniform: the mean. Section 5."""
     free, minima = _fixed_point()
     speeds = np.array([1 / 4] * (N // 2) + [1.0] * (N // 2))
     biased = speeds / speeds.sum() @ minima
@@ -498,7 +500,7 @@ def test_a_star_is_graph_enough(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 def test_full_inboxes_do_not_hold_up_the_end(tmp_path: Path) -> None:
-    """Far points without room when the server ends: it must go on to take gradients in, and vice versa."""
+    """Models find no slot when the server ends: it must go on receiving gradients."""
     train(
         4, tmp_path, "algorithm.name=asgd", UNIFORM, "algorithm.concurrency=12",
         "transport.mode=rma", "transport.inbox_slots=1", "budget.epochs=2", "optimizer.lr=0.005",

@@ -1,4 +1,4 @@
-"""The table of the algorithms: formulas, bytes against what the simulator counts, the README's copy."""
+"""Table of the algorithms: formulas, bytes as the simulator counts them, the README's copy."""
 
 from __future__ import annotations
 

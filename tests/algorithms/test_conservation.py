@@ -1,4 +1,4 @@
-"""The sum of all models and of the deltas on their way changes only by what the ranks do themselves."""
+"""The sum of all models and deltas in flight changes only by the ranks' own steps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["auto", "rma"])
 def test_sum_of_models_is_conserved_by_every_codec(path: str) -> None:
-    """Whatever the codes, and with buckets that cannot be decoded; bytes counted are those of the codec."""
+    """With any codes, also undecodable buckets; bytes counted are those of the codec."""
     (n,) = rank_counts(3)
     names = [name for name in codecs.CODECS if name != "none"]
     args = ["--path", path, "--exchanges", "800", "--limit", "25", *names]

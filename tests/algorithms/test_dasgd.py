@@ -1,4 +1,4 @@
-"""DASGD: every gradient in every replica exactly once, to the bit; version vectors against brute force."""
+"""DASGD: every gradient in every replica exactly once, bit for bit; version vectors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Watched(Simulator):
         """A step of `rank` is over, and its next gradient begins."""
 
     def check_agreement(self) -> None:
-        """After the end: every replica is the start and all updates, exactly, and knows that it is."""
+        """At the end every replica is the start plus all updates, exactly, and knows it."""
         expected = (self.updates * GRID_STEP).astype(self.models.dtype)
         for algorithm, model in zip(self.algorithms, self.models, strict=True):
             assert algorithm.is_drained
@@ -76,7 +76,8 @@ def _integers(on_grid: np.ndarray) -> np.ndarray:
 def test_all_replicas_agree_bit_for_bit_and_hold_all_updates(graph: str, ranks: int) -> None:
     common = (
         f"topology.graph={graph}", f"simulation.ranks={ranks}", f"budget.samples={40 * ranks}",
-        "simulation.noise=1", "simulation.compute_time=exponential", "optimizer.options={momentum=0.5}",
+        "simulation.noise=1", "simulation.compute_time=exponential",
+        "optimizer.options={momentum=0.5}",
     )  # fmt: skip
     smooth, rough = Watched(*common), Watched(*common, *ROUGH)
     for simulation in (smooth, rough):
@@ -169,7 +170,7 @@ def test_every_gradient_moves_the_mean_n_times_as_far(ranks: int, graph: str) ->
 
 
 class Threaded(VirtualEndpoint):
-    """Links of exponential latency without overtaking, and a thread that applies arrivals at once."""
+    """Links of exponential latency without overtaking; messages are applied on arrival."""
 
     rng: ClassVar[np.random.Generator]
     latency: ClassVar[float]
@@ -201,8 +202,10 @@ def test_staleness_of_the_independent_simulation(
     # seeds, 5.3: exponential compute time of mean 1, arrivals applied at once
     Threaded.rng, Threaded.latency = np.random.default_rng(1), latency
     simulation = Watched(
-        f"simulation.ranks={ranks}", "simulation.compute_time=exponential", "simulation.dimension=1",
-        "transport.inbox_slots=64", "optimizer.lr=1e-4", f"budget.samples={1000 if ranks == 4 else 300}",
+        f"simulation.ranks={ranks}", "simulation.compute_time=exponential",
+        "simulation.dimension=1",
+        "transport.inbox_slots=64", "optimizer.lr=1e-4",
+        f"budget.samples={1000 if ranks == 4 else 300}",
         endpoint=Threaded,
     )  # fmt: skip
     Threaded.ranks = simulation.algorithms  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""easgd on the virtual clock: conservation, contraction, effective step, no waiting, and slow centers."""
+"""easgd on the virtual clock: conservation, contraction, effective step, slow centers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_server_that_works_ends_with_the_center() -> None:
 
 
 def _slow_center(monkeypatch: pytest.MonkeyPatch | None) -> dict[str, Any]:
-    """A center that answers 100 times more slowly than its workers ask, with room for what they send."""
+    """A center that answers 100 times more slowly than its workers ask, with free slots."""
     if monkeypatch is not None:
         exchange = EASGD._exchange
 

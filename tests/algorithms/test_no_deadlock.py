@@ -1,4 +1,4 @@
-"""Every algorithm on the virtual clock, every message and question with a random delay of its own."""
+"""Every algorithm on the virtual clock, with a random delay of every message and request."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ EVENTS = 100_000
     "algorithm_cls", algorithm_classes(), ids=lambda cls: f"{cls.name} {cls.variant}".strip()
 )
 def test_no_deadlock_and_no_wait(algorithm_cls: type[Algorithm], ranks: int) -> None:
-    """All ranks go on, odd and even; those that claim to wait for nobody, and no others, never yield."""
+    """All ranks go on; exactly the algorithms that claim never to wait never yield."""
     overrides = [
-        f"algorithm.name={algorithm_cls.name}", f"simulation.ranks={ranks}", "simulation.slow_ranks=[-1]",
+        f"algorithm.name={algorithm_cls.name}", f"simulation.ranks={ranks}",
+        "simulation.slow_ranks=[-1]",
         "simulation.slow_factor=5", "simulation.compute_time=exponential", "simulation.dimension=1",
         "simulation.gradients=false", f"budget.samples={EVENTS}",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""SwarmSGD in its three variants on the virtual clock; what waits, also AD-PSGD's bipartite, on windows."""
+"""SwarmSGD in its three variants; the waiting ones, also AD-PSGD's bipartite, on windows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_phases_have_their_length() -> None:
 
 
 def test_a_phase_by_hand() -> None:
-    """Y_0, Y_1 <- A = (Y_0 + Y_1)/2, then Y_0 <- A - a_0; rank 1's phase goes on from its own base."""
+    """Y_0, Y_1 <- A = (Y_0 + Y_1)/2, then Y_0 <- A - a_0; rank 1 goes on from its own base."""
     models = np.array([[0.0], [8.0]])
     ranks = Ranks(models, Settings(name="swarm", local_steps=2))
     ranks.locals[1].gradient[:] = 10

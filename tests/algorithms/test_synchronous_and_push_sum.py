@@ -1,4 +1,4 @@
-"""The baselines local_sgd, dpsgd, sgp, osgp: their papers' formulas, conservation, waiting, no deadlock."""
+"""The baselines local_sgd, dpsgd, sgp, osgp: formulas, conservation, waiting, no deadlock."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def test_dpsgd_is_the_formula_of_the_paper(graph: str, local_steps: int) -> None
     simulation = Simulator(
         _settings(
             "dpsgd", graph, ranks, rounds, "simulation.noise=1", "simulation.heterogeneity=2",
-            f"optimizer.lr={rate}", f"optimizer.options={{momentum={momentum}, weight_decay={decay}}}",
+            f"optimizer.lr={rate}",
+            f"optimizer.options={{momentum={momentum}, weight_decay={decay}}}",
             "simulation.compute_time=exponential", f"algorithm.local_steps={local_steps}", SLOW,
             "transport.publication_slots=3",
         ),
@@ -213,7 +214,7 @@ def test_local_sgd_is_its_formula(local_steps: int) -> None:
 
 @pytest.mark.parametrize(("algorithm", "graph"), [*SYNCHRONOUS, ("osgp", "complete")])
 def test_who_waits_for_a_straggler(algorithm: str, graph: str) -> None:
-    """16 ranks, one 10 times slower: 16 / 10 gradients a unit of time in step, 15.1 without waiting."""
+    """16 ranks, one 10 times slower: 16 / 10 gradients per time in lockstep, 15.1 without."""
     expected, rounds = (15.1, 250) if algorithm == "osgp" else (1.6, 40)
     figures = _run(
         algorithm,
@@ -328,7 +329,8 @@ def test_no_deadlock_in_ten_thousand_events(
     simulation = Simulator(
         _settings(
             algorithm, graph, ranks, rounds, "simulation.compute_time=exponential",
-            "simulation.dimension=2", "simulation.noise=1", f"transport.inbox_slots={slots}", *extra,
+            "simulation.dimension=2", "simulation.noise=1", f"transport.inbox_slots={slots}",
+            *extra,
         ),
         _Counting if algorithm != "dpsgd" else _Slow,
     )  # fmt: skip
@@ -378,7 +380,8 @@ def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
 @pytest.mark.parametrize("network", ["latency=0", "latency=0.5", "bandwidth=400"])
 def test_osgp_never_yields(compute: str, network: str) -> None:
     figures = _run(
-        "osgp", "complete", 9, 150, f"simulation.compute_time={compute}", f"simulation.{network}", SLOW,
+        "osgp", "complete", 9, 150, f"simulation.compute_time={compute}", f"simulation.{network}",
+        SLOW,
         "transport.inbox_slots=2",
     )  # fmt: skip
     assert figures["waits"] == 0
@@ -445,7 +448,7 @@ def test_synchronous_baselines_resume_bit_for_bit(
 
 @pytest.mark.parametrize("extra", [[], ["algorithm.overlap_tau=3"]])
 def test_osgp_resumes_with_the_whole_mass(extra: list[str]) -> None:
-    """What was on its way is lost; the weights begin anew with sum n, and nobody waits for the lost."""
+    """Messages in flight are lost; weights restart with sum n; no rank waits for the lost."""
     settings = _settings("osgp", "exponential", 6, 20, "simulation.latency=0.7", *extra)
     first, second = Simulator(settings), Simulator(settings)
     for algorithm in first.algorithms:

@@ -53,7 +53,8 @@ def _figures(*overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("bf16", 1 / 2), ("fp16", 1 / 2), ("lattice16", 1 / 2), ("lattice8", 1 / 4), ("lattice4", 1 / 8),
+    [("bf16", 1 / 2), ("fp16", 1 / 2), ("lattice16", 1 / 2), ("lattice8", 1 / 4),
+     ("lattice4", 1 / 8),
      ("qsgd8", 1 / 4)],
 )  # fmt: skip
 def test_a_message_of_a_large_model_has_the_size_that_was_promised(name: str, share: float) -> None:
@@ -160,7 +161,7 @@ def test_distance_is_measured() -> None:
 
 
 def test_a_model_that_is_nan_does_not_drive_the_others_apart() -> None:
-    """Each meeting with it is rejected: were the scale enlarged without end, the others would suffer."""
+    """Each exchange with it is rejected; the scale must not grow without bound for the others."""
     rng = np.random.default_rng(0)
     ranks = [_make("lattice8", 2048, rank) for rank in range(4)]
     models = [rng.normal(size=2048).astype(np.float32)] * 4

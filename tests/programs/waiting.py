@@ -57,9 +57,7 @@ class Part:
         self.x = rng.normal(size=ELEMENTS).astype(np.float32)
         self.before = self.x.astype(np.float64)
         self.local = Local(self.x, rng)
-        made = codecs.make(
-            CodecConfig(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank
-        )
+        made = codecs.make(CodecConfig(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank)
         self.endpoint = RmaEndpoint(
             comm, made.layout, graph, TransportConfig(mode=path, heartbeat_timeout=1.0)
         )
