@@ -86,5 +86,7 @@ def test_real_and_simulated_staleness_agree(trained: Path, name: str) -> None:
 
 @pytest.mark.mpi
 def test_recorded_times_are_of_as_many_ranks(trained: Path) -> None:
-    with pytest.raises(UserError, match=r"simulation\.times: .* has 4 ranks, and 3 are simulated"):
+    with pytest.raises(
+        UserError, match=r"simulation\.recorded_run: .* has 4 ranks, and 3 are simulated"
+    ):
         _replayed(trained / "digits-adpsgd", **{"simulation.ranks": 3})
