@@ -9,31 +9,29 @@ import numpy as np
 import torch
 
 from mpi_dasgd import Decentralized, algorithms, config
+from mpi_dasgd.algorithms.communication import publish_vector
 from mpi_dasgd.simulation.simulator import simulate
 
 
 @algorithms.register
-class ClippedGossip(algorithms.Algorithm):
+class ClippedGossip(algorithms.AsynchronousAlgorithm):
     """x_i <- x_i + clip(w (x_j - x_i)), j a random neighbour; then x_i <- x_i - eta g_i."""
 
     name = "clipped_gossip"
     # Neighbours are read, so that it needs no inbox; only the reader moves.
     capabilities = algorithms.Capabilities(uses_inbox=False, preserves_mean=False)
     config_keys = ("mixing_weight",)  # the keys of section `algorithm` that it uses
-    request = None  # a neighbour's model that was asked for and is not here yet
+    request = None  # a read of a neighbour's model that is not complete yet
 
     def start(self):
         self.restart(0)
 
     def restart(self, step):
         """Publish the model, unless readers hold all slots."""
-        if (message := self.endpoint.publication.reserve()) is not None:
-            self.codec.encode(self.x, message)
-            message.stamp(rank=self.endpoint.rank, step=step, time_ns=self.endpoint.time_ns())
-            self.endpoint.publication.publish()
+        publish_vector(self.endpoint, self.codec, self.x, step)
 
-    def step(self, local):
-        """One neighbour, one gradient; a model that is late is used in a later step."""
+    def advance(self, local):
+        """Average with one neighbour, apply one gradient; a late model is used in a later step."""
         request = self.request or self.endpoint.read(self.rng.choice(self.endpoint.neighbours()))
         self.request = None if request.test() else request
         if self.request is None and request.message is not None:
@@ -41,7 +39,6 @@ class ClippedGossip(algorithms.Algorithm):
             self.x += move * min(1, 1 / max(np.linalg.norm(move), 1e-30))
         local.apply()
         self.restart(local.local_step)
-        yield from ()  # a synchronous algorithm would yield what it waits for
 
 
 if "ranks" in sys.argv:

@@ -33,12 +33,16 @@ class NoCodec(Codec):
 
     def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
         """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
-        partner, reply, publication = (
-            None if message is None else message.payload
-            for message in (buffers.partner_model, buffers.reply_delta, buffers.publication)
+        partner_model, reply_delta = buffers.partner_model, buffers.reply_delta
+        publication = buffers.publication
+        pair_average(
+            x,
+            [message.payload for message in buffers.deltas],
+            None if partner_model is None else partner_model.payload,
+            buffers.weight,
+            None if reply_delta is None else reply_delta.payload,
+            None if publication is None else publication.payload,
         )
-        deltas = [message.payload for message in buffers.deltas]
-        pair_average(x, deltas, partner, buffers.weight, reply, publication)
         return ExchangeOutcome()
 
     def delta(self, message: Message) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from mpi_dasgd import algorithms, codecs, config, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
 from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, gamma, run
@@ -69,7 +69,7 @@ def test_average_first_has_more_disagreement_under_noise() -> None:
 # Contraction of gamma = sum_i |x_i - mean|^2 by one exchange, no gradients.
 
 
-def _after_each_exchange(models: np.ndarray, settings: Settings, graph: Any) -> list[float]:
+def _after_each_exchange(models: np.ndarray, settings: AlgorithmConfig, graph: Any) -> list[float]:
     """Gamma after an exchange, for every rank that may begin it and every partner."""
     found = []
     for rank, partner in permutations(range(len(models)), 2):
@@ -93,14 +93,14 @@ def test_contraction_on_the_complete_graph_over_all_edges(
     variant: str, order: str, theory: Any
 ) -> None:
     models = np.random.default_rng(1).normal(size=(8, 5))
-    settings = Settings(variant=variant, order=order)
+    settings = AlgorithmConfig(variant=variant, order=order)
     after = _after_each_exchange(models, settings, topology.build("complete", 8))
     assert np.mean(after) / gamma(models) == pytest.approx(theory(8), rel=1e-12)
 
 
 @pytest.mark.slow
 def test_contraction_per_event_of_pair_in_a_long_run() -> None:
-    ranks = Ranks(np.zeros((8, 32)), Settings())
+    ranks = Ranks(np.zeros((8, 32)), AlgorithmConfig())
     dice, values = random.Random(1), np.random.default_rng(1)
     for local in ranks.locals:
         local.gradient[:] = 0
@@ -161,11 +161,13 @@ def test_contraction_on_graphs_is_their_spectral_constant(graph: str, degree: in
     values, vectors = np.linalg.eigh(laplacian)
     constant = 1 - values[1] / (size * built.degree(0))
     slowest = np.ascontiguousarray(vectors[:, 1:2])
-    after = _after_each_exchange(slowest, Settings(), built)
+    after = _after_each_exchange(slowest, AlgorithmConfig(), built)
     assert np.mean(after) / gamma(slowest) == pytest.approx(constant, rel=1e-9)
     # and from anywhere a run contracts at least as fast
     anywhere = np.random.default_rng(2).normal(size=(size, 4))
-    assert np.mean(_after_each_exchange(anywhere, Settings(), built)) <= constant * gamma(anywhere)
+    assert np.mean(_after_each_exchange(anywhere, AlgorithmConfig(), built)) <= constant * gamma(
+        anywhere
+    )
 
 
 # Conservation and waiting.
@@ -242,7 +244,7 @@ def test_a_passive_straggler_holds_up_who_draws_it_and_pair_does_not() -> None:
 
 def test_both_sides_of_bipartite_end_at_the_same_mean() -> None:
     models = np.array([[0.0, 8.0], [4.0, 2.0]])
-    ranks = Ranks(models, Settings(variant="bipartite"))
+    ranks = Ranks(models, AlgorithmConfig(variant="bipartite"))
     active, passive = 1, 0
     for local in ranks.locals:
         local.gradient[:] = 0
@@ -256,7 +258,7 @@ def test_both_sides_of_bipartite_end_at_the_same_mean() -> None:
 
 def test_an_answer_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
     models = np.array([[0.0], [4.0]])
-    ranks = Ranks(models, Settings(variant="bipartite"))
+    ranks = Ranks(models, AlgorithmConfig(variant="bipartite"))
     for local in ranks.locals:
         local.gradient[:] = 0
     ranks.step(1)
@@ -271,7 +273,7 @@ def test_an_answer_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyP
 
 def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
     models = np.array([[0.0], [4.0], [8.0], [12.0]])
-    ranks = Ranks(models, Settings(variant="bipartite"), topology.build("ring", 4))
+    ranks = Ranks(models, AlgorithmConfig(variant="bipartite"), topology.build("ring", 4))
     algorithm: Any = ranks.algorithms[1]
     ranks.step(1)
     (asked,) = {algorithm._awaiting_reply_from}
@@ -330,4 +332,4 @@ def test_every_variant_is_found_and_made_by_its_own_class_only(tmp_path: Path) -
         for kind in kinds:
             assert algorithms.find(name, kind.variant) is kind
     with pytest.raises(UserError, match="ADPSGD is 'pair', got 'pull'"):
-        ADPSGD.validate(2, Settings(variant="pull"), topology.build("complete", 2))
+        ADPSGD.validate(2, AlgorithmConfig(variant="pull"), topology.build("complete", 2))

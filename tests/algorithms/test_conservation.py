@@ -12,7 +12,7 @@ import pytest
 from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, NoCodec
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.memory import SharedMemory
@@ -115,7 +115,12 @@ def test_an_answer_in_the_middle_of_a_step_waits_for_the_next() -> None:
     records: list[Any] = []
     algorithms = [
         ADPSGD(
-            VirtualEndpoint(network, rank), codec, x, Settings(), random.Random(0), records.append
+            VirtualEndpoint(network, rank),
+            codec,
+            x,
+            AlgorithmConfig(),
+            random.Random(0),
+            records.append,
         )
         for rank, x in enumerate(models)
     ]

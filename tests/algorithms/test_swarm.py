@@ -12,7 +12,7 @@ import pytest
 
 from mpi_dasgd import codecs, config
 from mpi_dasgd.algorithms.local_phase import Phases
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.transport.control_words import HEAD
@@ -67,9 +67,9 @@ def test_one_local_step_without_blocking_is_adpsgd_that_averages_first() -> None
 
 
 def test_phases_have_their_length() -> None:
-    fixed = Phases(Settings(local_steps=3), random.Random(1))
+    fixed = Phases(AlgorithmConfig(local_steps=3), random.Random(1))
     assert [step for step in range(1, 10) if fixed.ends(step)] == [3, 6, 9]
-    law = Settings(local_steps=4, local_steps_distribution="geometric")
+    law = AlgorithmConfig(local_steps=4, local_steps_distribution="geometric")
     geometric = Phases(law, random.Random(1))
     ends = [step for step in range(1, 40_001) if geometric.ends(step)]
     lengths = np.diff([0, *ends])
@@ -81,7 +81,7 @@ def test_phases_have_their_length() -> None:
 def test_a_phase_by_hand() -> None:
     """Y_0, Y_1 <- A = (Y_0 + Y_1)/2, then Y_0 <- A - a_0; rank 1 goes on from its own base."""
     models = np.array([[0.0], [8.0]])
-    ranks = Ranks(models, Settings(name="swarm", local_steps=2))
+    ranks = Ranks(models, AlgorithmConfig(name="swarm", local_steps=2))
     ranks.locals[1].gradient[:] = 10
     for algorithm in ranks.algorithms:
         algorithm.rng = Fixed(1)  # type: ignore[assignment]
@@ -164,7 +164,7 @@ def test_blocking_does_not_deadlock(ranks: int, graph: str, latency: float, comp
 
 def test_both_sides_of_blocking_end_at_the_same_mean() -> None:
     models = np.array([[0.0, 8.0], [4.0, 2.0]])
-    ranks = Ranks(models, Settings(name="swarm", variant="blocking"))
+    ranks = Ranks(models, AlgorithmConfig(name="swarm", variant="blocking"))
     for local in ranks.locals:
         local.gradient[:] = 0
     assert not ranks.step(0)  # offers, and waits
@@ -176,7 +176,7 @@ def test_both_sides_of_blocking_end_at_the_same_mean() -> None:
 
 def test_who_has_finished_meets_those_who_have_not() -> None:
     models = np.array([[0.0], [4.0]])
-    ranks = Ranks(models, Settings(name="swarm", variant="blocking"))
+    ranks = Ranks(models, AlgorithmConfig(name="swarm", variant="blocking"))
     for local in ranks.locals:
         local.gradient[:] = 0
     ranks.locals[0].local_step = 1
@@ -194,7 +194,7 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
 
 
 def test_a_rank_whose_neighbours_have_all_died_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(np.zeros((2, 1)), Settings(name="swarm", variant="blocking"))
+    ranks = Ranks(np.zeros((2, 1)), AlgorithmConfig(name="swarm", variant="blocking"))
     algorithm = ranks.algorithms[0]
     ranks.locals[0].local_step = 1
     waiting = algorithm.step(ranks.locals[0])
@@ -206,7 +206,7 @@ def test_a_rank_whose_neighbours_have_all_died_goes_on(monkeypatch: pytest.Monke
 
 
 def test_a_checkpoint_in_the_middle_of_a_phase_holds_all() -> None:
-    settings = Settings(name="swarm", local_steps=3)
+    settings = AlgorithmConfig(name="swarm", local_steps=3)
     ranks = Ranks(np.arange(6.0).reshape(3, 2), settings)
     for rank in (0, 1, 2, 0, 1, 2, 1, 0, 2, 0):
         ranks.step(rank)

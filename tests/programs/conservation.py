@@ -28,8 +28,7 @@ from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
-from mpi_dasgd.config.schema import CodecConfig, TransportConfig
+from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig, TransportConfig
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -131,7 +130,9 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     def record(exchange: ExchangeRecord) -> None:
         kinds.append(exchange.kind)
 
-    algorithm = ADPSGD(endpoint, codec, x, Settings(max_attempts=options.tries), dice, record)
+    algorithm = ADPSGD(
+        endpoint, codec, x, AlgorithmConfig(max_attempts=options.tries), dice, record
+    )
     local = Local(x, rng, dice, mode == "exact")
     before = x.astype(np.float64)
     algorithm.start()

@@ -12,7 +12,7 @@ from mpi_dasgd import algorithms, config, topology
 from mpi_dasgd.algorithms import peer_rng
 from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.codecs import NoCodec
-from mpi_dasgd.config.schema import AlgorithmConfig as Settings
+from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.simulation.simulator import simulate
 from mpi_dasgd.transport.control_words import READY
 from mpi_dasgd.transport.virtual.clock import Clock
@@ -57,7 +57,7 @@ class Ranks:
     """
 
     def __init__(
-        self, models: np.ndarray, settings: Settings, graph: topology.Topology | None = None
+        self, models: np.ndarray, settings: AlgorithmConfig, graph: topology.Topology | None = None
     ) -> None:
         self.models = models
         size, elements = models.shape
@@ -65,10 +65,10 @@ class Ranks:
         self.memory = SharedMemory(codec.layout, size)
         network = Network(Clock(), self.memory, graph or topology.build("complete", size))
         self.records: list[ExchangeRecord] = []
-        kind = algorithms.find(settings.name, settings.variant)
+        algorithm_cls = algorithms.find(settings.name, settings.variant)
         self.locals = [Local(x) for x in models]
         self.algorithms = [
-            kind(
+            algorithm_cls(
                 VirtualEndpoint(network, rank),
                 codec,
                 x,
