@@ -120,6 +120,9 @@ class _RankGroup:
             and over those with small gradients, shape (2,) per round.
     """
 
+    errors: list[np.ndarray]
+    square_distances: list[np.ndarray]
+
     def __init__(self, rank_codecs: Sequence[Codec], x: np.ndarray, weight: float) -> None:
         self.weight = weight
         self.ranks = [
@@ -132,8 +135,8 @@ class _RankGroup:
     def reset_statistics(self) -> None:
         """Begin a new phase."""
         self.buckets = self.rejected = 0
-        self.errors: list[np.ndarray] = []
-        self.square_distances: list[np.ndarray] = []
+        self.errors = []
+        self.square_distances = []
 
     def take_turn(self, number: int, partner_number: int, step: np.ndarray) -> None:
         """Let a rank make a step and an exchange.

@@ -252,8 +252,9 @@ def _max_gradients(config: Config) -> int:
 
 def _step_times(config: Config) -> ComputeTimes | RecordedTimes:
     settings = config.simulation
+    drawn = ComputeTimes(settings)  # made in any case: it refuses ranks that do not exist
     if settings.compute_time != "recorded":
-        return ComputeTimes(settings)
+        return drawn
     if settings.recorded_run is None:
         raise UserError("simulation.recorded_run: 'recorded' needs the directory of a run")
     return recorded_times(settings.recorded_run, settings.ranks)

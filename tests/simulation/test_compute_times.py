@@ -11,6 +11,8 @@ from mpi_dasgd import config
 from mpi_dasgd.config.schema import SimulationConfig
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.compute_times import ComputeTimes
+from mpi_dasgd.simulation.simulator import Simulator
+from tests.support.virtual_ranks import JOB
 
 
 @pytest.mark.parametrize("distribution", ["constant", "uniform", "lognormal", "exponential"])
@@ -52,6 +54,16 @@ def test_uniform_compute_times_keep_to_their_bounds() -> None:
 def test_a_slow_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="rank 4 does not exist: with 4 ranks use -4 to 3"):
         ComputeTimes(SimulationConfig(ranks=4, slow_ranks=(4,)))
+
+
+def test_a_slow_rank_that_does_not_exist_is_refused_beside_recorded_times_too() -> None:
+    overrides = [
+        "simulation.compute_time=recorded",
+        "simulation.ranks=4",
+        "simulation.slow_ranks=[4]",
+    ]
+    with pytest.raises(UserError, match="rank 4 does not exist"):
+        Simulator(config.load(JOB, overrides))
 
 
 @pytest.mark.parametrize(
