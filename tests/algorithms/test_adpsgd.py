@@ -199,7 +199,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
     figures: Any = simulation.run()
     assert figures["exchanges"] > 150
     assert figures["conservation_error"] < 1e-12
-    # drained: nothing is on its way any more
+    # drained: nothing is in flight any more
     np.testing.assert_allclose(simulation.models.sum(0), simulation.oracle.expected_sum, rtol=1e-11)
 
 
@@ -283,7 +283,7 @@ def test_an_active_rank_gives_up_a_partner_that_has_died(monkeypatch: pytest.Mon
     assert ranks.step(1)
     assert (
         models[1] == 2 and algorithm._awaiting_reply_from == alive[0]
-    )  # two gradients, no average; asks anew
+    )  # two gradients, no average; sends a new request
 
 
 # Codecs and refusals.
@@ -327,9 +327,9 @@ def test_refusals_say_why_and_what_would_do(settings: list[str], words: list[str
 
 
 def test_every_variant_is_found_and_made_by_its_own_class_only(tmp_path: Path) -> None:
-    for name, kinds in algorithms.VARIANTS.items():
-        assert algorithms.find(name) is kinds[0] is algorithms.ALGORITHMS[name]
-        for kind in kinds:
-            assert algorithms.find(name, kind.variant) is kind
+    for name, variants in algorithms.VARIANTS.items():
+        assert algorithms.find(name) is variants[0] is algorithms.ALGORITHMS[name]
+        for algorithm_cls in variants:
+            assert algorithms.find(name, algorithm_cls.variant) is algorithm_cls
     with pytest.raises(UserError, match="ADPSGD is 'pair', got 'pull'"):
         ADPSGD.validate(2, AlgorithmConfig(variant="pull"), topology.build("complete", 2))

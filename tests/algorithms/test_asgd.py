@@ -76,7 +76,7 @@ def _run(*overrides: str, endpoint: Any = VirtualEndpoint) -> tuple[Any, DelayMe
 
 
 def _assert_identity(meter: DelayMeter) -> None:
-    """Every job but the one applied ages by one in an iteration: whatever the schedule."""
+    """Every work item but the one applied ages by one in an iteration: whatever the schedule."""
     ages = meter.applied_sum + meter.in_flight_sum + meter.given_up_sum
     assert ages == meter.concurrency_sum - meter.applied
 

@@ -105,7 +105,7 @@ class Local:
 
 
 def test_an_answer_in_the_middle_of_a_step_waits_for_the_next() -> None:
-    """A courier may settle a pairing at any moment: one step must see it settled, or not."""
+    """The progress thread may settle a request at any moment; a step sees it settled, or not."""
     clock = Clock()
     codec = Meanwhile(4, np.dtype(np.float32))
     codec.clock = clock

@@ -86,7 +86,7 @@ def test_all_replicas_agree_bit_for_bit_and_hold_all_updates(graph: str, ranks: 
         assert figures["drained_disagreement"] == 0
         simulation.check_agreement()
     if ranks > 2:
-        # full inboxes: what found no room was sent later, in fewer messages
+        # full inboxes: what found a full inbox was sent later, in fewer messages
         assert sum(e.counters.inbox_full for e in rough.endpoints) > 0
         sent = [sum(e.counters.messages for e in s.endpoints) for s in (rough, smooth)]
         assert sent[0] < sent[1]
@@ -176,17 +176,17 @@ class Threaded(VirtualEndpoint):
     latency: ClassVar[float]
     ranks: ClassVar[list[DASGD]]
 
-    def send(self, posting: SendBuffer) -> None:
+    def send(self, buffer: SendBuffer) -> None:
         clock, link = self._network.clock, vars(self).setdefault("arrivals", {})
-        at = max(link.get(posting.rank, 0), clock.now + self.rng.exponential(self.latency))
-        link[posting.rank] = at
+        at = max(link.get(buffer.rank, 0), clock.now + self.rng.exponential(self.latency))
+        link[buffer.rank] = at
         self._in_flight += 1
 
         def arrive() -> None:
             self._in_flight -= 1
-            assert posting.reservation is not None
-            self.inbox.send(posting.reservation, posting.message)
-            self.ranks[posting.rank].absorb(0)
+            assert buffer.reservation is not None
+            self.inbox.send(buffer.reservation, buffer.message)
+            self.ranks[buffer.rank].absorb(0)
 
         clock.after(at - clock.now, arrive)
 
@@ -199,7 +199,7 @@ class Threaded(VirtualEndpoint):
 def test_staleness_of_the_independent_simulation(
     ranks: int, latency: float, expected: float
 ) -> None:
-    # seeds, 5.3: exponential compute time of mean 1, arrivals applied at once
+    # seeds, 5.3: exponential compute time of mean 1, messages applied at once
     Threaded.rng, Threaded.latency = np.random.default_rng(1), latency
     simulation = Watched(
         f"simulation.ranks={ranks}", "simulation.compute_time=exponential",
@@ -311,17 +311,17 @@ def test_codes_and_what_they_leave_add_up_exactly(codec: str) -> None:
     size = np.geomspace(1e-12, 4, elements)  # a whole bucket of small ones, too
     update = round_to_grid(size * rng.normal(size=elements))
     update[::5] = 0
-    owed, said, messages, left = update.copy(), np.zeros(elements), 0, True
-    while left:
-        before = owed.copy()
-        left = code.pack(owed, message)
-        said += code.read(message, slice(0, elements))
-        np.testing.assert_array_equal(said + owed, update)
-        assert not owed[::5].any()
+    residual, sent, messages, remains = update.copy(), np.zeros(elements), 0, True
+    while remains:
+        before = residual.copy()
+        remains = code.pack(residual, message)
+        sent += code.read(message, slice(0, elements))
+        np.testing.assert_array_equal(sent + residual, update)
+        assert not residual[::5].any()
         shrunk = np.abs(before).max() / {"none": 2**24, "bf16": 2**8, "qsgd8": 254}[codec]
-        assert np.abs(owed).max() <= shrunk + GRID_STEP / 2
+        assert np.abs(residual).max() <= shrunk + GRID_STEP / 2
         messages += 1
-    np.testing.assert_array_equal(said, update)
+    np.testing.assert_array_equal(sent, update)
     assert messages <= {"none": 2, "bf16": 6, "qsgd8": 6}[codec]
 
 

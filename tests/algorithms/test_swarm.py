@@ -96,7 +96,7 @@ def test_a_phase_by_hand() -> None:
     assert models[1] == 3 - 20
     np.testing.assert_array_equal(ranks.now(), [[3.0], [3.0 - 20.0]])
     ranks.algorithms[0].absorb(2)
-    assert models[0] == 3  # no progress yet: the phase begins anew from the live vector
+    assert models[0] == 3  # no local update yet: the phase starts again from the live vector
 
 
 @pytest.mark.parametrize("settings", [(), (FOUR,), (FOUR, GEOMETRIC), (PULL,), (PULL, FOUR)])
@@ -126,7 +126,7 @@ def test_the_sum_is_conserved_and_all_of_it_comes_home(
     figures: Any = simulation.run()
     assert figures["exchanges"] > 50
     assert figures["conservation_error"] < 1e-12
-    # drained: the models hold all progress, and nothing is on its way any more
+    # drained: the models have all local updates, and nothing is in flight any more
     np.testing.assert_allclose(simulation.models.sum(0), simulation.oracle.expected_sum, rtol=1e-11)
 
 

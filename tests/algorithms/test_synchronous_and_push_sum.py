@@ -238,9 +238,9 @@ class _CountingInbox(Inbox):
 
     freed = 0
 
-    def free(self, arrival: ReceivedMessage) -> None:
-        self.freed += int(arrival.message.trailer[0])
-        super().free(arrival)
+    def free(self, received: ReceivedMessage) -> None:
+        self.freed += int(received.message.trailer[0])
+        super().free(received)
 
 
 class _Counting(VirtualEndpoint):
@@ -253,9 +253,9 @@ class _Counting(VirtualEndpoint):
         self.inbox = _CountingInbox(memory, memory, memory.word_map, rank, self.counters)
         self.sent = 0
 
-    def send(self, posting: SendBuffer) -> None:
-        self.sent += int(posting.message.trailer[0])
-        super().send(posting)
+    def send(self, buffer: SendBuffer) -> None:
+        self.sent += int(buffer.message.trailer[0])
+        super().send(buffer)
 
 
 def _weight(simulation: Simulator) -> int:
@@ -294,7 +294,7 @@ def test_push_sum_weights_add_to_n_at_every_event(
     figures = simulation.run()
     assert figures["events"] > 500
     assert figures["conservation_error"] < 1e-13
-    # drained: nothing is on its way any more
+    # drained: nothing is in flight any more
     assert sum(_push_sum(a).weight_quanta for a in simulation.algorithms) == ranks * UNIT_WEIGHT
 
 
@@ -344,8 +344,8 @@ def test_no_deadlock_in_ten_thousand_events(
 class _Slow(_Counting):
     """Messages without notes."""
 
-    def send(self, posting: SendBuffer) -> None:
-        VirtualEndpoint.send(self, posting)
+    def send(self, buffer: SendBuffer) -> None:
+        VirtualEndpoint.send(self, buffer)
 
 
 def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
@@ -549,6 +549,6 @@ def test_baselines_learn_on_real_windows() -> None:
             assert report["steps"] == [-(-budget // 128)] * 4, name
         if name.split()[0] in ("sgp", "osgp"):
             assert report["quanta"] == 4 * UNIT_WEIGHT, name
-            # An asynchronous rank sends what its courier has time for.
+            # An asynchronous rank sends what its progress thread has time for.
             assert report["messages"] > (0 if name == "osgp remote" else 20), (name, report)
         assert report["path"] == ("Get and Put" if "remote" in name else "in place")
