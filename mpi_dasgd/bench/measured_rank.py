@@ -35,7 +35,7 @@ def busy_seconds(cores: set[int]) -> float:
 
 
 class Meter:
-    """Reads CPU time 20 times a second: of this process, all threads together, and of its cores.
+    """Reads CPU time 20 times per second: of this process, all threads together, and of its cores.
 
     Args:
         started: `time.monotonic` at the beginning of the training.

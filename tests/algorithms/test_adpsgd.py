@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms.adpsgd_bipartite import BipartiteADPSGD
 from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.simulation.simulator import Simulator
-from tests.support.virtual_ranks import JOB, Fixed, Ranks, effective_step, gamma, run
+from tests.support.virtual_ranks import JOB, Fixed, Ranks, dispersion, effective_step, run
 
 SLOW = "simulation.slow_ranks=[0]"
 AVERAGE, GRADIENT = "algorithm.order=adapt_with_combine", "algorithm.order=adapt_then_combine"
@@ -66,11 +66,11 @@ def test_average_first_has_more_disagreement_under_noise() -> None:
     assert 1.5 < first / last < 5
 
 
-# Contraction of gamma = sum_i |x_i - mean|^2 by one exchange, no gradients.
+# Contraction of the dispersion sum_i |x_i - mean|^2 by one exchange, no gradients.
 
 
 def _after_each_exchange(models: np.ndarray, settings: AlgorithmConfig, graph: Any) -> list[float]:
-    """Gamma after an exchange, for every rank that may begin it and every partner."""
+    """Dispersion after an exchange, for every rank that may begin it and every partner."""
     found = []
     for rank, partner in permutations(range(len(models)), 2):
         if partner in graph.neighbours(rank):
@@ -80,7 +80,7 @@ def _after_each_exchange(models: np.ndarray, settings: AlgorithmConfig, graph: A
             exchange = getattr(algorithm, "_pairs", None) or algorithm._pulls
             exchange._rng = Fixed(partner)
             assert ranks.step(rank)
-            found.append(gamma(ranks.now()))
+            found.append(dispersion(ranks.now()))
     return found
 
 
@@ -95,7 +95,7 @@ def test_contraction_on_the_complete_graph_over_all_edges(
     models = np.random.default_rng(1).normal(size=(8, 5))
     settings = AlgorithmConfig(variant=variant, order=order)
     after = _after_each_exchange(models, settings, topology.build("complete", 8))
-    assert np.mean(after) / gamma(models) == pytest.approx(theory(8), rel=1e-12)
+    assert np.mean(after) / dispersion(models) == pytest.approx(theory(8), rel=1e-12)
 
 
 @pytest.mark.slow
@@ -109,9 +109,9 @@ def test_contraction_per_event_of_pair_in_a_long_run() -> None:
         if event % 50 == 0:
             ranks.models[:] = values.normal(size=ranks.models.shape)
         ranks.refresh()
-        before = gamma(ranks.now())
+        before = dispersion(ranks.now())
         assert ranks.step(dice.randrange(8))
-        ratios.append(gamma(ranks.now()) / before)
+        ratios.append(dispersion(ranks.now()) / before)
     assert np.mean(ratios) == pytest.approx(1 - 1 / 7, rel=0.01)
 
 
@@ -130,7 +130,7 @@ def test_contraction_per_event_of_pull_on_poisson_clocks() -> None:
             pulls: Any = algorithm
 
             def record(exchange: Any, seen: list[float] = seen, at: Any = simulation) -> None:
-                seen.append(gamma(at.models))
+                seen.append(dispersion(at.models))
 
             pulls.records.record = record
         simulation.run()
@@ -162,12 +162,12 @@ def test_contraction_on_graphs_is_their_spectral_constant(graph: str, degree: in
     constant = 1 - values[1] / (size * built.degree(0))
     slowest = np.ascontiguousarray(vectors[:, 1:2])
     after = _after_each_exchange(slowest, AlgorithmConfig(), built)
-    assert np.mean(after) / gamma(slowest) == pytest.approx(constant, rel=1e-9)
+    assert np.mean(after) / dispersion(slowest) == pytest.approx(constant, rel=1e-9)
     # and from anywhere a run contracts at least as fast
     anywhere = np.random.default_rng(2).normal(size=(size, 4))
-    assert np.mean(_after_each_exchange(anywhere, AlgorithmConfig(), built)) <= constant * gamma(
-        anywhere
-    )
+    assert np.mean(
+        _after_each_exchange(anywhere, AlgorithmConfig(), built)
+    ) <= constant * dispersion(anywhere)
 
 
 # Conservation and waiting.

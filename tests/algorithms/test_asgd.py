@@ -55,7 +55,7 @@ def _run(*overrides: str, endpoint: Any = VirtualEndpoint) -> tuple[Any, DelayMe
     figures = simulation.run()
     meter = _meter(simulation)
     assert not figures["diverged"]
-    assert figures["gradients"] == simulation.max_gradients, "the ranks are stuck"
+    assert figures["gradients"] == simulation.max_gradients, "the ranks wait for each other"
     assert (
         figures["server_delay_average"] == meter.average
     )  # before the end, where points are given up
@@ -186,7 +186,7 @@ def test_delays_of_minibatch(setting: list[str]) -> None:
 
 
 @pytest.mark.parametrize("compute", ["constant", "uniform", "lognormal", "exponential"])
-def test_nobody_waits_for_a_server_at_hand(compute: str) -> None:
+def test_no_worker_waits_for_a_server_without_latency(compute: str) -> None:
     figures, _ = _run(f"simulation.compute_time={compute}", SLOW, "budget.samples=1600")
     assert figures["waits"] == 0 == figures["wait_time"]
 
@@ -202,7 +202,7 @@ def test_with_latency_a_worker_waits_for_the_server_only(ranks: int) -> None:
         "simulation.latency=0.25", f"simulation.ranks={ranks}", "transport.inbox_slots=16", SLOW,
         "budget.samples=1600",
     )  # fmt: skip
-    # there and back for every gradient that was answered, whoever is slow
+    # there and back for every gradient that was answered, whichever rank is slow
     assert figures["wait_time"] == pytest.approx(0.5 * figures["gradients"], rel=0.02)
 
 
@@ -378,7 +378,7 @@ def _fixed_point(*overrides: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_free_clients_minimize_the_wrong_function() -> None:
+def test_idle_clients_minimize_the_wrong_function() -> None:
     """Idle clients: sum p_i f_i, p_i the share of gradients; uniform: the mean. Section 5."""
     free, minima = _fixed_point()
     speeds = np.array([1 / 4] * (N // 2) + [1.0] * (N // 2))
@@ -537,7 +537,7 @@ def test_ranks_learn_the_digits_with_a_server(
     assert rows["steps"].sum() - workers <= applied <= rows["steps"].sum()
     if ranks == 4:
         assert rows["steps"][0] == 0, "the server has computed"
-        # n jobs always in flight, but for the last moments
+        # n work items always in flight, but for the last moments
         assert rows["server_delay_mean"][0] == pytest.approx(workers - 1, rel=0.02)
     else:
         assert rows["server_delay_mean"][0] == pytest.approx((workers - 1) / 2, rel=0.02)

@@ -93,7 +93,7 @@ def test_bytes_are_those_that_the_simulator_counts(row: dict[str, str]) -> None:
     symbols = {"M": run.codecs[0].layout.nbytes, "n": RANKS, "H": steps, "r": RANKS - 1}
     expected = evaluate(row["traffic"], symbols)
     worker = np.sum(moved[1:]) / sum(local.local_step for local in run.locals[1:])
-    # A rank that finds no partner, or no room, moves less.
+    # A rank that finds no partner, or no free slot, moves less.
     assert 0.75 * expected[""] < worker < 1.05 * expected[""]
     if "server" in expected:
         rounds = run.gradients / (RANKS - 1)

@@ -131,8 +131,8 @@ class Tagged(Watched):
         assert set(np.unique(self.models)) <= {0.0, 1.0}  # none is applied twice
         for i, j in combinations(range(self.size), 2):
             difference = int((self.models[i] != self.models[j]).sum())  # |G_i ^ G_j|
-            ours, theirs = (self.algorithms[k].versions for k in (i, j))
-            assert np.abs(ours - theirs).sum() == difference
+            one, other = (self.algorithms[k].versions for k in (i, j))
+            assert np.abs(one - other).sum() == difference
             self.compared += 1
             self.differing += difference > 0
 
@@ -177,7 +177,7 @@ class Threaded(VirtualEndpoint):
     ranks: ClassVar[list[DASGD]]
 
     def send(self, buffer: SendBuffer) -> None:
-        clock, link = self._network.clock, vars(self).setdefault("arrivals", {})
+        clock, link = self._network.clock, vars(self).setdefault("arrival_times", {})
         at = max(link.get(buffer.rank, 0), clock.now + self.rng.exponential(self.latency))
         link[buffer.rank] = at
         self._in_flight += 1
@@ -333,7 +333,7 @@ def test_branches_make_one_spanning_tree(graph: str, ranks: int) -> None:
         assert set(near) <= set(built.neighbours(rank))
         assert all(rank in branches[other] for other in near)
         assert sum(near.values()) == ranks - 1
-        assert all(behind + branches[other][rank] == ranks for other, behind in near.items())
+        assert all(size + branches[other][rank] == ranks for other, size in near.items())
     assert sum(map(len, branches)) == 2 * (ranks - 1)
 
 
@@ -411,10 +411,10 @@ def test_a_resumed_run_begins_with_the_mean_and_agrees_again(graph: str) -> None
     mean = np.zeros(8)
     for rank, state in saved.states.items():
         mean += state["sum"]
-        for name, owed in state.items():
+        for name, residual in state.items():
             if name.startswith("owed/"):
-                behind = branches[rank][int(name[5:])] if graph == "ring" else 1
-                mean += behind * owed
+                subtree_size = branches[rank][int(name[5:])] if graph == "ring" else 1
+                mean += subtree_size * residual
     assert any(state["owed/1"].any() for rank, state in saved.states.items() if "owed/1" in state)
     simulation = Resumed(saved, *settings)
     simulation.updates = _integers(round_to_grid(mean / 4))

@@ -95,8 +95,8 @@ def test_the_center_converges_and_holds_the_workers() -> None:
     )
     figures = simulation.run()
     assert figures["final_distance"] < 0.1  # of the center: gradients have a variance of 8
-    spread = np.square(simulation.models[1:] - simulation.models[0]).sum(1)
-    assert 0.01 < spread.mean() < 1
+    distance_sq = np.square(simulation.models[1:] - simulation.models[0]).sum(1)
+    assert 0.01 < distance_sq.mean() < 1
 
 
 def test_a_server_that_works_ends_with_the_center() -> None:

@@ -69,8 +69,8 @@ def test_one_local_step_without_blocking_is_adpsgd_that_averages_first() -> None
 def test_phases_have_their_length() -> None:
     fixed = Phases(AlgorithmConfig(local_steps=3), random.Random(1))
     assert [step for step in range(1, 10) if fixed.ends(step)] == [3, 6, 9]
-    law = AlgorithmConfig(local_steps=4, local_steps_distribution="geometric")
-    geometric = Phases(law, random.Random(1))
+    distribution = AlgorithmConfig(local_steps=4, local_steps_distribution="geometric")
+    geometric = Phases(distribution, random.Random(1))
     ends = [step for step in range(1, 40_001) if geometric.ends(step)]
     lengths = np.diff([0, *ends])
     assert lengths.mean() == pytest.approx(4, rel=0.02)
@@ -185,7 +185,7 @@ def test_who_has_finished_meets_those_who_have_not() -> None:
     assert not pending.test()
     finished = ranks.algorithms[1]
     finished.absorb(0)
-    assert not pending.test()  # it still trains: it has no reason to look
+    assert not pending.test()  # it still trains: it has no reason to poll
     assert list(finished.finalize()) == []
     finished.absorb(0)
     assert pending.test() and finished.is_drained

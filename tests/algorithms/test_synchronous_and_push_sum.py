@@ -132,7 +132,7 @@ def test_dpsgd_is_the_formula_of_the_paper(graph: str, local_steps: int) -> None
 
 @pytest.mark.parametrize("graph", [*GRAPHS, "complete"])
 def test_dpsgd_contracts_by_the_spectral_gap(graph: str) -> None:
-    """Without gradients the models are W^k of the first ones; disagreement falls by lambda_2^2."""
+    """Without gradients models are W^k x_0, and the consensus distance falls by lambda_2^2."""
     rounds, square = (1, 2) if graph == "complete" else (40, 41), []
     for count in rounds:
         simulation = Simulator(_settings("dpsgd", graph, 16, count, "simulation.gradients=false"))
@@ -342,13 +342,13 @@ def test_no_deadlock_in_ten_thousand_events(
 
 
 class _Slow(_Counting):
-    """Messages without notes."""
+    """Messages without a trailer."""
 
     def send(self, buffer: SendBuffer) -> None:
         VirtualEndpoint.send(self, buffer)
 
 
-def test_ranks_of_osgp_are_at_most_so_many_steps_apart() -> None:
+def test_ranks_of_osgp_are_a_bounded_number_of_steps_apart() -> None:
     """A message of step k - tau is there, or step k does not end."""
     simulation = Simulator(
         _settings(

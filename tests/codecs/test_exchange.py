@@ -35,12 +35,12 @@ def _pair(name: str, elements: int, **settings: Any) -> tuple[Codec, Codec]:
     return _make(name, elements, 0, **settings), _make(name, elements, 1, **settings)
 
 
-def _exchange(mine: Codec, x: np.ndarray, theirs: Codec, y: np.ndarray) -> codecs.ExchangeOutcome:
+def _exchange(own: Codec, x: np.ndarray, other: Codec, y: np.ndarray) -> codecs.ExchangeOutcome:
     """One whole exchange: `y` is published, `x` moves, and then `y` by the delta."""
-    publication, reply = _message(theirs), _message(mine)
-    theirs.encode(y, publication)
-    outcome = mine.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
-    theirs.average_pair(y, ExchangeBuffers(deltas=[reply]))
+    publication, reply = _message(other), _message(own)
+    other.encode(y, publication)
+    outcome = own.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
+    other.average_pair(y, ExchangeBuffers(deltas=[reply]))
     return outcome
 
 
@@ -69,9 +69,9 @@ def test_models_of_any_size_are_averaged(name: str, elements: int) -> None:
     x = rng.normal(size=elements).astype(np.float32)
     y = x + rng.normal(size=elements).astype(np.float32) * np.float32(0.02)
     total, apart = x.astype(np.float64) + y, np.abs(x - y).max(initial=0)
-    mine, theirs = _pair(name, elements)
+    own, other = _pair(name, elements)
     for _ in range(30):  # so that the scale is found
-        _exchange(mine, x, theirs, y)
+        _exchange(own, x, other, y)
     np.testing.assert_allclose(x.astype(np.float64) + y, total, atol=3e-5)
     worst = {"lattice4": 0.7, "bf16": 0.5, "qsgd8": 2.5}.get(name, 0.2)
     assert np.abs(x - y).max(initial=0) <= worst * apart
@@ -83,13 +83,13 @@ def test_a_delta_moves_the_partner_by_what_was_moved_here(name: str) -> None:
     # Integers, of which some are published as they are: neither side's addition rounds.
     x = rng.integers(-100, 100, 5000).astype(np.float32)
     y = x + rng.integers(-3, 4, 5000).astype(np.float32)
-    mine, theirs = _pair(name, 5000)
-    publication, reply = _message(theirs), _message(mine)
-    theirs.encode(y, publication)
+    own, other = _pair(name, 5000)
+    publication, reply = _message(other), _message(own)
+    other.encode(y, publication)
     before = x.copy()
-    mine.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
-    np.testing.assert_allclose(x - before, -mine.delta(reply), atol=2e-5)
-    assert np.abs(mine.delta(reply)).max() > 0.5
+    own.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
+    np.testing.assert_allclose(x - before, -own.delta(reply), atol=2e-5)
+    assert np.abs(own.delta(reply)).max() > 0.5
 
 
 def test_unknown_names_and_other_types_are_refused() -> None:
@@ -105,7 +105,7 @@ def test_unknown_names_and_other_types_are_refused() -> None:
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_messages_of_another_codec_size_or_rounding_are_refused(name: str) -> None:
-    mine = _make(name, 3000)
+    own = _make(name, 3000)
     x = np.zeros(3000, np.float32)
     others = [_make(other, 3000) for other in LOSSY if other != name] + [_make(name, 3001)]
     if name.startswith("lattice"):
@@ -113,14 +113,12 @@ def test_messages_of_another_codec_size_or_rounding_are_refused(name: str) -> No
     for other in others:
         wire = _message(other)
         other.encode(np.zeros(other.layout.elements, np.float32), wire)
-        buffer = np.zeros(mine.layout.nbytes, np.uint8)
+        buffer = np.zeros(own.layout.nbytes, np.uint8)
         size = min(buffer.size, wire.buffer.size)
         buffer[:size] = wire.buffer[:size]
         with pytest.raises(MpiDasgdError, match="message header"):
-            received = Message(buffer, mine.layout)
-            mine.average_pair(
-                x, ExchangeBuffers(partner_model=received, reply_delta=_message(mine))
-            )
+            received = Message(buffer, own.layout)
+            own.average_pair(x, ExchangeBuffers(partner_model=received, reply_delta=_message(own)))
 
 
 # --- the scale ---
@@ -128,16 +126,16 @@ def test_messages_of_another_codec_size_or_rounding_are_refused(name: str) -> No
 
 def test_the_scale_follows_the_distance_up_and_down() -> None:
     rng = np.random.default_rng(0)
-    mine, theirs = _pair("lattice8", 20 * 1024)
+    own, other = _pair("lattice8", 20 * 1024)
     x = rng.normal(size=20 * 1024).astype(np.float32)
     for distance, rounds in ((1e-3, 120), (1e-1, 40), (1e-4, 300)):
         shares = []
         for _ in range(rounds):
             y = x + rng.normal(size=x.size).astype(np.float32) * np.float32(distance)
-            shares.append(_exchange(mine, x.copy(), theirs, y).rejected / 20)
+            shares.append(_exchange(own, x.copy(), other, y).rejected / 20)
         assert np.mean(shares[-20:]) < 0.02
-        publication = _message(theirs)
-        theirs.encode(y, publication)
+        publication = _message(other)
+        other.encode(y, publication)
         largest = np.abs(x - y).reshape(20, 1024).max(1)
         assert (publication.scales * 127 > largest).mean() > 0.9
         assert (publication.scales * 127 < 8 * largest).all()
@@ -148,9 +146,9 @@ def test_distance_is_measured() -> None:
     x = rng.normal(size=9000).astype(np.float32)
     y = x + rng.normal(size=9000).astype(np.float32) * np.float32(0.01)
     for name in CODECS:
-        mine, theirs = _pair(name, 9000)
+        own, other = _pair(name, 9000)
         for _ in range(60):
-            outcome = _exchange(mine, x.copy(), theirs, y.copy())
+            outcome = _exchange(own, x.copy(), other, y.copy())
         if name == "none":
             assert np.isnan(outcome.distance)
         else:
@@ -179,10 +177,10 @@ def test_a_model_that_is_nan_does_not_drive_the_others_apart() -> None:
 
 def test_a_floor_keeps_the_codes_in_range_when_models_agree() -> None:
     x = np.random.default_rng(0).normal(size=5000).astype(np.float32) * 100
-    mine, theirs = _pair("lattice8", 5000)
+    own, other = _pair("lattice8", 5000)
     for _ in range(400):
-        assert _exchange(mine, x.copy(), theirs, x.copy()).rejected == 0
-    assert (theirs.scale.estimate < 1e-7).all()  # type: ignore[attr-defined]
+        assert _exchange(own, x.copy(), other, x.copy()).rejected == 0
+    assert (other.scale.estimate < 1e-7).all()  # type: ignore[attr-defined]
 
 
 def test_a_model_that_starts_at_zero_finds_its_scale() -> None:
@@ -197,16 +195,16 @@ def test_a_model_that_starts_at_zero_finds_its_scale() -> None:
 
 def test_state_goes_through_a_checkpoint() -> None:
     x = np.random.default_rng(0).normal(size=5000).astype(np.float32)
-    mine, theirs = _pair("lattice8", 5000)
+    own, other = _pair("lattice8", 5000)
     for _ in range(5):
-        _exchange(mine, x, theirs, x + np.float32(0.1))
+        _exchange(own, x, other, x + np.float32(0.1))
     again = _make("lattice8", 5000)
-    again.load_state({name: array.copy() for name, array in mine.state().items()})
-    first, second = _message(mine), _message(again)
-    mine.encode(x, first)
+    again.load_state({name: array.copy() for name, array in own.state().items()})
+    first, second = _message(own), _message(again)
+    own.encode(x, first)
     again.encode(x, second)
     assert first.buffer.tobytes() == second.buffer.tobytes()
-    assert first.seed != _exchange_seed(mine, x)
+    assert first.seed != _exchange_seed(own, x)
 
 
 def _exchange_seed(codec: Codec, x: np.ndarray) -> int:
@@ -252,7 +250,7 @@ def test_effective_step_with_every_codec(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_four_bits_do_not_drive_the_models_apart(seed: int) -> None:
-    """Doubling the own estimate on a rejection does: with gamma 1.5 seed 1 ended 1e4 apart."""
+    """Doubling the own estimate does: with scale_margin 1.5 seed 1 ended 1e4 apart."""
     settings = ["simulation.latency=0.02", f"run.seed={seed}", "budget.samples=3000"]
     exact = _figures(*settings, "codec.name=none")["max_disagreement"]
     assert _figures(*settings, "codec.name=lattice4")["max_disagreement"] < 10 * exact

@@ -20,12 +20,12 @@ def _models(count: int, size: int, dtype: type, seed: int = 0) -> list[np.ndarra
 @needs_native
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", [0, 1, 3, 1023, 1024, 1025, 40_000, 1_100_000])
-@pytest.mark.parametrize("arrivals", [0, 1, 3])
+@pytest.mark.parametrize("n_deltas", [0, 1, 3])
 @pytest.mark.parametrize("partner", [False, True])
 def test_native_library_and_numpy_agree_bit_for_bit(
-    dtype: type, size: int, arrivals: int, partner: bool
+    dtype: type, size: int, n_deltas: int, partner: bool
 ) -> None:
-    x, partner_model, *deltas = _models(2 + arrivals, size, dtype)
+    x, partner_model, *deltas = _models(2 + n_deltas, size, dtype)
     if size > 3:
         x[0], partner_model[1], x[2] = np.inf, np.nan, 1e-40  # values of a diverging run
     results = []

@@ -3,7 +3,7 @@
 What changes the sum on purpose is written down exactly: instead of a gradient, every step adds a
 known change that keeps the models apart. (Else they would agree after some dozens of exchanges, and
 a lost delta would be too small to be missed.) After the end, which is that of `Decentralized`, no
-delta is on its way: the models must add up to what they were plus all changes.
+delta is in flight: the models must add up to what they were plus all changes.
 
 Exact: models are multiples of 2^-8 and the codec rounds deltas to such, so that no addition rounds
 and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs
@@ -131,34 +131,36 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         kinds.append(exchange.kind)
 
     algorithm = ADPSGD(
-        endpoint, codec, x, AlgorithmConfig(max_attempts=options.tries), dice, record
+        endpoint, codec, x, AlgorithmConfig(max_attempts=options.max_attempts), dice, record
     )
     local = Local(x, rng, dice, mode == "exact")
     before = x.astype(np.float64)
     algorithm.start()
     comm.Barrier()
 
-    board = endpoint.membership
-    begun = time.monotonic()
+    membership = endpoint.membership
+    started = time.monotonic()
     waits = 0
     initiated = 0
-    while board.total_samples < options.exchanges and time.monotonic() - begun < options.limit:
+    while (
+        membership.total_samples < options.exchanges and time.monotonic() - started < options.limit
+    ):
         local.local_step += 1
         waits += sum(1 for _ in algorithm.step(local))
         initiated = kinds.count(INITIATED) if local.local_step % 16 == 0 else initiated
-        board.report_samples(initiated)
+        membership.report_samples(initiated)
         endpoint.refresh_membership()
         # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
         time.sleep(0.02 if dice.random() < 0.001 else dice.expovariate(1e4 / (1 + comm.rank)))
-    enough = board.total_samples >= options.exchanges
+    enough = membership.total_samples >= options.exchanges
 
     for pending in algorithm.finalize():
         while not pending.test():
             time.sleep(0.0002)
     while not endpoint.is_flushed():
         time.sleep(0.0002)
-    board.publish_status(FINISHED)
-    while RUNNING in board.status:
+    membership.publish_status(FINISHED)
+    while RUNNING in membership.status:
         endpoint.refresh_membership()
         algorithm.absorb(local.local_step)
         time.sleep(0.001)
@@ -185,7 +187,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "nbytes": comm.allreduce(endpoint.total_counters().bytes_sent),
         "message": codec.layout.nbytes,
         "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - started,
         "path": path,
     }
 
@@ -198,7 +200,9 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=10_000, help="of all ranks together")
     parser.add_argument("--elements", type=int, default=10_224, help="of a model, float32")
     parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
-    parser.add_argument("--tries", type=int, default=4, help="neighbours tried for one exchange")
+    parser.add_argument(
+        "--max-attempts", type=int, default=4, help="neighbours tried for one exchange"
+    )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("modes", nargs="+", choices=[*MODES, *codecs.CODECS])

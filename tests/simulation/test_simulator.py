@@ -134,7 +134,7 @@ def test_a_straggler_holds_up_allreduce_and_not_adpsgd() -> None:
         name: _run(f"algorithm.name={name}", SLOW)["virtual_time"]
         for name in ("adpsgd", "allreduce")
     }
-    # 16 ranks, one 10 times slower: 15.1 against 1.6 steps a unit of time
+    # 16 ranks, one 10 times slower: 15.1 against 1.6 steps per unit of time
     assert times["allreduce"] / times["adpsgd"] == pytest.approx(15.1 / 1.6, rel=0.15)
 
 
@@ -154,7 +154,7 @@ def test_a_run_repeats_bit_for_bit() -> None:
 
 @pytest.mark.slow
 def test_disagreement_under_noise_matches_the_prototype() -> None:
-    # design, section 4: 0.30 for claims with four tries; rate 0.05, noise 5, dimension 8
+    # design, section 4: 0.30 for claims with four attempts; rate 0.05, noise 5, dimension 8
     metrics = _seeds(
         "simulation.noise=5", "optimizer.lr=0.05", "budget.samples=12000", "simulation.latency=0"
     )

@@ -40,7 +40,7 @@ def run(*overrides: str) -> Any:
 
 
 def test_4096_ranks_of_1000_dimensions() -> None:
-    """Memory is 10 models a rank and some objects; neither it nor time grows with n^2."""
+    """Memory is 10 models per rank and some objects; neither it nor time grows with n^2."""
     ranks, dimension, gradients = 4096, 1000, 10_000
     # The complete graph too: as lists its neighbours alone would be 670 MB.
     metrics = run(f"budget.samples={gradients}", "topology.graph=complete")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whoever is killed and whatever is damaged."""
+"""Checkpoints: whole or absent, whichever rank is killed and whatever is damaged."""
 
 from __future__ import annotations
 

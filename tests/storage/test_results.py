@@ -45,7 +45,7 @@ def write_run(
     close: Mapping[int, str] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Write the run files of a plausible run, one rank a step time, and return its consensus.
+    """Write the run files of a plausible run, one step time per rank, and return its consensus.
 
     Ranks of an asynchronous run take the steps their speed allows; `wait_s` > 0: all take as many.
     """

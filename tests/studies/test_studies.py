@@ -236,7 +236,7 @@ def test_a_trajectory_ends_early_and_leaves_out_gradients_that_come_too_late() -
         "budget.samples": 300,
     }
     run = trajectory.simulate_trajectory(trajectory.configure(keys), 30)
-    # 3 gradients a unit of time; the slow one, at 100, is the 301st and not waited for
+    # 3 gradients per unit of time; the slow one, at 100, is the 301st and not waited for
     assert run.counts[-1] == 300 and run.times[-1] == pytest.approx(100)
     assert len(run.means) == len(run.counts) == len(run.grad_norm_sq) == 11
     first = run.distances[0]

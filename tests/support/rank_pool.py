@@ -105,7 +105,7 @@ class RankPool:
         self._directory = directory = Path(self._folder.name)
         for rank in range(n):
             os.mkfifo(directory / f"rank{rank}")
-        # For reading, too: else this waits for the rank, and for ever if it does not come up.
+        # For reading, too: else this waits for the rank, without end if it does not come up.
         self._pipes = [os.open(directory / f"rank{rank}", os.O_RDWR) for rank in range(n)]
         command = [sys.executable, __file__, str(directory)]
         request = launch_request(command, n, mpi, timeout=None)

@@ -51,7 +51,7 @@ class Ranks:
     """All ranks of one algorithm on one graph, without latency.
 
     Args:
-        models: shape (n, d), float64; a rank each.
+        models: shape (n, d), float64; one row per rank.
         settings: section ``algorithm``.
         graph: over n ranks; None: complete.
     """
@@ -88,13 +88,13 @@ class Ranks:
         return next(iter(self.algorithms[rank].step(local)), None) is None
 
     def refresh(self) -> None:
-        """Bring all deltas home, and publish all models anew: then any pair may be next."""
+        """Bring all deltas home, and publish all models again: then any pair may be next."""
         for algorithm, local in zip(self.algorithms, self.locals, strict=True):
             algorithm.absorb(local.local_step)
             algorithm.restart(local.local_step)
 
     def now(self) -> np.ndarray:
-        """The vectors that exchanges move, with what is on its way to them."""
+        """The vectors that exchanges move, with what is in flight to them."""
         word_map = self.memory.word_map
         found = np.array([algorithm.mass() for algorithm in self.algorithms])
         for rank, algorithm in enumerate(self.algorithms):
@@ -118,6 +118,6 @@ class Fixed:
         return self._partner
 
 
-def gamma(models: np.ndarray) -> float:
+def dispersion(models: np.ndarray) -> float:
     """sum_i |x_i - mean|^2."""
     return float(np.square(models - models.mean(0)).sum())

@@ -319,7 +319,7 @@ def test_without(name: str) -> None:
 def test_sparse_solvers_agree_with_the_dense_one(
     restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An even ring without self-weights swaps its two sides for ever; one lighter edge ends that,
+    # An even ring without self-weights swaps its two sides endlessly; one lighter edge ends that,
     # but more slowly than the ring mixes otherwise: lambda_n decides.
     weights = [0.499] + [0.5] * 299
     lines = "".join(f"{i} {(i + 1) % 300} {weight}\n" for i, weight in enumerate(weights))

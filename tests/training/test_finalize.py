@@ -22,7 +22,7 @@ from mpi_dasgd.training.finalize import RankRoles, RunOutputs, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
 
-class Concluded:
+class FinishedRun:
     """Four ranks with batch norm and one milestone; the weights and means of rank r are r + 1."""
 
     def __init__(self, directory: Path, statuses: Sequence[str] = ("finished",) * 4) -> None:
@@ -45,7 +45,7 @@ class Concluded:
                 file.close(status, {})
         writer().submit(lambda: None).result()
 
-    def conclude(
+    def write_results(
         self, model_ranks: range, workers: range = range(4), dead: Collection[int] = ()
     ) -> dict[str, float]:
         """Return the weight and the running mean of model.h5."""
@@ -68,29 +68,29 @@ class Concluded:
 def test_the_mean_model_has_the_buffers_of_the_workers(
     tmp_path: Path, model_ranks: range, options: dict[str, Any], weight: float, mean: float
 ) -> None:
-    state = Concluded(tmp_path).conclude(model_ranks, **options)
+    state = FinishedRun(tmp_path).write_results(model_ranks, **options)
     assert state["1.weight"] == weight and state["0.running_mean"] == mean
     with h5py.File(results_path(tmp_path)) as file:
         assert file["consensus/mean_test_accuracy"].shape == (1,)
 
 
 def test_ranks_that_died_before_the_end_are_left_out_of_the_mean_model(tmp_path: Path) -> None:
-    run = Concluded(tmp_path, ("finished", "finished", "finished", "running"))
-    state = run.conclude(range(4), workers=range(1, 4), dead={3})
+    run = FinishedRun(tmp_path, ("finished", "finished", "finished", "running"))
+    state = run.write_results(range(4), workers=range(1, 4), dead={3})
     assert state["1.weight"] == 2 and state["0.running_mean"] == 2.5
 
 
 def test_a_lost_server_leaves_no_model(tmp_path: Path) -> None:
-    run = Concluded(tmp_path, ("running", "finished", "finished", "finished"))
+    run = FinishedRun(tmp_path, ("running", "finished", "finished", "finished"))
     with pytest.raises(PeerLost, match=r"model.h5 .* missing: ranks \[0\]"):
-        run.conclude(range(1), workers=range(1, 4), dead={0})
+        run.write_results(range(1), workers=range(1, 4), dead={0})
     assert not results_path(tmp_path).exists()
 
 
 def test_outputs_of_an_earlier_part_of_a_run_do_not_count(tmp_path: Path) -> None:
     assert not RunOutputs(tmp_path).complete
     new = RunOutputs(tmp_path)
-    Concluded(tmp_path).conclude(range(4))
+    FinishedRun(tmp_path).write_results(range(4))
     assert new.complete
     resumed = RunOutputs(tmp_path)
     assert not resumed.complete

@@ -50,9 +50,7 @@ class Run:
         monkeypatch.setattr(run_end.time, "sleep", lambda seconds: None)
         monkeypatch.setattr(run_end.os, "_exit", self._exit)
 
-    def _write_results(
-        self, directory: Path, roles: RankRoles, points: int, evaluator: Any
-    ) -> None:
+    def _write_results(self, directory: Path, roles: RankRoles, count: int, evaluator: Any) -> None:
         self.done.append(roles)
         self.put_outputs()
 

@@ -18,7 +18,7 @@ from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
 
 class Rank:
-    """A rank with a model with batch norm and a server's center, and what it was told."""
+    """A rank with batch norm and a server's center, and the values that were restored to it."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -26,30 +26,30 @@ class Rank:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         parameters = FlatParameters(self.model)
         self.center = np.full(4, float(seed))
-        self.told: dict[str, Any] = {}
+        self.restored: dict[str, Any] = {}
         self.training: Any = SimpleNamespace(
             parameters=parameters, optimizer=self.optimizer, samples=40 + seed, elapsed=1.5,
             local=TorchLocalOptimizer(self.optimizer, parameters), lockstep=False, rank=0, size=3,
             codec=SimpleNamespace(
-                state=lambda: {"seeds": np.arange(2)}, load_state=self._tell("codec")
+                state=lambda: {"seeds": np.arange(2)}, load_state=self._store("codec")
             ),
             algorithm=SimpleNamespace(
-                name="easgd", rng=random.Random(seed), absorb=self._tell("absorbed"),
-                state=lambda: {"center": self.center}, load_state=self._tell("algorithm"),
-                restart=self._tell("restarted at"),
+                name="easgd", rng=random.Random(seed), absorb=self._store("absorbed"),
+                state=lambda: {"center": self.center}, load_state=self._store("algorithm"),
+                restart=self._store("restarted at"),
             ),
-            budget=SimpleNamespace(resume=lambda *counts: self._tell("budget")(counts)),
+            budget=SimpleNamespace(resume=lambda *counts: self._store("budget")(counts)),
             endpoint=SimpleNamespace(
-                report_gradients=self._tell("gradients"),
+                report_gradients=self._store("gradients"),
                 membership=SimpleNamespace(
-                    report_samples=self._tell("samples"), gradients=[0, 0, 0]
+                    report_samples=self._store("samples"), gradients=[0, 0, 0]
                 ),
             ),
             learning_rate=SimpleNamespace(gradients_seen=0),
         )  # fmt: skip
 
-    def _tell(self, name: str) -> Any:
-        return lambda value: self.told.__setitem__(name, value)
+    def _store(self, name: str) -> Any:
+        return lambda value: self.restored.__setitem__(name, value)
 
     def train(self) -> torch.Tensor:
         """Make a step on random data; return the model's output."""
@@ -74,9 +74,9 @@ def test_a_rank_goes_on_as_if_it_had_not_stopped() -> None:
     assert [second.train() for _ in range(3)] == expected  # model, buffers, moments, and RNG
     assert second.training.algorithm.rng.random() == draws
     assert second.training.local.local_step == 17
-    np.testing.assert_array_equal(second.told.pop("algorithm")["center"], first.center)
-    np.testing.assert_array_equal(second.told.pop("codec")["seeds"], [0, 1])
-    assert second.told == {
+    np.testing.assert_array_equal(second.restored.pop("algorithm")["center"], first.center)
+    np.testing.assert_array_equal(second.restored.pop("codec")["seeds"], [0, 1])
+    assert second.restored == {
         "budget": (41, 1.5), "samples": 41, "gradients": 17, "restarted at": 17,
     }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_what_has_arrived_is_absorbed_first() -> None:
     rank = Rank(1)
     rank.training.local.local_step = 3
     module.state_dict(rank.training)
-    assert rank.told == {"absorbed": 3}
+    assert rank.restored == {"absorbed": 3}
 
 
 def test_gradients_of_the_earlier_part_are_seen() -> None:

@@ -457,5 +457,5 @@ def test_the_others_finish_when_a_rank_of_another_host_is_killed(
         hosts=two_hosts,
         check=False,
     )
-    # A stalled network may cost more than the victim its place in the graph, but nobody hangs.
+    # A stalled network may cost more than the victim its place in the graph, but no rank hangs.
     assert done.codes.count(0) == 3 and done.code == 0, done.report()

@@ -19,39 +19,39 @@ def make_memory(ranks: int) -> SharedMemory:
     return SharedMemory(LAYOUT, ranks)
 
 
-def test_board_shows_what_others_report() -> None:
+def test_membership_shows_what_others_report() -> None:
     memory = make_memory(3)
-    boards = [Membership(memory, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
-    boards[1].report_samples(40)
-    boards[2].report_samples(2)
-    boards[2].publish_status(FINISHED)
-    boards[0].report_samples(100)
-    assert boards[0].total_samples == 100
-    boards[0].refresh(range(3))
-    assert boards[0].samples == [100, 40, 2] and boards[0].total_samples == 142
-    assert boards[0].status == [RUNNING, RUNNING, FINISHED]
-    boards[1].publish_last_step(17)
-    assert [boards[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
-    assert [one.claim_error_report() for one in reversed(boards)] == [True, False, False]
+    members = [Membership(memory, rank, 3, heartbeat_timeout=1.0) for rank in range(3)]
+    members[1].report_samples(40)
+    members[2].report_samples(2)
+    members[2].publish_status(FINISHED)
+    members[0].report_samples(100)
+    assert members[0].total_samples == 100
+    members[0].refresh(range(3))
+    assert members[0].samples == [100, 40, 2] and members[0].total_samples == 142
+    assert members[0].status == [RUNNING, RUNNING, FINISHED]
+    members[1].publish_last_step(17)
+    assert [members[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
+    assert [one.claim_error_report() for one in reversed(members)] == [True, False, False]
 
 
 def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: now[0]))
     memory = make_memory(6)
-    boards = [Membership(memory, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
-    boards[2].publish_status(FINISHED)
-    boards[3].publish_status(FAILED)
-    boards[4].publish_status(DEPARTED)
+    members = [Membership(memory, rank, 6, heartbeat_timeout=1.0) for rank in range(6)]
+    members[2].publish_status(FINISHED)
+    members[3].publish_status(FAILED)
+    members[4].publish_status(DEPARTED)
     for moment in range(31):
         now[0] = 0.1 * moment
-        boards[1].send_heartbeat(memory)
+        members[1].send_heartbeat(memory)
         if moment < 5:
-            boards[5].send_heartbeat(memory)
-        boards[0].detect_failures(range(6), memory)
+            members[5].send_heartbeat(memory)
+        members[0].detect_failures(range(6), memory)
         expected = {2} if moment > 10 else set()
         expected |= {5} if moment > 14 else set()
-        assert boards[0].dead == expected, moment
+        assert members[0].dead == expected, moment
 
 
 def test_a_pause_of_the_watcher_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_nothing_to_claim_or_read_before_the_first_version(ranks: list[Rank]) ->
     reader = ranks[1]
     assert reader.publication.claim(0) is None
     assert not reader.publication.read(0, staging())
-    assert reader.counters == Counters()  # nobody has taken anything
+    assert reader.counters == Counters()  # no rank has taken anything
 
 
 def test_a_version_serves_one_exchange(ranks: list[Rank]) -> None:
@@ -222,7 +222,7 @@ def test_read_tries_again_if_the_owner_overtakes(
     left = [replacements]
 
     def sync() -> None:
-        if left[0]:  # after the copy, before the second look
+        if left[0]:  # after the copy, before the second read
             left[0] -= 1
             monkeypatch.setattr(type(reader.memory), "fence", lambda self: None)
             for _ in range(2):
