@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 __all__ = ["Counters"]
 
@@ -34,3 +35,9 @@ class Counters:
     inbox_full: int = 0
     torn_reads: int = 0
     skipped: int = 0
+
+    @classmethod
+    def total(cls, counters: Sequence[Counters]) -> Counters:
+        """Return the sum of the counts of several threads."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(sum(getattr(counts, name) for counts in counters) for name in names))

@@ -118,13 +118,10 @@ class Remote:
             return context
 
         def poll(context: ProgressContext) -> None:
-            if context.switch_to(0):
-                self.membership.send_heartbeat(self.wire)
-            ranks = context.iterate_peers(range(3))
-            self.membership.detect_failures(ranks, self.wire, context.quarantined)
+            context.exchange_heartbeats(self.membership, self.wire)
 
         self.engine = ProgressEngine(self.membership, new_context)
-        self.peers = RemotePeers((1, 2), self.wire, self.membership, self.engine)
+        self.peers = RemotePeers(self.wire, self.membership, self.engine)
 
     def publish(self, rank: int) -> None:
         """Publish a version that shows whose it is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections import defaultdict
@@ -91,6 +90,7 @@ class RmaEndpoint(Endpoint):
         self._closed = False
 
         remote_ranks = frozenset(range(self.size)).difference(self._slots.node_ranks)
+        self._remote_ranks = remote_ranks
         if remote_ranks:
             sys.setswitchinterval(_SWITCH_INTERVAL)
         sent_to_remote: defaultdict[int, int] = defaultdict(int)
@@ -98,7 +98,7 @@ class RmaEndpoint(Endpoint):
         def new_context(superseded: ProgressContext | None) -> ProgressContext:
             context = ProgressContext(self.rank, new_views(sent_to_remote), layout, superseded)
             context.thread = ProgressThread(
-                self._exchange_heartbeats,
+                lambda own: own.exchange_heartbeats(self.membership, self._words),
                 _HEARTBEAT_SECONDS,
                 # Not on COMM_SELF, where MPICH 5 makes no progress between hosts.
                 comm.Iprobe if remote_ranks else None,
@@ -108,19 +108,11 @@ class RmaEndpoint(Endpoint):
             return context
 
         self._engine = ProgressEngine(self.membership, new_context)
-        self._remote = RemotePeers(remote_ranks, self._slots, self.membership, self._engine)
+        self._remote = RemotePeers(self._slots, self.membership, self._engine)
         self._allreduce = WatchedAllreduce(
             comm,
             config.heartbeat_timeout,
             lambda: self.membership.dead | self._engine.stalled_peers(config.heartbeat_timeout),
-        )
-
-    def _exchange_heartbeats(self, context: ProgressContext) -> None:
-        """Run the periodic task of the progress thread."""
-        if context.switch_to(self.rank):
-            self.membership.send_heartbeat(self._words)
-        self.membership.detect_failures(
-            context.iterate_peers(range(self.size)), self._words, context.quarantined
         )
 
     @property
@@ -156,10 +148,10 @@ class RmaEndpoint(Endpoint):
             raise RuntimeError("transport is closed")
         request = ExchangeRequest()
         for position, rank in enumerate(candidates):
-            if rank in self._remote.ranks:
+            if rank in self._remote_ranks:
                 # Ranks of this node are not tried after it: the compute thread alone talks to them.
                 self._remote.begin_exchange(
-                    request, [r for r in candidates[position:] if r in self._remote.ranks]
+                    request, [r for r in candidates[position:] if r in self._remote_ranks]
                 )
                 return request
             if self._node.begin_exchange(request, rank):
@@ -169,10 +161,10 @@ class RmaEndpoint(Endpoint):
         return request
 
     def is_local(self, rank: int) -> bool:
-        return rank not in self._remote.ranks
+        return rank not in self._remote_ranks
 
     def _peers(self, rank: int) -> NodePeers | RemotePeers:
-        return self._remote if rank in self._remote.ranks else self._node
+        return self._remote if rank in self._remote_ranks else self._node
 
     def commit_exchange(self, request: ExchangeRequest) -> None:
         assert request.claim is not None
@@ -203,7 +195,7 @@ class RmaEndpoint(Endpoint):
         return sum(self.membership.gradients)
 
     def gradients_of(self, rank: int) -> int:
-        if rank not in self._remote.ranks:
+        if rank not in self._remote_ranks:
             self.membership.refresh_gradients((rank,))
         return self.membership.gradients[rank]
 
@@ -220,9 +212,7 @@ class RmaEndpoint(Endpoint):
         return self._allreduce.begin(array)
 
     def total_counters(self) -> Counters:
-        threads = (self.counters, *self._engine.counters)
-        names = [field.name for field in dataclasses.fields(Counters)]
-        return Counters(*(sum(getattr(c, name) for c in threads) for name in names))
+        return Counters.total((self.counters, *self._engine.counters))
 
     def close(self, timeout: float = 10.0) -> None:
         """Wait for the other ranks, end the progress thread and free the windows, once.

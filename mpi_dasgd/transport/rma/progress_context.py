@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mpi_dasgd.codecs import Layout, Message
+from mpi_dasgd.transport.control_words import Words
+from mpi_dasgd.transport.membership import Membership
 from mpi_dasgd.transport.rma.peer_views import PeerViews
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 
@@ -82,6 +84,13 @@ class ProgressContext:
             if not self.switch_to(rank):
                 return
             yield rank
+
+    def exchange_heartbeats(self, membership: Membership, words: Words) -> None:
+        """Send this rank's heartbeat and poll the other ranks: the thread's periodic task."""
+        if self.switch_to(self._rank):
+            membership.send_heartbeat(words)
+        ranks = range(len(membership.status))
+        membership.detect_failures(self.iterate_peers(ranks), words, self.quarantined)
 
     def begin_request(self, on_supersede: Callable[[], None]) -> bool:
         """Start to work on a request; return False if its successor has to do that.

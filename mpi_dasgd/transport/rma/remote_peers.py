@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,23 +33,17 @@ class RemotePeers:
     """Operations on the ranks of other nodes. Its methods are called by the compute thread.
 
     Args:
-        ranks: ranks of other nodes.
         slots: payload slots.
         membership: where ranks that cannot be reached are marked as dead.
         engine: runs the operations in the progress thread.
-
-    Attributes:
-        ranks: ranks of other nodes.
     """
 
     def __init__(
         self,
-        ranks: Collection[int],
         slots: Slots,
         membership: Membership,
         engine: ProgressEngine,
     ) -> None:
-        self.ranks = frozenset(ranks)
         self._slots = slots
         self._membership = membership
         self._engine = engine
