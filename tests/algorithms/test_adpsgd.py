@@ -60,7 +60,7 @@ def test_effective_step_of_pull_is_as_documented(
 
 
 @pytest.mark.slow
-def test_average_first_has_more_disagreement_under_noise() -> None:
+def test_average_first_has_a_larger_consensus_distance_under_noise() -> None:
     settings = ["simulation.noise=5", "optimizer.lr=0.05", "simulation.latency=0"]
     first, last = (run(*settings, order)["final_disagreement"] for order in (AVERAGE, GRADIENT))
     assert 1.5 < first / last < 5

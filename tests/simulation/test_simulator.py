@@ -153,7 +153,7 @@ def test_a_run_repeats_bit_for_bit() -> None:
 
 
 @pytest.mark.slow
-def test_disagreement_under_noise_matches_the_prototype() -> None:
+def test_consensus_distance_under_noise_matches_the_prototype() -> None:
     # design, section 4: 0.30 for claims with four attempts; rate 0.05, noise 5, dimension 8
     metrics = _seeds(
         "simulation.noise=5", "optimizer.lr=0.05", "budget.samples=12000", "simulation.latency=0"

@@ -70,7 +70,7 @@ def test_bias_of_asgd_has_its_closed_form() -> None:
     assert rows["uniform", "inverse"]["weight"] < 0.5 * rows["uniform", "constant"]["weight"]
 
 
-def test_disagreement_of_swarm_grows_like_h_by_noise_and_h_squared_by_drift() -> None:
+def test_consensus_distance_of_swarm_grows_like_h_by_noise_and_h_squared_by_drift() -> None:
     figures = _figures("disagreement")
     assert figures["noise"]["H"]["complete"] == pytest.approx(1, abs=0.3)
     assert figures["drift"]["H"]["complete"] == pytest.approx(2, abs=0.3)

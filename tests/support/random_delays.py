@@ -21,7 +21,7 @@ class RandomDelays:
         self._rng = rng
         self._mean = mean
         self._overtaking = overtaking
-        self._last_arrival = 0.0
+        self._latest = 0.0
 
     def word_delay(self) -> float:
         """One-way time of an operation on a control word."""
@@ -29,7 +29,7 @@ class RandomDelays:
 
     def message_delay(self, now: float) -> float:
         """Time that a message sent at `now` takes."""
-        arrival = now + self._rng.expovariate(1 / self._mean)
+        at = now + self._rng.expovariate(1 / self._mean)
         if not self._overtaking:
-            arrival = self._last_arrival = max(self._last_arrival, arrival)
-        return arrival - now
+            at = self._latest = max(self._latest, at)
+        return at - now

@@ -1,4 +1,4 @@
-"""Waiting for other ranks, and the end of all exchanges, among ranks that do as they are told."""
+"""Waiting for other ranks, and the end of all exchanges, among scripted ranks."""
 
 from __future__ import annotations
 
