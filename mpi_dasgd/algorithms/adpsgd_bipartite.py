@@ -79,7 +79,7 @@ class BipartiteADPSGD(Algorithm):
                 f"them, or ranks could wait for each other in a circle; {graph.name} of {ranks} "
                 "ranks has an odd circle: take topology.graph=ring with an even number of ranks, "
                 "bipartite_exponential or hypercube, or algorithm.variant=pair, which "
-                "waits for nobody"
+                "never waits"
             )
 
     def start(self) -> None:

@@ -10,7 +10,7 @@ rank reads; its neighbour neither moves nor knows of it:
 W_k is then row- but not doubly stochastic. The mean of the models is not conserved: it does a
 random walk with E|mean' - mean|^2 = Gamma / (2 n^2 (n-1)) per event. Gamma = sum_i |x_i - mean|^2
 contracts half as fast as with `pair` (1 - 1/(2(n-1)) - 1/(2n(n-1)) against 1 - 1/(n-1) on the
-complete graph), and the disagreement and the noise of the mean are about twice as large.
+complete graph), and the consensus distance and the noise of the mean are about twice as large.
 
 With `algorithm.order` = adapt_then_combine it is 2, 1, publish, in one pass. Then half of every
 gradient is lost: the effective step is 0.51, not 1. Both figures are for memoryless compute times.

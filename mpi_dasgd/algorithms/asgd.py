@@ -51,7 +51,7 @@ class ASGD(GradientServer):
         paper="Koloskova et al. 2022, arXiv 2206.08307",
         exchanges="gradients to a server, its model back",
         traffic="M; server: (n-1) M",
-        memory="4 M; server, more for each point without room: P",
+        memory="4 M; server, more for each point that finds no slot: P",
         waits="for the server's answer; with client_sampling = uniform or a low concurrency, for "
         "a point",
         effective_step="n",

@@ -26,8 +26,8 @@ COLUMNS = {
     "algorithm": "algorithm",
     "paper": "paper",
     "exchanges": "what is exchanged",
-    "traffic": "bytes a step",
-    "memory": "memory of a rank",
+    "traffic": "bytes per step",
+    "memory": "memory per rank",
     "waits": "waits",
     "effective_step": "step, in eta/n",
 }

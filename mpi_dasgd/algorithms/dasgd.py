@@ -199,7 +199,7 @@ class DASGD(Algorithm):
             send(endpoint, send_buffer, step)
 
     def _is_settled(self, link: Link) -> bool:
-        """Return whether `link` has no residual here, nor one on the way to this rank."""
+        """Return whether `link` has no residual here, nor one in flight to this rank."""
         return not link.has_residual and all(
             other.peer_settled for other in self._onward(link.rank)
         )

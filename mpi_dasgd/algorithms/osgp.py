@@ -47,7 +47,7 @@ class OSGP(PushSum):
         PushSum.description,
         paper="Assran et al. 2019, arXiv 1811.10792",
         memory="4 M",
-        waits="never; with `overlap_tau`: for messages of so many steps ago",
+        waits="never; with `overlap_tau`: for messages sent that many steps ago",
     )
     config_keys = ("local_steps", "overlap_tau")
 

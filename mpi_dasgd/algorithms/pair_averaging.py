@@ -64,7 +64,7 @@ class PairExchange(NeighbourExchange):
         )
         self._free(received, step)
         if settled:
-            self.conclude(request, step, outcome)
+            self.commit(request, step, outcome)
         was_late, self._request = request is self._request, None if settled else request
         publish(endpoint, slot, step)
         if was_late and settled:
@@ -81,7 +81,7 @@ class PairExchange(NeighbourExchange):
         neighbours = self._endpoint.neighbours()
         return self._rng.sample(neighbours, min(self._settings.max_attempts, len(neighbours)))
 
-    def conclude(self, request: ExchangeRequest, step: int, outcome: ExchangeOutcome) -> None:
+    def commit(self, request: ExchangeRequest, step: int, outcome: ExchangeOutcome) -> None:
         """Send the partner's delta, or record that no partner was found."""
         endpoint = self._endpoint
         if request.partner_model is None or request.partner_delta is None:

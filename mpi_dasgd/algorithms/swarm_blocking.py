@@ -133,7 +133,7 @@ class BlockingSwarm(Algorithm):
             reply_delta=request.partner_delta,
         )
         outcome = self.codec.average_pair(self.x, buffers)
-        self._pairs.conclude(request, step, outcome)
+        self._pairs.commit(request, step, outcome)
 
     def _wait_for_delta(self, step: int) -> Generator[Request, None, bool]:
         """Step e: return whether a delta was received; otherwise the offer is void."""

@@ -24,8 +24,8 @@ class NumpyLocalOptimizer:
         gradient: the newest gradient, shape and dtype of `x`.
         lr: learning rate of the next update.
         gradients_seen: gradients of all ranks when the model of the newest gradient was taken.
-        on_decrement: called with what every update takes from the model, shape of `x`; None: nobody
-            listens.
+        on_decrement: called with what every update takes from the model, shape of `x`; None for
+            no call.
 
     Raises:
         UserError: `config` is not SGD with momentum and weight decay.

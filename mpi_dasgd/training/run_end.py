@@ -54,7 +54,7 @@ class RunEnd:
         self._checkpoints = checkpoints
         self._outputs = RunOutputs(directory)
 
-    def conclude(self) -> None:
+    def finish(self) -> None:
         """Have the lowest rank that lives evaluate the mean models and write the results.
 
         The others stay until it has: if it dies, the next one does it, from the files of all.

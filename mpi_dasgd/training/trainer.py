@@ -136,7 +136,7 @@ class Trainer:
             self._pass_milestone(self.config.evaluation.count)
             self.recorder.close("finished")
             self.progress_line.end(self.recorder.progress_text())
-            self.run_end.conclude()
+            self.run_end.finish()
         except (Diverged, PeerLost) as error:
             self.run_end.fail(error, self.recorder)
         self.run_end.leave()

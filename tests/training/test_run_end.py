@@ -77,7 +77,7 @@ def test_the_lowest_rank_that_lives_writes_the_results_and_knows_who_is_who(
 ) -> None:
     run = Run(tmp_path, monkeypatch, rank=1)
     run.membership.dead.add(0)
-    run.end.conclude()
+    run.end.finish()
     assert run.done == [RankRoles(range(4), range(1), range(1, 4), [0])]
     assert f"results: {tmp_path}/results.h5" in capsys.readouterr().out
 
@@ -93,7 +93,7 @@ def test_the_others_wait_until_the_results_are_there(
             run.put_outputs()
 
     run.on_refresh = wait
-    run.end.conclude()
+    run.end.finish()
     assert run.done == []
     assert next(waits, None) is None
 
@@ -103,7 +103,7 @@ def test_the_next_rank_writes_the_results_if_the_first_dies(
 ) -> None:
     run = Run(tmp_path, monkeypatch, rank=1)
     run.on_refresh = lambda: run.membership.dead.add(0)
-    run.end.conclude()
+    run.end.finish()
     assert [roles.dead for roles in run.done] == [[0]]
 
 
@@ -112,7 +112,7 @@ def test_a_rank_that_has_departed_has_written_the_results(
 ) -> None:
     run = Run(tmp_path, monkeypatch, rank=2)
     run.membership.status[0] = DEPARTED
-    run.end.conclude()
+    run.end.finish()
     assert run.done == []
 
 
@@ -122,7 +122,7 @@ def test_if_the_first_rank_fails_the_others_say_so(
     run = Run(tmp_path, monkeypatch, rank=2)
     run.membership.status[0] = FAILED
     with pytest.raises(PeerLost, match="rank 0 could not write the results"):
-        run.end.conclude()
+        run.end.finish()
 
 
 def test_ranks_that_all_live_leave_by_closing(

@@ -99,5 +99,5 @@ def test_ranks_in_lockstep_must_resume_at_one_step() -> None:
     rank = Rank(1)
     rank.training.lockstep = True
     module._count_seen_gradients(rank.training, [4, 4, 4])
-    with pytest.raises(UserError, match=r"ranks of 'easgd' go in step.* steps \[3, 5, 4\]"):
+    with pytest.raises(UserError, match=r"ranks of 'easgd' are in lockstep.* steps \[3, 5, 4\]"):
         module._count_seen_gradients(rank.training, [3, 5, 4])

@@ -25,7 +25,7 @@ _POLLS = 20  # of the watchdog within the heartbeat timeout
 class WatchedAllreduce:
     """Sums over all ranks; ends the process if a rank dies inside one.
 
-    The MPI library would then wait for ever, in a call that nothing interrupts, and burn a core.
+    The MPI library would then wait forever, in a call that nothing interrupts, and burn a core.
     (A polled `Iallreduce` could be abandoned, but takes 3 times as long or more if it is small.)
 
     Args:
