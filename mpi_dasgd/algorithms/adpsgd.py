@@ -19,8 +19,8 @@ waits. The paper's ranks wait for each other's answer, which deadlocks unless th
 - `adapt_with_combine`: 2, 3, publish: Algorithm 1. The publication needs a second pass over memory.
 - `adapt_then_combine` (default): 3, 2, publish, in one pass: what the communication thread of the
   paper's implementation does. The effective step is the same, 1.00 to 1.01 on the noise-free
-  quadratic, and the consensus distance under noise is a third to a half: when a rank offers its model,
-  its newest gradient has already been shared.
+  quadratic, and the consensus distance under noise is a third to a half: when a rank offers its
+  model, its newest gradient has already been shared.
 
 Momentum and weight decay are the local optimizer's: they act in step 3 and are never averaged.
 """

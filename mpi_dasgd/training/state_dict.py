@@ -118,8 +118,8 @@ def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -
     """
     if training.lockstep and len(set(local_steps)) > 1:
         raise UserError(
-            f"run.resume: ranks of {training.algorithm.name!r} are in lockstep, but their checkpoints "
-            f"are of steps {list(local_steps)}; start a new run"
+            f"run.resume: ranks of {training.algorithm.name!r} are in lockstep, but their "
+            f"checkpoints are of steps {list(local_steps)}; start a new run"
         )
     training.endpoint.membership.gradients[:] = local_steps
     training.learning_rate.gradients_seen = sum(local_steps)
