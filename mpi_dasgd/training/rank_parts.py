@@ -68,7 +68,7 @@ def build_rank(
     """
     with environment.collective_errors():
         run = build_run(config, environment.size)
-        parameters = FlatParameters(model)
+        parameters = FlatParameters(model, optimizer)
         x = parameters.host_view
         codec = run.make_codec(environment.rank, x.size, x.dtype)
         for warning in run.warnings if environment.rank == 0 else ():
