@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_dasgd.storage.model import load_model
+    from mpi_dasgd.training.attach import attach
     from mpi_dasgd.training.decentralized import Decentralized
 
-__all__ = ["Decentralized", "__version__", "load_model"]
+__all__ = ["Decentralized", "__version__", "attach", "load_model"]
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from mpi_dasgd.training.decentralized import Decentralized
 
         return Decentralized
+    if name == "attach":
+        from mpi_dasgd.training.attach import attach
+
+        return attach
     if name == "load_model":
         from mpi_dasgd.storage.model import load_model
 

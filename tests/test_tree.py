@@ -45,6 +45,8 @@ TESTED_BY = {
     "linear_theory plotting quantization slowdown speedup staleness trajectory",
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
+    "training/test_attach": "training: attachment",
+    "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",

@@ -21,27 +21,30 @@ else:
 __all__ = ["Config", "describe", "load"]
 
 
-def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+def load(path: str | Path | Mapping[str, Any] | None, overrides: Iterable[str] = ()) -> Config:
     """Read a configuration.
 
     Args:
-        path: TOML file; None for the defaults.
+        path: TOML file; or what one holds, as a mapping whose keys may be ``section.key`` and whose
+            values may be None for the default; None for the defaults.
         overrides: ``section.key=value`` each; later ones win. Values are TOML, or else strings.
 
     Raises:
         UserError: if the file is missing or malformed, a key unknown, or a value out of range.
     """
     data: dict[str, Any] = {}
-    if path is not None:
+    if isinstance(path, Mapping):
+        data, path = _nested(path), None
+    elif path is not None:
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"configuration file {path}: {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"configuration file {path} is not TOML: {error}") from error
-        for section, values in data.items():
-            if isinstance(values, dict):
-                data[section] = _renamed(section, values, path)
+    for section, values in data.items():
+        if isinstance(values, dict):
+            data[section] = _renamed(section, values, path or "configuration")
     for override in overrides:
         _set(data, override)
     try:
@@ -50,6 +53,25 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         source = "configuration" if path is None else str(path)
         lines = [_explain(item) for item in error.errors()]
         raise UserError(f"{source}: " + f"\n{source}: ".join(lines)) from None
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections by name, from keys that may name the section too; None is left out."""
+    data: dict[str, Any] = {}
+    for name, value in settings.items():
+        if value is None:
+            continue
+        *sections, key = str(name).split(".")
+        section = data
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"configuration: {name!r}: {part!r} is a value, not a section")
+        if isinstance(value, Mapping) and isinstance(section.get(key), dict):
+            section[key] |= _nested(value)
+        else:
+            section[key] = _nested(value) if isinstance(value, Mapping) else value
+    return data
 
 
 def _renamed(section: str, values: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class RunConfig(Section):
     seed: int = Field(1, description="seed of weights, batches, partners and stragglers", ge=0)
     overwrite: bool = Field(False, description="replace an existing result directory")
     resume: bool = Field(False, description="resume from the newest checkpoint of this run")
+    check_finite: bool = Field(
+        True, description="stop before a gradient or model that is not finite reaches another rank"
+    )
 
 
 class TaskConfig(Section):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,9 @@ from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import synchronize
+from mpi_dasgd.training.attachment import Attachment
 from mpi_dasgd.training.budget import Budget
+from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.rank_parts import build_rank, start_world
@@ -36,7 +40,8 @@ class Decentralized:
             training.step(len(x))       # instead of optimizer.step()
         training.close()
 
-    Construction and `close` are collective; no other call is, unless it says so.
+    With `mpi_dasgd.attach` instead, `optimizer.step()` stays. Construction and `close` are
+    collective; no other call is, unless it says so.
 
     Args:
         model: module with float32 parameters on one device; those of rank 0 are copied to all
@@ -45,12 +50,13 @@ class Decentralized:
         algorithm, topology, codec: names, as in the configuration.
         total_samples: budget of all ranks together, after which `finished` is true; None: no end.
         seconds: the same in wall time.
-        config: configuration of the run, instead of the five arguments above.
+        config: configuration of the run, instead of the five arguments above: a `Config`, the path
+            of a TOML file, or a mapping of keys (``{"algorithm.name": "swarm"}``).
         environment: what `mpi_dasgd.world.start` returned, if it was called before.
         record: called with every exchange.
 
     Raises:
-        UserError: settings that do not fit each other or the number of ranks.
+        UserError: settings that do not fit each other, the model or the number of ranks.
 
     Attributes:
         rank, size: this rank, and the number of ranks.
@@ -58,6 +64,7 @@ class Decentralized:
         local: optimizer of this rank, with the number of its steps.
         codec: codec of the messages, with its counters.
         lockstep: whether all ranks make the same number of steps.
+        samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
         exchange_seconds: time spent in exchanges so far, `wait_seconds` included.
         delay: gradients that other ranks computed while this one computed its newest.
         delay_factor: factor on the learning rate of `algorithm.delay_adaptive_rule` for `delay`.
@@ -74,14 +81,23 @@ class Decentralized:
         codec: str = "auto",
         total_samples: int | None = None,
         seconds: float | None = None,
-        config: Config | None = None,
+        config: Config | Mapping[str, Any] | str | Path | None = None,
         environment: world.World | None = None,
         record: Callable[[ExchangeRecord], None] | None = None,
     ) -> None:
         owns_world = environment is None  # else the owner reports the end of set-up
         self.world = environment = environment or start_world()
         self.rank, self.size = environment.rank, environment.size
-        config = config or _configure(algorithm, topology, codec, total_samples, seconds)
+        config = _load_config(
+            config,
+            {
+                "algorithm.name": algorithm,
+                "topology.graph": topology,
+                "codec.name": codec,
+                "budget.samples": total_samples,
+                "budget.seconds": seconds,
+            },
+        )
         parts = build_rank(config, environment, model, optimizer, record)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
         self.codec, self.endpoint, self.algorithm = parts.codec, parts.endpoint, parts.algorithm
@@ -92,6 +108,8 @@ class Decentralized:
         self.delay, self.delay_factor = 0, 1.0
         self._waiter = Waiter(self.endpoint, self.algorithm)
         self._closed = False
+        self.samples_per_step = 1
+        self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
         self.algorithm.start()
         environment.comm.Barrier()  # every rank has published before any chooses a partner
         self.budget.restart_clock()
@@ -135,16 +153,28 @@ class Decentralized:
         """Time spent waiting in exchanges so far."""
         return self._waiter.wait_seconds
 
-    def step(self, samples: int = 1) -> None:
+    def step(self, samples: int = 1, closure: Callable[[], Any] | None = None) -> Any:
         """Apply the gradient and exchange: call it instead of ``optimizer.step()``.
 
         Args:
             samples: size of the batch whose gradient this is.
+            closure: as ``optimizer.step`` takes it: computes the gradient and returns the loss.
+
+        Returns:
+            What `closure` returned; None without one.
 
         Raises:
-            UserError: this rank only serves others.
+            UserError: this rank only serves others, training is closed, or the model can no longer
+                be averaged.
+            Diverged: the gradient, or the model after it, is not finite; no other rank has seen it.
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
         """
+        if not self._attachment.is_attached:
+            return self._step(samples, closure and self._attachment.closure(closure))
+        self.samples_per_step = samples
+        return self.optimizer.step(*(() if closure is None else (closure,)))
+
+    def _step(self, samples: int, closure: Closure | None) -> Any:
         if not self.computes_gradients:
             raise UserError(
                 f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no "
@@ -152,8 +182,9 @@ class Decentralized:
                 "set algorithm.server_trains=true"
             )
         started, updated = time.perf_counter(), self.local.update_seconds
+        self.parameters.copy_to_host()
         self.budget.samples += samples
-        self.local.local_step += 1
+        self.local.begin_step(closure)
         self.endpoint.report_gradients(self.local.local_step)
         self.local.lr_scale = self.learning_rate.of_gradient(self.progress)
         self.delay, self.delay_factor = self.learning_rate.delay, self.learning_rate.delay_factor
@@ -167,6 +198,16 @@ class Decentralized:
         self.exchange_seconds += (
             time.perf_counter() - started - (self.local.update_seconds - updated)
         )
+        return self.local.loss
+
+    def attach(self, samples_per_step: int = 1) -> None:
+        """Make ``optimizer.step()`` a step of this training; see `mpi_dasgd.attach`."""
+        self.samples_per_step = samples_per_step
+        self._attachment.attach(lambda closure: self._step(self.samples_per_step, closure))
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was before: from now on its steps train this rank alone."""
+        self._attachment.detach()
 
     def serve(self) -> None:
         """Process messages of other ranks for a moment: where `computes_gradients` is false.
@@ -212,6 +253,7 @@ class Decentralized:
         """Finish, and free the windows. Collective; later calls do nothing."""
         if not self._closed:
             self._closed = True
+            self._attachment.close()
             self.finish()
             self.endpoint.close()
 
@@ -225,14 +267,13 @@ class Decentralized:
             self.fail()
 
 
-def _configure(
-    algorithm: str, topology: str, codec: str, total_samples: int | None, seconds: float | None
-) -> Config:
-    settings = {
-        "algorithm.name": algorithm,
-        "topology.graph": topology,
-        "codec.name": codec,
-        "budget.samples": total_samples,
-        "budget.seconds": seconds,
-    }
-    return load(None, (f"{key}={value}" for key, value in settings.items() if value is not None))
+def _load_config(config: object, settings: Mapping[str, Any]) -> Config:
+    """Return `config`, or what it names or describes; without it what `settings` describe."""
+    if isinstance(config, Config):
+        return config
+    if config is None or isinstance(config, (str, Path, Mapping)):
+        return load(settings if config is None else config)
+    raise UserError(
+        "config: expected a mpi_dasgd.config.Config, a mapping of keys or the path of a TOML file, "
+        f"got {type(config).__name__}"
+    )

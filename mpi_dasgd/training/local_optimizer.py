@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
+from mpi_dasgd.errors import Diverged
+from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["TorchLocalOptimizer"]
@@ -15,47 +20,135 @@ __all__ = ["TorchLocalOptimizer"]
 class TorchLocalOptimizer:
     """`mpi_dasgd.algorithms.LocalOptimizer` of a torch module.
 
+    The learning rates are the user's: what the groups of the optimizer hold when it makes a step,
+    by whatever schedule. The factors of this class multiply them for that step only.
+
     Args:
-        optimizer: optimizer of the module; its learning rates at construction are the base rates.
+        optimizer: optimizer of the module.
         parameters: parameters of the module.
+        rank: this rank, for messages.
+        check_finite: whether to refuse gradients and models that are not finite.
 
     Attributes:
         local_step: gradients that this rank has computed so far.
-        lr_scale: factor on the base rates, of the schedule and of the gradient's delay.
+        lr_scale: factor on the learning rates, of the schedule and of the gradient's delay.
+        closure: closure of the step that is being made, if it has one.
+        run_step: makes the optimizer's step with a closure, or without one (None).
+        loss: what the newest step of the optimizer returned: the loss of its closure.
+        lr: learning rate of the first parameter group in the newest step, or 0 without one.
         update_seconds: time spent in the optimizer so far.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: FlatParameters) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: FlatParameters,
+        rank: int = 0,
+        *,
+        check_finite: bool = True,
+    ) -> None:
         self.local_step = 0
         self.lr_scale = 1.0
+        self.closure: Closure | None = None
+        self._unused_closure: Closure | None = None
+        self.run_step: Callable[[Closure | None], Any] = self._run_optimizer
+        self.is_updating = False
+        self.loss: Any = None
         self.update_seconds = 0.0
         self._optimizer = optimizer
         self._parameters = parameters
-        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._rank = rank
+        self._check_finite = check_finite
+        self._has_new_gradient = False
+        self.lr = float(optimizer.param_groups[0].get("lr", 0.0))
         self._host_gradient: np.ndarray | None = None
         self._device_gradient: torch.Tensor | None = None
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the first parameter group."""
-        return float(self._optimizer.param_groups[0]["lr"])
+    def begin_step(self, closure: Closure | None) -> None:
+        """Count a gradient, which is there or which `closure` computes."""
+        self.local_step += 1
+        self.closure = self._unused_closure = closure
+        self.loss = None
+        self._has_new_gradient = True
 
     @property
     def gradient(self) -> np.ndarray:
-        """Newest gradient, (padded,), float32, in host memory; `apply` applies what it holds."""
+        """Newest gradient, (padded,), in host memory; `apply` applies what it holds.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self.closure is not None:
+            self.closure.evaluate_early()
         self._device_gradient = self._parameters.gather_gradient()
+        self._unscale(self._device_gradient)
         self._host_gradient = self._device_gradient.cpu().numpy()
+        if self._has_new_gradient:
+            self._has_new_gradient = False
+            self._require_finite(self._host_gradient, "gradient of")
         return self._host_gradient
 
     def apply(self, lr_scale: float = 1.0) -> None:
-        """Make one step of the optimizer, at the base rates times `self.lr_scale * lr_scale`."""
+        """Make one step of the optimizer, at its rates times `self.lr_scale * lr_scale`.
+
+        Raises:
+            Diverged: a parameter is not finite after it; nobody has seen it yet.
+        """
         started = time.perf_counter()
         device, host = self._device_gradient, self._host_gradient
         if device is not None and device.device.type != "cpu" and host is not None:
             device.copy_(torch.from_numpy(host))
         self._parameters.copy_to_device()  # what an exchange of this step has changed before
-        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * self.lr_scale * lr_scale
-        self._optimizer.step()
+        closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
+        with self._scaled_rates(lr_scale):
+            loss = self.run_step(closure)
+        self.loss = loss if closure is not None else self.loss
         self._parameters.copy_to_host()
+        self._require_finite(self._parameters.host_view, "parameter")
         self.update_seconds += time.perf_counter() - started
+
+    def _run_optimizer(self, closure: Closure | None) -> Any:
+        return self._optimizer.step(*(() if closure is None else (closure,)))
+
+    @contextlib.contextmanager
+    def _scaled_rates(self, lr_scale: float) -> Iterator[None]:
+        """Multiply the learning rate of each group in the ``with`` block, which may replace it."""
+        groups = self._optimizer.param_groups
+        rates = [group.get("lr") for group in groups]
+        scales = self.lr_scale != 1.0 or lr_scale != 1.0
+        if scales:
+            for group, lr in zip(groups, rates, strict=True):
+                if lr is not None:
+                    group["lr"] = lr * self.lr_scale * lr_scale
+        self.lr = float(groups[0].get("lr", 0.0))
+        self.is_updating = True
+        try:
+            yield
+        finally:
+            self.is_updating = False
+            if scales:
+                for group, lr in zip(groups, rates, strict=True):
+                    if lr is not None:
+                        group["lr"] = lr
+
+    def _unscale(self, gradient: torch.Tensor) -> None:
+        """Divide by the factor that `GradScaler` would have a fused optimizer divide by."""
+        optimizer: Any = self._optimizer
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            gradient /= scale.to(gradient.device)
+            optimizer.grad_scale = None
+
+    def _require_finite(self, vector: np.ndarray, what: str) -> None:
+        # The sum of squares is one pass at the speed of memory; only a large one needs a second.
+        if not self._check_finite or np.isfinite(np.dot(vector, vector)):
+            return
+        bad = np.flatnonzero(~np.isfinite(vector))
+        if bad.size:
+            name = self._parameters.name_of(int(bad[0]))
+            raise Diverged(
+                f"rank {self._rank}, step {self.local_step}: {what} {name} became "
+                f"{vector[bad[0]]} ({bad.size} elements of the model are not finite); no other "
+                "rank has received it. Lower the learning rate, clip the gradients, or skip such "
+                "batches; with GradScaler use mpi_dasgd.attach and scaler.step(optimizer)"
+            )

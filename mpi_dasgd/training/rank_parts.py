@@ -75,7 +75,9 @@ def build_rank(
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
     synchronize.broadcast_parameters(environment.comm, parameters)
-    local = TorchLocalOptimizer(optimizer, parameters)
+    local = TorchLocalOptimizer(
+        optimizer, parameters, environment.rank, check_finite=config.run.check_finite
+    )
     endpoint = _make_endpoint(environment, codec.layout, run)
     algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
     algorithm.local = local

@@ -159,5 +159,5 @@ class Recorder:
 
 def _learning_rate(local: TorchLocalOptimizer) -> float:
     """Return the learning rate of a rank's newest gradient, also where a server applies it."""
-    has_updated = local.update_seconds > 0  # else the optimizer still has its base rate
+    has_updated = local.update_seconds > 0  # else it is the rate without our factors
     return local.lr if has_updated else local.lr * local.lr_scale
