@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,8 @@ class Attachment:
         self._local = local
         self._algorithm = algorithm
         self._hooks: StepHooks | None = None
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        self._needs_closure = closure is not None and closure.default is closure.empty
         self._replace_earlier()
         self._guard = optimizer.register_step_pre_hook(torch.compiler.disable(self._refuse))
         _attachments[optimizer] = self
@@ -62,14 +65,29 @@ class Attachment:
         """Whether `optimizer.step` is a step of the training."""
         return self._hooks is not None
 
-    def closure(self, function: Callable[[], Any]) -> Closure:
-        """Return a closure of `optimizer.step` as a step of the training takes it."""
+    def closure(self, function: Callable[[], Any] | None) -> Closure | None:
+        """Return a closure of `optimizer.step`, or None, as a step of the training takes it.
+
+        Raises:
+            UserError: there is none, and the optimizer cannot do without.
+        """
+        if function is not None:
+            return self._wrap(function)
+        if self._needs_closure:
+            raise UserError(
+                f"optimizer: {type(self._optimizer).__name__} needs a closure that computes the "
+                "loss: call training.step(samples, closure), or attach it by mpi_dasgd.attach and "
+                "call optimizer.step(closure)"
+            )
+        return None
+
+    def _wrap(self, function: Callable[[], Any]) -> Closure:
         return Closure(function, self._algorithm)
 
     def attach(self, make_step: Callable[[Closure | None], object]) -> None:
         """Have `optimizer.step` call `make_step` with its closure, or with None."""
         if self._hooks is None:
-            self._hooks = StepHooks(self._optimizer, self.closure, make_step)
+            self._hooks = StepHooks(self._optimizer, self._wrap, make_step)
             self._local.run_step = self._hooks.run
 
     def detach(self) -> None:

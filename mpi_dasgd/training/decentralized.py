@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -170,7 +171,7 @@ class Decentralized:
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
         """
         if not self._attachment.is_attached:
-            return self._step(samples, closure and self._attachment.closure(closure))
+            return self._step(samples, self._attachment.closure(closure))
         self.samples_per_step = samples
         return self.optimizer.step(*(() if closure is None else (closure,)))
 
@@ -183,7 +184,7 @@ class Decentralized:
             )
         started, updated = time.perf_counter(), self.local.update_seconds
         self.parameters.copy_to_host()
-        self.budget.samples += samples
+        self.budget.samples += _count(samples)
         self.local.begin_step(closure)
         self.endpoint.report_gradients(self.local.local_step)
         self.local.lr_scale = self.learning_rate.of_gradient(self.progress)
@@ -265,6 +266,24 @@ class Decentralized:
             self.close()
         else:
             self.fail()
+
+
+def _count(samples: int) -> int:
+    """Return a number of samples as an integer.
+
+    Raises:
+        UserError: it is none, or negative.
+    """
+    try:
+        count = operator.index(samples)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise UserError(
+            f"samples: expected the number of samples of a batch, 0 or more, got {samples!r}; "
+            "len(batch) is one"
+        )
+    return count
 
 
 def _load_config(config: object, settings: Mapping[str, Any]) -> Config:

@@ -192,6 +192,9 @@ GUARDS = """
     gradient(model, optimizer)
     for wrong, words in (
         (optimizer.step, "would train alone"),
+        (lambda: training.step(32.0), "expected the number of samples of a batch"),
+        (lambda: training.step(torch.tensor(0.5)), "expected the number of samples"),
+        (lambda: training.step(-1), "0 or more, got -1"),
         (lambda: mpi_dasgd.attach(model, optimizer), "another Decentralized"),
         (lambda: mpi_dasgd.attach(model, "SGD"), "expected a torch.optim.Optimizer, got str"),
         (lambda: mpi_dasgd.attach(model, optimizer, config=3), "got int"),
@@ -227,7 +230,16 @@ GUARDS = """
         assert torch.is_tensor(loss)
     assert training.local.local_step == 8 and training.samples == 4 * 1 + 4 * 8 + 3 * 7
     training.close()
-    mpi_dasgd.attach(*make(torch.optim.LBFGS), "adpsgd").close()
+    model, optimizer = make(torch.optim.LBFGS)
+    with mpi_dasgd.Decentralized(model, optimizer) as training:
+        try:
+            training.step(8)
+        except UserError as error:
+            assert "LBFGS needs a closure" in str(error), error
+        else:
+            raise AssertionError("LBFGS without a closure")
+        training.step(torch.tensor(8), lambda: gradient(model, optimizer))
+        assert training.local.local_step == 1 and training.samples == 8
 """
 
 
