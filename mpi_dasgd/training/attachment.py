@@ -47,7 +47,7 @@ class Attachment:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         self._needs_closure = closure is not None and closure.default is closure.empty
         self._replace_earlier()
-        self._guard = optimizer.register_step_pre_hook(torch.compiler.disable(self._refuse))
+        self._guard = optimizer.register_step_pre_hook(self._refuse)
         _attachments[optimizer] = self
 
     def _replace_earlier(self) -> None:

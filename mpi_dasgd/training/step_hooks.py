@@ -14,7 +14,11 @@ schedulers, `GradScaler` and wrappers that hold its bound `step` reach the hooks
 
 from __future__ import annotations
 
+import inspect
+import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import greenlet
@@ -24,6 +28,7 @@ from mpi_dasgd.training.closure import Closure
 
 __all__ = ["StepHooks"]
 
+_OPTIMIZER_FILE = inspect.getfile(torch.optim.Optimizer)
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -46,21 +51,24 @@ class StepHooks:
         self._optimizer = optimizer
         self._wrap_closure = wrap_closure
         self._make_step = make_step
-        self._step: greenlet.greenlet | None = None  # the algorithm's step, if one has begun
-        self._has_switched = False  # whether torch's own step has been used by `run`
+        self._maker: greenlet.greenlet | None = None  # makes the steps, one after the other
+        self._thread = 0  # to which it belongs
+        self._call: FrameType | None = None  # call of the optimizer's step that it makes one of
+        self._is_waiting = False  # whether `run` waits for that call
+        self._has_waited = False
         self._is_nested = False  # whether `run` itself has called the optimizer
         self._groups: list[dict[str, Any]] | None = None  # taken from the optimizer for one step
-        # Dynamo cannot trace a switch: a compiled step leaves its graph for these two.
         self._handles = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
         ]
 
     def run(self, closure: Closure | None) -> Any:
         """Have the optimizer make its step; called by the algorithm's step, in `make_step`."""
-        if self._step is greenlet.getcurrent() and not self._has_switched:
-            self._has_switched = True
-            self._step.parent.switch()
+        if self._call is not None and not self._has_waited:
+            self._is_waiting = self._has_waited = True
+            self._return_control()
+            self._is_waiting = False
             return None
         self._is_nested = True
         try:
@@ -77,14 +85,15 @@ class StepHooks:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments | None:
-        if self._is_nested or _is_skipped(optimizer):
+        call = _call_of_optimizer()
+        if self._is_nested or _is_skipped(optimizer) or self._is_inner(call):
             return None
         self._abandon()
         args, kwargs, closure = self._wrapped(args, kwargs)
-        self._has_switched = False
-        self._step = greenlet.greenlet(self._make_step)
-        self._step.switch(closure)
-        if self._step.dead:  # no update here: the gradient was sent to where it is applied
+        self._call = call
+        self._has_waited = False
+        self._continue(closure)
+        if not self._is_waiting:  # no update here: the gradient was sent to where it is applied
             self._groups = optimizer.param_groups
             optimizer.param_groups = [{**group, "params": []} for group in self._groups]
         return args, kwargs
@@ -92,16 +101,34 @@ class StepHooks:
     def _after(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._is_nested or self._step is None:
+        if self._is_nested or self._call is None or _call_of_optimizer() is not self._call:
             return
         self._return_groups()
-        step, self._step = self._step, None
-        if not step.dead:
-            self._step = step  # `run` may be called again
-            try:
-                step.switch()
-            finally:
-                self._step = None
+        try:
+            if self._is_waiting:
+                self._continue(None)
+        finally:
+            self._call = None
+
+    def _continue(self, closure: Closure | None) -> None:
+        """Let the algorithm begin a step with `closure`, or go on with the one that waits."""
+        thread = threading.get_ident()
+        if self._maker is None or self._maker.dead or self._thread != thread:
+            self._maker, self._thread = greenlet.greenlet(self._make_steps), thread
+        self._maker.parent = greenlet.getcurrent()  # where `switch` returns to
+        self._maker.switch(closure)
+
+    def _make_steps(self, closure: Closure | None) -> None:
+        # A greenlet that is used again: a new one takes 8 us.
+        while True:
+            self._make_step(closure)
+            closure = self._return_control()
+
+    def _return_control(self) -> Closure | None:
+        """Go on where `_continue` was called; return what it is called with next."""
+        assert self._maker is not None
+        closure: Closure | None = self._maker.parent.switch()
+        return closure
 
     def _wrapped(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,13 +145,31 @@ class StepHooks:
     def _abandon(self) -> None:
         """End a step that the optimizer, or its closure, has left by an exception."""
         self._return_groups()
-        step, self._step = self._step, None
-        if step is not None and not step.dead:
-            step.throw()
+        maker, self._call = self._maker, None
+        if self._is_waiting and maker is not None:
+            self._is_waiting, self._maker = False, None
+            maker.parent = greenlet.getcurrent()
+            maker.throw()
+
+    def _is_inner(self, call: FrameType | None) -> bool:
+        """Return whether `call` is within the step that has begun: a subclass calls its base's."""
+        while self._call is not None and call is not None:
+            if call is self._call:
+                return True
+            call = call.f_back
+        return False
 
     def _return_groups(self) -> None:
         if self._groups is not None:
             self._optimizer.param_groups, self._groups = self._groups, None
+
+
+def _call_of_optimizer() -> FrameType | None:
+    """Return the frame in which torch calls the hook that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _OPTIMIZER_FILE:
+        frame = frame.f_back
+    return frame
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

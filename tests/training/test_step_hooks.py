@@ -170,6 +170,33 @@ def test_a_step_that_grad_scaler_skips_is_none(fused: bool) -> None:
     assert algorithm.events.count("end") == 1
 
 
+class _Subclass(torch.optim.AdamW):
+    """Calls its base's step, which torch has given hooks of its own."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise ValueError("between")
+        return super().step(closure)
+
+
+def test_a_subclass_that_calls_its_base_makes_one_step() -> None:
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # torch hooks the class when it is used
+    algorithm = _Algorithm()
+    optimizer, weight = _attached(algorithm, _Subclass)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert algorithm.events == ["begin", "torch", "torch", "updated", "end"]
+    algorithm.events.clear()
+    optimizer.fails = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="between"):
+        optimizer.step()
+    optimizer.fails = False  # type: ignore[attr-defined]
+    optimizer.step(_square(optimizer, weight))
+    assert algorithm.events == ["begin", "torch", "begin", "torch", "torch", "updated", "end"]
+
+
 def test_after_remove_the_optimizer_is_as_before() -> None:
     algorithm = _Algorithm()
     optimizer, weight = _attached(algorithm)
