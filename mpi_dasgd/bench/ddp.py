@@ -22,6 +22,7 @@ from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.workload import build_workload
 from mpi_dasgd.world import expected_ranks
 
@@ -60,11 +61,15 @@ class DdpTrainer:
         )
         self.workload = build_workload(config, self.rank, self.size, workers=range(self.size))
         self.parameters = FlatParameters(self.workload.model)
+        in_vector = set(map(id, self.parameters.parameters))
+        self.buffers = ModelBuffers(self.workload.model, in_vector)
         self._gradient_seconds = self._measure_gradient() if self.workload.straggler.active else 0.0
         self.ddp = DistributedDataParallel(self.workload.model, gradient_as_bucket_view=True)
         self.step = self.samples = 0
         self.snapshots = Snapshots(config.run_directory / "snapshots")
-        self.evaluator = Evaluator(self.workload.model, self.parameters, self.workload.data)
+        self.evaluator = Evaluator(
+            self.workload.model, self.parameters, self.buffers, self.workload.data
+        )
         self.file = RunFile(
             rank_path(config.run_directory, self.rank),
             rank=self.rank,
@@ -157,7 +162,7 @@ class DdpTrainer:
         self.parameters.copy_to_host()
         snapshot = Snapshot(
             self.parameters.host_view,
-            self.parameters.buffers(),
+            self.buffers.pack(),
             self.elapsed,
             self.samples,
             self.samples * self.size,

@@ -19,7 +19,8 @@ class Snapshot(NamedTuple):
 
     Attributes:
         model: parameters, (elements,), float32 or float64.
-        buffers: buffers of the module, (buffer elements,), float64.
+        buffers: buffers of the module, packed: (bytes,), uint8; of older files (buffer elements,),
+            float64.
         time_s: seconds since training began.
         samples: samples that the rank has processed.
         total_samples: samples that all ranks have processed, as the rank has seen.

@@ -30,6 +30,7 @@ def attach(
     config: Config | Mapping[str, Any] | str | Path | None = None,
     environment: world.World | None = None,
     record: Callable[[ExchangeRecord], None] | None = None,
+    buffer_rules: Mapping[str, str] | None = None,
 ) -> Decentralized:
     """Make ``optimizer.step()`` the decentralized step. Collective.
 
@@ -47,7 +48,7 @@ def attach(
 
     Args:
         model, algorithm, topology, codec, total_samples, seconds, config, environment,
-        record: as `Decentralized` takes them.
+        record, buffer_rules: as `Decentralized` takes them.
         optimizer: any torch optimizer over the parameters of `model`, also in a wrapper that keeps
             it as its attribute ``optimizer``.
         samples_per_step: samples that each step counts towards the budget;
@@ -70,6 +71,7 @@ def attach(
         config=config,
         environment=environment,
         record=record,
+        buffer_rules=buffer_rules,
     )
     training.attach(samples_per_step)
     return training

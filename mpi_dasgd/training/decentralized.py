@@ -55,6 +55,9 @@ class Decentralized:
             of a TOML file, or a mapping of keys (``{"algorithm.name": "swarm"}``).
         environment: what `mpi_dasgd.world.start` returned, if it was called before.
         record: called with every exchange.
+        buffer_rules: what becomes of buffers that differ between ranks, by patterns of their names,
+            as in ``{"*.cos_cached": "keep"}``: ``mean``, ``max``, ``rank0`` or ``keep``; by default
+            the mean of floating-point ones, and the maximum of integers. See `ModelBuffers`.
 
     Raises:
         UserError: settings that do not fit each other, the model or the number of ranks.
@@ -62,6 +65,7 @@ class Decentralized:
     Attributes:
         rank, size: this rank, and the number of ranks.
         parameters: parameters of the model, as one vector.
+        buffers: its buffers, and parameters that are not in the vector.
         local: optimizer of this rank, with the number of its steps.
         codec: codec of the messages, with its counters.
         lockstep: whether all ranks make the same number of steps.
@@ -85,22 +89,25 @@ class Decentralized:
         config: Config | Mapping[str, Any] | str | Path | None = None,
         environment: world.World | None = None,
         record: Callable[[ExchangeRecord], None] | None = None,
+        buffer_rules: Mapping[str, str] | None = None,
     ) -> None:
         owns_world = environment is None  # else the owner reports the end of set-up
         self.world = environment = environment or start_world()
         self.rank, self.size = environment.rank, environment.size
-        config = _load_config(
-            config,
-            {
-                "algorithm.name": algorithm,
-                "topology.graph": topology,
-                "codec.name": codec,
-                "budget.samples": total_samples,
-                "budget.seconds": seconds,
-            },
-        )
-        parts = build_rank(config, environment, model, optimizer, record)
+        with environment.collective_errors():
+            config = _load_config(
+                config,
+                {
+                    "algorithm.name": algorithm,
+                    "topology.graph": topology,
+                    "codec.name": codec,
+                    "budget.samples": total_samples,
+                    "budget.seconds": seconds,
+                },
+            )
+        parts = build_rank(config, environment, model, optimizer, record, buffer_rules)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
+        self.buffers = parts.buffers
         self.codec, self.endpoint, self.algorithm = parts.codec, parts.endpoint, parts.algorithm
         self.lockstep = parts.run.lockstep
         self.budget = Budget(parts.run, self.endpoint.membership, self.rank)
@@ -237,7 +244,7 @@ class Decentralized:
         """
         ranks = self.algorithm.model_ranks(self.size)
         workers = self.algorithm.workers(self.size, self.algorithm.settings)
-        synchronize.average_models(self.world.comm, self.parameters, ranks, workers)
+        synchronize.average_models(self.world.comm, self.parameters, self.buffers, ranks, workers)
 
     @property
     def counters(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 __all__ = ["Evaluator"]
 
@@ -21,14 +22,23 @@ class Evaluator:
     Args:
         model: module whose parameters are those of `parameters`.
         parameters: flat view of the model.
+        buffers: buffers of the model.
         data: task, of which the test data are used.
 
     Attributes:
         model: the module.
+        buffers: its buffers.
     """
 
-    def __init__(self, model: torch.nn.Module, parameters: FlatParameters, data: Data) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parameters: FlatParameters,
+        buffers: ModelBuffers,
+        data: Data,
+    ) -> None:
         self.model = model
+        self.buffers = buffers
         self._parameters = parameters
         self._data = data
 
@@ -49,9 +59,9 @@ class Evaluator:
         return loss / len(self._data.test_x), correct / len(self._data.test_x)
 
     def set_weights(self, vector: np.ndarray, buffers: np.ndarray) -> None:
-        """Set parameters, (padded,), and buffers, (buffer elements,), of the model."""
+        """Set parameters, (padded,), and buffers, as `ModelBuffers.pack` returns them."""
         self._parameters.set(vector)
-        self._parameters.set_buffers(buffers)
+        self.buffers.unpack(buffers)
 
     def evaluate(self, vector: np.ndarray, buffers: np.ndarray) -> tuple[float, float]:
         """Return what `evaluate_current` does of other weights, which the model keeps."""

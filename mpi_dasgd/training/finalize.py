@@ -20,6 +20,7 @@ from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.schema import CONSENSUS
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.training.evaluator import Evaluator
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 __all__ = ["RankRoles", "RunOutputs", "write_results"]
 
@@ -31,7 +32,7 @@ class RankRoles:
     Attributes:
         ranks: all ranks.
         model_ranks: ranks whose mean is the model that was trained.
-        workers: ranks that compute gradients: the mean of their buffers is that of the model.
+        workers: ranks that compute gradients: their buffers, combined, are those of the model.
         dead: ranks that have died.
     """
 
@@ -103,7 +104,7 @@ def write_results(directory: Path, roles: RankRoles, milestones: int, evaluator:
             f"{list(roles.model_ranks)} were lost before they left the trained model"
         )
     workers = [rank for rank in finished if rank in roles.workers] or model_ranks
-    mean_model = _MeanModel(model_ranks, workers)
+    mean_model = _MeanModel(model_ranks, workers, evaluator.buffers)
     snapshots = Snapshots(directory / "snapshots")
     vector, buffers = mean_model.of(_load_snapshots(snapshots, milestones, finished))
     table = _ConsensusTable(mean_model, evaluator, _own_accuracies(directory))
@@ -123,12 +124,13 @@ class _MeanModel:
 
     model_ranks: Sequence[int]
     buffer_ranks: Sequence[int]
+    buffers: ModelBuffers
 
     def of(self, snapshots: Mapping[int, Snapshot]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean model and its buffers, 1-D float64, from the snapshots of all ranks."""
+        """Return the mean model, 1-D float64, and its packed buffers, from all ranks' snapshots."""
         return (
             _mean([snapshots[rank].model for rank in self.model_ranks]),
-            _mean([snapshots[rank].buffers for rank in self.buffer_ranks]),
+            self.buffers.combine([snapshots[rank].buffers for rank in self.buffer_ranks]),
         )
 
 

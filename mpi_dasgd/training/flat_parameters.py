@@ -62,11 +62,6 @@ class FlatParameters:
                 p.data = self._flat[part].view_as(p)
                 self._gradient_views.append(self._gradient[part].view_as(p))
                 start += p.numel()
-        in_vector = {id(p) for p in self._parameters}
-        self._buffers = [
-            *module.buffers(),
-            *(p for p in module.parameters() if id(p) not in in_vector),
-        ]
         self._on_host = self._flat.device.type == "cpu"
         pinned = not self._on_host
         self._mirror = (
@@ -100,26 +95,6 @@ class FlatParameters:
             p.grad = view
         return self._gradient
 
-    def buffers(self) -> np.ndarray:
-        """Return a copy of all buffers and frozen parameters, (buffer elements,), float64.
-
-        Buffers are, for example, the running statistics of batch normalization.
-        """
-        parts = [b.detach().reshape(-1).to("cpu", torch.float64) for b in self._buffers]
-        return torch.cat(parts).numpy() if parts else np.empty(0)
-
-    def set_buffers(self, values: np.ndarray) -> None:
-        """Set buffers and frozen parameters from `values`, (buffer elements,), float64.
-
-        Values of integer buffers are rounded.
-        """
-        start = 0
-        with torch.no_grad():
-            for b in self._buffers:
-                part = torch.from_numpy(values[start : start + b.numel()]).view(b.shape)
-                b.copy_(part if b.is_floating_point() else part.round())
-                start += b.numel()
-
     def name_of(self, index: int) -> str:
         """Return the name of the parameter that element `index` of the vector belongs to."""
         if index >= self.size:
@@ -143,8 +118,6 @@ class FlatParameters:
         self.copy_to_device()
 
     def digest(self) -> str:
-        """Return a hash, 32 hexadecimal digits, of parameters and buffers."""
+        """Return a hash, 32 hexadecimal digits, of the vector."""
         self.copy_to_host()
-        digest = xxhash.xxh3_128(self.host_view.data)
-        digest.update(self.buffers().data)
-        return digest.hexdigest()
+        return xxhash.xxh3_128_hexdigest(self.host_view.data)

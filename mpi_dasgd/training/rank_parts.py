@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,11 @@ from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
 from mpi_dasgd.training import synchronize
+from mpi_dasgd.training.agreement import facts_of_model, facts_of_run, require_agreement
+from mpi_dasgd.training.buffer_aliases import BufferAliases
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
@@ -33,6 +36,7 @@ class RankParts:
     Attributes:
         run: parts that all ranks share.
         parameters: parameters of the model, equal on all ranks.
+        buffers: its buffers, and parameters that are not exchanged.
         local: optimizer of this rank.
         codec: codec of the messages.
         endpoint: transport on MPI windows.
@@ -41,6 +45,7 @@ class RankParts:
 
     run: RunParts
     parameters: FlatParameters
+    buffers: ModelBuffers
     local: TorchLocalOptimizer
     codec: Codec
     endpoint: RmaEndpoint
@@ -53,6 +58,7 @@ def build_rank(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     record: Callable[[ExchangeRecord], None] | None,
+    buffer_rules: Mapping[str, str] | None = None,
 ) -> RankParts:
     """Build a rank as `config` says. Collective.
 
@@ -62,26 +68,33 @@ def build_rank(
         model: its parameters become those of rank 0.
         optimizer: optimizer over the parameters of `model`.
         record: called with every exchange.
+        buffer_rules: rules of buffers that differ between ranks; see `ModelBuffers`.
 
     Raises:
-        UserError: settings that do not fit each other, the model, or the number of ranks.
+        UserError: settings that do not fit each other, the model, or the number of ranks, or that
+            are not those of all ranks.
     """
     with environment.collective_errors():
         run = build_run(config, environment.size)
+        aliases = BufferAliases(model)
         parameters = FlatParameters(model, optimizer)
+        aliases.restore()
+        buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
         x = parameters.host_view
         codec = run.make_codec(environment.rank, x.size, x.dtype)
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
-    synchronize.broadcast_parameters(environment.comm, parameters)
+    facts = {**facts_of_run(run), **facts_of_model(parameters, buffers)}
+    require_agreement(environment.comm, facts)
+    synchronize.broadcast_model(environment.comm, parameters, buffers)
     local = TorchLocalOptimizer(
         optimizer, parameters, environment.rank, check_finite=config.run.check_finite
     )
     endpoint = _make_endpoint(environment, codec.layout, run)
     algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
     algorithm.local = local
-    return RankParts(run, parameters, local, codec, endpoint, algorithm)
+    return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm)
 
 
 def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> RmaEndpoint:

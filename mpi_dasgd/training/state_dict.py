@@ -30,7 +30,7 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
     training.parameters.copy_to_device()
     arrays = {
         "model": training.parameters.host_view,
-        "buffers": training.parameters.buffers(),
+        "buffers": training.buffers.pack(),
         "torch_rng": torch.get_rng_state().numpy(),
     }
     arrays |= {f"codec/{name}": array for name, array in training.codec.state().items()}
@@ -95,7 +95,7 @@ def _load_state(
     training.codec.load_state(_part(arrays, "codec/"))
     training.parameters.set(arrays["model"])
     training.algorithm.load_state(_part(arrays, "algorithm/"))
-    training.parameters.set_buffers(arrays["buffers"])
+    training.buffers.unpack(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # JSON has made lists of tuples
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
     _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])

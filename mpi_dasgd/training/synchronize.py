@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_dasgd.errors import PeerLost, UserError
+from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.training.agreement import require_agreement
+from mpi_dasgd.training.buffer_rules import combine, has_nan
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
+from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["average_models", "broadcast_parameters"]
+__all__ = ["average_models", "broadcast_model", "combine_buffers"]
+
+_log = logging.getLogger("mpi_dasgd")
+
+_BLOCK = 1 << 24  # bytes of buffers of all ranks together that a rank holds at a time
 
 
-def broadcast_parameters(comm: MPI.Intracomm, parameters: FlatParameters) -> None:
+def broadcast_model(comm: MPI.Intracomm, parameters: FlatParameters, buffers: ModelBuffers) -> None:
     """Copy parameters and buffers of rank 0 to all ranks, and verify the copies. Collective.
 
     Args:
-        comm: communicator of all ranks.
+        comm: communicator of all ranks, which agree on what their models consist of.
         parameters: parameters of this rank's model.
+        buffers: its buffers; those that are kept stay as they are.
 
     Raises:
-        UserError: the ranks' models are of different sizes.
         PeerLost: a rank has other weights than rank 0 afterwards.
     """
-    buffers = parameters.buffers()
-    sizes = comm.allgather((parameters.size, buffers.size))
-    if len(set(sizes)) > 1:
-        raise UserError(
-            "model: the ranks must have the same model, but the numbers of parameters and buffer "
-            f"elements are {sizes}"
-        )
     comm.Bcast(parameters.host_view, root=0)
     parameters.copy_to_device()
-    comm.Bcast(buffers, root=0)
-    parameters.set_buffers(buffers)
-    digests = comm.allgather(parameters.digest())
-    if len(set(digests)) > 1:
-        raise PeerLost(f"the ranks do not have the same initial weights: {digests}")
+    tensors = buffers.shared()
+    for name in _differing(comm, buffers):
+        data = read_bytes(tensors[name]).copy()
+        for start in range(0, data.size, _BLOCK):
+            comm.Bcast(data[start : start + _BLOCK], root=0)
+        write_bytes(tensors[name], data)
+    digests = comm.allgather((parameters.digest(), buffers.digests()))
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise PeerLost(f"rank {rank} does not have the same initial weights as rank 0")
 
 
 def average_models(
     comm: MPI.Intracomm,
     parameters: FlatParameters,
+    buffers: ModelBuffers,
     ranks: Collection[int],
     workers: Collection[int],
 ) -> None:
@@ -54,14 +62,56 @@ def average_models(
     Args:
         comm: communicator of all ranks.
         parameters: parameters of this rank's model.
+        buffers: its buffers.
         ranks: ranks whose parameters are averaged, in float64.
-        workers: ranks whose buffers are averaged, in float64.
+        workers: ranks whose buffers are combined.
+
+    Raises:
+        UserError: the ranks' buffers are no longer alike.
     """
     from mpi4py import MPI  # not before: it starts MPI
 
+    require_agreement(comm, {"buffer": buffers.description()})
     total = (comm.rank in ranks) * parameters.host_view.astype(np.float64)
-    buffers = (comm.rank in workers) * parameters.buffers()
     comm.Allreduce(MPI.IN_PLACE, total)
-    comm.Allreduce(MPI.IN_PLACE, buffers)
-    parameters.set((total / len(ranks)).astype(np.float32))
-    parameters.set_buffers(buffers / len(workers))
+    parameters.set(total / len(ranks))
+    combine_buffers(comm, buffers, workers)
+
+
+def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collection[int]) -> None:
+    """Replace the buffers of all ranks by those of `workers`, combined by their rules. Collective.
+
+    Only buffers that differ between ranks are sent, a block at a time.
+
+    Args:
+        comm: communicator of the ranks: of it, `rank`, `size` and `allgather` are used.
+        buffers: buffers of this rank, which are alike on all ranks.
+        workers: ranks whose buffers count.
+    """
+    tensors = buffers.shared()
+    works = comm.rank in workers
+    for name in _differing(comm, buffers):
+        dtype, size = tensors[name].dtype, tensors[name].element_size()
+        rule = buffers.rule(name, tensors[name])
+        data = read_bytes(tensors[name])
+        combined = np.empty_like(data)
+        with_nan = set()
+        block = max(1, _BLOCK // comm.size // size) * size
+        for start in range(0, data.size, block):
+            part = slice(start, start + block)
+            gathered = comm.allgather(data[part].tobytes() if works else b"")
+            found = {r: np.frombuffer(gathered[r], np.uint8) for r in sorted(workers)}
+            combined[part] = combine(rule, dtype, list(found.values()))
+            with_nan |= {rank for rank, piece in found.items() if has_nan(dtype, piece)}
+        if comm.rank == 0 and with_nan and len(with_nan) < len(workers):
+            _log.warning(
+                "buffer %s has NaN on ranks %s, but not on all: rule %s went by the others",
+                *(name, sorted(with_nan), rule),
+            )
+        write_bytes(tensors[name], combined)
+
+
+def _differing(comm: MPI.Intracomm, buffers: ModelBuffers) -> list[str]:
+    """Return the names of the buffers that are not equal on all ranks. Collective."""
+    digests = comm.allgather(buffers.digests())
+    return [name for name in digests[0] if any(d[name] != digests[0][name] for d in digests)]

@@ -81,7 +81,9 @@ class Trainer:
                 prepare(directory, config.run.overwrite, config.run.resume)
         self.checkpoints, resumed = self._open_checkpoints()
         self.snapshots = Snapshots(directory / "snapshots")
-        self.evaluator = Evaluator(self.workload.model, training.parameters, self.workload.data)
+        self.evaluator = Evaluator(
+            self.workload.model, training.parameters, training.buffers, self.workload.data
+        )
         self.run_end = RunEnd(
             training, self.evaluator, directory, config.evaluation.count, self.checkpoints
         )
@@ -197,7 +199,7 @@ class Trainer:
         training, parameters = self.training, self.training.parameters
         when = (training.elapsed, training.samples, training.total_samples)
         parameters.copy_to_host()
-        snapshot = Snapshot(training.algorithm.model, parameters.buffers(), *when)
+        snapshot = Snapshot(training.algorithm.model, training.buffers.pack(), *when)
         self.snapshots.save(milestone, training.rank, snapshot)
         if self.config.evaluation.live:
             loss, accuracy = self.evaluator.evaluate_current()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.evaluator import BATCH, Evaluator
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 @pytest.mark.parametrize("samples", [10, BATCH + 1, 3 * BATCH])
@@ -17,7 +20,8 @@ def test_all_test_samples_count_alike(samples: int) -> None:
     x, y = torch.randn(samples, 3), torch.randint(2, (samples,))
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
     model.train()
-    loss, accuracy = Evaluator(model, FlatParameters(model), Data(x, y, x, y, 2)).evaluate_current()
+    evaluator = Evaluator(model, FlatParameters(model), ModelBuffers(model), Data(x, y, x, y, 2))
+    loss, accuracy = evaluator.evaluate_current()
     assert model.training  # as before, though it was evaluated without dropout
     scores = model[0](x)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(scores, y).item(), rel=1e-5)
@@ -30,11 +34,15 @@ def test_other_weights_are_evaluated_with_their_buffers_and_stay() -> None:
     parameters = FlatParameters(model)
     vector = np.zeros(parameters.host_view.size)
     vector[[0, 3]] = 1.0  # the identity, no bias
-    buffers = np.array([2.0, 0.0, 1.0, 1.0, 5.0])  # means, variances, number of batches
-    evaluator = Evaluator(model, parameters, Data(x, y, x, y, 2))
+    batch_norm: Any = model[0]
+    batch_norm.running_mean[:] = torch.tensor([2.0, 0.0])
+    module_buffers = ModelBuffers(model, set(map(id, parameters.parameters)))
+    buffers = module_buffers.pack()
+    batch_norm.reset_running_stats()
+    evaluator = Evaluator(model, parameters, module_buffers, Data(x, y, x, y, 2))
     _, accuracy = evaluator.evaluate(vector, buffers)
     assert accuracy == 1.0  # without the mean of 2 the first class would win more
-    np.testing.assert_array_equal(parameters.buffers(), buffers)
+    np.testing.assert_array_equal(module_buffers.pack(), buffers)
     np.testing.assert_array_equal(parameters.host_view, vector)
     _, accuracy = evaluator.evaluate(-vector, buffers)
     assert accuracy == 0.0

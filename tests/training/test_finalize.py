@@ -20,6 +20,7 @@ from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, RunOutputs, write_results
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 class FinishedRun:
@@ -31,13 +32,14 @@ class FinishedRun:
             torch.nn.BatchNorm1d(3, affine=False), torch.nn.Linear(3, 2, bias=False)
         )
         self.parameters = FlatParameters(self.model)
+        self.buffers = ModelBuffers(self.model, set(map(id, self.parameters.parameters)))
         snapshots = Snapshots(directory / "snapshots")
         for rank, status in enumerate(statuses):
             file = RunFile(rank_path(directory, rank), rank=rank, size=4, attributes={})
             with torch.no_grad():
                 self.model[1].weight.fill_(rank + 1)
                 self.model[0].running_mean.fill_(rank + 1)
-            model, buffers = self.parameters.host_view, self.parameters.buffers()
+            model, buffers = self.parameters.host_view, self.buffers.pack()
             snapshots.save(1, rank, Snapshot(model, buffers, 1.0, 10, 40))
             if status == "running":
                 file.flush()
@@ -50,7 +52,7 @@ class FinishedRun:
     ) -> dict[str, float]:
         """Return the weight and the running mean of model.h5."""
         x, y = torch.randn(20, 3), torch.randint(2, (20,))
-        evaluator = Evaluator(self.model, self.parameters, Data(x, y, x, y, 2))
+        evaluator = Evaluator(self.model, self.parameters, self.buffers, Data(x, y, x, y, 2))
         write_results(self.directory, RankRoles(range(4), model_ranks, workers, dead), 1, evaluator)
         state = load_model(self.directory / "model.h5")
         return {name: float(value.double().mean()) for name, value in state.items()}

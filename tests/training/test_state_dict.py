@@ -15,6 +15,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import state_dict as module
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 class Rank:
@@ -25,10 +26,12 @@ class Rank:
         self.model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         parameters = FlatParameters(self.model)
+        buffers = ModelBuffers(self.model, set(map(id, parameters.parameters)))
         self.center = np.full(4, float(seed))
         self.restored: dict[str, Any] = {}
         self.training: Any = SimpleNamespace(
-            parameters=parameters, optimizer=self.optimizer, samples=40 + seed, elapsed=1.5,
+            parameters=parameters, buffers=buffers, optimizer=self.optimizer, samples=40 + seed,
+            elapsed=1.5,
             local=TorchLocalOptimizer(self.optimizer, parameters), lockstep=False, rank=0, size=3,
             codec=SimpleNamespace(
                 state=lambda: {"seeds": np.arange(2)}, load_state=self._store("codec")
