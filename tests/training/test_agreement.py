@@ -243,6 +243,7 @@ expect("no error", told(linear))
 """
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_end_with_one_message_and_none_waits(ranks: int) -> None:
     run_pooled(ranks, PROGRAM)
