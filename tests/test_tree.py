@@ -39,7 +39,7 @@ TESTED_BY = {
     "simulation/test_simulator": "simulation: drain local_optimizer metrics / tasks: convex",
     "jobs/test_jobs": "simulation: recorded_times trace",
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
-    "storage/test_results": "storage: model schema / training: local_optimizer",
+    "storage/test_results": "storage: model schema",
     "storage/test_runfile": "storage: provenance",
     "studies/test_studies": "studies: adaptive dataset delay disagreement heterogeneous "
     "linear_theory plotting quantization slowdown speedup staleness trajectory",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpi_dasgd.errors import Diverged
+from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
@@ -114,22 +114,30 @@ class TorchLocalOptimizer:
     def _scaled_rates(self, lr_scale: float) -> Iterator[None]:
         """Multiply the learning rate of each group in the ``with`` block, which may replace it."""
         groups = self._optimizer.param_groups
-        rates = [group.get("lr") for group in groups]
-        scales = self.lr_scale != 1.0 or lr_scale != 1.0
-        if scales:
-            for group, lr in zip(groups, rates, strict=True):
-                if lr is not None:
-                    group["lr"] = lr * self.lr_scale * lr_scale
+        scaled: list[tuple[dict[str, Any], Any, Any]] = []
+        if self.lr_scale != 1.0 or lr_scale != 1.0:
+            for group in groups:
+                lr = self._learning_rate(group)
+                group["lr"] = lr * self.lr_scale * lr_scale
+                scaled.append((group, lr, group["lr"]))
         self.lr = float(groups[0].get("lr", 0.0))
         self.is_updating = True
         try:
             yield
         finally:
             self.is_updating = False
-            if scales:
-                for group, lr in zip(groups, rates, strict=True):
-                    if lr is not None:
-                        group["lr"] = lr
+            for group, lr, scaled_lr in scaled:
+                if group["lr"] is scaled_lr:  # else a hook has set the rate: it is the user's
+                    group["lr"] = lr
+
+    def _learning_rate(self, group: dict[str, Any]) -> Any:
+        if "lr" not in group:
+            raise UserError(
+                f"optimizer: the parameter groups of {type(self._optimizer).__name__} have no "
+                "'lr', but this algorithm, schedule or delay-adaptive rule scales the learning "
+                "rate; choose another optimizer, or adpsgd with a constant schedule and rule"
+            )
+        return group["lr"]
 
     def _unscale(self, gradient: torch.Tensor) -> None:
         """Divide by the factor that `GradScaler` would have a fused optimizer divide by."""
@@ -141,8 +149,9 @@ class TorchLocalOptimizer:
 
     def _require_finite(self, vector: np.ndarray, what: str) -> None:
         # The sum of squares is one pass at the speed of memory; only a large one needs a second.
-        if not self._check_finite or np.isfinite(np.dot(vector, vector)):
-            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not self._check_finite or np.isfinite(np.dot(vector, vector)):
+                return
         bad = np.flatnonzero(~np.isfinite(vector))
         if bad.size:
             name = self._parameters.name_of(int(bad[0]))
