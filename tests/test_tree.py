@@ -50,11 +50,12 @@ TESTED_BY = {
     "training/test_budget": "training: learning_rate",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",
-    "training/test_waiter_and_shutdown": "training: shutdown waiter",
+    "training/test_waiter_and_shutdown": "training: shutdown stall waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine "
     "remote_peers",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
+    "transport/test_membership": "transport: activity",
     "transport/test_stress": "transport: payload_slots shared_memory windows",
 }
 """Modules without a test file of their own name: by test file, package by package."""

@@ -184,6 +184,11 @@ class BipartiteADPSGD(Algorithm):
         else:
             self._answer(step)
 
+    def attend(self, step: int) -> None:
+        """Answer requests."""
+        if not self.active:
+            self._answer(step)
+
     @property
     def is_drained(self) -> bool:
         """Whether no answer is missing, neither to this rank nor from it."""

@@ -27,7 +27,9 @@ class AllReduce(Algorithm):
         memory="0",
         waits="every step",
     )
-    capabilities = Capabilities(synchronous=True, uses_publication=False, uses_inbox=False)
+    capabilities = Capabilities(
+        synchronous=True, one_model=True, uses_publication=False, uses_inbox=False
+    )
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Average the gradients and apply the mean."""

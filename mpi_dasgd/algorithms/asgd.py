@@ -163,6 +163,11 @@ class ASGD(GradientServer):
             while self._queue:
                 self.endpoint.inbox.free(self._queue.popleft())
 
+    def attend(self, step: int) -> None:
+        """Go on serving, on the server."""
+        if self.endpoint.rank == 0:
+            self.serve(self.local)
+
     def finalize(self) -> Iterator[Request]:
         """Tell the server, on a worker, that no gradient will follow."""
         yield from super().finalize()

@@ -217,6 +217,15 @@ class Algorithm(ABC):
     def absorb(self, step: int) -> None:
         """Process received messages outside of a step; `step` is the last one made."""
 
+    def attend(self, step: int) -> None:
+        """Do what other ranks wait for, while the program of this one waits for other things.
+
+        Nothing, if they never wait for it, and in lockstep, where it takes part in their steps.
+
+        Args:
+            step: last step made; another may follow.
+        """
+
     def finalize(self) -> Iterator[Request]:
         """Release what is held of other ranks; called once, after the last step."""
         return iter(())

@@ -39,6 +39,7 @@ class Capabilities:
 
     Attributes:
         synchronous: whether all ranks make the same number of steps, in lockstep.
+        one_model: whether all ranks have the same model after every step.
         preserves_mean: whether exchanges conserve the sum of all `Algorithm.mass` and of the
             messages in flight.
         applies_step_rule: whether the algorithm applies `algorithm.delay_adaptive_rule` itself;
@@ -49,6 +50,7 @@ class Capabilities:
     """
 
     synchronous: bool = False
+    one_model: bool = False
     preserves_mean: bool = True
     applies_step_rule: bool = False
     uses_publication: bool = True

@@ -73,7 +73,7 @@ class BlockingSwarm(Algorithm):
         self._pairs = PairExchange(self)
         self._phases = Phases(self.settings, self.rng)
         self._finished = False
-        self._request: ExchangeRequest | None = None  # finished: a claim that is not settled
+        self._request: ExchangeRequest | None = None  # claim of `attend` that is not settled
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Make one local step, and meet a neighbour at the end of a phase."""
@@ -84,6 +84,9 @@ class BlockingSwarm(Algorithm):
     def _meet(self, step: int) -> Iterator[Request]:
         """Repeat steps a to e until an average is made; none is if all neighbours are gone."""
         publication = self.endpoint.publication
+        while self._request is not None:
+            yield from wait(self._request)
+            self.attend(step)
         while self.endpoint.neighbours():
             # A partner releases its slot last.
             yield from self._wait_until(lambda: publication.has_free_slot)
@@ -153,9 +156,12 @@ class BlockingSwarm(Algorithm):
                 return False
 
     def absorb(self, step: int) -> None:
-        """Average with a neighbour that waits, once training is finished; do not wait for one."""
-        if not self._finished:
-            return
+        """Average with a neighbour that waits, once training is finished."""
+        if self._finished:
+            self.attend(step)
+
+    def attend(self, step: int) -> None:
+        """Average with a neighbour that waits, if there is one."""
         if self._request is None:
             neighbours = self.endpoint.neighbours()
             candidates = self.rng.sample(neighbours, len(neighbours))

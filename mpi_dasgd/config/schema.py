@@ -276,6 +276,12 @@ class TransportConfig(Section):
     heartbeat_timeout: float = Field(
         10.0, description="seconds without a heartbeat after which a rank counts as dead", gt=0
     )
+    stall_timeout: float = Field(
+        300.0,
+        description="seconds that a rank waits for others while none of them makes progress; then "
+        "the run ends",
+        gt=0,
+    )
 
 
 class StragglerConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mpi_dasgd.algorithms.build import RunParts
-from mpi_dasgd.transport.membership import Membership
+from mpi_dasgd.transport.membership import RUNNING, Membership
 
 __all__ = ["Budget"]
 
@@ -30,6 +30,7 @@ class Budget:
         self._max_steps_ahead = parts.max_steps_ahead
         self._membership = membership
         self._rank, self._size = rank, parts.topology.size
+        self._known_last_step = 0
         self._elapsed_before = 0.0
         self.restart_clock()
 
@@ -52,8 +53,12 @@ class Budget:
 
     @property
     def total_samples(self) -> int:
-        """Samples that all ranks have processed, as far as this rank has seen."""
-        if self._lockstep:
+        """Samples that all ranks have processed, as far as this rank has seen.
+
+        In lockstep a rank takes those of the others for as many as its own while it trains, so that
+        all are at the same progress: each makes its share of the budget, then leaves.
+        """
+        if self._lockstep and self._membership.status[self._rank] == RUNNING:
             return self.samples * self._size
         return self._membership.total_samples
 
@@ -69,8 +74,13 @@ class Budget:
     def is_spent(self, local_step: int) -> bool:
         """Return whether training ends after `local_step` steps of this rank."""
         if self._stops_by_declaration:
-            last_step = self._membership.read_last_step(0)
-            return 0 < last_step <= local_step
+            self._known_last_step = self._membership.read_last_step(0)
+        return self.was_spent(local_step)
+
+    def was_spent(self, local_step: int) -> bool:
+        """Return the same without reading anything new from other ranks."""
+        if self._stops_by_declaration:
+            return 0 < self._known_last_step <= local_step
         return self.progress >= 1.0
 
     @property

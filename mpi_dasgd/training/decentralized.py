@@ -20,9 +20,10 @@ from mpi_dasgd.training.attachment import Attachment
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
+from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.rank_parts import build_rank, start_world
-from mpi_dasgd.training.shutdown import drain
+from mpi_dasgd.training.shutdown import leave
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.membership import FAILED, RUNNING
 
@@ -114,7 +115,9 @@ class Decentralized:
         self.learning_rate = LearningRate(parts.run, self.endpoint)
         self.exchange_seconds = 0.0
         self.delay, self.delay_factor = 0, 1.0
-        self._waiter = Waiter(self.endpoint, self.algorithm)
+        self._waiter = Waiter(self.endpoint, self.algorithm, config.transport.stall_timeout)
+        self._shadow = make_shadow(parts, self.budget)
+        self._was_spent = False  # at the end of the last step
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
@@ -172,10 +175,11 @@ class Decentralized:
             What `closure` returned; None without one.
 
         Raises:
-            UserError: this rank only serves others, training is closed, or the model can no longer
-                be averaged.
+            UserError: this rank only serves others, training has ended (the budget was spent
+                before, or `finish` or `close` was called), or the model can no longer be averaged.
             Diverged: the gradient, or the model after it, is not finite; no other rank has seen it.
-            PeerLost: a rank has failed, or one that this algorithm cannot do without is gone.
+            PeerLost: a rank has failed, or one that this algorithm cannot do without is gone, or
+                none makes progress for `transport.stall_timeout` seconds.
         """
         if not self._attachment.is_attached:
             return self._step(samples, self._attachment.closure(closure))
@@ -189,7 +193,10 @@ class Decentralized:
                 "gradients: call training.serve() while training.computes_gradients is false, or "
                 "set algorithm.server_trains=true"
             )
+        self._refuse_step_after_the_end()
         started, updated = time.perf_counter(), self.local.update_seconds
+        if self._shadow.is_busy:
+            self._waiter.wait(self._shadow.advance)
         self.parameters.copy_to_host()
         self.budget.samples += _count(samples)
         self.local.begin_step(closure)
@@ -203,6 +210,7 @@ class Decentralized:
         self.endpoint.membership.report_samples(self.samples)
         self.learning_rate.begin_gradient()
         self._waiter.check_peers_if_due()
+        self._was_spent = self.budget.was_spent(self.local.local_step)
         self.exchange_seconds += (
             time.perf_counter() - started - (self.local.update_seconds - updated)
         )
@@ -216,6 +224,20 @@ class Decentralized:
     def detach(self) -> None:
         """Leave the optimizer as it was before: from now on its steps train this rank alone."""
         self._attachment.detach()
+
+    def _refuse_step_after_the_end(self) -> None:
+        if self.endpoint.membership.status[self.rank] != RUNNING:
+            raise UserError(
+                "training.step: expected before training.finish() or training.close(), got one "
+                "after it: this rank exchanges no more; for further training make another "
+                "Decentralized object of the same model, on all ranks"
+            )
+        if self._was_spent:
+            raise UserError(
+                "training.step: the budget was spent at the last step, expected an end of the "
+                "loop: make it `while not training.finished`, leave inner loops by `if "
+                "training.finished: break`, or give a larger total_samples or seconds, or neither"
+            )
 
     def serve(self) -> None:
         """Process messages of other ranks for a moment: where `computes_gradients` is false.
@@ -231,10 +253,16 @@ class Decentralized:
     def finish(self) -> None:
         """Stop exchanging, and absorb what others still send: after it no delta is in flight.
 
-        Ranks wait here for each other's last messages, but for no dead rank's. Called by `close`.
+        Ranks wait here for each other's last messages, but for no dead rank's. Those that still
+        train go on: with an algorithm in lockstep this rank takes part in their steps, without
+        gradients, until all have left. Called by `close`.
+
+        Raises:
+            PeerLost: see `step`.
         """
         if self.endpoint.membership.status[self.rank] == RUNNING:
-            drain(self.endpoint, self.algorithm, self._waiter, self.local.local_step)
+            self.parameters.copy_to_host()
+            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local.local_step)
             self.parameters.copy_to_device()
 
     def average(self) -> None:

@@ -2,33 +2,105 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_dasgd.algorithms import Algorithm
+from mpi_dasgd.algorithms.communication import wait
+from mpi_dasgd.training.join import Shadow
 from mpi_dasgd.training.waiter import Waiter
+from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import FINISHED, RUNNING, Membership
 
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # its import starts MPI
 
-__all__ = ["drain"]
-
-_ABSORB_SECONDS = 0.001  # seconds between two checks of the inbox
+__all__ = ["adopt_model", "drain", "follow", "leave"]
 
 
-def drain(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, local_step: int) -> None:
-    """Stop exchanging, and absorb what other ranks still send, until all of them have stopped.
+def leave(
+    endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, shadow: Shadow, local_step: int
+) -> None:
+    """End the exchanges of this rank: follow those that still train, then drain.
 
     Args:
         endpoint: transport of this rank.
         algorithm: algorithm of this rank, which starts no exchange any more.
         waiter: waits for the other ranks; a rank that has died is not waited for.
+        shadow: takes part in the steps of others.
         local_step: number of steps that this rank has made.
 
     Raises:
-        PeerLost: a rank has failed, or one that the algorithm cannot do without is gone.
+        PeerLost: a rank has failed, or one that the algorithm cannot do without is gone, or none
+            makes progress.
     """
+    if shadow.in_lockstep:
+        endpoint.membership.report_activity(Activity.SHADOWING)
+        follow(waiter, shadow, Activity.SHADOWING)
+        adopt_model(endpoint, algorithm, waiter)
+    endpoint.membership.report_activity(Activity.FINISHING)
+    drain(endpoint, algorithm, waiter, local_step, shadow.attend_others)
+    shadow.close()
+
+
+def follow(waiter: Waiter, shadow: Shadow, until: Activity) -> None:
+    """Take part in the steps of others until all ranks are at `until`; see `join.py`.
+
+    All ranks have made the same number of steps then.
+
+    Raises:
+        PeerLost: see `leave`.
+    """
+
+    def is_done() -> bool:
+        if shadow.poll(until):
+            return True
+        shadow.attend_others()
+        return False
+
+    waiter.poll_until(is_done)
+
+
+def adopt_model(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter) -> None:
+    """Copy the model of a rank that made most steps to all, where all have the same one anyway.
+
+    Nothing happens if all have made the same number of steps. Call it after `follow`, on all ranks.
+
+    Raises:
+        PeerLost: see `leave`.
+    """
+    last_steps = [reported.step for reported in endpoint.membership.activities]
+    if not algorithm.capabilities.one_model or len(set(last_steps)) == 1:
+        return
+    source = last_steps.index(max(last_steps))
+    # As integers: their sum with zeros has the same bits, also those of NaN and -0.
+    bits = algorithm.x.view(np.uint8).view(np.int32).copy()
+    if endpoint.rank != source:
+        bits[:] = 0
+    for request in wait(endpoint.allreduce(bits)):
+        waiter.poll_until(request.test)
+    algorithm.x.view(np.int32)[:] = bits
+
+
+def drain(
+    endpoint: RmaEndpoint,
+    algorithm: Algorithm,
+    waiter: Waiter,
+    local_step: int,
+    attend_others: Callable[[], None] = lambda: None,
+) -> None:
+    """Stop exchanging, and absorb what other ranks still send, until all of them have stopped.
+
+    Args:
+        endpoint, algorithm, waiter, local_step: see `leave`.
+        attend_others: called while this rank waits.
+
+    Raises:
+        PeerLost: see `leave`.
+    """
+    membership = endpoint.membership
 
     def all_sent() -> bool:
         if endpoint.is_flushed():
@@ -36,15 +108,19 @@ def drain(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, local_ste
         algorithm.absorb(local_step)  # ranks may wait for free slots of each other's inboxes
         return False
 
-    membership = endpoint.membership
-    for request in algorithm.finalize():
-        waiter.wait(request.test)
-    waiter.wait(all_sent)
-    membership.publish_status(FINISHED)
-    while not (_all_stopped(membership) and algorithm.is_drained):
+    def all_stopped() -> bool:
+        if _all_stopped(membership) and algorithm.is_drained:
+            return True
         algorithm.absorb(local_step)
-        time.sleep(_ABSORB_SECONDS)
+        attend_others()
         waiter.check_peers()
+        return False
+
+    for request in algorithm.finalize():
+        waiter.poll_until(request.test)
+    waiter.poll_until(all_sent)
+    membership.publish_status(FINISHED)
+    waiter.poll_until(all_stopped)
     algorithm.absorb(local_step)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.training.stall import StallWatch
 from mpi_dasgd.transport.membership import FAILED
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["PEER_CHECK_SECONDS", "Waiter"]
 
 PEER_CHECK_SECONDS = 0.005  # seconds between two reads of the other ranks' status
+_LONG_WAIT_SECONDS = 1.0  # from when on it is watched whether the others make progress
 
 
 class Waiter:
@@ -24,32 +26,54 @@ class Waiter:
     Args:
         endpoint: transport of this rank.
         algorithm: algorithm of this rank.
+        stall_timeout: seconds without progress of any rank after which a wait ends.
 
     Attributes:
         wait_seconds: time spent in `wait` so far.
     """
 
-    def __init__(self, endpoint: RmaEndpoint, algorithm: Algorithm) -> None:
+    def __init__(
+        self, endpoint: RmaEndpoint, algorithm: Algorithm, stall_timeout: float = 300.0
+    ) -> None:
         self.wait_seconds = 0.0
         self._endpoint = endpoint
         self._algorithm = algorithm
+        self._stall = StallWatch(endpoint, stall_timeout)
         self._last_check = time.monotonic()
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Call `is_done` until it returns True; yield the core between calls, up to 0.5 ms.
 
         Raises:
-            PeerLost: see `check_peers`.
+            PeerLost: see `poll_until`.
         """
         started = time.perf_counter()
-        pause = 0.0
-        while not is_done():
-            time.sleep(pause)
-            waited = time.perf_counter() - started
-            pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
-            if waited > PEER_CHECK_SECONDS:
-                self.check_peers()
+        self.poll_until(is_done)
         self.wait_seconds += time.perf_counter() - started
+
+    def poll_until(self, is_done: Callable[[], bool]) -> None:
+        """Wait as `wait` does, without counting the time.
+
+        Raises:
+            PeerLost: see `check_peers`; or no other rank makes progress for too long.
+        """
+        started = time.perf_counter()
+        pause, is_long = 0.0, False
+        try:
+            while not is_done():
+                time.sleep(pause)
+                waited = time.perf_counter() - started
+                pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
+                if waited > PEER_CHECK_SECONDS:
+                    self.check_peers()
+                if waited > _LONG_WAIT_SECONDS:
+                    if not is_long:
+                        is_long = True
+                        self._stall.begin()
+                    self._stall.look()
+        finally:
+            if is_long:
+                self._stall.end()
 
     def poll(self, is_done: Callable[[], object]) -> None:
         """Call `is_done` until it returns something true, but no longer than some milliseconds."""

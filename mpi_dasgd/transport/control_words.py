@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 __all__ = [
+    "ACTIVITY",
     "CLAIMED",
     "ERROR_REPORTER",
     "FREE",
@@ -27,12 +28,15 @@ __all__ = [
 FREE, READY, CLAIMED = range(3)
 """States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
 
-HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, HEAD, _FIRST_SLOT = range(8)
+HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY, HEAD = range(8)
 """Indices of a rank's words.
 
 Heartbeats; samples processed; status; last step; whether some rank reports why the run failed (only
-rank 0's word counts); gradients computed; newest publication.
+rank 0's word counts); gradients computed, which is the newest step begun; activity
+(`activity.py`); newest publication.
 """
+
+_FIRST_SLOT = HEAD + 1
 
 MAX_RANKS = 1 << 20
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Container, Iterable, Iterator
 
 from mpi_dasgd.errors import Unreachable
+from mpi_dasgd.transport.activity import Activity, ReportedActivity
 from mpi_dasgd.transport.control_words import (
+    ACTIVITY,
     ERROR_REPORTER,
     GRADIENTS,
     HEARTBEAT,
@@ -37,7 +39,8 @@ class Membership:
 
     Attributes:
         samples: samples processed, per rank.
-        gradients: gradients computed, per rank.
+        gradients: gradients computed, per rank: its newest step of its own.
+        activities: what each rank does at present, if others may wait for long meanwhile.
         status: status, per rank.
         dead: ranks that were silent too long or cannot be reached.
     """
@@ -46,10 +49,13 @@ class Membership:
         self._words = words
         self._rank = rank
         self._heartbeat_timeout = heartbeat_timeout
-        self._own_values = {HEARTBEAT: 0, SAMPLES: 0, STATUS: RUNNING, LAST_STEP: 0, GRADIENTS: 0}
+        self._own_values = dict.fromkeys(
+            (HEARTBEAT, SAMPLES, STATUS, LAST_STEP, GRADIENTS, ACTIVITY), 0
+        )
         self.samples = [0] * size
         self.gradients = [0] * size
         self.status = [RUNNING] * size
+        self.activities = [ReportedActivity()] * size
         self.dead: set[int] = set()
         self._heartbeats = [-1] * size
         self._silent_seconds = [0.0] * size
@@ -84,6 +90,12 @@ class Membership:
         self._set(STATUS, status)
         self.status[self._rank] = status
 
+    def report_activity(self, activity: Activity) -> None:
+        """Publish what this rank does, after the gradients that it has reported."""
+        reported = ReportedActivity(activity, self.gradients[self._rank])
+        self._set(ACTIVITY, reported.pack())
+        self.activities[self._rank] = reported
+
     def claim_error_report(self) -> bool:
         """Return True for the first rank that calls: it alone reports why the run failed."""
         try:
@@ -104,10 +116,25 @@ class Membership:
         for rank in ranks:
             if rank != self._rank:
                 try:
+                    status = self._words.read(rank, STATUS)  # first: the samples are final then
                     self.samples[rank] = self._words.read(rank, SAMPLES)
-                    self.status[rank] = self._words.read(rank, STATUS)
+                    self.status[rank] = status
                 except Unreachable:
                     self.dead.add(rank)
+
+    def refresh_progress(self, ranks: Iterable[int]) -> None:
+        """Read activity, gradients and samples of `ranks`."""
+        for rank in ranks:
+            if rank != self._rank and rank not in self.dead:
+                with self.mark_dead_on_failure(rank):
+                    self._read_progress(rank, self._words)
+
+    def _read_progress(self, rank: int, words: Words) -> None:
+        # Read before the gradients and stored after: once a rank has left they are final.
+        activity = ReportedActivity.unpack(words.read(rank, ACTIVITY))
+        self.gradients[rank] = words.read(rank, GRADIENTS)
+        self.samples[rank] = words.read(rank, SAMPLES)
+        self.activities[rank] = activity
 
     def send_heartbeat(self, words: Words) -> None:
         """Count this rank's heartbeat up."""
@@ -150,9 +177,9 @@ class Membership:
     def _poll(self, rank: int, words: Words) -> int:
         """Read the words of `rank`; return its heartbeat."""
         heartbeat, status = words.read(rank, HEARTBEAT), words.read(rank, STATUS)
-        # Read after the status and stored before it: with status FINISHED they are final.
-        self.gradients[rank] = words.read(rank, GRADIENTS)
-        self.samples[rank], self.status[rank] = words.read(rank, SAMPLES), status
+        # Read after the status and stored before it: with status FINISHED it is final.
+        self._read_progress(rank, words)
+        self.status[rank] = status
         return heartbeat
 
     def add_silence(self, rank: int, seconds: float) -> None:

@@ -14,6 +14,7 @@ from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.simulation.simulator import Simulator
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.learning_rate import LearningRate
+from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from tests.support.training import train
 from tests.support.virtual_ranks import JOB
 
@@ -121,6 +122,7 @@ class _Membership:
     def __init__(self) -> None:
         self.last_step = 0
         self.total_samples = 10
+        self.status = [RUNNING] * 4
 
     def read_last_step(self, rank: int) -> int:
         assert rank == 0
@@ -155,11 +157,13 @@ def test_progress_is_a_fraction_of_the_samples_of_all_ranks() -> None:
 
 
 def test_ranks_in_lockstep_know_the_samples_of_all_without_reading() -> None:
-    budget, _ = _budget("budget.samples=40", lockstep=True)
+    budget, membership = _budget("budget.samples=40", lockstep=True)
     budget.samples = 9
     assert (budget.total_samples, budget.progress) == (36, 0.9)
     budget.samples = 10
     assert budget.is_spent(1)
+    membership.status[0], membership.total_samples = FINISHED, 39
+    assert budget.total_samples == 39  # what it was indeed
 
 
 def test_a_budget_in_seconds_goes_on_where_an_earlier_part_ended(
@@ -200,8 +204,10 @@ def test_rank_0_declares_the_last_step_once_and_all_obey_it(
     assert membership.last_step == 8 + 2  # the next exchange, and what another may be ahead
     budget.declare_last_step(9)
     assert membership.last_step == 10
+    assert not budget.was_spent(10)  # it has not looked
     assert not budget.is_spent(9)
     assert budget.is_spent(10)
+    assert budget.was_spent(10) and not budget.was_spent(9)
 
 
 @pytest.mark.parametrize("applies_itself", [False, True])

@@ -12,6 +12,7 @@ import pytest
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.training.shutdown import drain
 from mpi_dasgd.training.waiter import PEER_CHECK_SECONDS, Waiter
+from mpi_dasgd.transport.activity import Activity, ReportedActivity
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
 
 
@@ -36,17 +37,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time of the modules under test."""
     clock = Clock()
     monkeypatch.setattr("mpi_dasgd.training.waiter.time", clock)
-    monkeypatch.setattr("mpi_dasgd.training.shutdown.time", clock)
+    monkeypatch.setattr("mpi_dasgd.training.stall.time", clock)
     return clock
 
 
 class Endpoint:
     """Transport of rank 0 of three; `on_refresh` says what becomes of the others meanwhile."""
 
+    rank, size = 0, 3
+
     def __init__(self, on_refresh: Callable[[Endpoint], None] = lambda endpoint: None) -> None:
         self.membership = SimpleNamespace(
-            status=[RUNNING] * 3, dead=set(), publish_status=self._publish
-        )
+            status=[RUNNING] * 3, dead=set(), publish_status=self._publish,
+            gradients=[5, 6, 7], samples=[50, 60, 70], activities=[ReportedActivity()] * 3,
+            report_activity=self._report, is_unreachable=lambda rank: False,
+        )  # fmt: skip
+        self.reported: list[Activity] = []
         self.refreshed = 0
         self.unsent = 0
         self._on_refresh = on_refresh
@@ -54,6 +60,13 @@ class Endpoint:
     def _publish(self, status: int) -> None:
         assert self.is_flushed(), "it has stopped before all was sent"
         self.membership.status[0] = status
+
+    def _report(self, activity: Activity) -> None:
+        self.reported.append(activity)
+        self.membership.activities[0] = ReportedActivity(activity, self.membership.gradients[0])
+
+    def refresh_progress(self) -> None:
+        pass
 
     def refresh_membership(self) -> None:
         self.refreshed += 1
@@ -88,7 +101,7 @@ class Algorithm:
 def _parts(endpoint: Endpoint) -> tuple[Any, Any, Waiter]:
     algorithm: Any = Algorithm(endpoint)
     transport: Any = endpoint
-    return transport, algorithm, Waiter(transport, algorithm)
+    return transport, algorithm, Waiter(transport, algorithm, stall_timeout=30)
 
 
 def test_a_wait_ends_when_it_is_done_and_its_time_is_counted() -> None:
@@ -145,6 +158,65 @@ def test_a_long_wait_checks_the_peers_and_yields_the_core_for_half_a_millisecond
     assert pauses[0] < 1e-5 < max(pauses) < 6e-4
     assert endpoint.refreshed > 1000
     assert waiter.wait_seconds == pytest.approx(1, abs=0.01)
+
+
+def test_a_wait_without_progress_ends_with_the_rank_that_is_waited_for(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 1 waits itself, rank 2 is in its own code: nothing ever comes."""
+
+    def progress(endpoint: Endpoint) -> None:
+        membership = endpoint.membership
+        if clock.now < 125:
+            membership.gradients[2] = 7 + int(clock.now)
+        elif clock.now > 126:
+            membership.activities[1] = ReportedActivity(Activity.SHADOWING, 6)
+
+    endpoint = Endpoint(progress)
+    _, _, waiter = _parts(endpoint)
+    place = "rank 2 is in the program's own code after its step 131"
+    with pytest.raises(
+        PeerLost, match=f"^rank 0 waits in its step 5 .* for 30 s: {place}; .*stall_"
+    ):
+        waiter.wait(lambda: False)
+    assert clock.now == pytest.approx(100 + 26 + 30, abs=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"rank 0 waits in its step 5 and has seen no progress for 10 s: {place}"
+    ]
+    assert endpoint.reported == [Activity.STEP, Activity.OWN_CODE]
+    waiter.poll_until(lambda: True)
+    assert len(endpoint.reported) == 2
+
+
+def test_a_wait_in_which_this_rank_was_suspended_does_not_count(clock: Clock) -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    times = iter([100.0 + 1000 * moment for moment in range(1, 30)])
+
+    def is_done() -> bool:
+        clock.now = next(times, 0.0) or clock.now + 1
+        return clock.now > 30_020
+
+    with pytest.raises(PeerLost, match="rank 1 .* rank 2"):
+        waiter.wait(is_done)
+    assert clock.now > 29_100, "29 suspensions of 1000 s do not make 30 s"
+
+
+def test_where_all_wait_all_are_named() -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    endpoint.membership.activities = [
+        ReportedActivity(Activity.COLLECTIVE, 5),
+        ReportedActivity(Activity.STEP, 6),
+        ReportedActivity(Activity.CLOSING, 9),
+    ]
+    message = (
+        r"call \(average, paused\) after its step 5 and .*: "
+        "rank 1 waits in its step 6, rank 2 waits in close after its step 9;"
+    )
+    with pytest.raises(PeerLost, match=message):
+        waiter.wait(lambda: False)
+    assert endpoint.reported == [], "it had said already what it does"
 
 
 def test_a_poll_ends_by_itself() -> None:

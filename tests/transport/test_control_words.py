@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpi_dasgd.transport.control_words import (
+    ACTIVITY,
     CLAIMED,
     ERROR_REPORTER,
     FREE,
@@ -30,7 +31,7 @@ def test_word_keeps_state_holder_and_version_apart() -> None:
 
 def test_word_map_gives_each_word_its_own_place() -> None:
     where = WordMap(5, 7)
-    fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, HEAD]
+    fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY, HEAD]
     indices = [*fixed, *where.publication, *where.inbox]
     assert sorted(indices) == list(range(where.count))
     assert (len(where.publication), len(where.inbox)) == (5, 7)

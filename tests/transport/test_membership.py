@@ -9,6 +9,7 @@ import pytest
 
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.transport import membership
+from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING, Membership
 from mpi_dasgd.transport.virtual.memory import SharedMemory
 
@@ -30,6 +31,12 @@ def test_membership_shows_what_others_report() -> None:
     members[0].refresh(range(3))
     assert members[0].samples == [100, 40, 2] and members[0].total_samples == 142
     assert members[0].status == [RUNNING, RUNNING, FINISHED]
+    members[1].report_gradients(4)
+    members[1].report_activity(Activity.SHADOWING)
+    members[0].refresh_progress(range(3))
+    assert members[0].gradients == [0, 4, 0]
+    assert members[0].activities[1] == (Activity.SHADOWING, 4)
+    assert members[0].activities[2] == (Activity.OWN_CODE, 0)
     members[1].publish_last_step(17)
     assert [members[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
     assert [one.claim_error_report() for one in reversed(members)] == [True, False, False]

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from operator import methodcaller
 from typing import cast
 
 import numpy as np
@@ -88,25 +89,24 @@ class RmaEndpoint(Endpoint):
         self._neighbours: Sequence[int] = topology.neighbours(self.rank)
         self._reclaimed: set[int] = set()  # dead ranks
         self._closed = False
-
-        remote_ranks = frozenset(range(self.size)).difference(self._slots.node_ranks)
-        self._remote_ranks = remote_ranks
-        if remote_ranks:
+        self._remote_ranks = frozenset(range(self.size)).difference(self._slots.node_ranks)
+        if self._remote_ranks:
             sys.setswitchinterval(_SWITCH_INTERVAL)
         sent_to_remote: defaultdict[int, int] = defaultdict(int)
 
         def new_context(superseded: ProgressContext | None) -> ProgressContext:
             context = ProgressContext(self.rank, new_views(sent_to_remote), layout, superseded)
             context.thread = ProgressThread(
-                lambda own: own.exchange_heartbeats(self.membership, self._words),
+                self._poll_peers,
                 _HEARTBEAT_SECONDS,
                 # Not on COMM_SELF, where MPICH 5 makes no progress between hosts.
-                comm.Iprobe if remote_ranks else None,
+                comm.Iprobe if self._remote_ranks else None,
                 config.progress_interval,
                 (context,),
             )
             return context
 
+        self._poll_peers = methodcaller("exchange_heartbeats", self.membership, self._words)
         self._engine = ProgressEngine(self.membership, new_context)
         self._remote = RemotePeers(self._slots, self.membership, self._engine)
         self._allreduce = WatchedAllreduce(
@@ -134,6 +134,12 @@ class RmaEndpoint(Endpoint):
             self.inbox.reclaim_from(rank)
             self._reclaimed.add(rank)
             self._neighbours = self.topology.without(self._reclaimed).neighbours(self.rank)
+
+    def refresh_progress(self) -> None:
+        """Read activities and steps of this node's ranks; have those of others read soon."""
+        self.membership.refresh_progress(self._slots.node_ranks)
+        if self._remote_ranks and self._engine.idle:
+            self._engine.submit(self._poll_peers)
 
     def neighbours(self) -> Sequence[int]:
         return self._neighbours
