@@ -1,4 +1,4 @@
-"""The examples do what they claim; that of an own loop is in `tests/training/test_train.py`."""
+"""The examples do what they claim; `own_loop.py` is run in `tests/launch/test_job.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests.analysis.test_report import write_tiny_run
 from tests.support.mpi_ranks import ROOT, run_ranks
+from tests.support.rank_pool import run_pooled
 
 EXAMPLES = ROOT / "examples"
 
@@ -49,6 +50,15 @@ def test_own_algorithm_converges_on_ranks() -> None:
     errors = re.findall(r"error (\d\.\de[-+]\d\d)", done.stdout)
     assert len(errors) == 2
     assert max(map(float, errors)) < 1e-3
+
+
+@pytest.mark.mpi
+def test_attached_loop_learns_on_shards_of_the_data() -> None:
+    printed = run_pooled(2, EXAMPLES / "attached_loop.py").stdout
+    match = re.fullmatch(r"2 ranks, (\d+) samples, accuracy ([\d.]+) %\n", printed)
+    assert match is not None
+    assert int(match[1]) == 2 * 20 * 24 * 32  # 24 batches of 32 in each half of the data
+    assert float(match[2]) > 90
 
 
 def test_reading_results_gives_the_figures_of_the_run(tmp_path: Path) -> None:
