@@ -28,7 +28,11 @@ class AllReduce(Algorithm):
         waits="every step",
     )
     capabilities = Capabilities(
-        synchronous=True, one_model=True, uses_publication=False, uses_inbox=False
+        synchronous=True,
+        one_model=True,
+        uses_publication=False,
+        uses_inbox=False,
+        exchanges_gradients=True,
     )
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:

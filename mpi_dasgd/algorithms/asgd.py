@@ -57,7 +57,11 @@ class ASGD(GradientServer):
         effective_step="n",
     )
     capabilities = Capabilities(
-        preserves_mean=False, applies_step_rule=True, uses_publication=False, minimum_ranks=2
+        preserves_mean=False,
+        applies_step_rule=True,
+        uses_publication=False,
+        exchanges_gradients=True,
+        minimum_ranks=2,
     )
     config_keys = ("client_sampling", "concurrency", "server_trains", "delay_threshold")
 

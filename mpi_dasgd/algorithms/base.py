@@ -26,6 +26,9 @@ from mpi_dasgd.transport.endpoint import Endpoint, Request
 __all__ = ["Algorithm", "LocalOptimizer", "peer_rng"]
 
 
+_FLOAT32 = np.dtype(np.float32)
+
+
 def peer_rng(seed: int, rank: int) -> random.Random:
     """Return the generator of a rank's random choices.
 
@@ -110,14 +113,15 @@ class Algorithm(ABC):
         return 0
 
     @classmethod
-    def resolve_codec(cls, settings: CodecConfig) -> CodecConfig:
-        """Return section ``codec`` with `auto` resolved.
+    def resolve_codec(cls, settings: CodecConfig, dtype: np.dtype = _FLOAT32) -> CodecConfig:
+        """Return section ``codec`` with `auto` resolved, for models of `dtype`.
 
         Raises:
             UserError: the algorithm cannot use this codec.
         """
         if settings.name == "auto":
-            return settings.model_copy(update={"name": cls.codecs[0]})
+            name = cls.codecs[0] if dtype == _FLOAT32 else "none"  # only it takes others
+            return settings.model_copy(update={"name": name})
         if settings.name not in cls.codecs:
             raise UserError(
                 f"codec.name: {cls.name!r} cannot use {settings.name!r}: it sends "

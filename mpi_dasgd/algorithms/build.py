@@ -20,6 +20,8 @@ from mpi_dasgd.transport.endpoint import Endpoint
 
 __all__ = ["RunParts", "build_run"]
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 @dataclass(frozen=True)
 class RunParts:
@@ -103,8 +105,13 @@ class RunParts:
         return self.algorithm_cls(endpoint, codec, x, self.config.algorithm, rng, record)
 
 
-def build_run(config: Config, size: int) -> RunParts:
+def build_run(config: Config, size: int, dtype: np.dtype = _FLOAT32) -> RunParts:
     """Find the algorithm of `config`, build the graph of its `size` ranks, and validate the two.
+
+    Args:
+        config: configuration of the run.
+        size: number of ranks.
+        dtype: type of the models, by which the codec `auto` is chosen.
 
     Raises:
         UserError: settings that are unknown, or that do not fit each other or `size`.
@@ -123,7 +130,7 @@ def build_run(config: Config, size: int) -> RunParts:
         config,
         algorithm_cls,
         graph,
-        algorithm_cls.resolve_codec(config.codec),
+        algorithm_cls.resolve_codec(config.codec, dtype),
         schedule,
         delay_rule(config.algorithm, size),
     )

@@ -46,6 +46,7 @@ class Capabilities:
             otherwise the driver does, by the gradient counts of all ranks.
         uses_publication: whether it needs slots for publications.
         uses_inbox: whether it needs slots for inboxes.
+        exchanges_gradients: whether it reads `LocalOptimizer.gradient`, which must be dense then.
         minimum_ranks: least number of ranks that it works with.
     """
 
@@ -55,4 +56,5 @@ class Capabilities:
     applies_step_rule: bool = False
     uses_publication: bool = True
     uses_inbox: bool = True
+    exchanges_gradients: bool = False
     minimum_ranks: int = 1

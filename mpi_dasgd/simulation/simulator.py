@@ -74,10 +74,10 @@ class Simulator:
         self.config = config
         self.size = settings.ranks
         self.max_gradients = _max_gradients(config)
-        parts = build_run(config, self.size)
+        dtype = np.dtype(settings.dtype)
+        parts = build_run(config, self.size, dtype)
         workers = parts.algorithm_cls.workers(self.size, config.algorithm)
         self.problem = convex.build(config, workers)
-        dtype = np.dtype(settings.dtype)
         dimension = self.problem.start.size
         self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
         self.network = _build_network(parts, self.codecs[0].layout)

@@ -245,6 +245,7 @@ class Decentralized:
         Raises:
             PeerLost: see `step`.
         """
+        self.parameters.copy_to_host()
         self.local.lr_scale = self.learning_rate.scheduled(self.progress)
         self._waiter.poll(lambda: self.algorithm.serve(self.local))
         self.parameters.copy_to_device()
@@ -270,6 +271,8 @@ class Decentralized:
 
         With a server it is the server's model, and the mean of the workers' buffers. Collective.
         """
+        self.parameters.check()
+        self.parameters.copy_to_host()
         ranks = self.algorithm.model_ranks(self.size)
         workers = self.algorithm.workers(self.size, self.algorithm.settings)
         synchronize.average_models(self.world.comm, self.parameters, self.buffers, ranks, workers)

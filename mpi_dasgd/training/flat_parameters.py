@@ -1,4 +1,4 @@
-"""A torch module as one flat vector: views where possible, one copy where not."""
+"""The parameters of a model as one flat vector, in which exchanges see them."""
 
 from __future__ import annotations
 
@@ -6,110 +6,162 @@ import numpy as np
 import torch
 import xxhash
 
-from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET
+from mpi_dasgd.training.flat_memory import FlatMemory
+from mpi_dasgd.training.gradient_vector import GradientVector, require_exchangeable_gradients
+from mpi_dasgd.training.model_structure import ModelStructure
+from mpi_dasgd.training.parameter_attachment import ParameterAttachment
+from mpi_dasgd.training.parameter_layout import lay_out
 from mpi_dasgd.training.parameter_selection import select_parameters
 
 __all__ = ["FlatParameters"]
 
 
+_LOOKS = 64  # calls of `copy_to_host` by which the structure is looked at closely
+
+
 class FlatParameters:
-    """Trainable parameters of a module and its optimizer in one contiguous float32 vector.
+    """Parameters of a module and its optimizer in one contiguous vector.
 
     The parameters become views of the vector, so that the module computes with what an exchange
-    changes. Padding behind them is zero. Which parameters it has, `select_parameters` says.
+    changes. Which ones it has, `select_parameters` says. Strides are kept, and so is memory that
+    parameters share; complex numbers are pairs of real ones. Padding behind them is zero.
+
+    The vector is float64 if a parameter is float64 or complex128, else float32. Parameters of lower
+    precision than the vector, and those whose memory others see, are no views: `copy_to_host` and
+    `copy_to_device` copy between them and the vector, which then holds their master values.
 
     Args:
         module: module whose parameters are on one device.
         optimizer: its optimizer; None: only the parameters of `module` that require a gradient.
 
     Raises:
-        UserError: no trainable parameters, dtypes other than float32, or several devices.
+        UserError: parameters that cannot be exchanged, by name.
 
     Attributes:
-        size: number of parameters, without padding.
+        size: number of elements, without padding; a complex one counts twice.
         dtype: type of the vector.
         parameters: the parameters that are in the vector, in its order.
         names: their names.
-        host_view: the vector, (padded,), `dtype`, in host memory. On the CPU it is the memory of
-            the parameters; on a GPU `copy_to_host` and `copy_to_device` copy between the two.
+        host_view: the vector, (padded,), `dtype`, in host memory.
     """
 
     def __init__(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         named = select_parameters(module, optimizer)
-        for name, p in named:
-            if p.dtype != torch.float32:
-                raise UserError(
-                    f"model: parameter {name} is {p.dtype}, expected torch.float32: keep float32 "
-                    "weights, and use torch.autocast for lower precision"
-                )
-        self.names = [name for name, _ in named]
-        self.parameters = self._parameters = [p for _, p in named]
-        self.dtype = np.dtype(np.float32)
-        self._ends = np.cumsum([p.numel() for p in self._parameters])
-        self.size = int(self._ends[-1])
+        dtype, self._segments = lay_out(named)
+        self._placements = [placement for s in self._segments for placement in s.placements]
+        self.parameters = [placement.parameter for placement in self._placements]
+        self.names = [placement.name for placement in self._placements]
+        self.size = self._segments[-1].part.stop
         padded = -(-self.size // BUCKET) * BUCKET
-        self._flat = torch.zeros(padded, device=named[0][1].device, dtype=torch.float32)
-        self._gradient = torch.zeros_like(self._flat)
-        self._gradient_views = []
-        start = 0
-        with torch.no_grad():
-            for p in self._parameters:
-                part = slice(start, start + p.numel())
-                self._flat[part].copy_(p.reshape(-1))
-                p.data = self._flat[part].view_as(p)
-                self._gradient_views.append(self._gradient[part].view_as(p))
-                start += p.numel()
-        self._on_host = self._flat.device.type == "cpu"
-        pinned = not self._on_host
-        self._mirror = (
-            self._flat
-            if self._on_host
-            else torch.zeros(padded, dtype=torch.float32, pin_memory=pinned)
-        )
+        device = self.parameters[0].device
+        self._memory = FlatMemory(padded, dtype, device)
+        self._on_host = device.type == "cpu"
+        self._mirror = self._memory.tensor
+        if not self._on_host:
+            self._mirror = torch.zeros(padded, dtype=dtype, pin_memory=device.type == "cuda")
         self.host_view: np.ndarray = self._mirror.numpy()
+        self.dtype = self.host_view.dtype
+        self._module = module
+        self._structure = ModelStructure(module, optimizer, self.parameters)
+        self._attachment = ParameterAttachment(self._segments, self._memory, self._others)
+        self._gradient: GradientVector | None = None
+        self._pulls = 0
         self.copy_to_host()
 
-    def copy_to_host(self) -> None:
-        """Copy the parameters from the device to `host_view`, where these differ."""
+    @property
+    def guests(self) -> list[str]:
+        """Names of the parameters that stay in memory of their own, since others see it."""
+        return self._attachment.guests
+
+    def _others(self) -> list[torch.Tensor]:
+        """Return the buffers and parameters of the module that are not in the vector."""
+        in_vector = {id(p) for p in self.parameters}
+        parameters = (p for p in self._module.parameters() if id(p) not in in_vector)
+        return [*self._module.buffers(), *parameters]
+
+    def copy_to_host(self, update: bool = False) -> None:
+        """Have `host_view` hold what the parameters hold, wherever they are.
+
+        Parameters that were re-pointed are taken back with their values. To be called before
+        anything of a step reads the vector, and after the optimizer has changed the parameters.
+
+        Args:
+            update: whether they were changed by a step of the optimizer; otherwise by the user,
+                whose values count exactly.
+
+        Raises:
+            UserError: the module or its optimizer has got other parameters, or one cannot be taken
+                back, by name.
+        """
+        if not update:
+            self._pulls += 1
+            if self._pulls % _LOOKS == 1:
+                self.check()
+            elif not self._structure.is_unchanged:
+                self._structure.require_unchanged()
+        self._attachment.pull(update)
         if not self._on_host:
-            self._mirror.copy_(self._flat)
+            self._mirror.copy_(self._memory.tensor)
+
+    def check(self) -> None:
+        """Look at everything that `copy_to_host` looks at in some steps only, as it is slow.
+
+        Raises:
+            UserError: see `copy_to_host`.
+        """
+        self._structure.require_unchanged()
+        self._attachment.attach_reshaped()
 
     def copy_to_device(self) -> None:
-        """Copy `host_view` to the parameters on the device, where these differ."""
+        """Have the parameters hold what `host_view` holds, rounded to their types."""
         if not self._on_host:
-            self._flat.copy_(self._mirror)
+            self._memory.tensor.copy_(self._mirror)
+        self._attachment.push()
 
     def gather_gradient(self) -> torch.Tensor:
-        """Return the gradient as one vector, (padded,), float32, on the device of the parameters.
+        """Return the gradient, (padded,), `dtype`, on the device; see `GradientVector.gather`."""
+        if self._gradient is None:
+            self._gradient = GradientVector(self._segments, self._memory.tensor)
+        return self._gradient.gather()
 
-        Afterwards each `p.grad` is a view of it. Parameters without a gradient count as zero.
+    def scatter_gradient(self) -> None:
+        """Give the parameters the gradient that `gather_gradient` returned, as it is now."""
+        if self._gradient is not None:
+            self._gradient.scatter()
+
+    def require_exchangeable_gradients(self, algorithm: str) -> None:
+        """Refuse what `algorithm`, which exchanges gradients, cannot train.
+
+        Raises:
+            UserError: see `mpi_dasgd.training.gradient_vector.require_exchangeable_gradients`.
         """
-        for p, view in zip(self._parameters, self._gradient_views, strict=True):
-            if p.grad is None:
-                view.zero_()
-            elif p.grad.data_ptr() != view.data_ptr():
-                view.copy_(p.grad)
-            p.grad = view
-        return self._gradient
+        require_exchangeable_gradients(self._module, self._segments, algorithm)
 
     def name_of(self, index: int) -> str:
         """Return the name of the parameter that element `index` of the vector belongs to."""
-        if index >= self.size:
-            return "padding"
-        return self.names[int(np.searchsorted(self._ends, index, side="right"))]
+        for segment in self._segments:
+            if segment.start <= index < segment.part.stop:
+                return " = ".join(placement.name for placement in segment.placements)
+        return "padding"
 
     def description(self) -> list[tuple[str, tuple[int, ...], str, tuple[int, ...], int]]:
-        """Return name, shape, dtype, strides and offset in the vector of each parameter.
+        """Return name, shape, dtype, strides and first element in the vector of each parameter.
 
         Ranks whose descriptions are equal have the same vector.
         """
-        starts = [0, *self._ends.tolist()]
         return [
-            (name, tuple(p.shape), str(p.dtype), p.stride(), start)
-            for name, p, start in zip(self.names, self._parameters, starts, strict=False)
+            (
+                placement.name,
+                tuple(placement.shape),
+                str(placement.parameter.dtype).removeprefix("torch."),
+                placement.stride,
+                segment.start + placement.offset * (1 + placement.is_complex),
+            )
+            for segment in self._segments
+            for placement in segment.placements
         ]
 
     def set(self, vector: np.ndarray) -> None:

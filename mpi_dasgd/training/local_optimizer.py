@@ -98,12 +98,14 @@ class TorchLocalOptimizer:
         device, host = self._device_gradient, self._host_gradient
         if device is not None and device.device.type != "cpu" and host is not None:
             device.copy_(torch.from_numpy(host))
+        if host is not None:
+            self._parameters.scatter_gradient()
         self._parameters.copy_to_device()  # what an exchange of this step has changed before
         closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
         with self._scaled_rates(lr_scale):
             loss = self.run_step(closure)
         self.loss = loss if closure is not None else self.loss
-        self._parameters.copy_to_host()
+        self._parameters.copy_to_host(update=True)
         self._require_finite(self._parameters.host_view, "parameter")
         self.update_seconds += time.perf_counter() - started
 

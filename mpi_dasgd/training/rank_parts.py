@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mpi_dasgd import launch, world
@@ -14,6 +15,7 @@ from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
 from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
+from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.agreement import facts_of_model, facts_of_run, require_agreement
 from mpi_dasgd.training.buffer_aliases import BufferAliases
@@ -75,13 +77,15 @@ def build_rank(
             are not those of all ranks.
     """
     with environment.collective_errors():
-        run = build_run(config, environment.size)
         aliases = BufferAliases(model)
         parameters = FlatParameters(model, optimizer)
         aliases.restore()
         buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
         x = parameters.host_view
-        codec = run.make_codec(environment.rank, x.size, x.dtype)
+        run = build_run(config, environment.size, x.dtype)
+        if run.algorithm_cls.capabilities.exchanges_gradients:
+            parameters.require_exchangeable_gradients(run.algorithm_cls.name)
+        codec = _make_codec(run, environment.rank, parameters)
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
@@ -95,6 +99,18 @@ def build_rank(
     algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
     algorithm.local = local
     return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm)
+
+
+def _make_codec(run: RunParts, rank: int, parameters: FlatParameters) -> Codec:
+    try:
+        return run.make_codec(rank, parameters.host_view.size, parameters.dtype)
+    except UserError as error:
+        if parameters.dtype == np.float32:
+            raise
+        raise UserError(
+            f"{error}. Models are exchanged as {parameters.dtype}, since parameter "
+            f"{parameters.names[0]} is {parameters.parameters[0].dtype}"
+        ) from None
 
 
 def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> RmaEndpoint:

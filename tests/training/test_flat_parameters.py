@@ -72,5 +72,22 @@ def test_the_digest_sees_the_vector() -> None:
 def test_what_cannot_be_flattened_is_refused() -> None:
     with pytest.raises(UserError, match="no trainable parameters"):
         FlatParameters(nn.ReLU())
-    with pytest.raises(UserError, match=r"weight is torch\.float64.*float32"):
-        FlatParameters(nn.Linear(2, 2).double())
+    with pytest.raises(UserError, match=r"parameter weight is not initialized"):
+        FlatParameters(nn.LazyLinear(2))
+
+
+def test_the_vector_is_float64_if_a_parameter_is() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).double())
+    flat = FlatParameters(model)
+    assert flat.dtype == flat.host_view.dtype == np.float64
+    assert flat.names == ["1.weight", "1.bias", "0.weight", "0.bias"]
+    flat.set(np.full(flat.host_view.size, 1 / 3))
+    assert (model[1].weight == 1 / 3).all() and (model[0].weight == np.float32(1 / 3)).all()
+
+
+def test_elements_of_the_vector_have_names() -> None:
+    flat = FlatParameters(_model())
+    assert [flat.name_of(index) for index in (0, 14, 15, flat.size)] == [
+        "0.weight", "0.weight", "0.bias", "padding",
+    ]  # fmt: skip
+    assert flat.description()[1] == ("0.bias", (5,), "float32", (1,), 15)

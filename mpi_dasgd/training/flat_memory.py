@@ -1,0 +1,124 @@
+"""Flat memory that the run owns, and byte ranges of tensors that may share memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mpi_dasgd.errors import UserError
+
+__all__ = [
+    "FlatMemory",
+    "byte_range",
+    "group_overlapping",
+    "holders",
+    "move_to_shared_memory",
+    "same_format",
+    "storage_id",
+]
+
+_ALIGNMENT = 64  # bytes: a line of the cache
+
+
+class FlatMemory:
+    """Real numbers in one piece, of which parts are given away as tensors.
+
+    On the CPU the memory is NumPy's, and each part has a storage of its own: what others do with
+    the storage of a part (`share_memory_` moves it elsewhere, for example) neither frees nor moves
+    this memory, and `torch.save` of a part writes that part alone.
+
+    Args:
+        elements: number of elements; all are 0.
+        dtype: their type, a real one.
+        device: where they are.
+
+    Attributes:
+        dtype: type of the elements.
+        tensor: all of them, (elements,); not to be given away.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self._bytes: np.ndarray | None = None
+        if device.type == "cpu":
+            nbytes = elements * dtype.itemsize
+            memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % _ALIGNMENT
+            self._bytes = memory[start : start + nbytes]
+            self.tensor = self.part(0, elements)
+        else:
+            self.tensor = torch.zeros(elements, dtype=dtype, device=device)
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """Return the elements from `start` to `stop`, in place."""
+        if self._bytes is None:
+            return self.tensor[start:stop]
+        size = self.dtype.itemsize
+        return torch.from_numpy(self._bytes[start * size : stop * size]).view(self.dtype)
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of `tensor` and behind its last one."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
+
+
+def group_overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return the positions of `tensors`, in groups of those whose memory overlaps, in order."""
+    groups: list[list[int]] = []
+    end = -1
+    for (start, stop), index in sorted((byte_range(t), i) for i, t in enumerate(tensors)):
+        if start < min(end, stop):  # an empty one overlaps with nothing
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+        end = max(end, stop)
+    return sorted(sorted(group) for group in groups)
+
+
+def holders(tensor: torch.Tensor) -> int:
+    """Return how many tensors, and others, hold the storage of `tensor`, itself included."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` here is one
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return what tells the storage of `tensor` from all others that exist."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def same_format(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape have their elements in the same order."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(mine == other for n, mine, other in strides if n > 1)
+
+
+def move_to_shared_memory(tensor: torch.Tensor, name: str) -> None:
+    """Move the storage of `tensor` elsewhere, with its values: nothing else can replace one.
+
+    Args:
+        tensor: a tensor; all that have its storage go along.
+        name: name of the parameter, for the message.
+
+    Raises:
+        UserError: there is not enough shared memory.
+    """
+    storage = tensor.untyped_storage()
+    try:
+        status = os.statvfs("/dev/shm")
+        free = status.f_bavail * status.f_frsize
+    except OSError:
+        free = 0
+    if free < 2 * storage.nbytes():
+        raise UserError(
+            f"model: parameter {name} was given other memory (p.data = ...) while its own is still "
+            f"in use elsewhere, and /dev/shm has no room for {storage.nbytes()} bytes to keep the "
+            "values; keep a copy instead, as in backup = p.detach().clone()"
+        )
+    storage.share_memory_()

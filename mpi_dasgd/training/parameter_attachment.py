@@ -1,0 +1,237 @@
+"""What ties parameters to the flat vector, also after a user has re-pointed them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.training.flat_memory import (
+    FlatMemory,
+    group_overlapping,
+    holders,
+    move_to_shared_memory,
+    same_format,
+    storage_id,
+)
+from mpi_dasgd.training.parameter_layout import Placement, Segment
+from mpi_dasgd.training.parameter_ties import require_same_ties
+from mpi_dasgd.training.working_copy import WorkingCopy
+
+__all__ = ["ParameterAttachment"]
+
+_pointer = torch.Tensor.data_ptr
+
+
+class ParameterAttachment:
+    """Parameters and the memory that they have in the vector, their home.
+
+    A parameter of the vector's type lives in the vector, one of lower precision in a working copy.
+    One whose memory others see (a buffer, another process, a tensor of the user's) stays there as
+    a *guest*, and is copied from and to its home.
+
+    Args:
+        segments: layout of the vector.
+        vector: memory of the vector.
+        others: returns the tensors of the module that are not in the vector.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        vector: FlatMemory,
+        others: Callable[[], Iterable[torch.Tensor]] = tuple,
+    ) -> None:
+        self._segments, self._vector, self._others = segments, vector, others
+        self._placements = [placement for s in segments for placement in s.placements]
+        self._parameters = [placement.parameter for placement in self._placements]
+        self._homes: list[torch.Tensor] = []
+        self._working_copies: list[WorkingCopy] = []
+        self._make_homes()
+        self._guests: list[int] = []
+        self._pointers: list[int | None] = [None] * len(self._parameters)
+        self._strides = [p.stride() for p in self._parameters]
+        self._storages = [storage_id(p) for p in self._parameters]
+        self.attach()
+
+    @property
+    def guests(self) -> list[str]:
+        """Names of the parameters that stay in memory of their own."""
+        return [self._placements[index].name for index in self._guests]
+
+    @torch.no_grad()
+    def pull(self, update: bool = False) -> None:
+        """Have the vector hold what the parameters hold.
+
+        Args:
+            update: whether they were changed by the optimizer; a master keeps its remainder then.
+        """
+        if [*map(_pointer, self._parameters)] != self._pointers:
+            self.attach()
+        if self._guests:
+            torch._foreach_copy_(self._guest_homes, self._guest_parameters)
+        for copy in self._working_copies:
+            if update:
+                copy.take_update()
+            else:
+                copy.take_writes()
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Have the parameters hold what the vector holds."""
+        for copy in self._working_copies:
+            copy.write()
+        if self._guests:
+            torch._foreach_copy_(self._guest_parameters, self._guest_homes)
+
+    def attach_reshaped(self) -> None:
+        """Take back parameters whose strides or shapes have changed in place, and former guests."""
+        for index, p in enumerate(self._parameters):
+            if p.stride() != self._strides[index] or p.shape != self._placements[index].shape:
+                self._pointers[index] = None
+        if self._guests or None in self._pointers:
+            self.attach()
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        """Take back the parameters that have left their homes, with their values.
+
+        Raises:
+            UserError: one cannot be taken back: its shape, its device or what it shares memory with
+                is another than at construction, or its type does not fit the vector.
+        """
+        moved = [
+            index
+            for index, p in enumerate(self._parameters)
+            if p.data_ptr() != self._pointers[index] or index in self._guests
+        ]
+        for index in moved:
+            self._require_fitting(self._placements[index])
+            self._storages[index] = storage_id(self._parameters[index])
+        require_same_ties(self._segments, self._storages, moved)
+        retyped = self._retype()
+        if retyped:
+            moved = [*range(len(self._parameters))]
+        at_home = {storage_id(home) for home in self._homes}
+        shares = Counter(self._storages)
+        guests = {index for index in moved if self._keeps_its_memory(index, at_home, shares)}
+        values = [self._parameters[index].detach() for index in moved]
+        values = [v.clone() if storage_id(v) in at_home else v for v in values]
+        self._leave_old_homes(moved, shares)
+        self._make_homes(None if retyped else moved)
+        for index, value in zip(moved, values, strict=True):
+            self._homes[index].copy_(value)
+            if index not in guests:
+                self._parameters[index].data = self._homes[index]
+        self._guests = sorted(guests)
+        self._guest_homes = [self._homes[index] for index in self._guests]
+        self._guest_parameters = [self._parameters[index] for index in self._guests]
+        self._pointers = [p.data_ptr() for p in self._parameters]
+        self._strides = [p.stride() for p in self._parameters]
+        for index in moved:
+            self._storages[index] = storage_id(self._parameters[index])
+        for copy in self._working_copies:
+            copy.take_writes()
+
+    def _make_homes(self, only: Sequence[int] | None = None) -> None:
+        """Make the homes of the parameters, those of `only` anew in the same memory."""
+        if only is None:
+            self._memories: list[tuple[FlatMemory, int]] = []  # of each segment, and its place
+            self._working_copies = []
+            for dtype, run in itertools.groupby(self._segments, key=lambda segment: segment.dtype):
+                segments = list(run)
+                start, memory = 0, self._vector
+                if dtype != self._vector.dtype:
+                    start, stop = segments[0].start, segments[-1].part.stop
+                    copy = WorkingCopy(self._vector.tensor[start:stop], dtype)
+                    self._working_copies.append(copy)
+                    memory = copy.memory
+                self._memories += [(memory, segment.start - start) for segment in segments]
+            self._homes = [torch.empty(0)] * len(self._parameters)
+        chosen = None if only is None else set(only)
+        index = 0
+        for segment, (memory, start) in zip(self._segments, self._memories, strict=True):
+            stop = index + len(segment.placements)
+            if chosen is None or not chosen.isdisjoint(range(index, stop)):
+                part = memory.part(start, start + segment.elements)
+                self._homes[index:stop] = [p.view(part) for p in segment.placements]
+            index = stop
+
+    def _retype(self) -> bool:
+        """Give segments the types that their parameters have now; return whether one is new."""
+        types = [segment.placements[0].parameter.dtype.to_real() for segment in self._segments]
+        changed = types != [segment.dtype for segment in self._segments]
+        if changed:
+            for copy in self._working_copies:  # what those that have stayed hold
+                copy.take_writes()
+            for segment, dtype in zip(self._segments, types, strict=True):
+                segment.dtype = dtype
+        return changed
+
+    def _keeps_its_memory(
+        self, index: int, at_home: Collection[int], shares: Mapping[int, int]
+    ) -> bool:
+        """Return whether a parameter must stay where it is, since others see this memory.
+
+        Args:
+            index: the parameter.
+            at_home: storages of all homes.
+            shares: number of parameters in each storage.
+        """
+        p, home = self._parameters[index], self._homes[index]
+        if torch._debug_has_internal_overlap(p) == 1:  # an expanded one: nobody can write to it
+            return False
+        if p.device.type == "cpu" and p.is_shared():
+            return True
+        is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
+        if is_dense and not same_format(p, home):
+            return True  # in another memory format, of the user's choice
+        storage = self._storages[index]
+        unknown = 0 if storage in at_home else holders(p) - shares[storage]
+        if unknown == 0:
+            return False
+        outside = [t for t in self._others() if storage_id(t) == storage]
+        bases = {id(t._base) for t in outside if t._base is not None}
+        groups = group_overlapping([p, *outside])  # the group of `p` is the first
+        return unknown != len(outside) + len(bases) or len(groups[0]) > 1
+
+    def _leave_old_homes(self, moved: Iterable[int], shares: Mapping[int, int]) -> None:
+        """Have tensors of the user's that are still in the home of a parameter keep their values.
+
+        ``backup = p.data; p.data = other`` leaves `backup` in memory that exchanges change.
+        """
+        if self._vector.tensor.device.type != "cpu":
+            return  # all parts have one storage there
+        storages = [storage_id(home) for home in self._homes]
+        homes = Counter(storages)
+        for index in moved:
+            known = homes[storages[index]] + shares[storages[index]]
+            if holders(self._homes[index]) > known:
+                move_to_shared_memory(self._homes[index], self._placements[index].name)
+
+    def _require_fitting(self, placement: Placement) -> None:
+        """Refuse a parameter for which its segment has no room.
+
+        Raises:
+            UserError: says what it has become.
+        """
+        p, vector = placement.parameter, self._vector.tensor
+        problem = ""
+        if p.is_meta or p.layout != torch.strided or p.device != vector.device:
+            problem = f"is {p.layout} on {p.device} now, and was {torch.strided} on {vector.device}"
+        elif p.shape != placement.shape:
+            problem = f"has the shape {tuple(p.shape)} now, and had {tuple(placement.shape)}"
+        elif p.is_complex() != placement.is_complex:
+            problem = f"is {p.dtype} now: real numbers cannot become complex, nor the reverse"
+        elif not (p.is_complex() or p.is_floating_point()) or (
+            p.dtype.to_real().itemsize > vector.itemsize
+        ):
+            problem = f"is {p.dtype} now, which the exchanged vector of {vector.dtype} cannot hold"
+        if problem:
+            raise UserError(
+                f"model: parameter {placement.name} {problem}; convert, move or replace it before "
+                "the model is made decentralized"
+            )

@@ -1,0 +1,125 @@
+"""Where each parameter is in the flat vector: segments of memory, and placements within them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.training.flat_memory import byte_range, group_overlapping
+
+__all__ = ["Placement", "Segment", "lay_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """One parameter in its segment.
+
+    Attributes:
+        name: name of the parameter.
+        parameter: the parameter.
+        shape: its shape.
+        stride: its strides within the segment, in elements of its own type.
+        offset: its first element in the segment, in elements of its own type.
+        is_complex: whether an element is a pair of reals.
+    """
+
+    name: str
+    parameter: torch.Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    is_complex: bool
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return what `flat`, the real numbers of the segment, has in the place of the parameter.
+
+        Args:
+            flat: (elements of the segment,), any real type.
+        """
+        if self.is_complex:
+            flat = torch.view_as_complex(flat.view(-1, 2))
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
+
+
+@dataclass(eq=False)
+class Segment:
+    """A piece of memory that belongs to one parameter, or to several that share it.
+
+    Attributes:
+        start: its first element in the vector.
+        elements: number of its real numbers.
+        dtype: real type of its parameters.
+        placements: its parameters.
+    """
+
+    start: int
+    elements: int
+    dtype: torch.dtype
+    placements: list[Placement] = field(default_factory=list)
+
+    @property
+    def part(self) -> slice:
+        """Its elements of the vector."""
+        return slice(self.start, self.start + self.elements)
+
+
+def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, list[Segment]]:
+    """Return the type of the vector, and its segments in their order.
+
+    The order is that of `named`, except that parameters of the vector's own type come first, and
+    complex ones before real ones of the same type. Parameters keep their strides where these leave
+    no holes, and those that share memory share a segment.
+
+    Args:
+        named: name and parameter.
+
+    Raises:
+        UserError: parameters of different types share memory.
+    """
+    tensors = [p for _, p in named]
+    types = list(dict.fromkeys(p.dtype.to_real() for p in tensors))
+    vector_type = torch.float64 if torch.float64 in types else torch.float32
+    segments = [
+        _shared([named[index] for index in group]) if len(group) > 1 else _own(*named[group[0]])
+        for group in group_overlapping(tensors)
+    ]
+    segments.sort(key=lambda segment: _order(segment, vector_type, types))
+    start = 0
+    for segment in segments:
+        segment.start = start
+        start += segment.elements
+    return vector_type, segments
+
+
+def _order(
+    segment: Segment, vector_type: torch.dtype, types: Sequence[torch.dtype]
+) -> tuple[bool, int, bool]:
+    is_real = not any(placement.is_complex for placement in segment.placements)
+    return segment.dtype != vector_type, types.index(segment.dtype), is_real
+
+
+def _own(name: str, p: torch.Tensor) -> Segment:
+    """Return the segment of a parameter that shares its memory with no other one."""
+    stride = torch.empty_like(p, device="meta").stride()  # those of `p`, without holes
+    placement = Placement(name, p, p.shape, stride, 0, p.is_complex())
+    return Segment(0, p.numel() * (1 + p.is_complex()), p.dtype.to_real(), [placement])
+
+
+def _shared(named: Sequence[tuple[str, torch.Tensor]]) -> Segment:
+    """Return the segment of parameters that overlap."""
+    ranges = [byte_range(p) for _, p in named]
+    begin, end = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+    dtype = named[0][1].dtype.to_real()
+    segment = Segment(0, (end - begin) // dtype.itemsize, dtype)
+    for (name, p), (start, _) in zip(named, ranges, strict=True):
+        offset, rest = divmod(start - begin, p.itemsize)
+        if p.dtype.to_real() != dtype or rest or segment.elements % (1 + p.is_complex()):
+            raise UserError(
+                f"model: parameters {named[0][0]} and {name} share memory, but are "
+                f"{named[0][1].dtype} and {p.dtype}; expected one type for both"
+            )
+        segment.placements.append(Placement(name, p, p.shape, p.stride(), offset, p.is_complex()))
+    return segment

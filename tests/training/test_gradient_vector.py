@@ -1,0 +1,62 @@
+"""The gradient as one vector: other types, frozen parameters, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.training.gradient_vector import GradientVector, require_exchangeable_gradients
+from mpi_dasgd.training.parameter_layout import Segment, lay_out
+
+
+def _layout(module: nn.Module) -> tuple[list[Segment], GradientVector]:
+    dtype, segments = lay_out(list(module.named_parameters()))
+    return segments, GradientVector(segments, torch.zeros(segments[-1].part.stop, dtype=dtype))
+
+
+def test_gradients_of_other_types_are_copied_there_and_back() -> None:
+    module = nn.ParameterList(
+        [torch.ones(2).bfloat16(), torch.ones(2), torch.ones(1, dtype=torch.complex64)]
+    )
+    low, real, pair = module
+    _, gradient = _layout(module)
+    (low.sum().float() + 2 * real.sum() + (3j * pair).imag.sum()).backward()
+    vector = gradient.gather()
+    assert vector.tolist() == [3, 0, 2, 2, 1, 1]
+    vector *= 2
+    gradient.scatter()
+    assert low.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert [p.grad.tolist() for p in module] == [[2, 2], [4, 4], [6]]  # type: ignore[union-attr]
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).bfloat16())
+    module[0].bias.requires_grad_(False)
+    module[1].bias.requires_grad_(False)
+    _, gradient = _layout(module)
+    gradient.gather()
+    gradient.scatter()
+    assert module[0].weight.grad is not None and module[1].weight.grad is not None
+    assert module[0].bias.grad is None and module[1].bias.grad is None
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    module = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1))
+    segments, gradient = _layout(module)
+    with pytest.raises(UserError, match=r"'allreduce' exchanges gradients.*0\.weight are sparse"):
+        require_exchangeable_gradients(module, segments, "allreduce")
+    module(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match=r"gradient of parameter 0\.weight is sparse"):
+        gradient.gather()
+
+
+def test_parameters_that_share_memory_are_refused_by_name() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight.data = module[0].weight.data
+    segments, _ = _layout(module)
+    with pytest.raises(UserError, match=r"0\.weight and 1\.weight share memory"):
+        require_exchangeable_gradients(module, segments, "asgd")
+    module[1].weight = module[0].weight  # one parameter has one gradient
+    require_exchangeable_gradients(module, _layout(module)[0], "asgd")

@@ -1,0 +1,211 @@
+"""Parameters that were re-pointed, converted or shared after wrapping: taken back, or refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import vector_to_parameters
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.training.flat_parameters import FlatParameters
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+def _require_attached(module: nn.Module, flat: FlatParameters) -> None:
+    """Check that the vector takes what the parameters hold, and the parameters what it holds."""
+    before = [p.detach().clone() for p in module.parameters()]
+    flat.copy_to_host()
+    flat.copy_to_device()
+    for p, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    flat.host_view[: flat.size] += 1
+    flat.copy_to_device()
+    for p, old in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old + 1, rtol=0.01, atol=0.01)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(0.5)
+    flat.copy_to_host()
+    assert (flat.host_view[: flat.size] == 0.5).all()
+
+
+def _clone_data(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.data = p.data.clone()
+
+
+def _set_from_vector(module: nn.Module) -> None:
+    vector = torch.cat([p.detach().reshape(-1).float() for p in module.parameters()])
+    vector_to_parameters(vector, module.parameters())
+
+
+def _exchange_data(module: nn.Module) -> None:
+    a, b = module[2].weight, module[3].weight  # type: ignore[index]
+    a.data, b.data = b.data, a.data
+
+
+def _put_in_queue(module: nn.Module) -> None:
+    queue = torch.multiprocessing.SimpleQueue()
+    queue.put([p.data for p in module.parameters()])
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
+    "nothing": lambda module: None,
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "half, then float": lambda module: module.half().float(),
+    "one layer half": lambda module: module[2].half(),  # type: ignore[index, operator]
+    "p.data = p.data.clone()": _clone_data,
+    "vector_to_parameters": _set_from_vector,
+    "two parameters exchange their data": _exchange_data,
+    "share_memory": lambda module: module.share_memory(),
+    "queue between processes": _put_in_queue,
+    "channels_last": lambda module: module.to(memory_format=torch.channels_last),
+    "transposed in place": lambda module: module[3].weight.data.t_(),  # type: ignore[index]
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_what_was_converted_is_taken_back_with_its_values(
+    convert: Callable[[nn.Module], object],
+) -> None:
+    module = _net()
+    flat = FlatParameters(module)
+    flat.copy_to_host()
+    convert(module)
+    types = [(p.dtype, p.stride()) for p in module.parameters()]
+    flat.check()
+    _require_attached(module, flat)
+    assert [(p.dtype, p.stride()) for p in module.parameters()] == types
+
+
+def test_conversions_one_after_the_other() -> None:
+    module = _net()
+    flat = FlatParameters(module)
+    for convert in [*CONVERSIONS.values(), *reversed(CONVERSIONS.values())]:
+        convert(module)
+        flat.check()
+        _require_attached(module, flat)
+
+
+def test_what_cannot_be_taken_back_is_refused_by_name() -> None:
+    module = _net()
+    flat = FlatParameters(module)
+    module.double()
+    with pytest.raises(UserError, match=r"0\.weight is torch\.float64 now"):
+        flat.copy_to_host()
+    module.float()
+    _require_attached(module, flat)
+    module[2].weight.data = torch.zeros(3, 3, dtype=torch.complex64)
+    with pytest.raises(UserError, match=r"2\.weight is torch\.complex64 now"):
+        flat.copy_to_host()
+    module[2].weight.data = torch.zeros(3, 3)
+    _require_attached(module, flat)
+    module[2].bias.data = torch.zeros(4)
+    with pytest.raises(UserError, match=r"2\.bias has the shape \(4,\) now, and had \(3,\)"):
+        flat.copy_to_host()
+
+
+def test_memory_that_a_user_keeps_is_not_written_to() -> None:
+    module = _net()
+    flat = FlatParameters(module)
+    weight = module[2].weight
+    backup, old = weight.data, weight.detach().clone()
+    weight.data = torch.ones_like(weight)  # as averages of weights are swapped in to evaluate
+    _require_attached(module, flat)
+    assert torch.equal(backup, old)
+    weight.data = backup
+    assert torch.equal(weight, old)
+    _require_attached(module, flat)
+
+
+def test_a_parameter_whose_memory_others_see_stays_there() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2))
+            self.register_buffer("transposed", self.a.data.t())
+            self.other = self.b.data
+
+    module = Model()
+    flat = FlatParameters(module)
+    _require_attached(module, flat)
+    assert torch.equal(module.a.t(), module.transposed)  # type: ignore[arg-type]
+    assert torch.equal(module.b, module.other)
+    del module.other
+    flat.check()  # nobody else sees it any more
+    before = module.b.data_ptr()
+    assert flat.host_view.ctypes.data <= before < flat.host_view.ctypes.data + 4 * flat.size
+
+
+def test_parameters_beside_others_in_one_storage_are_no_guests() -> None:
+    module = _net()
+    memory = torch.randn(200)
+    start = 0
+    for p in module.parameters():
+        p.data = memory[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    module.register_buffer("rest", memory[start:])
+    del memory, p
+    flat = FlatParameters(module)
+    assert flat.guests == []
+    module.rest += 1  # type: ignore[operator]
+    _require_attached(module, flat)
+
+
+@pytest.mark.parametrize("by", ["data", "transpose", "part"])
+def test_parameters_that_share_memory_go_on_to_share_it(by: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.empty(0))
+            a = self.a.data
+            self.b.data = {"data": a, "transpose": a.t(), "part": a[1:, ::2]}[by]
+
+    module = Model()
+    flat = FlatParameters(module)
+    flat.host_view[:] = range(flat.host_view.size)
+    flat.copy_to_device()
+    expected = {"data": module.a, "transpose": module.a.t(), "part": module.a[1:, ::2]}[by]
+    assert torch.equal(module.b, expected) and flat.size == 12
+    module.share_memory()
+    _require_attached(module, flat)
+    assert torch.equal(module.b[:1, :2], expected[:1, :2])
+    module.a.data = module.a.data.clone()
+    with pytest.raises(UserError, match="b and a shared memory|a and b shared memory"):
+        flat.copy_to_host()
+
+
+def test_parameters_that_begin_to_share_memory_are_refused_by_name() -> None:
+    module = _net()
+    flat = FlatParameters(module)
+    module[3].weight.data = module[2].weight.data
+    with pytest.raises(UserError, match=r"2\.weight and 3\.weight share memory now"):
+        flat.copy_to_host()
+
+
+def test_copies_and_files_of_a_parameter_hold_it_alone() -> None:
+    module = _net()
+    FlatParameters(module)
+    assert copy.deepcopy(module)[2].weight.data_ptr() != module[2].weight.data_ptr()
+    file = io.BytesIO()
+    torch.save(module[3].bias.data, file)
+    assert module[3].bias.untyped_storage().nbytes() == 12
+    torch.save(module, io.BytesIO())
+
+
+def test_a_model_that_is_wrapped_again_belongs_to_the_newer_vector() -> None:
+    module = _net()
+    first = FlatParameters(module)
+    second = FlatParameters(module)
+    _require_attached(module, second)
+    assert (first.host_view[:3] != 0).all()
