@@ -18,7 +18,6 @@ from mpi_dasgd.config import Config, consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.agreement import facts_of_model, facts_of_run, require_agreement
-from mpi_dasgd.training.buffer_aliases import BufferAliases
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.model_buffers import ModelBuffers
@@ -77,9 +76,7 @@ def build_rank(
             are not those of all ranks.
     """
     with environment.collective_errors():
-        aliases = BufferAliases(model)
         parameters = FlatParameters(model, optimizer)
-        aliases.restore()
         buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
         x = parameters.host_view
         run = build_run(config, environment.size, x.dtype)

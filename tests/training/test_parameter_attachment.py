@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn.utils import vector_to_parameters
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 def _net() -> nn.Sequential:
@@ -145,6 +147,34 @@ def test_a_parameter_whose_memory_others_see_stays_there() -> None:
     flat.check()  # nobody else sees it any more
     before = module.b.data_ptr()
     assert flat.host_view.ctypes.data <= before < flat.host_view.ctypes.data + 4 * flat.size
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda w: w, lambda w: w[1], lambda w: w.t(), lambda w: w[:, 1:], lambda w: w.view(-1)[2:5]],
+)
+def test_a_buffer_that_is_a_view_of_a_parameter_stays_one(
+    view: Callable[..., torch.Tensor],
+) -> None:
+    module = nn.Linear(3, 2)
+    module.register_buffer("alias", view(module.weight.detach()))
+    module.register_buffer("own", torch.zeros(2))
+    flat = FlatParameters(module)
+    flat.host_view[: flat.size] = range(flat.size)
+    flat.copy_to_device()
+    assert torch.equal(module.get_buffer("alias"), view(module.weight.detach()))
+    buffers = ModelBuffers(module, set(map(id, flat.parameters)))
+    assert [name for name, _ in buffers.description()] == ["own"]
+
+
+def test_a_buffer_that_is_more_than_a_view_of_a_parameter_stays_so() -> None:
+    memory = torch.zeros(10)
+    module = nn.Module()
+    module.weight = nn.Parameter(memory[2:6])
+    module.register_buffer("alias", memory)
+    flat = FlatParameters(module)
+    flat.set(np.ones(flat.host_view.size))
+    assert module.alias.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0]  # type: ignore[operator]
 
 
 def test_parameters_beside_others_in_one_storage_are_no_guests() -> None:
