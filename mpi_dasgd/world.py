@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpi_dasgd import child_processes
 from mpi_dasgd.errors import MpiDasgdError, UserError
 
 if TYPE_CHECKING:
@@ -203,9 +204,12 @@ def start() -> World:
 
     Raises:
         UserError: there is no MPI library, it lacks MPI_THREAD_MULTIPLE, or COMM_WORLD has
-            not as many ranks as the launcher started (each process would train alone).
-        SystemExit: in place of the last UserError on ranks other than 0: one rank prints it.
+            not as many ranks as the launcher started (each process would train alone); this process
+            is a child of a rank, as the workers of a DataLoader are.
+        SystemExit: in place of the last UserErrors in all processes but one, which prints it.
     """
+    size, rank = expected_ranks()
+    child_processes.refuse_in_child(size, rank)
     try:
         from mpi4py import MPI  # initializes MPI, and finalizes it at exit
     except (ImportError, RuntimeError) as error:
@@ -214,8 +218,8 @@ def start() -> World:
             "`pip install 'mpi_dasgd[mpich]'`, or load your cluster's MPI module, or set "
             "MPI4PY_LIBMPI to the path of its libmpi.so"
         ) from error
+    child_processes.keep_launcher_to_this_process()
     library = MPI.Get_library_version().splitlines()[0].strip("\0 \t")
-    size, rank = expected_ranks()
     if MPI.COMM_WORLD.size != size and size > 1:
         message = (
             f"the launcher started {size} ranks, but this process sees {MPI.COMM_WORLD.size}: the "

@@ -137,6 +137,19 @@ class Ranks:
         except OSError:
             return False
 
+    def kill_workers(self) -> None:
+        """Kill worker processes of `multiprocessing` that ranks of this machine have left behind.
+
+        Those of a fork server outlive a rank that was killed: they only watch their server.
+        """
+        for process in Path("/proc").glob("[0-9]*"):
+            pid = int(process.name)
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                if b"from multiprocessing." in (
+                    process / "cmdline"
+                ).read_bytes() and self._belongs_to_job(pid):
+                    os.kill(pid, signal.SIGKILL)
+
     def dump_stacks(self) -> None:
         """Ask the ranks for their stacks, if any of them has called `enable_stack_dump`."""
         if any(self.directory.glob("*.stacks")):

@@ -111,6 +111,7 @@ class Supervisor:
 
     def _kill_ranks(self) -> None:
         self._ranks.send_signal(signal.SIGKILL)
+        self._ranks.kill_workers()
 
     def _kill_launcher(self) -> None:
         if self._process.poll() is None:

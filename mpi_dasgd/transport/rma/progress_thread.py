@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from mpi_dasgd import child_processes
+
 __all__ = ["ProgressThread"]
 
 
@@ -48,6 +50,7 @@ class ProgressThread:
         self._finished = 0  # by the thread only
         self._thread = threading.Thread(target=self._run, name="mpi-dasgd-progress", daemon=True)
         self._thread.start()
+        child_processes.shield_from_failure_signal()
 
     def submit(self, task: Callable[..., None]) -> None:
         """Run `task` after those submitted before; a successor runs it if there is one."""
@@ -99,9 +102,11 @@ class ProgressThread:
         """Finish the tasks and end the thread; return False if it is stalled and still alive."""
         self._tasks.put(None)
         self._thread.join(timeout)
+        child_processes.accept_failure_signal()
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        child_processes.accept_failure_signal()
         next_period = 0.0
         try:
             while True:
