@@ -139,15 +139,28 @@ def _train(options: argparse.Namespace) -> int:
             return 0
         print("\n".join(config.describe(config.load(options.config, options.overrides))))
         return 0
-    configuration = config.load(options.config, options.overrides)
+    refused: UserError | None = None
+    try:
+        configuration = config.load(options.config, options.overrides)
+    except UserError as error:
+        if expected_ranks()[0] == 1:
+            raise
+        refused = error  # perhaps on this rank alone: the others must hear of it
     from mpi_dasgd import launch, world
 
     launch.enable_stack_dump()
     environment = world.start()
     environment.abort_on_exception()
-    from mpi_dasgd.training import trainer
 
-    return environment.run(lambda: trainer.train(configuration, environment))
+    def train() -> int:
+        with environment.collective_errors():
+            if refused is not None:
+                raise refused
+        from mpi_dasgd.training import trainer
+
+        return trainer.train(configuration, environment)
+
+    return environment.run(train)
 
 
 def _launch(options: argparse.Namespace) -> int:

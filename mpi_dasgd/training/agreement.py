@@ -13,6 +13,7 @@ import mpi_dasgd
 from mpi_dasgd.algorithms.build import RunParts
 from mpi_dasgd.config.schema import OWN_ALGORITHMS
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.topology import Topology
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.model_buffers import ModelBuffers
 
@@ -36,19 +37,26 @@ def facts_of_run(run: RunParts) -> dict[str, Any]:
     config = run.config.model_copy(update={"codec": run.codec_config})
     settings = {
         f"{section}.{key}": value
-        for section, values in config.model_dump(mode="json").items()
+        for section, values in config.model_dump().items()
         for key, value in values.items()
     }
-    edges = [] if run.topology.cayley else run.topology.edges.tolist()
     own = config.algorithm.name in OWN_ALGORITHMS  # two programs may mean two things by it
-    matrix = run.topology.mixing_matrix() if edges else {}
     return {
         "version of mpi_dasgd": mpi_dasgd.__version__,
         "byte order": sys.byteorder,
         **{key: value for key, value in settings.items() if key not in OWN_KEYS},
         **({"class of the algorithm": run.algorithm_cls.__qualname__} if own else {}),
-        "edge": [(f"{i}-{j}", {"weight": float(matrix[i, j])}) for i, j in edges],
+        "edge": [] if run.topology.cayley else _edges(run.topology),
     }
+
+
+def _edges(topology: Topology) -> Rows:
+    return [
+        (f"{rank}-{other}", {"weight": weight})
+        for rank in range(topology.size)
+        for other, weight in zip(topology.neighbours(rank), topology.weights(rank), strict=True)
+        if rank < other
+    ]
 
 
 def facts_of_model(parameters: FlatParameters, buffers: ModelBuffers) -> dict[str, Any]:
@@ -62,18 +70,21 @@ def facts_of_model(parameters: FlatParameters, buffers: ModelBuffers) -> dict[st
     }
 
 
-def require_agreement(comm: MPI.Intracomm, facts: Mapping[str, Any]) -> None:
+def require_agreement(
+    comm: MPI.Intracomm, facts: Mapping[str, Any], remedy: str = "give all ranks the same settings"
+) -> None:
     """Compare `facts` of all ranks: a hash of 16 bytes, and words only if it differs. Collective.
 
     Args:
         comm: communicator of the ranks.
-        facts: values by name, as JSON has them; a list of rows (name, details by label), for
-            example the parameters of a model, is compared row by row.
+        facts: values by name; a list of rows (name, details by label), for example the parameters
+            of a model, is compared row by row.
+        remedy: what to do about a difference.
 
     Raises:
         UserError: on all ranks, if one differs: which ranks, in what, and both values.
     """
-    text = json.dumps(facts)
+    text = json.dumps(facts, default=repr)
     groups: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(comm.allgather(xxhash.xxh3_128_digest(text.encode()))):
         groups.setdefault(digest, []).append(rank)
@@ -82,7 +93,8 @@ def require_agreement(comm: MPI.Intracomm, facts: Mapping[str, Any]) -> None:
     shown = list(groups.values())[:_GROUPS]
     texts = comm.allgather(text if comm.rank in {ranks[0] for ranks in shown} else None)
     others = comm.size - sum(map(len, shown))
-    raise UserError(describe([(ranks, json.loads(texts[ranks[0]])) for ranks in shown], others))
+    found = describe([(ranks, json.loads(texts[ranks[0]])) for ranks in shown], others)
+    raise UserError(f"the ranks do not agree: {found}; {remedy}")
 
 
 def describe(groups: Groups, others: int = 0) -> str:
@@ -104,10 +116,7 @@ def describe(groups: Groups, others: int = 0) -> str:
             found.append(f"{name} is {_alternatives(values)}")
     more = f"; and {len(found) - _DIFFERENCES} more" if len(found) > _DIFFERENCES else ""
     also = f" ({others} other ranks differ from all of these)" if others else ""
-    return (
-        f"the ranks do not agree: {'; '.join(found[:_DIFFERENCES])}{more}{also}. Give all ranks "
-        "the same model and settings"
-    )
+    return f"{'; '.join(found[:_DIFFERENCES])}{more}{also}"
 
 
 def _is_rows(value: object) -> bool:
@@ -134,8 +143,8 @@ def _first_difference(
     for number, ((name, _), (other, _)) in enumerate(pairs, start=1):
         if name != other:
             return (
-                f"{what} {number} is {name} on {here}, {other} on {there}: register the layers in "
-                "the same order everywhere"
+                f"{what} {number} is {name} on {here}, {other} on {there} (the order in which the "
+                "layers are registered)"
             )
     name, details, others = next((n, d, o) for (n, d), (_, o) in pairs if d != o)
     differing = [label for label in details if details[label] != others.get(label)]

@@ -11,7 +11,6 @@ import torch
 from mpi_dasgd import world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config
-from mpi_dasgd.training.attachment import torch_optimizer
 from mpi_dasgd.training.decentralized import Decentralized
 
 __all__ = ["attach"]
@@ -62,7 +61,7 @@ def attach(
     """
     training = Decentralized(
         model,
-        torch_optimizer(optimizer),
+        optimizer,
         algorithm,
         topology=topology,
         codec=codec,

@@ -46,19 +46,25 @@ class Attachment:
         self._hooks: StepHooks | None = None
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         self._needs_closure = closure is not None and closure.default is closure.empty
-        self._replace_earlier()
+        self.require_free(optimizer)
+        if optimizer in _attachments:
+            _attachments[optimizer].detach()
         self._guard = optimizer.register_step_pre_hook(self._refuse)
         _attachments[optimizer] = self
 
-    def _replace_earlier(self) -> None:
-        earlier = _attachments.get(self._optimizer)
+    @staticmethod
+    def require_free(optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of another training that is not closed.
+
+        Raises:
+            UserError: it is one.
+        """
+        earlier = _attachments.get(optimizer)
         if earlier is not None and not earlier.is_closed:
             raise UserError(
                 "optimizer: it belongs to another Decentralized, which is still open; close() that "
                 "one before, or give each its own optimizer"
             )
-        if earlier is not None:
-            earlier.detach()
 
     @property
     def is_attached(self) -> bool:

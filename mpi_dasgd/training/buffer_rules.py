@@ -82,24 +82,24 @@ RULES: Mapping[str, Callable[[Values], np.ndarray] | None] = {
 """Rules by name, over the elements of all ranks."""
 
 
-def checked_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
+def checked_rules(rules: Mapping[str, str]) -> dict[str, str]:
     """Return a copy of `rules`.
 
     Raises:
         UserError: it is no mapping of strings to names of rules.
     """
-    if not isinstance(rules, Mapping | None):
+    if not isinstance(rules, Mapping):
         raise UserError(
             "buffer_rules: expected a mapping of names of buffers to rules, as in "
             f"{{'*.cos_cached': 'keep'}}, got {type(rules).__name__}"
         )
-    for pattern, rule in (rules or {}).items():
+    for pattern, rule in rules.items():
         if not isinstance(pattern, str) or rule not in RULES:
             raise UserError(
                 f"buffer_rules: {rule!r} of {pattern!r} is no rule{nearest(str(rule), RULES)} "
                 f"(valid: {', '.join(RULES)})"
             )
-    return dict(rules or {})
+    return dict(rules)
 
 
 def require_matches(rules: Mapping[str, str], names: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import synchronize
-from mpi_dasgd.training.attachment import Attachment
+from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
@@ -96,6 +96,8 @@ class Decentralized:
         self.world = environment = environment or start_world()
         self.rank, self.size = environment.rank, environment.size
         with environment.collective_errors():
+            optimizer = torch_optimizer(optimizer)
+            Attachment.require_free(optimizer)
             config = _load_config(
                 config,
                 {

@@ -63,13 +63,25 @@ class ModelBuffers:
     ) -> None:
         self._module = module
         self._in_vector = in_vector
-        self._rules = checked_rules(rules)
+        self._rules: dict[str, str] = {}
+        self.rules = {} if rules is None else rules
+
+    @property
+    def rules(self) -> Mapping[str, str]:
+        """Rules by patterns of names; they may be set, on all ranks alike."""
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: Mapping[str, str]) -> None:
+        rules = checked_rules(rules)
         named = self._named()
-        require_matches(self._rules, named)
+        require_matches(rules, named)
         for name, tensor in named.items():
-            if self.rule(name, tensor) != KEEP:
+            rule = rule_of(name, tensor.dtype, rules)
+            if rule != KEEP:
                 _require_readable(name, tensor)
-                require_rule(name, tensor.dtype, self.rule(name, tensor))
+                require_rule(name, tensor.dtype, rule)
+        self._rules = rules
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Return all by name: buffers, then parameters; those that are kept included."""

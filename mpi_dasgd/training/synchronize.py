@@ -71,7 +71,12 @@ def average_models(
     """
     from mpi4py import MPI  # not before: it starts MPI
 
-    require_agreement(comm, {"buffer": buffers.description()})
+    require_agreement(
+        comm,
+        {"buffer": buffers.description()},
+        "set training.buffers.rules = {name: 'keep'} on all ranks for a buffer of each rank's own, "
+        "such as a cache that has grown, and average again",
+    )
     total = (comm.rank in ranks) * parameters.host_view.astype(np.float64)
     comm.Allreduce(MPI.IN_PLACE, total)
     parameters.set(total / len(ranks))

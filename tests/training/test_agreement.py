@@ -39,8 +39,8 @@ def _difference(*facts: dict[str, Any]) -> str:
         len(facts), lambda comm: require_agreement(comm, facts[comm.rank]), UserError
     )
     assert told.startswith("the ranks do not agree: ")
-    assert told.endswith(". Give all ranks the same model and settings")
-    return told.removeprefix("the ranks do not agree: ").rpartition(". Give")[0]
+    assert told.endswith("; give all ranks the same settings")
+    return told.removeprefix("the ranks do not agree: ").rpartition("; give")[0]
 
 
 def test_ranks_that_agree_exchange_one_hash() -> None:
@@ -113,8 +113,8 @@ def _with_buffer(**buffers: torch.Tensor) -> dict[str, Any]:
         (
             _model(_layers("left", "right")),
             _model(_layers("right", "left")),
-            "parameter 1 is left.weight on rank 0, right.weight on rank 1: register the layers in "
-            "the same order everywhere",
+            "parameter 1 is left.weight on rank 0, right.weight on rank 1 (the order in which the "
+            "layers are registered)",
         ),
         (
             _model(torch.nn.Linear(3, 2)),
@@ -165,7 +165,7 @@ def test_ranks_that_share_a_value_are_listed_together() -> None:
     def program(comm: Any) -> None:
         require_agreement(comm, {"a": 1, "b": [1, 2, 1, 3][comm.rank]})
 
-    assert "b is 1 on ranks 0, 2, 2 on rank 1, 3 on rank 3." in errors_on_ranks(
+    assert "b is 1 on ranks 0, 2, 2 on rank 1, 3 on rank 3; give" in errors_on_ranks(
         4, program, UserError
     )
 
@@ -213,6 +213,10 @@ def buffers():
     for name in ["a", "b"][: 1 + last]:
         model.register_buffer(name, torch.zeros(2))
     return model
+class Grows(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
 def dtype(): return linear().double() if last else linear()
 
 def expect(text, message):
@@ -232,6 +236,31 @@ expect(f"parameter 1 is left.weight on {others}, right.weight on rank {r}", told
 expect(f"buffer b exists on rank {r} only", told(buffers))
 expect(f"rank {r}", told(dtype))
 expect('buffer_rules', told(linear, buffer_rules={"x": "keep"} if last else None))
+# a buffer that has grown in training, elsewhere by less
+model = Grows()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with mpi_dasgd.Decentralized(model, optimizer, environment=environment) as training:
+    model.cache = torch.full((2 + last,), float(rank))
+    try:
+        training.average()
+    except UserError as error:
+        expect(f"buffer cache has shape [2] on {others}, shape [3] on rank {r}", str(error))
+    else:
+        raise AssertionError("averaged")
+    training.buffers.rules = {"cache": "keep"}
+    training.average()
+    assert model.cache.tolist() == [rank] * (2 + last)
+# a rank whose optimizer belongs to another training
+first = torch.optim.SGD(model.parameters(), lr=0.1)
+training = mpi_dasgd.Decentralized(model, first, environment=environment)
+second = first if last else torch.optim.SGD(model.parameters(), lr=0.1)
+try:
+    mpi_dasgd.Decentralized(model, second, environment=environment)
+except UserError as error:
+    expect(f"or give each its own optimizer (rank {r})", str(error))
+else:
+    raise AssertionError("made")
+training.close()
 # a rank whose own settings are refused
 expect(f"(rank {r})", told(linear, algorithm="adpsdg" if last else "adpsgd"))
 expect(f"(rank {r})", told(linear, algorithm="allreduce", codec="lattice8" if last else "none"))

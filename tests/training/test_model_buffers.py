@@ -121,9 +121,16 @@ def test_what_was_saved_of_another_model_is_refused_before_anything_is_set() -> 
 
 def test_a_kept_buffer_may_have_grown() -> None:
     module = _module(cache=torch.zeros(2))
-    buffers = ModelBuffers(module, rules={"cache": "keep"})
+    buffers = ModelBuffers(module)
     packed = buffers.pack()
     module.cache = torch.ones(3)
+    with pytest.raises(
+        UserError, match=r"cache .* \(3,\), but saved was .*\(2,\)"
+    ):
+        buffers.unpack(packed)
+    with pytest.raises(UserError, match="'kep' .* did you mean 'keep'"):
+        buffers.rules = {"cache": "kep"}
+    buffers.rules = {"cache": "keep"}
     buffers.unpack(packed)
     assert module.cache.tolist() == [1, 1, 1]
     assert buffers.description() == [("cache", {"rule": "keep"})]
