@@ -11,7 +11,7 @@ import xxhash
 
 import mpi_dasgd
 from mpi_dasgd.algorithms.build import RunParts
-from mpi_dasgd.config.schema import OWN_ALGORITHMS
+from mpi_dasgd.config.schema import OWN_ALGORITHMS, Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.training.flat_parameters import FlatParameters
@@ -20,10 +20,13 @@ from mpi_dasgd.training.model_buffers import ModelBuffers
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["facts_of_model", "facts_of_run", "require_agreement"]
+__all__ = ["facts_of_config", "facts_of_model", "facts_of_run", "require_agreement"]
 
 OWN_KEYS = frozenset({"codec.threads", "task.directory", "transport.progress_interval"})
 """Keys of the configuration that may differ between ranks: what they say is of one machine."""
+
+_SECTIONS = ("algorithm", "budget", "codec", "schedule", "topology", "transport")
+_KEYS = ("run.seed", "run.check_finite")  # of other sections, which only `train` reads
 
 _GROUPS = 4  # sets of facts that are compared in words; the ranks of further ones are counted
 _DIFFERENCES = 4  # differences that a message lists
@@ -32,19 +35,25 @@ Rows = Sequence[tuple[str, Mapping[str, Any]]]
 Groups = Sequence[tuple[Sequence[int], Any]]
 
 
-def facts_of_run(run: RunParts) -> dict[str, Any]:
-    """Return what has to be equal on all ranks before they look at each other's models."""
-    config = run.config.model_copy(update={"codec": run.codec_config})
+def facts_of_config(config: Config) -> dict[str, Any]:
+    """Return the settings that have to be equal on all ranks of ``train``."""
     settings = {
         f"{section}.{key}": value
         for section, values in config.model_dump().items()
         for key, value in values.items()
     }
+    return {key: value for key, value in settings.items() if key not in OWN_KEYS}
+
+
+def facts_of_run(run: RunParts) -> dict[str, Any]:
+    """Return what has to be equal on all ranks that exchange models, beside these."""
+    config = run.config.model_copy(update={"codec": run.codec_config})
+    settings = facts_of_config(config).items()
     own = config.algorithm.name in OWN_ALGORITHMS  # two programs may mean two things by it
     return {
         "version of mpi_dasgd": mpi_dasgd.__version__,
         "byte order": sys.byteorder,
-        **{key: value for key, value in settings.items() if key not in OWN_KEYS},
+        **{k: v for k, v in settings if k in _KEYS or k.partition(".")[0] in _SECTIONS},
         **({"class of the algorithm": run.algorithm_cls.__qualname__} if own else {}),
         "edge": [] if run.topology.cayley else _edges(run.topology),
     }

@@ -180,13 +180,22 @@ def combine(rule: str, dtype: torch.dtype, ranks: Sequence[np.ndarray]) -> np.nd
     result = ranks[0].copy()
     block = _BLOCK * dtype.itemsize
     for start in range(0, len(result), block):
-        rows = [piece[start:][:block].reshape(-1, dtype.itemsize) for piece in ranks]
-        differs = np.any([(row != rows[0]).any(axis=1) for row in rows], axis=0)
+        rows = [_words(piece[start:][:block], dtype) for piece in ranks]
+        differs = np.logical_or.reduce([row != rows[0] for row in rows])
+        if differs.ndim > 1:
+            differs = differs.any(axis=1)
         if differs.any():
-            values = function([_numbers(row[differs].reshape(-1), dtype) for row in rows])
-            part = result[start:][:block].reshape(-1, dtype.itemsize)
-            part[differs] = _bytes(values, dtype).reshape(-1, dtype.itemsize)
+            values = function([_numbers(row[differs].view(np.uint8), dtype) for row in rows])
+            part = _words(result[start:][:block], dtype)
+            part[differs] = _words(_bytes(values, dtype), dtype)
     return result
+
+
+def _words(data: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return elements as integers of the same bits, one for each or, of 16 bytes, two."""
+    if dtype.itemsize > 8:
+        return data.view(np.uint64).reshape(-1, dtype.itemsize // 8)
+    return data.view(f"u{dtype.itemsize}")
 
 
 def has_nan(dtype: torch.dtype, data: np.ndarray) -> bool:
@@ -199,7 +208,7 @@ def _numbers(data: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Return elements of `dtype` as numbers: of real and complex dtypes in double precision."""
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex128 if dtype.is_complex else torch.float64
-        return np.asarray(torch.from_numpy(data.copy()).view(dtype).to(wide).numpy())
+        return np.asarray(torch.from_numpy(data.reshape(-1).copy()).view(dtype).to(wide).numpy())
     return data.view(str(dtype).removeprefix("torch."))
 
 

@@ -81,17 +81,29 @@ class ModelBuffers:
             if rule != KEEP:
                 _require_readable(name, tensor)
                 require_rule(name, tensor.dtype, rule)
+                self._require_own_memory(name, tensor)
         self._rules = rules
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Return all by name: buffers, then parameters; those that are kept included."""
-        parameters = dict(self._module.named_parameters())
-        in_vector = [p for p in parameters.values() if id(p) in self._in_vector]
-        spans = [_span(p) for p in in_vector]
         named: dict[str, torch.Tensor] = dict(self._module.named_buffers())
-        known = {id(tensor) for tensor in (*named.values(), *in_vector)}
-        named |= {name: p for name, p in parameters.items() if id(p) not in known}
-        return {name: tensor for name, tensor in named.items() if not _overlaps(tensor, spans)}
+        known = {id(tensor) for tensor in named.values()} | set(self._in_vector)
+        named |= {n: p for n, p in self._module.named_parameters() if id(p) not in known}
+        spans = self._spans()
+        return {n: tensor for n, tensor in named.items() if not _is_inside(tensor, spans)}
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Return where the parameters of the vector begin and end in memory."""
+        parameters = self._module.parameters()
+        return [_span(p) for p in parameters if id(p) in self._in_vector]
+
+    def _require_own_memory(self, name: str, tensor: torch.Tensor) -> None:
+        start, end = _span(tensor)
+        if any(start < last and first < end for first, last in self._spans()):
+            raise UserError(
+                f"model: buffer {name} shares a part of its memory with a trained parameter; make "
+                "it a view of that parameter alone, or a copy (.clone())"
+            )
 
     def rule(self, name: str, tensor: torch.Tensor) -> str:
         """Return the rule of a buffer."""
@@ -246,6 +258,6 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _overlaps(tensor: torch.Tensor, spans: Sequence[tuple[int, int]]) -> bool:
+def _is_inside(tensor: torch.Tensor, spans: Sequence[tuple[int, int]]) -> bool:
     start, end = _span(tensor)
-    return any(start < other_end and other_start < end for other_start, other_end in spans)
+    return any(first <= start < end <= last for first, last in spans)

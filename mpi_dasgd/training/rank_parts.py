@@ -86,12 +86,11 @@ def build_rank(
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
-    require_agreement(environment.comm, facts_of_run(run))
     require_agreement(
         environment.comm,
-        facts_of_model(parameters, buffers),
-        "give all ranks the same model; a buffer of each rank's own is left alone with "
-        "buffer_rules={name: 'keep'}",
+        {**facts_of_run(run), **facts_of_model(parameters, buffers)},
+        "give all ranks the same settings and model (buffer_rules={name: 'keep'} leaves alone a "
+        "buffer that is each rank's own)",
     )
     synchronize.broadcast_model(environment.comm, parameters, buffers)
     local = TorchLocalOptimizer(

@@ -16,6 +16,7 @@ from mpi_dasgd.storage.provenance import provenance
 from mpi_dasgd.storage.run_directory import prepare
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
+from mpi_dasgd.training.agreement import facts_of_config, require_agreement
 from mpi_dasgd.training.decentralized import Decentralized
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.progress_line import ProgressLine
@@ -56,6 +57,7 @@ class Trainer:
 
     def __init__(self, config: Config, environment: world.World) -> None:
         rank, size = environment.rank, environment.size
+        require_agreement(environment.comm, facts_of_config(config))
         with environment.collective_errors():
             algorithm_cls = algorithms.find(config.algorithm.name)
             self.device = world.choose_device(environment.node_rank, torch.cuda.device_count())

@@ -22,17 +22,17 @@ class Comm:
         barrier: of all ranks.
 
     Attributes:
-        sent: bytes that this rank has given to the others in `allgather`, as far as they are bytes.
+        sent: lengths of the bytes that this rank has given to the others.
     """
 
     def __init__(self, rank: int, size: int, slots: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size = rank, size
-        self.sent = 0
+        self.sent: list[int] = []
         self._slots, self._barrier = slots, barrier
 
     def allgather(self, value: T) -> list[T]:
         """Return what all ranks give."""
-        self.sent += len(value) if isinstance(value, bytes) else 0
+        self.sent += [len(value)] if isinstance(value, bytes) else []
         self._slots[self.rank] = value
         self._barrier.wait(20)
         gathered = copy.deepcopy(self._slots)

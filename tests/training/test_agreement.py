@@ -14,6 +14,7 @@ from mpi_dasgd.algorithms.build import build_run
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training.agreement import (
     describe,
+    facts_of_config,
     facts_of_model,
     facts_of_run,
     require_agreement,
@@ -79,6 +80,14 @@ def test_settings_that_differ_are_named_with_both_values(override: str, expected
 def test_settings_of_one_machine_may_differ_and_so_may_words_for_the_same() -> None:
     own = ("codec.threads=2", "task.directory=/data", "transport.progress_interval=0.01")
     assert _run(*own, "codec.name=lattice8") == _run("codec.name=auto")
+    assert facts_of_config(config.load(None, own)) == facts_of_config(config.load(None))
+    of_train = ("run.name=of_rank_1", "optimizer.lr=2")  # an own loop does not read them
+    assert _run(*of_train) == _run()
+    different = facts_of_config(config.load(None, of_train))
+    assert _difference(facts_of_config(config.load(None)), different) == (
+        'run.name is "run" on rank 0, "of_rank_1" on rank 1; optimizer.lr is 0.1 on rank 0, 2.0 on '
+        "rank 1"
+    )
 
 
 def test_files_of_edges_are_compared_by_what_they_say(tmp_path: Path) -> None:
@@ -251,11 +260,10 @@ with mpi_dasgd.Decentralized(model, optimizer, environment=environment) as train
     training.average()
     assert model.cache.tolist() == [rank] * (2 + last)
 # a rank whose optimizer belongs to another training
-first = torch.optim.SGD(model.parameters(), lr=0.1)
-training = mpi_dasgd.Decentralized(model, first, environment=environment)
-second = first if last else torch.optim.SGD(model.parameters(), lr=0.1)
+pairs = [(model, torch.optim.SGD(model.parameters(), lr=0.1)) for model in (linear(), linear())]
+training = mpi_dasgd.Decentralized(*pairs[0], environment=environment)
 try:
-    mpi_dasgd.Decentralized(model, second, environment=environment)
+    mpi_dasgd.Decentralized(*pairs[not last], environment=environment)
 except UserError as error:
     expect(f"or give each its own optimizer (rank {r})", str(error))
 else:

@@ -72,6 +72,18 @@ def test_a_buffer_with_two_names_counts_once() -> None:
     assert list(ModelBuffers(module).shared()) == ["first", "third"]
 
 
+def test_views_of_trained_parameters_are_no_buffers_of_their_own() -> None:
+    memory = torch.zeros(10)
+    module = _module(inside=memory[3:5], outside=memory[6:])
+    module.weight = nn.Parameter(memory[2:6])
+    in_vector = {id(module.weight)}
+    assert list(ModelBuffers(module, in_vector).shared()) == ["outside"]
+    module.register_buffer("all", memory)
+    with pytest.raises(UserError, match="buffer all shares a part of its memory with a trained"):
+        ModelBuffers(module, in_vector)
+    ModelBuffers(module, in_vector, {"all": "keep"})
+
+
 def test_combined_snapshots_leave_out_what_is_kept() -> None:
     module = _module(mean=torch.zeros(2), count=torch.tensor(0), own=torch.tensor(0))
     buffers = ModelBuffers(module, rules={"own": "keep"})
@@ -124,9 +136,7 @@ def test_a_kept_buffer_may_have_grown() -> None:
     buffers = ModelBuffers(module)
     packed = buffers.pack()
     module.cache = torch.ones(3)
-    with pytest.raises(
-        UserError, match=r"cache .* \(3,\), but saved was .*\(2,\)"
-    ):
+    with pytest.raises(UserError, match=r"cache .* \(3,\), but saved was .*\(2,\)"):
         buffers.unpack(packed)
     with pytest.raises(UserError, match="'kep' .* did you mean 'keep'"):
         buffers.rules = {"cache": "kep"}

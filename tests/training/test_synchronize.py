@@ -114,15 +114,28 @@ def test_rules_can_be_set_by_name() -> None:
         assert _equal(after["rotation"], dict(Statistics(rank).named_buffers())["rotation"])
 
 
-def test_what_is_equal_on_all_ranks_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
-    def program(comm: Any) -> int:
+def test_what_is_equal_on_all_ranks_is_not_sent() -> None:
+    def program(comm: Any) -> list[int]:
         model = torch.nn.BatchNorm1d(1000)
         with torch.no_grad():
             model.num_batches_tracked.fill_(comm.rank)
         combine_buffers(comm, ModelBuffers(model), range(3))
         return comm.sent
 
-    assert on_ranks(3, program) == [8 + 0] * 3
+    assert on_ranks(3, program) == [[8]] * 3  # the number of batches
+
+
+def test_a_long_buffer_is_sent_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synchronize, "_BLOCK", 3 * 800)
+
+    def program(comm: Any) -> list[int]:
+        model = torch.nn.BatchNorm1d(300)
+        model.running_mean.fill_(comm.rank)
+        combine_buffers(comm, ModelBuffers(model), range(3))
+        assert (model.running_mean == 1).all()
+        return comm.sent
+
+    assert on_ranks(3, program) == [[800, 400]] * 3
 
 
 def test_a_rank_with_nan_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
