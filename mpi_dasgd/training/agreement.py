@@ -152,8 +152,8 @@ def _first_difference(
     for number, ((name, _), (other, _)) in enumerate(pairs, start=1):
         if name != other:
             return (
-                f"{what} {number} is {name} on {here}, {other} on {there} (the order in which the "
-                "layers are registered)"
+                f"{what} {number} is {name} on {here}, {other} on {there} (layers in another order,"
+                " or weights that share memory)"
             )
     name, details, others = next((n, d, o) for (n, d), (_, o) in pairs if d != o)
     differing = [label for label in details if details[label] != others.get(label)]

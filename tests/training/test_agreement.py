@@ -122,8 +122,8 @@ def _with_buffer(**buffers: torch.Tensor) -> dict[str, Any]:
         (
             _model(_layers("left", "right")),
             _model(_layers("right", "left")),
-            "parameter 1 is left.weight on rank 0, right.weight on rank 1 (the order in which the "
-            "layers are registered)",
+            "parameter 1 is left.weight on rank 0, right.weight on rank 1 (layers in another "
+            "order, or weights that share memory)",
         ),
         (
             _model(torch.nn.Linear(3, 2)),
