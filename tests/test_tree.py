@@ -37,6 +37,7 @@ TESTED_BY = {
     "kernels/test_native_build": "kernels: native",
     "launch/test_job": "launch: rank_status supervisor",
     "simulation/test_simulator": "simulation: drain local_optimizer metrics / tasks: convex",
+    "integrations/test_huggingface": "integrations: collectives session",
     "jobs/test_jobs": "simulation: recorded_times trace",
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
     "storage/test_results": "storage: model schema",
