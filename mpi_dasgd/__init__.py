@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from mpi_dasgd.storage.model import load_model
     from mpi_dasgd.training.attach import attach
     from mpi_dasgd.training.decentralized import Decentralized
+    from mpi_dasgd.training.sampler import sampler
 
-__all__ = ["Decentralized", "__version__", "attach", "load_model"]
+__all__ = ["Decentralized", "__version__", "attach", "load_model", "sampler"]
 
 __version__ = "0.1.0"
 
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from mpi_dasgd.storage.model import load_model
 
         return load_model
+    if name == "sampler":
+        from mpi_dasgd.training.sampler import sampler
+
+        return sampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import step_refusals, synchronize
+from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
@@ -65,6 +65,7 @@ class Decentralized:
 
     Attributes:
         rank, size: this rank, and the number of ranks.
+        config: configuration of the run.
         parameters: parameters of the model, as one vector.
         buffers: its buffers, and parameters that are not in the vector.
         local: optimizer of this rank, with the number of its steps.
@@ -108,6 +109,7 @@ class Decentralized:
                     "budget.seconds": seconds,
                 },
             )
+        self.config = config
         parts = build_rank(config, environment, model, optimizer, record, buffer_rules)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
         self.buffers = parts.buffers
@@ -189,9 +191,13 @@ class Decentralized:
         return self.optimizer.step(*(() if closure is None else (closure,)))
 
     def _step(self, samples: int, closure: Closure | None) -> Any:
-        step_refusals.require_worker(self.algorithm)
-        step_refusals.require_running(self._is_running, "step")
-        step_refusals.require_budget(self._was_spent)
+        if not self.computes_gradients:
+            raise UserError(
+                f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no "
+                "gradients: call training.serve() while training.computes_gradients is false, or "
+                "set algorithm.server_trains=true"
+            )
+        self._refuse_step_after_the_end()
         started, updated = time.perf_counter(), self.local.update_seconds
         if self._shadow.is_busy:
             self._waiter.wait(self._shadow.advance)
@@ -202,12 +208,8 @@ class Decentralized:
         self.local.lr_scale = self.learning_rate.of_gradient(self.progress)
         self.delay, self.delay_factor = self.learning_rate.delay, self.learning_rate.delay_factor
         self.budget.declare_last_step(self.local.local_step)
-        try:
-            for request in self.algorithm.step(self.local):
-                self._waiter.wait(request.test)
-        except BaseException:
-            self._shadow.undo_step()
-            raise
+        for request in self.algorithm.step(self.local):
+            self._waiter.wait(request.test)
         self.parameters.copy_to_device()
         self.endpoint.membership.report_samples(self.samples)
         self.learning_rate.begin_gradient()
@@ -227,15 +229,26 @@ class Decentralized:
         """Leave the optimizer as it was before: from now on its steps train this rank alone."""
         self._attachment.detach()
 
+    def _refuse_step_after_the_end(self) -> None:
+        if self.endpoint.membership.status[self.rank] != RUNNING:
+            raise UserError(
+                "training.step: expected before training.finish() or training.close(), got one "
+                "after it: this rank exchanges no more; for further training make another "
+                "Decentralized object of the same model, on all ranks"
+            )
+        if self._was_spent:
+            raise UserError(
+                "training.step: the budget was spent at the last step, expected an end of the "
+                "loop: make it `while not training.finished`, leave inner loops by `if "
+                "training.finished: break`, or give a larger total_samples or seconds, or neither"
+            )
+
     def serve(self) -> None:
         """Process messages of other ranks for a moment: where `computes_gradients` is false.
 
         Raises:
-            UserError: this rank computes gradients, or training has ended.
             PeerLost: see `step`.
         """
-        step_refusals.require_server(self.algorithm)
-        step_refusals.require_running(self._is_running, "serve")
         self.parameters.copy_to_host()
         self.local.lr_scale = self.learning_rate.scheduled(self.progress)
         self._waiter.poll(lambda: self.algorithm.serve(self.local))
@@ -250,17 +263,12 @@ class Decentralized:
         gradients, until all have left. Called by `close`.
 
         Raises:
-            Diverged: the model is not finite, and others would average with it.
             PeerLost: see `step`.
         """
-        if self._is_running:
+        if self.endpoint.membership.status[self.rank] == RUNNING:
             self.parameters.copy_to_host()
-            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local)
+            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local.local_step)
             self.parameters.copy_to_device()
-
-    @property
-    def _is_running(self) -> bool:
-        return self.endpoint.membership.status[self.rank] == RUNNING
 
     def average(self) -> None:
         """Replace the model by the one that was trained: the mean of all ranks' models and buffers.

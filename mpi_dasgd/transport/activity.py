@@ -15,15 +15,13 @@ class Activity(IntEnum):
     """Anything but the following: the program's own code, or a call that returns soon."""
     STEP = 1
     """A step, or `serve`, that has waited for other ranks for more than a second."""
-    ELSEWHERE = 2
-    """The end of another training by the same process: it answers others meanwhile."""
-    COLLECTIVE = 3
+    COLLECTIVE = 2
     """A collective call in mid-run: `average`, `paused`."""
-    SHADOWING = 4
+    SHADOWING = 3
     """The end of training: takes part in the steps of others, without gradients."""
-    FINISHING = 5
+    FINISHING = 4
     """The end of training: absorbs what others still send."""
-    CLOSING = 6
+    CLOSING = 5
     """`close`, after the end of training."""
 
     @property
@@ -35,7 +33,6 @@ class Activity(IntEnum):
 _TEXTS = {
     Activity.OWN_CODE: "is in the program's own code after its step {step}",
     Activity.STEP: "waits in its step {step}",
-    Activity.ELSEWHERE: "waits in the end of another model's training after its step {step}",
     Activity.COLLECTIVE: "waits in a collective call (average, paused) after its step {step}",
     Activity.SHADOWING: "waits in finish or close after its step {step}",
     Activity.FINISHING: "waits in finish or close after its step {step}",

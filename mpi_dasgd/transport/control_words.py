@@ -19,6 +19,7 @@ __all__ = [
     "LAST_STEP",
     "READY",
     "SAMPLES",
+    "SHARDS",
     "STATUS",
     "WordMap",
     "Words",
@@ -28,12 +29,13 @@ __all__ = [
 FREE, READY, CLAIMED = range(3)
 """States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
 
-HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY, HEAD = range(8)
+HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER = range(5)
+GRADIENTS, ACTIVITY, SHARDS, HEAD = range(5, 9)
 """Indices of a rank's words.
 
 Heartbeats; samples processed; status; last step; whether some rank reports why the run failed (only
 rank 0's word counts); gradients computed, which is the newest step begun; activity
-(`activity.py`); newest publication.
+(`activity.py`); how the data are shared (`training/sampler.py`), 0 before that; newest publication.
 """
 
 _FIRST_SLOT = HEAD + 1

@@ -15,6 +15,7 @@ from mpi_dasgd.transport.control_words import (
     HEARTBEAT,
     LAST_STEP,
     SAMPLES,
+    SHARDS,
     STATUS,
     Words,
 )
@@ -50,7 +51,7 @@ class Membership:
         self._rank = rank
         self._heartbeat_timeout = heartbeat_timeout
         self._own_values = dict.fromkeys(
-            (HEARTBEAT, SAMPLES, STATUS, LAST_STEP, GRADIENTS, ACTIVITY), 0
+            (HEARTBEAT, SAMPLES, STATUS, LAST_STEP, GRADIENTS, ACTIVITY, SHARDS), 0
         )
         self.samples = [0] * size
         self.gradients = [0] * size
@@ -110,6 +111,17 @@ class Membership:
     def read_last_step(self, rank: int) -> int:
         """Return the step that `rank` has declared the last one; 0 if none yet."""
         return self._words.read(rank, LAST_STEP)
+
+    def publish_shards(self, digest: int) -> bool:
+        """Publish how this rank shares data, unless it has done so; return whether it had not."""
+        is_first = not self._own_values[SHARDS]
+        if is_first:
+            self._set(SHARDS, digest)
+        return is_first
+
+    def read_shards(self, rank: int) -> int:
+        """Return how `rank` shares data; 0 if it has not said so yet."""
+        return self._words.read(rank, SHARDS)
 
     def refresh(self, ranks: Iterable[int]) -> None:
         """Read samples and status of `ranks`."""

@@ -13,6 +13,7 @@ from mpi_dasgd.transport.control_words import (
     LAST_STEP,
     READY,
     SAMPLES,
+    SHARDS,
     STATUS,
     WordMap,
     holder_of,
@@ -31,7 +32,8 @@ def test_word_keeps_state_holder_and_version_apart() -> None:
 
 def test_word_map_gives_each_word_its_own_place() -> None:
     where = WordMap(5, 7)
-    fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY, HEAD]
+    fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY]
+    fixed += [SHARDS, HEAD]
     indices = [*fixed, *where.publication, *where.inbox]
     assert sorted(indices) == list(range(where.count))
     assert (len(where.publication), len(where.inbox)) == (5, 7)
