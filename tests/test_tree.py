@@ -37,6 +37,7 @@ TESTED_BY = {
     "kernels/test_native_build": "kernels: native",
     "launch/test_job": "launch: rank_status supervisor",
     "simulation/test_simulator": "simulation: drain local_optimizer metrics / tasks: convex",
+    "integrations/test_huggingface": "integrations: collectives session",
     "jobs/test_jobs": "simulation: recorded_times trace",
     "storage/test_checkpoint": "storage: atomic_file checkpoint_files restore writer_thread",
     "storage/test_results": "storage: model schema",
@@ -49,6 +50,7 @@ TESTED_BY = {
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
     "training/test_parameter_attachment": "training: flat_memory parameter_ties",
+    "training/test_join": "training: step_refusals",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",

@@ -277,7 +277,7 @@ class TransportConfig(Section):
         10.0, description="seconds without a heartbeat after which a rank counts as dead", gt=0
     )
     stall_timeout: float = Field(
-        300.0,
+        600.0,
         description="seconds that a rank waits for others while none of them makes progress; then "
         "the run ends",
         gt=0,

@@ -28,6 +28,11 @@ OWN_KEYS = frozenset({"codec.threads", "task.directory", "transport.progress_int
 _SECTIONS = ("algorithm", "budget", "codec", "schedule", "topology", "transport")
 _KEYS = ("run.seed", "run.check_finite")  # of other sections, which only `train` reads
 
+_HINTS = {
+    "budget.samples": " (it counts the samples of all ranks together)",
+    "run.seed": " (the seeds of torch and of your data may differ)",
+}
+
 _GROUPS = 4  # sets of facts that are compared in words; the ranks of further ones are counted
 _DIFFERENCES = 4  # differences that a message lists
 
@@ -122,7 +127,7 @@ def describe(groups: Groups, others: int = 0) -> str:
         if any(_is_rows(value) for _, value in values):
             found += _describe_rows(name, [(ranks, value or []) for ranks, value in values])
         else:
-            found.append(f"{name} is {_alternatives(values)}")
+            found.append(f"{name} is {_alternatives(values)}{_HINTS.get(name, '')}")
     more = f"; and {len(found) - _DIFFERENCES} more" if len(found) > _DIFFERENCES else ""
     also = f" ({others} other ranks differ from all of these)" if others else ""
     return f"{'; '.join(found[:_DIFFERENCES])}{more}{also}"
@@ -152,8 +157,8 @@ def _first_difference(
     for number, ((name, _), (other, _)) in enumerate(pairs, start=1):
         if name != other:
             return (
-                f"{what} {number} is {name} on {here}, {other} on {there} (the order in which the "
-                "layers are registered)"
+                f"{what} {number} is {name} on {here}, {other} on {there} (layers in another order,"
+                " or weights that share memory)"
             )
     name, details, others = next((n, d, o) for (n, d), (_, o) in pairs if d != o)
     differing = [label for label in details if details[label] != others.get(label)]

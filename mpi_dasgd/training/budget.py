@@ -58,7 +58,7 @@ class Budget:
         In lockstep a rank takes those of the others for as many as its own while it trains, so that
         all are at the same progress: each makes its share of the budget, then leaves.
         """
-        if self._lockstep and self._membership.status[self._rank] == RUNNING:
+        if self._lockstep and self._is_running:
             return self.samples * self._size
         return self._membership.total_samples
 
@@ -73,7 +73,7 @@ class Budget:
 
     def is_spent(self, local_step: int) -> bool:
         """Return whether training ends after `local_step` steps of this rank."""
-        if self._stops_by_declaration:
+        if self._stops_by_declaration and self._is_running:
             self._known_last_step = self._membership.read_last_step(0)
         return self.was_spent(local_step)
 
@@ -82,6 +82,10 @@ class Budget:
         if self._stops_by_declaration:
             return 0 < self._known_last_step <= local_step
         return self.progress >= 1.0
+
+    @property
+    def _is_running(self) -> bool:
+        return self._membership.status[self._rank] == RUNNING
 
     @property
     def _stops_by_declaration(self) -> bool:

@@ -15,7 +15,7 @@ from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import synchronize
+from mpi_dasgd.training import step_refusals, synchronize
 from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
@@ -191,13 +191,9 @@ class Decentralized:
         return self.optimizer.step(*(() if closure is None else (closure,)))
 
     def _step(self, samples: int, closure: Closure | None) -> Any:
-        if not self.computes_gradients:
-            raise UserError(
-                f"rank {self.rank} is the server of {self.algorithm.name!r} and takes no "
-                "gradients: call training.serve() while training.computes_gradients is false, or "
-                "set algorithm.server_trains=true"
-            )
-        self._refuse_step_after_the_end()
+        step_refusals.require_worker(self.algorithm)
+        step_refusals.require_running(self._is_running, "step")
+        step_refusals.require_budget(self._was_spent)
         started, updated = time.perf_counter(), self.local.update_seconds
         if self._shadow.is_busy:
             self._waiter.wait(self._shadow.advance)
@@ -208,8 +204,12 @@ class Decentralized:
         self.local.lr_scale = self.learning_rate.of_gradient(self.progress)
         self.delay, self.delay_factor = self.learning_rate.delay, self.learning_rate.delay_factor
         self.budget.declare_last_step(self.local.local_step)
-        for request in self.algorithm.step(self.local):
-            self._waiter.wait(request.test)
+        try:
+            for request in self.algorithm.step(self.local):
+                self._waiter.wait(request.test)
+        except BaseException:
+            self._shadow.undo_step()
+            raise
         self.parameters.copy_to_device()
         self.endpoint.membership.report_samples(self.samples)
         self.learning_rate.begin_gradient()
@@ -229,26 +229,15 @@ class Decentralized:
         """Leave the optimizer as it was before: from now on its steps train this rank alone."""
         self._attachment.detach()
 
-    def _refuse_step_after_the_end(self) -> None:
-        if self.endpoint.membership.status[self.rank] != RUNNING:
-            raise UserError(
-                "training.step: expected before training.finish() or training.close(), got one "
-                "after it: this rank exchanges no more; for further training make another "
-                "Decentralized object of the same model, on all ranks"
-            )
-        if self._was_spent:
-            raise UserError(
-                "training.step: the budget was spent at the last step, expected an end of the "
-                "loop: make it `while not training.finished`, leave inner loops by `if "
-                "training.finished: break`, or give a larger total_samples or seconds, or neither"
-            )
-
     def serve(self) -> None:
         """Process messages of other ranks for a moment: where `computes_gradients` is false.
 
         Raises:
+            UserError: this rank computes gradients, or training has ended.
             PeerLost: see `step`.
         """
+        step_refusals.require_server(self.algorithm)
+        step_refusals.require_running(self._is_running, "serve")
         self.parameters.copy_to_host()
         self.local.lr_scale = self.learning_rate.scheduled(self.progress)
         self._waiter.poll(lambda: self.algorithm.serve(self.local))
@@ -263,12 +252,17 @@ class Decentralized:
         gradients, until all have left. Called by `close`.
 
         Raises:
+            Diverged: the model is not finite, and others would average with it.
             PeerLost: see `step`.
         """
-        if self.endpoint.membership.status[self.rank] == RUNNING:
+        if self._is_running:
             self.parameters.copy_to_host()
-            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local.local_step)
+            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local)
             self.parameters.copy_to_device()
+
+    @property
+    def _is_running(self) -> bool:
+        return self.endpoint.membership.status[self.rank] == RUNNING
 
     def average(self) -> None:
         """Replace the model by the one that was trained: the mean of all ranks' models and buffers.

@@ -89,8 +89,11 @@ def holders(tensor: torch.Tensor) -> int:
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Return what tells the storage of `tensor` from all others that exist."""
-    return int(tensor.untyped_storage()._cdata)
+    """Return what tells the storage of `tensor` from all others that exist; 0 if it has none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, ValueError):  # sparse and uninitialized ones
+        return 0
 
 
 def same_format(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -29,11 +29,14 @@ part in step s before any rank can begin the step that it names.
 
 A process may train two models (GANs): while it waits at the end of one, its ranks take part in the
 steps of the other in the same way, or answer as a server, since others may not come to the end of
-the first before. These steps count: own ones go on behind them.
+the first before. These steps count: own ones go on behind them. (What only one rank can do is not
+done: to compute the gradient of a work item of `minibatch`, or of `asgd` with few items. That wait
+is bounded like all others.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -61,6 +64,9 @@ class Peers(Protocol):
     def have_reached(self, activity: Activity) -> bool:
         """Return whether all ranks are at `activity` or beyond."""
 
+    def report(self, activity: Activity) -> None:
+        """Tell the other ranks what this one does."""
+
     def newest_step(self) -> int:
         """Return the newest step that any rank has begun with a gradient.
 
@@ -80,6 +86,9 @@ class EndpointPeers:
 
     def have_reached(self, activity: Activity) -> bool:
         return all(reported.activity >= activity for reported in self._membership.activities)
+
+    def report(self, activity: Activity) -> None:
+        self._membership.report_activity(activity)
 
     def newest_step(self) -> int:
         return max(self._membership.gradients)
@@ -173,6 +182,26 @@ class Shadow:
                 self._steps = None
                 self._on_end()
         return True
+
+    def undo_step(self) -> None:
+        """Count the last step as not made: an exception ended it, before its exchange.
+
+        Others may have begun it, so that this rank makes it again, with a gradient or as a shadow.
+        """
+        if self.in_lockstep:
+            self._local.local_step -= 1
+
+    @contextlib.contextmanager
+    def attention_to_others(self) -> Iterator[None]:
+        """Tell the ranks that train other models with this process that it waits in the body."""
+        others = [other for other in self._open if other is not self]
+        for other in others:
+            other._peers.report(Activity.ELSEWHERE)
+        try:
+            yield
+        finally:
+            for other in others:
+                other._peers.report(Activity.OWN_CODE)
 
     def attend_others(self) -> None:
         """Do what other ranks wait for in the training of other models by this process."""

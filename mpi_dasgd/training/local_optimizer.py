@@ -149,6 +149,14 @@ class TorchLocalOptimizer:
             gradient /= scale.to(gradient.device)
             optimizer.grad_scale = None
 
+    def require_finite_model(self) -> None:
+        """Refuse a model that is not finite.
+
+        Raises:
+            Diverged: says which parameter.
+        """
+        self._require_finite(self._parameters.host_view, "parameter")
+
     def _require_finite(self, vector: np.ndarray, what: str) -> None:
         # The sum of squares is one pass at the speed of memory; only a large one needs a second.
         with np.errstate(over="ignore", invalid="ignore"):

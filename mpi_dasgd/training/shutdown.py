@@ -9,10 +9,12 @@ import numpy as np
 
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.algorithms.communication import wait
+from mpi_dasgd.errors import Diverged
 from mpi_dasgd.training.join import Shadow
+from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
-from mpi_dasgd.transport.membership import FINISHED, RUNNING, Membership
+from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING, Membership
 
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # its import starts MPI
@@ -21,7 +23,11 @@ __all__ = ["adopt_model", "drain", "follow", "leave"]
 
 
 def leave(
-    endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, shadow: Shadow, local_step: int
+    endpoint: RmaEndpoint,
+    algorithm: Algorithm,
+    waiter: Waiter,
+    shadow: Shadow,
+    local: TorchLocalOptimizer,
 ) -> None:
     """End the exchanges of this rank: follow those that still train, then drain.
 
@@ -30,18 +36,26 @@ def leave(
         algorithm: algorithm of this rank, which starts no exchange any more.
         waiter: waits for the other ranks; a rank that has died is not waited for.
         shadow: takes part in the steps of others.
-        local_step: number of steps that this rank has made.
+        local: local optimizer of this rank.
 
     Raises:
+        Diverged: the model is not finite, and others would average with it.
         PeerLost: a rank has failed, or one that the algorithm cannot do without is gone, or none
             makes progress.
     """
     if shadow.in_lockstep:
-        endpoint.membership.report_activity(Activity.SHADOWING)
-        follow(waiter, shadow, Activity.SHADOWING)
-        adopt_model(endpoint, algorithm, waiter)
-    endpoint.membership.report_activity(Activity.FINISHING)
-    drain(endpoint, algorithm, waiter, local_step, shadow.attend_others)
+        try:
+            local.require_finite_model()
+        except Diverged:
+            endpoint.membership.publish_status(FAILED)
+            raise
+    with shadow.attention_to_others():
+        if shadow.in_lockstep:
+            endpoint.membership.report_activity(Activity.SHADOWING)
+            follow(waiter, shadow, Activity.SHADOWING)
+            adopt_model(endpoint, algorithm, waiter)
+        endpoint.membership.report_activity(Activity.FINISHING)
+        drain(endpoint, algorithm, waiter, local.local_step, shadow.attend_others)
     shadow.close()
 
 
@@ -94,7 +108,8 @@ def drain(
     """Stop exchanging, and absorb what other ranks still send, until all of them have stopped.
 
     Args:
-        endpoint, algorithm, waiter, local_step: see `leave`.
+        endpoint, algorithm, waiter: see `leave`.
+        local_step: number of steps that this rank has made.
         attend_others: called while this rank waits.
 
     Raises:

@@ -33,7 +33,7 @@ class Waiter:
     """
 
     def __init__(
-        self, endpoint: RmaEndpoint, algorithm: Algorithm, stall_timeout: float = 300.0
+        self, endpoint: RmaEndpoint, algorithm: Algorithm, stall_timeout: float = 600.0
     ) -> None:
         self.wait_seconds = 0.0
         self._endpoint = endpoint

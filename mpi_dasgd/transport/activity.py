@@ -15,13 +15,15 @@ class Activity(IntEnum):
     """Anything but the following: the program's own code, or a call that returns soon."""
     STEP = 1
     """A step, or `serve`, that has waited for other ranks for more than a second."""
-    COLLECTIVE = 2
+    ELSEWHERE = 2
+    """The end of another training by the same process: it answers others meanwhile."""
+    COLLECTIVE = 3
     """A collective call in mid-run: `average`, `paused`."""
-    SHADOWING = 3
+    SHADOWING = 4
     """The end of training: takes part in the steps of others, without gradients."""
-    FINISHING = 4
+    FINISHING = 5
     """The end of training: absorbs what others still send."""
-    CLOSING = 5
+    CLOSING = 6
     """`close`, after the end of training."""
 
     @property
@@ -33,6 +35,7 @@ class Activity(IntEnum):
 _TEXTS = {
     Activity.OWN_CODE: "is in the program's own code after its step {step}",
     Activity.STEP: "waits in its step {step}",
+    Activity.ELSEWHERE: "waits in the end of another model's training after its step {step}",
     Activity.COLLECTIVE: "waits in a collective call (average, paused) after its step {step}",
     Activity.SHADOWING: "waits in finish or close after its step {step}",
     Activity.FINISHING: "waits in finish or close after its step {step}",

@@ -62,8 +62,8 @@ def test_ranks_that_agree_exchange_one_hash() -> None:
     [
         ("topology.graph=ring", 'topology.graph is "complete" on rank 0, "ring" on rank 1'),
         ("codec.name=none", 'codec.name is "lattice8" on rank 0, "none" on rank 1'),
-        ("budget.samples=3", "budget.samples is unset on rank 0, 3 on rank 1"),
-        ("run.seed=2", "run.seed is 1 on rank 0, 2 on rank 1"),
+        ("budget.samples=3", "budget.samples is unset on rank 0, 3 on rank 1 (it counts"),
+        ("run.seed=2", "run.seed is 1 on rank 0, 2 on rank 1 (the seeds"),
         ("transport.mode=rma", 'transport.mode is "auto" on rank 0, "rma" on rank 1'),
         ("algorithm.mixing_weight=0.4", "algorithm.mixing_weight is 0.5 on rank 0, 0.4 on rank 1"),
         (
@@ -74,7 +74,7 @@ def test_ranks_that_agree_exchange_one_hash() -> None:
     ],
 )
 def test_settings_that_differ_are_named_with_both_values(override: str, expected: str) -> None:
-    assert _difference(_run(), _run(override)) == expected
+    assert _difference(_run(), _run(override)).startswith(expected)
 
 
 def test_settings_of_one_machine_may_differ_and_so_may_words_for_the_same() -> None:
@@ -122,8 +122,8 @@ def _with_buffer(**buffers: torch.Tensor) -> dict[str, Any]:
         (
             _model(_layers("left", "right")),
             _model(_layers("right", "left")),
-            "parameter 1 is left.weight on rank 0, right.weight on rank 1 (the order in which the "
-            "layers are registered)",
+            "parameter 1 is left.weight on rank 0, right.weight on rank 1 (layers in another "
+            "order, or weights that share memory)",
         ),
         (
             _model(torch.nn.Linear(3, 2)),

@@ -14,7 +14,9 @@ from mpi_dasgd.training.join import Shadow
 from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.network import Network
+from tests.support.mpi_ranks import ROOT
 from tests.support.random_delays import RandomDelays
+from tests.support.rank_pool import run_pooled
 from tests.support.virtual_ranks import JOB
 from tests.training.test_budget import SETTINGS
 
@@ -51,6 +53,9 @@ class _Leaving(Simulator):
     def have_reached(self, activity: Activity) -> bool:
         assert activity is Activity.SHADOWING
         return len(self.left) == self.size
+
+    def report(self, activity: Activity) -> None:
+        pass
 
     def newest_step(self) -> int:
         return max(self.network.gradient_counts)
@@ -110,3 +115,10 @@ def test_all_ranks_end_after_the_last_step_of_any(
             one.absorb(local.local_step)
         mean = total_mass(simulation.algorithms, simulation.network.memory) / RANKS
         np.testing.assert_allclose(mean, before, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_leave_when_they_like(ranks: int) -> None:
+    """Every algorithm; `allreduce` against one process; two models at once; budgets; the end."""
+    run_pooled(ranks, ROOT / "tests" / "programs" / "leaving.py", timeout=120)

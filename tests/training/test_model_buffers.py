@@ -168,3 +168,17 @@ def test_what_has_no_plain_memory_is_refused_unless_it_is_kept(
     buffers = ModelBuffers(module, rules={"b": "keep"})
     buffers.unpack(buffers.pack())
     assert list(buffers.digests()) == ["c"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize")
+@pytest.mark.parametrize("make", [make for make, _ in UNREADABLE.values()], ids=UNREADABLE)
+def test_a_model_with_such_a_buffer_can_be_trained_twice(
+    make: Callable[[], torch.Tensor],
+) -> None:
+    module = nn.Linear(3, 2)
+    module.register_buffer("b", make())
+    weight = module.weight.data  # others may use the memory of a parameter
+    for _ in range(2):
+        flat = FlatParameters(module)
+        ModelBuffers(module, set(map(id, flat.parameters)), {"b": "keep"})
+    assert torch.equal(module.weight, weight)

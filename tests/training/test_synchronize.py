@@ -14,6 +14,7 @@ from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.synchronize import broadcast_model, combine_buffers
+from tests.support.rank_pool import run_pooled
 from tests.support.threaded_ranks import errors_on_ranks, on_ranks
 
 
@@ -160,3 +161,65 @@ def test_a_server_gets_what_the_workers_agree_on() -> None:
         return model.running_mean.item()
 
     assert on_ranks(3, program) == [5.0] * 3
+
+
+PROGRAM = """
+import torch, mpi_dasgd
+from mpi_dasgd import world
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.linear = torch.nn.Linear(3, 3)
+        angles = torch.outer(torch.arange(3.0), torch.tensor([1.0, 0.1]))
+        for name, buffer in {
+            "rotation": torch.polar(torch.ones_like(angles), angles),
+            "seed": torch.tensor([2**53 + 1, 2**62 + 12345, -(2**60) - 7, 2**63 - 1]),
+            "mask": torch.full((3, 3), float("-inf")).triu(1),
+            "nan": torch.tensor([float("nan")]), "flag": torch.tensor([True, False]),
+            "byte": torch.tensor([255, 3], dtype=torch.uint8), "half": torch.tensor([1e-4]).half(),
+            "third": torch.tensor([1 / 3], dtype=torch.float64), "empty": torch.empty(0),
+        }.items():
+            self.register_buffer(name + "_", buffer, persistent=name != "mask")
+    def forward(self, x):
+        return torch.softmax(self.linear(self.norm(x)) + self.mask_[:1], -1)
+
+environment = world.start()
+comm = environment.comm
+for algorithm in ("adpsgd", "asgd", "easgd", "minibatch", "allreduce"):
+    model = Model()
+    with torch.no_grad():
+        model.norm.running_mean.fill_(comm.rank + 3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    training = mpi_dasgd.Decentralized(
+        model, optimizer, algorithm, total_samples=32, environment=environment
+    )
+    assert (model.norm.running_mean == 3).all()  # as on rank 0
+    while not training.finished:
+        if training.computes_gradients:
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            training.step(4)
+        else:
+            training.serve()
+    training.finish()
+    own = comm.allgather((training.computes_gradients, model.norm.running_mean.tolist()))
+    counts = comm.allgather(model.norm.num_batches_tracked.item())
+    training.average()
+    for name, buffer in model.named_buffers():
+        if not name.startswith("norm"):
+            found, given = (b.view(-1).view(torch.uint8) for b in (buffer, before[name]))
+            same = torch.equal(found, given) and buffer.dtype == before[name].dtype
+            assert same, (algorithm, name, buffer)
+    means = torch.tensor([mean for works, mean in own if works], dtype=torch.float64).mean(0)
+    assert torch.equal(model.norm.running_mean, means.float()), algorithm
+    assert model.norm.num_batches_tracked.item() == max(counts), algorithm
+    training.close()
+"""
+
+
+@pytest.mark.mpi
+def test_buffers_of_every_type_survive_training_with_and_without_a_server() -> None:
+    run_pooled(3, PROGRAM)
