@@ -150,7 +150,8 @@ class ModelBuffers:
     def unpack(self, packed: np.ndarray) -> None:
         """Set all from what `pack` or `combine` returned.
 
-        One that is kept stays as it is where its shape or dtype has changed since.
+        One that is kept, or not in the module's state dictionary, as a cache that grows, stays as
+        it is where its shape or dtype has changed since.
 
         Args:
             packed: (bytes,), uint8; or, from files that hold it so, (elements,), float64.
@@ -167,7 +168,7 @@ class ModelBuffers:
             )
         same = {name for name, each in saved.items() if each.kind == _kind(named[name])}
         for name, tensor in self.shared().items():
-            if name not in same:
+            if name not in same and not _is_cache(self._module, name):
                 found = saved[name].kind if name in saved else "none of this name"
                 raise _changed(name, tensor, found)
         for name in same:
@@ -216,6 +217,12 @@ class ModelBuffers:
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _is_cache(module: torch.nn.Module, name: str) -> bool:
+    """Return whether a buffer is not part of the state dictionary: the module makes it anew."""
+    owner, _, own_name = name.rpartition(".")
+    return own_name in getattr(module.get_submodule(owner), "_non_persistent_buffers_set", ())
 
 
 def _changed(name: str, tensor: torch.Tensor, saved: str) -> UserError:

@@ -131,19 +131,28 @@ def test_what_was_saved_of_another_model_is_refused_before_anything_is_set() -> 
         buffers.combine([buffers.pack(), np.empty(0, np.uint8)])
 
 
-def test_a_kept_buffer_may_have_grown() -> None:
-    module = _module(cache=torch.zeros(2))
+def test_a_cache_or_a_kept_buffer_may_have_grown() -> None:
+    module = nn.Sequential(_module(cache=torch.zeros(2)))
     buffers = ModelBuffers(module)
     packed = buffers.pack()
-    module.cache = torch.ones(3)
-    with pytest.raises(UserError, match=r"cache .* \(3,\), but saved was .*\(2,\)"):
+    module[0].cache = torch.ones(3)  # in an evaluation of the mean model, say
+    buffers.unpack(packed)
+    assert module[0].cache.tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"0.cache .* \(3,\), but saved was .*\(2,\)"):
+        buffers.combine([packed, packed])
+
+    module = _module(own=torch.zeros(2))
+    buffers = ModelBuffers(module)
+    packed = buffers.pack()
+    module.own = torch.ones(3)
+    with pytest.raises(UserError, match=r"own .* \(3,\), but saved was .*\(2,\)"):
         buffers.unpack(packed)
     with pytest.raises(UserError, match="'kep' .* did you mean 'keep'"):
-        buffers.rules = {"cache": "kep"}
-    buffers.rules = {"cache": "keep"}
+        buffers.rules = {"own": "kep"}
+    buffers.rules = {"own": "keep"}
     buffers.unpack(packed)
-    assert module.cache.tolist() == [1, 1, 1]
-    assert buffers.description() == [("cache", {"rule": "keep"})]
+    assert module.own.tolist() == [1, 1, 1]
+    assert buffers.description() == [("own", {"rule": "keep"})]
 
 
 UNREADABLE: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
