@@ -101,12 +101,13 @@ def require_agreement(
     text = json.dumps(facts, default=repr)
     groups: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(comm.allgather(xxhash.xxh3_128_digest(text.encode()))):
-        groups.setdefault(digest, []).append(rank)
+        if digest is not None:  # as that of a rank that is lost
+            groups.setdefault(digest, []).append(rank)
     if len(groups) == 1:
         return
     shown = list(groups.values())[:_GROUPS]
     texts = comm.allgather(text if comm.rank in {ranks[0] for ranks in shown} else None)
-    others = comm.size - sum(map(len, shown))
+    others = sum(map(len, groups.values())) - sum(map(len, shown))
     found = describe([(ranks, json.loads(texts[ranks[0]])) for ranks in shown], others)
     raise UserError(f"the ranks do not agree: {found}; {remedy}")
 

@@ -89,7 +89,8 @@ def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collect
     Only buffers that differ between ranks are sent, a block at a time.
 
     Args:
-        comm: communicator of the ranks: of it, `rank`, `size` and `allgather` are used.
+        comm: communicator of the ranks: of it, `rank`, `size` and `allgather` are used, which may
+            give None for a rank that is lost.
         buffers: buffers of this rank, which are alike on all ranks.
         workers: ranks whose buffers count.
     """
@@ -104,11 +105,11 @@ def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collect
         block = max(1, _BLOCK // comm.size // size) * size
         for start in range(0, data.size, block):
             part = slice(start, start + block)
-            gathered = comm.allgather(data[part].tobytes() if works else b"")
-            found = {r: np.frombuffer(gathered[r], np.uint8) for r in sorted(workers)}
+            gathered = enumerate(comm.allgather(data[part].tobytes() if works else None))
+            found = {r: np.frombuffer(piece, np.uint8) for r, piece in gathered if piece}
             combined[part] = combine(rule, dtype, list(found.values()))
             with_nan |= {rank for rank, piece in found.items() if has_nan(dtype, piece)}
-        if comm.rank == 0 and with_nan and len(with_nan) < len(workers):
+        if comm.rank == 0 and with_nan and with_nan != set(found):
             _log.warning(
                 "buffer %s has NaN on ranks %s, but not on all: rule %s went by the others",
                 *(name, sorted(with_nan), rule),
@@ -118,5 +119,6 @@ def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collect
 
 def _differing(comm: MPI.Intracomm, buffers: ModelBuffers) -> list[str]:
     """Return the names of the buffers that are not equal on all ranks. Collective."""
-    digests = comm.allgather(buffers.digests())
-    return [name for name in digests[0] if any(d[name] != digests[0][name] for d in digests)]
+    gathered = comm.allgather(buffers.digests())
+    own, *others = [digests for digests in gathered if digests is not None]
+    return [name for name in own if any(other[name] != own[name] for other in others)]

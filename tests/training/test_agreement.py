@@ -276,6 +276,10 @@ expect(f"(rank {r})", told(linear, algorithm="allreduce", codec="lattice8" if la
 agreement.mpi_dasgd.__version__ += "x" * last
 expect("version of mpi_dasgd is", told(linear))
 agreement.mpi_dasgd.__version__ = agreement.mpi_dasgd.__version__.rstrip("x")
+order = agreement.sys.byteorder
+agreement.sys.byteorder = "other" if last else order
+expect("byte order is", told(linear))
+agreement.sys.byteorder = order
 expect("no error", told(linear))
 """
 

@@ -11,6 +11,7 @@ import torch
 
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.training import synchronize
+from mpi_dasgd.training.agreement import require_agreement
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.synchronize import broadcast_model, combine_buffers
@@ -151,6 +152,24 @@ def test_a_rank_with_nan_is_left_out_with_a_warning(caplog: pytest.LogCaptureFix
     assert [r.getMessage() for r in caplog.records] == [
         "buffer running_mean has NaN on ranks [1], but not on all: rule mean went by the others"
     ]
+
+
+def test_a_rank_that_is_lost_does_not_count() -> None:
+    def program(comm: Any) -> float:
+        allgather = comm.allgather
+        comm.allgather = lambda value: [*allgather(value), None]
+        model = torch.nn.BatchNorm1d(1)
+        model.running_mean.fill_(comm.rank)
+        buffers = ModelBuffers(model)
+        require_agreement(comm, {"buffer": buffers.description()})
+        combine_buffers(comm, buffers, range(3))
+        return model.running_mean.item()
+
+    assert on_ranks(2, program) == [0.5] * 2
+
+
+def test_a_model_without_buffers_is_no_case_of_its_own() -> None:
+    on_ranks(2, lambda comm: combine_buffers(comm, ModelBuffers(torch.nn.ReLU()), range(2)))
 
 
 def test_a_server_gets_what_the_workers_agree_on() -> None:
