@@ -62,11 +62,12 @@ def _integer_mean(ranks: Values) -> np.ndarray:
 
 
 def _maximum(ranks: Values) -> np.ndarray:
-    return np.asarray(np.logical_or.reduce(ranks) if ranks[0].dtype == bool else _fmax(ranks))
-
-
-def _fmax(ranks: Values) -> np.ndarray:
-    return np.asarray(np.fmax.reduce(ranks))  # a number, where one rank has a number
+    """Maximum over the ranks where an element is a number."""
+    values = np.stack(ranks)
+    if values.dtype.kind != "f":
+        return np.asarray(values.max(0))
+    unknown = np.isnan(values)  # not np.fmax: it errs with signalling ones
+    return np.where(unknown.all(0), values[0], np.where(unknown, -np.inf, values).max(0))
 
 
 def _first(ranks: Values) -> np.ndarray:

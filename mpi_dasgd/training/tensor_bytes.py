@@ -13,10 +13,11 @@ def read_bytes(tensor: torch.Tensor) -> np.ndarray:
 
     On the CPU these may be the memory of the tensor: copy what must not change with it.
     """
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not values.numel():
         return np.empty(0, np.uint8)
-    return np.asarray(values.view(torch.uint8).numpy())
+    line = values.as_strided((values.numel(),), (1,))  # a single element may have any stride
+    return np.asarray(line.view(torch.uint8).numpy())
 
 
 def write_bytes(tensor: torch.Tensor, data: np.ndarray) -> None:

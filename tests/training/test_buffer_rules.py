@@ -71,6 +71,13 @@ def test_equal_bits_stay_whatever_the_rule() -> None:
     np.testing.assert_array_equal(found[:8], data[:8])  # the payload of the NaN, and -inf
 
 
+def test_a_signalling_nan_is_no_maximum() -> None:
+    signalling = torch.tensor([0x7FF0_0000_0000_0001] * 2).view(torch.float64)
+    ranks = [read_bytes(tensor) for tensor in (torch.tensor([3.0, 1.0]).double(), signalling)]
+    ranks.append(read_bytes(torch.tensor([2.0, 2.0]).double()))
+    assert combine("max", torch.float64, ranks).view(np.float64).tolist() == [3, 2]
+
+
 def test_a_long_buffer_is_combined_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffer_rules, "_BLOCK", 3)
     numbers = list(range(10))

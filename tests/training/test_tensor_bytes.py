@@ -45,6 +45,7 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
     "expanded number": lambda: torch.tensor(1.0).expand(2, 2),
     "windows": lambda: torch.arange(10.0).unfold(0, 3, 1),
     "one stride": lambda: torch.arange(4.0).as_strided((2, 2), (1, 1)),
+    "one element": lambda: torch.arange(4.0).as_strided((1, 1), (3, 2), 1),
     "conjugated": lambda: torch.arange(4.0).to(torch.complex64).conj(),
     "negative": lambda: torch.tensor([1 + 2j, 3 - 1j]).conj().imag,
     "non-leaf": lambda: torch.ones(3, requires_grad=True) * 2,
