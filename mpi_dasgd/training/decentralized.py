@@ -23,7 +23,7 @@ from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.rank_parts import build_rank, start_world
-from mpi_dasgd.training.shutdown import leave
+from mpi_dasgd.training.shutdown import leave, workers_have_stopped
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.membership import FAILED, RUNNING
 
@@ -140,8 +140,10 @@ class Decentralized:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
-        return self.budget.is_spent(self.local.local_step)
+        """Whether the budget is spent, or this rank serves others and all of them have left."""
+        if self.budget.is_spent(self.local.local_step):
+            return True
+        return not self.computes_gradients and workers_have_stopped(self.endpoint, self.algorithm)
 
     @property
     def progress(self) -> float:

@@ -200,7 +200,7 @@ class Shadow:
         try:
             yield
         finally:
-            for other in others:
+            for other in self._open.intersection(others):
                 other._peers.report(Activity.OWN_CODE)
 
     def attend_others(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING, Membership
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # its import starts MPI
 
-__all__ = ["adopt_model", "drain", "follow", "leave"]
+__all__ = ["adopt_model", "drain", "follow", "leave", "workers_have_stopped"]
 
 
 def leave(
@@ -49,14 +49,16 @@ def leave(
         except Diverged:
             endpoint.membership.publish_status(FAILED)
             raise
-    with shadow.attention_to_others():
-        if shadow.in_lockstep:
-            endpoint.membership.report_activity(Activity.SHADOWING)
-            follow(waiter, shadow, Activity.SHADOWING)
-            adopt_model(endpoint, algorithm, waiter)
-        endpoint.membership.report_activity(Activity.FINISHING)
-        drain(endpoint, algorithm, waiter, local.local_step, shadow.attend_others)
-    shadow.close()
+    try:
+        with shadow.attention_to_others():
+            if shadow.in_lockstep:
+                endpoint.membership.report_activity(Activity.SHADOWING)
+                follow(waiter, shadow, Activity.SHADOWING)
+                adopt_model(endpoint, algorithm, waiter)
+            endpoint.membership.report_activity(Activity.FINISHING)
+            drain(endpoint, algorithm, waiter, local.local_step, shadow.attend_others)
+    finally:
+        shadow.close()
 
 
 def follow(waiter: Waiter, shadow: Shadow, until: Activity) -> None:
@@ -124,7 +126,7 @@ def drain(
         return False
 
     def all_stopped() -> bool:
-        if _all_stopped(membership) and algorithm.is_drained:
+        if _have_stopped(membership, range(endpoint.size)) and algorithm.is_drained:
             return True
         algorithm.absorb(local_step)
         attend_others()
@@ -139,8 +141,11 @@ def drain(
     algorithm.absorb(local_step)
 
 
-def _all_stopped(membership: Membership) -> bool:
-    return all(
-        status != RUNNING or rank in membership.dead
-        for rank, status in enumerate(membership.status)
-    )
+def workers_have_stopped(endpoint: RmaEndpoint, algorithm: Algorithm) -> bool:
+    """Return whether all ranks that compute gradients have finished, or died."""
+    workers = algorithm.workers(endpoint.size, algorithm.settings)
+    return _have_stopped(endpoint.membership, workers)
+
+
+def _have_stopped(membership: Membership, ranks: Iterable[int]) -> bool:
+    return all(membership.status[rank] != RUNNING or rank in membership.dead for rank in ranks)

@@ -9,7 +9,7 @@ import torch
 from mpi4py import MPI
 
 import mpi_dasgd
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.errors import Diverged, UserError
 from tests.support.mpi_ranks import parallel_assert
 
 COMM = MPI.COMM_WORLD
@@ -177,6 +177,45 @@ def rank_0_leaves_a_budget_in_seconds() -> None:
     parallel_assert(COMM, run.training.finished or COMM.rank == 0, "the budget is spent")
 
 
+def a_server_without_a_budget() -> None:
+    """Its workers have loops over their own data; it has served when all of them have left."""
+    run = Run({"algorithm.name": "asgd"})
+    if run.training.computes_gradients:
+        for step in range(4 * COMM.rank):
+            run.step(step)
+    else:
+        while not run.training.finished:
+            run.training.serve()
+    run.training.close()
+
+
+def an_interrupted_step_is_made_again() -> None:
+    """One rank's gradient is refused, and its loop goes on to the next batch."""
+    for name in ("allreduce", "local_sgd", "dpsgd"):
+        run = Run({"algorithm.name": name, **(RING if name == "dpsgd" else {})})
+        refused = 0
+        for step in range(9):
+            run.backward(COMM.rank, step)
+            if step == 5 and COMM.rank == 1:
+                run.model.weight.grad = torch.full((3, 4), float("nan"))
+                before = run.weights()
+            try:
+                run.training.step(BATCH)
+            except Diverged:
+                refused += 1
+                if name != "allreduce":  # it is refused when it is applied
+                    torch.nn.utils.vector_to_parameters(
+                        torch.tensor(before), run.model.parameters()
+                    )
+                    run.optimizer.state.clear()
+        run.training.close()
+        parallel_assert(COMM, refused == (COMM.rank == 1), f"{name}: {refused} refused")
+        steps = run.training.local.local_step
+        parallel_assert(COMM, steps == 9, f"{name}: {steps} steps")
+        finite = bool(torch.isfinite(torch.tensor(run.weights())).all())
+        parallel_assert(COMM, finite, name)
+
+
 def ends_are_final() -> None:
     """Steps and `serve` after the end, or with the budget spent, are refused."""
     run = Run({"algorithm.name": "adpsgd", "budget.samples": BATCH * COMM.size})
@@ -223,6 +262,8 @@ def main() -> None:
                 two_models(settings)
     smaller_batches()
     rank_0_leaves_a_budget_in_seconds()
+    a_server_without_a_budget()
+    an_interrupted_step_is_made_again()
     ends_are_final()
     one_after_the_other()
 
