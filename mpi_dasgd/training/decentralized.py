@@ -61,7 +61,8 @@ class Decentralized:
             the mean of floating-point ones, and the maximum of integers. See `ModelBuffers`.
 
     Raises:
-        UserError: settings that do not fit each other, the model or the number of ranks.
+        UserError: settings that do not fit each other, the model or the number of ranks, or that
+            are not those of all ranks, as the models must be.
 
     Attributes:
         rank, size: this rank, and the number of ranks.
