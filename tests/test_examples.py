@@ -70,3 +70,11 @@ def test_reading_results_gives_the_figures_of_the_run(tmp_path: Path) -> None:
     assert printed[2] == "bytes per exchange: 1800"
     assert printed[3] == "MB moved by each rank: 0.004 0.001"
     assert printed[4] == "mean over ranks of ||x_i - mean||^2: 2.0 0.5"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("framework", ["huggingface", "lightning"])
+def test_trainer_of_a_framework_learns_on_ranks(framework: str) -> None:
+    printed = run_pooled(2, EXAMPLES / f"{framework}_trainer.py").stdout
+    (accuracy,) = re.findall(r"^2 ranks, accuracy ([\d.]+) %$", printed, re.M)
+    assert float(accuracy) > 85
