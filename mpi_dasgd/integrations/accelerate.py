@@ -7,10 +7,10 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     training = mpi_dasgd.attach(model, optimizer)
 
-To accelerate every rank is a process that trains alone (`DistributedType.NO`: no
-`torch.distributed`, no `DistributedDataParallel`), but that has a number among `num_processes`: so
-loaders are sharded, and the main process alone prints and saves. What accelerate does on all
-processes at once (gather, reduce, broadcast, wait) is done over MPI.
+To accelerate every rank is a process that trains alone (its type is "NO": no `torch.distributed`,
+no `DistributedDataParallel`), but that has a number among `num_processes`: so loaders are sharded,
+and the main process alone prints and saves. What accelerate does on all processes at once (gather,
+reduce, broadcast, wait) is done over MPI.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _prepare_data_loader(
     sampler = data_loader.get_sampler(dataloader)
     if isinstance(sampler, DistributedSampler):  # also that of `mpi_dasgd.sampler`
         return prepare(dataloader, *args, **{**kwargs, "num_processes": 1, "process_index": 0})
-    # Ranks must draw the same order to take disjoint parts of it. It is agreed on once, here: in
-    # `DistributedType.NO` accelerate leaves them as they are at each epoch.
+    # Ranks must draw the same order to take disjoint parts of it. It is agreed on once, here:
+    # accelerate does not, for processes of the type "NO".
     if isinstance(sampler, RandomSampler):
         seed = kwargs.get("data_seed")
         seed = torch.random.initial_seed() if seed is None else seed
