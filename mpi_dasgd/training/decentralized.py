@@ -46,9 +46,12 @@ class Decentralized:
     collective; no other call is, unless it says so.
 
     Args:
-        model: module with float32 parameters on one device; those of rank 0 are copied to all
-            ranks, and become views of one flat vector.
-        optimizer: any torch optimizer over the parameters of `model`; its state stays local.
+        model: module with parameters on one device, of real or complex floating-point types; those
+            of rank 0 are copied to all ranks. They become views of one flat vector, or have master
+            values in it (bf16, fp16); see `FlatParameters`.
+        optimizer: any torch optimizer over parameters of `model`; its state stays local. Parameters
+            of it that the model does not have are exchanged too, and so are those it has that are
+            frozen: they may be unfrozen later.
         algorithm, topology, codec: names, as in the configuration.
         total_samples: budget of all ranks together, after which `finished` is true; None: no end.
         seconds: the same in wall time.

@@ -55,9 +55,10 @@ class FlatMemory:
     def part(self, start: int, stop: int) -> torch.Tensor:
         """Return the elements from `start` to `stop`, in place."""
         if self._bytes is None:
-            return self.tensor[start:stop]
+            return self.tensor[start:stop].data
         size = self.dtype.itemsize
-        return torch.from_numpy(self._bytes[start * size : stop * size]).view(self.dtype)
+        part = torch.from_numpy(self._bytes[start * size : stop * size]).view(self.dtype)
+        return part.data  # without a base, which would hold the storage too
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:

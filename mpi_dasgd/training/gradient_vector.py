@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,10 @@ __all__ = ["GradientVector", "require_exchangeable_gradients"]
 class GradientVector:
     """Gradients of the parameters in one vector.
 
+    A parameter without a gradient has zeros, of which the first is -0. In a sum of gradients it
+    stays -0 only if no rank has one, since -0 + 0 is 0: the optimizer then leaves the parameter
+    alone, as in plain torch. A gradient that is there never begins with -0.
+
     Args:
         segments: layout of the vector.
         vector: a vector of the same length, type and device, of which it has the layout.
@@ -22,25 +27,27 @@ class GradientVector:
 
     def __init__(self, segments: Sequence[Segment], vector: torch.Tensor) -> None:
         self._vector = torch.zeros_like(vector)
-        self._entries = [
-            (placement, placement.view(self._vector[segment.part]))
-            for segment in segments
-            for placement in segment.placements
-        ]
+        members = [(s, p) for s in segments for p in s.placements if p.parameter.numel()]
+        self._entries = [(p, p.view(self._vector[segment.part])) for segment, p in members]
+        firsts = [segment.start + p.offset * (1 + p.is_complex) for segment, p in members]
+        self._firsts = torch.tensor(firsts, device=vector.device)
+        self._zeros = torch.zeros(len(firsts), dtype=vector.dtype, device=vector.device)
 
     def gather(self) -> torch.Tensor:
         """Return the gradient, (padded,), on the device of the parameters.
 
-        Afterwards each `p.grad` of the vector's type is a view of it. Parameters without a gradient
-        count as zero; those that are frozen are left without one.
+        Afterwards each `p.grad` of the vector's type is a view of it; frozen parameters are left
+        without one.
 
         Raises:
             UserError: a gradient is sparse.
         """
-        for placement, view in self._entries:
+        absent = []
+        for index, (placement, view) in enumerate(self._entries):
             p = placement.parameter
             grad = p.grad
             if grad is None:
+                absent.append(index)
                 view.zero_()
                 if not p.requires_grad:
                     continue
@@ -54,18 +61,26 @@ class GradientVector:
                 view.copy_(grad)
             if p.dtype == view.dtype:
                 p.grad = view
+        self._vector.index_add_(0, self._firsts, self._zeros)  # -0 + 0 is 0
+        if absent:
+            self._vector.index_fill_(0, self._firsts[absent], -0.0)
         return self._vector
 
     def scatter(self) -> None:
-        """Give parameters of other types the gradient that the vector holds."""
-        for placement, view in self._entries:
+        """Give the parameters the gradients that the vector holds, and none where no rank has one.
+
+        Those of the vector's type have views of it already.
+        """
+        firsts = self._vector[self._firsts].tolist()
+        for first, (placement, view) in zip(firsts, self._entries, strict=True):
             p = placement.parameter
-            if p.dtype == view.dtype:
-                continue
-            if p.grad is not None:
-                p.grad.copy_(view)
-            elif p.requires_grad:
-                p.grad = view.to(p.dtype)
+            if first == 0 and math.copysign(1, first) < 0:
+                p.grad = None
+            elif p.dtype != view.dtype:
+                if p.grad is not None:
+                    p.grad.copy_(view)
+                elif p.requires_grad:
+                    p.grad = view.to(p.dtype)
 
 
 def require_exchangeable_gradients(

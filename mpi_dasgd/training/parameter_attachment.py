@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -48,6 +48,7 @@ class ParameterAttachment:
         self._segments, self._vector, self._others = segments, vector, others
         self._placements = [placement for s in segments for placement in s.placements]
         self._parameters = [placement.parameter for placement in self._placements]
+        self._masters = [p.view(vector.tensor[s.part]) for s in segments for p in s.placements]
         self._homes: list[torch.Tensor] = []
         self._working_copies: list[WorkingCopy] = []
         self._make_homes()
@@ -62,7 +63,6 @@ class ParameterAttachment:
         """Names of the parameters that stay in memory of their own."""
         return [self._placements[index].name for index in self._guests]
 
-    @torch.no_grad()
     def pull(self, update: bool = False) -> None:
         """Have the vector hold what the parameters hold.
 
@@ -71,6 +71,11 @@ class ParameterAttachment:
         """
         if [*map(_pointer, self._parameters)] != self._pointers:
             self.attach()
+        if self._guests or self._working_copies:
+            with torch.no_grad():
+                self._pull_copies(update)
+
+    def _pull_copies(self, update: bool) -> None:
         if self._guests:
             torch._foreach_copy_(self._guest_homes, self._guest_parameters)
         for copy in self._working_copies:
@@ -79,13 +84,14 @@ class ParameterAttachment:
             else:
                 copy.take_writes()
 
-    @torch.no_grad()
     def push(self) -> None:
         """Have the parameters hold what the vector holds."""
-        for copy in self._working_copies:
-            copy.write()
-        if self._guests:
-            torch._foreach_copy_(self._guest_parameters, self._guest_homes)
+        if self._guests or self._working_copies:
+            with torch.no_grad():
+                for copy in self._working_copies:
+                    copy.write()
+                if self._guests:
+                    torch._foreach_copy_(self._guest_parameters, self._guest_homes)
 
     def attach_reshaped(self) -> None:
         """Take back parameters whose strides or shapes have changed in place, and former guests."""
@@ -115,82 +121,97 @@ class ParameterAttachment:
         retyped = self._retype()
         if retyped:
             moved = [*range(len(self._parameters))]
-        at_home = {storage_id(home) for home in self._homes}
-        shares = Counter(self._storages)
-        guests = {index for index in moved if self._keeps_its_memory(index, at_home, shares)}
+        homes, shares = Counter(map(storage_id, self._homes)), Counter(self._storages)
+        guests = {index for index in moved if self._keeps_its_memory(index, homes, shares)}
         values = [self._parameters[index].detach() for index in moved]
-        values = [v.clone() if storage_id(v) in at_home else v for v in values]
-        self._leave_old_homes(moved, shares)
-        self._make_homes(None if retyped else moved)
+        values = [
+            value.clone() if self._storages[index] in homes else value
+            for index, value in zip(moved, values, strict=True)
+        ]
+        self._leave_old_homes(moved, homes, shares)
+        if retyped:
+            self._make_homes()
+        else:
+            self._renew_homes()
         for index, value in zip(moved, values, strict=True):
             self._homes[index].copy_(value)
+            if index in retyped:  # the master keeps nothing of the values of before
+                self._masters[index].copy_(value)
             if index not in guests:
                 self._parameters[index].data = self._homes[index]
         self._guests = sorted(guests)
         self._guest_homes = [self._homes[index] for index in self._guests]
         self._guest_parameters = [self._parameters[index] for index in self._guests]
-        self._pointers = [p.data_ptr() for p in self._parameters]
-        self._strides = [p.stride() for p in self._parameters]
         for index in moved:
-            self._storages[index] = storage_id(self._parameters[index])
+            p = self._parameters[index]
+            self._pointers[index], self._strides[index] = p.data_ptr(), p.stride()
+            self._storages[index] = storage_id(p)
         for copy in self._working_copies:
             copy.take_writes()
 
-    def _make_homes(self, only: Sequence[int] | None = None) -> None:
-        """Make the homes of the parameters, those of `only` anew in the same memory."""
-        if only is None:
-            self._memories: list[tuple[FlatMemory, int]] = []  # of each segment, and its place
-            self._working_copies = []
-            for dtype, run in itertools.groupby(self._segments, key=lambda segment: segment.dtype):
-                segments = list(run)
-                start, memory = 0, self._vector
-                if dtype != self._vector.dtype:
-                    start, stop = segments[0].start, segments[-1].part.stop
-                    copy = WorkingCopy(self._vector.tensor[start:stop], dtype)
-                    self._working_copies.append(copy)
-                    memory = copy.memory
-                self._memories += [(memory, segment.start - start) for segment in segments]
-            self._homes = [torch.empty(0)] * len(self._parameters)
-        chosen = None if only is None else set(only)
-        index = 0
-        for segment, (memory, start) in zip(self._segments, self._memories, strict=True):
-            stop = index + len(segment.placements)
-            if chosen is None or not chosen.isdisjoint(range(index, stop)):
-                part = memory.part(start, start + segment.elements)
-                self._homes[index:stop] = [p.view(part) for p in segment.placements]
-            index = stop
+    def _make_homes(self) -> None:
+        """Make the working copies for the types of the segments, and the home of each parameter."""
+        self._memories: list[tuple[FlatMemory, int]] = []  # of each segment, and its place there
+        self._working_copies = []
+        for dtype, run in itertools.groupby(self._segments, key=lambda segment: segment.dtype):
+            segments = list(run)
+            start, memory = 0, self._vector
+            if dtype != self._vector.dtype:
+                start, stop = segments[0].start, segments[-1].part.stop
+                copy = WorkingCopy(self._vector.tensor[start:stop], dtype)
+                self._working_copies.append(copy)
+                memory = copy.memory
+            self._memories += [(memory, segment.start - start) for segment in segments]
+        self._homes = [torch.empty(0)] * len(self._parameters)
+        self._home_pointers = [-1] * len(self._parameters)
+        self._renew_homes()
 
-    def _retype(self) -> bool:
-        """Give segments the types that their parameters have now; return whether one is new."""
-        types = [segment.placements[0].parameter.dtype.to_real() for segment in self._segments]
-        changed = types != [segment.dtype for segment in self._segments]
+    def _renew_homes(self) -> None:
+        """Make the homes anew whose storages were moved elsewhere."""
+        stop = 0
+        for segment, (memory, start) in zip(self._segments, self._memories, strict=True):
+            first, stop = stop, stop + len(segment.placements)
+            if self._homes[first].data_ptr() == self._home_pointers[first]:
+                continue
+            part = memory.part(start, start + segment.elements)
+            for index, placement in enumerate(segment.placements, first):
+                self._homes[index] = placement.view(part).data  # as a parameter, without a base
+                self._home_pointers[index] = self._homes[index].data_ptr()
+
+    def _retype(self) -> set[int]:
+        """Give segments the types that their parameters have now; return those of a new type."""
+        members = [(s, p) for s in self._segments for p in s.placements]
+        changed = {
+            index
+            for index, (segment, placement) in enumerate(members)
+            if placement.parameter.dtype.to_real() != segment.dtype
+        }
         if changed:
             for copy in self._working_copies:  # what those that have stayed hold
                 copy.take_writes()
-            for segment, dtype in zip(self._segments, types, strict=True):
-                segment.dtype = dtype
+            for index in changed:
+                members[index][0].dtype = members[index][1].parameter.dtype.to_real()
         return changed
 
     def _keeps_its_memory(
-        self, index: int, at_home: Collection[int], shares: Mapping[int, int]
+        self, index: int, homes: Mapping[int, int], shares: Mapping[int, int]
     ) -> bool:
         """Return whether a parameter must stay where it is, since others see this memory.
 
         Args:
             index: the parameter.
-            at_home: storages of all homes.
+            homes: number of homes in each storage.
             shares: number of parameters in each storage.
         """
         p, home = self._parameters[index], self._homes[index]
         if torch._debug_has_internal_overlap(p) == 1:  # an expanded one: nobody can write to it
             return False
-        if p.device.type == "cpu" and p.is_shared():
+        if p.device.type == "cpu" and p.untyped_storage().is_shared():
             return True
-        is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
-        if is_dense and not same_format(p, home):
+        if not same_format(p, home) and p.stride() == torch.empty_like(p, device="meta").stride():
             return True  # in another memory format, of the user's choice
         storage = self._storages[index]
-        unknown = 0 if storage in at_home else holders(p) - shares[storage]
+        unknown = 0 if storage in homes else holders(p) - shares[storage]
         if unknown == 0:
             return False
         outside = [t for t in self._others() if storage_id(t) == storage]
@@ -198,19 +219,20 @@ class ParameterAttachment:
         groups = group_overlapping([p, *outside])  # the group of `p` is the first
         return unknown != len(outside) + len(bases) or len(groups[0]) > 1
 
-    def _leave_old_homes(self, moved: Iterable[int], shares: Mapping[int, int]) -> None:
+    def _leave_old_homes(
+        self, moved: Iterable[int], homes: Mapping[int, int], shares: Mapping[int, int]
+    ) -> None:
         """Have tensors of the user's that are still in the home of a parameter keep their values.
 
         ``backup = p.data; p.data = other`` leaves `backup` in memory that exchanges change.
         """
         if self._vector.tensor.device.type != "cpu":
             return  # all parts have one storage there
-        storages = [storage_id(home) for home in self._homes]
-        homes = Counter(storages)
         for index in moved:
-            known = homes[storages[index]] + shares[storages[index]]
-            if holders(self._homes[index]) > known:
-                move_to_shared_memory(self._homes[index], self._placements[index].name)
+            home = self._homes[index]
+            storage = storage_id(home)
+            if holders(home) > homes[storage] + shares.get(storage, 0):
+                move_to_shared_memory(home, self._placements[index].name)
 
     def _require_fitting(self, placement: Placement) -> None:
         """Refuse a parameter for which its segment has no room.

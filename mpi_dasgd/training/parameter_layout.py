@@ -89,6 +89,8 @@ def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, lis
     segments.sort(key=lambda segment: _order(segment, vector_type, types))
     start = 0
     for segment in segments:
+        if not _is_real(segment):
+            start += start % 2  # the place of a pair
         segment.start = start
         start += segment.elements
     return vector_type, segments
@@ -97,8 +99,11 @@ def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, lis
 def _order(
     segment: Segment, vector_type: torch.dtype, types: Sequence[torch.dtype]
 ) -> tuple[bool, int, bool]:
-    is_real = not any(placement.is_complex for placement in segment.placements)
-    return segment.dtype != vector_type, types.index(segment.dtype), is_real
+    return segment.dtype != vector_type, types.index(segment.dtype), _is_real(segment)
+
+
+def _is_real(segment: Segment) -> bool:
+    return not any(placement.is_complex for placement in segment.placements)
 
 
 def _own(name: str, p: torch.Tensor) -> Segment:

@@ -10,6 +10,8 @@ from torch import nn
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET
 from mpi_dasgd.training.flat_parameters import FlatParameters
+from tests.support.mpi_ranks import ROOT
+from tests.support.rank_pool import run_pooled
 
 
 def _model() -> nn.Module:
@@ -91,3 +93,7 @@ def test_elements_of_the_vector_have_names() -> None:
         "0.weight", "0.weight", "0.bias", "padding",
     ]  # fmt: skip
     assert flat.description()[1] == ("0.bias", (5,), "float32", (1,), 15)
+
+
+def test_ranks_with_the_same_data_make_the_plain_loop_bit_for_bit() -> None:
+    run_pooled(2, ROOT / "tests" / "programs" / "plain_loops.py")

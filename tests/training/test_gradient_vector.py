@@ -36,10 +36,32 @@ def test_frozen_parameters_get_no_gradient() -> None:
     module[0].bias.requires_grad_(False)
     module[1].bias.requires_grad_(False)
     _, gradient = _layout(module)
-    gradient.gather()
+    gradient.gather().fill_(1)
     gradient.scatter()
     assert module[0].weight.grad is not None and module[1].weight.grad is not None
     assert module[0].bias.grad is None and module[1].bias.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_no_rank_has_used_is_left_without_a_gradient(dtype: torch.dtype) -> None:
+    """The sum over two ranks, of which the other has a gradient of `used_there` alone."""
+    module = nn.ParameterDict(
+        {name: torch.ones(2, dtype=dtype) for name in ("unused", "used_here", "used_there")}
+    )
+    _, gradient = _layout(module)
+    for _ in range(2):
+        module.zero_grad()
+        (module["used_here"] * -0.0).sum().backward()  # its gradient is all -0
+        own = gradient.gather().clone()
+        module.zero_grad()
+        module["used_there"].sum().backward()
+        vector = gradient.gather()
+        vector += own
+        vector /= 2
+        gradient.scatter()
+        assert module["unused"].grad is None
+        assert module["used_here"].grad.tolist() == [0, 0]  # type: ignore[union-attr]
+        assert module["used_there"].grad.tolist() == [0.5, 0.5]  # type: ignore[union-attr]
 
 
 def test_sparse_gradients_are_refused_by_name() -> None:

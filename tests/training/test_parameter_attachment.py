@@ -130,6 +130,21 @@ def test_memory_that_a_user_keeps_is_not_written_to() -> None:
     _require_attached(module, flat)
 
 
+def test_memory_that_nobody_keeps_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("shared memory is for what users keep")
+
+    monkeypatch.setattr("mpi_dasgd.training.parameter_attachment.move_to_shared_memory", refuse)
+    module = _net()
+    flat = FlatParameters(module)
+    pointers = [p.data_ptr() for p in module.parameters()]
+    for convert in (_clone_data, _exchange_data, _set_from_vector, lambda m: m.half().float()):
+        convert(module)
+        _require_attached(module, flat)
+        assert [p.data_ptr() for p in module.parameters()] == pointers
+        assert flat.guests == []
+
+
 def test_a_parameter_whose_memory_others_see_stays_there() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
