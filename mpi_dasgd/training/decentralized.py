@@ -15,7 +15,7 @@ from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import step_refusals, synchronize
+from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
@@ -24,6 +24,7 @@ from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.rank_parts import build_rank, start_world
 from mpi_dasgd.training.shutdown import leave, workers_have_stopped
+from mpi_dasgd.training.step_refusals import refuse_serving, refuse_step
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.membership import FAILED, RUNNING
 
@@ -125,7 +126,7 @@ class Decentralized:
         self.delay, self.delay_factor = 0, 1.0
         self._waiter = Waiter(self.endpoint, self.algorithm, config.transport.stall_timeout)
         self._shadow = make_shadow(parts, self.budget)
-        self._was_spent = False  # at the end of the last step
+        self._may_step = self.computes_gradients  # and neither finished nor without budget left
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
@@ -197,9 +198,8 @@ class Decentralized:
         return self.optimizer.step(*(() if closure is None else (closure,)))
 
     def _step(self, samples: int, closure: Closure | None) -> Any:
-        step_refusals.require_worker(self.algorithm)
-        step_refusals.require_running(self._is_running, "step")
-        step_refusals.require_budget(self._was_spent)
+        if not self._may_step:
+            refuse_step(self.algorithm, self._is_running)
         started, updated = time.perf_counter(), self.local.update_seconds
         if self._shadow.is_busy:
             self._waiter.wait(self._shadow.advance)
@@ -220,7 +220,7 @@ class Decentralized:
         self.endpoint.membership.report_samples(self.samples)
         self.learning_rate.begin_gradient()
         self._waiter.check_peers_if_due()
-        self._was_spent = self.budget.was_spent(self.local.local_step)
+        self._may_step = not self.budget.was_spent(self.local.local_step)
         self.exchange_seconds += (
             time.perf_counter() - started - (self.local.update_seconds - updated)
         )
@@ -242,8 +242,7 @@ class Decentralized:
             UserError: this rank computes gradients, or training has ended.
             PeerLost: see `step`.
         """
-        step_refusals.require_server(self.algorithm)
-        step_refusals.require_running(self._is_running, "serve")
+        refuse_serving(self.algorithm, self._is_running)
         self.parameters.copy_to_host()
         self.local.lr_scale = self.learning_rate.scheduled(self.progress)
         self._waiter.poll(lambda: self.algorithm.serve(self.local))
@@ -262,6 +261,7 @@ class Decentralized:
             PeerLost: see `step`.
         """
         if self._is_running:
+            self._may_step = False
             self.parameters.copy_to_host()
             leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local)
             self.parameters.copy_to_device()
