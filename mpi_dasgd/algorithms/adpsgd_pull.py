@@ -57,6 +57,11 @@ class PullADPSGD(AsynchronousAlgorithm):
         """Publish a model that is not the result of a step."""
         self._pulls.publish(self.x, step)
 
+    def reset(self, step: int) -> None:
+        """Publish the model, and use no older one."""
+        self._pulls.discard()
+        self.restart(step)
+
     def advance(self, local: LocalOptimizer) -> None:
         """Apply one gradient, and average after every `local_steps` gradients."""
         if local.local_step % self.settings.local_steps:

@@ -30,6 +30,7 @@ class AllReduce(Algorithm):
     capabilities = Capabilities(
         synchronous=True,
         one_model=True,
+        replicated=True,
         uses_publication=False,
         uses_inbox=False,
         exchanges_gradients=True,

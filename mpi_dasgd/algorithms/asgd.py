@@ -33,9 +33,10 @@ from mpi_dasgd.algorithms.base import LocalOptimizer
 from mpi_dasgd.algorithms.communication import wait, wait_for_send_buffer
 from mpi_dasgd.algorithms.description import Capabilities, Description
 from mpi_dasgd.algorithms.gradient_server import GradientServer
-from mpi_dasgd.algorithms.work_queue import SHUTDOWN, WorkItem, send_work_item
+from mpi_dasgd.algorithms.work_queue import LATEST, SHUTDOWN, WorkItem, send_work_item
 from mpi_dasgd.config.schema import AlgorithmConfig, Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
@@ -60,6 +61,7 @@ class ASGD(GradientServer):
         preserves_mean=False,
         applies_step_rule=True,
         uses_publication=False,
+        replicated=True,
         exchanges_gradients=True,
         minimum_ranks=2,
     )
@@ -106,22 +108,35 @@ class ASGD(GradientServer):
     def start(self) -> None:
         """Begin with x_0 at all workers (line 1)."""
         super().start()
-        self._first = 0  # iteration at which this part of the run begins
+        self._iteration_loaded = 0  # of the checkpoint, on the server
+        self.meter = DelayMeter()
         self._begin(holding=self.endpoint.size)
 
     def restart(self, step: int) -> None:
         """Begin with no model issued: gradients that were in flight at a checkpoint are lost."""
+        self.meter = DelayMeter(self._iteration_loaded)
         self._begin(holding=0)
+
+    def reset(self, step: int) -> None:
+        """Begin with the server's model at all workers, or at none if just some may hold it.
+
+        Ranks do not know alike which of the others have died.
+        """
+        workers = self.workers(self.endpoint.size, self.settings)
+        all_hold = (self.settings.concurrency or len(workers)) >= len(workers)
+        self.list_workers()
+        self._begin(holding=self.endpoint.size if all_hold else 0)
 
     def _begin(self, holding: int) -> None:
         """Begin with `concurrency` work items, the first of them at up to `holding` workers."""
-        rank, workers = self.endpoint.rank, self.workers(self.endpoint.size, self.settings)
+        rank, workers = self.endpoint.rank, self.living
         concurrency = self.settings.concurrency or len(workers)
         holders = workers[: min(concurrency, holding)]
-        self._item = WorkItem(self._first, self.endpoint.time_ns()) if rank in holders else None
+        start = LATEST if rank else self.meter.t
+        self._item = WorkItem(start, self.endpoint.time_ns()) if rank in holders else None
         self._queue: deque[ReceivedMessage] = deque()  # a worker's next models
         if rank == 0:
-            self._begin_serving(self._first, concurrency, holders)
+            self._begin_serving(concurrency, holders)
 
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Send the gradient and take the next model (line 4)."""
@@ -187,4 +202,4 @@ class ASGD(GradientServer):
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Restore the iteration."""
         if "iteration" in arrays:
-            self._first = int(arrays["iteration"])
+            self._iteration_loaded = int(arrays["iteration"])

@@ -210,6 +210,28 @@ class Algorithm(ABC):
     def restart(self, step: int) -> None:
         """Go on from the model of a checkpoint, which was taken after `step`."""
 
+    def suspend(self) -> Iterator[Request]:
+        """Stop exchanging between two steps, on the driver's call: release what is held of others.
+
+        `absorb` follows until nothing is in flight on any rank and all are drained, then `reset`
+        or `resume`. The default is `finalize`.
+        """
+        return self.finalize()
+
+    def reset(self, step: int) -> None:
+        """Begin anew after `suspend`, at `x`, which all ranks have alike; `step` was the last one.
+
+        The default is `restart`.
+        """
+        self.restart(step)
+
+    def resume(self, step: int) -> None:
+        """Go on after `suspend`, at `x`, which the user may have changed on any rank.
+
+        The default is `reset`.
+        """
+        self.reset(step)
+
     @abstractmethod
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Make one step; called when a gradient is ready. Yields the requests that it waits for."""
@@ -243,6 +265,11 @@ class Algorithm(ABC):
     def model(self) -> np.ndarray:
         """This rank's share of the model that the run trains: `x`, unless it keeps another one."""
         return self.x
+
+    @property
+    def model_weight(self) -> float:
+        """Weight of `model` in the mean over `model_ranks`, once nothing is in flight."""
+        return 1.0
 
     @property
     def mass_weight(self) -> float:

@@ -35,6 +35,8 @@ message has the sender's V. A gradient counts as applied when the first message 
 arrives; the quantization residual follows in later messages. Each source that advances is recorded
 as one APPLIED exchange: partner k, partner_step V_i[k], staleness S(i, sender) before it.
 
+What the user writes to the model between two steps is no update: it changes this replica alone.
+
 Local steps H > 1 are refused: V counts gradients, and an update must be one.
 
 A resumed run begins with a sum over all ranks, the only time that a rank waits. Checkpoints are
@@ -79,7 +81,9 @@ class DASGD(Algorithm):
         effective_step="n",
     )
     # One update moves the sum of the models n times.
-    capabilities = Capabilities(preserves_mean=False, uses_publication=False, minimum_ranks=2)
+    capabilities = Capabilities(
+        preserves_mean=False, replicated=True, uses_publication=False, minimum_ranks=2
+    )
     config_keys = ("relay",)
     codecs = ("none", "bf16", "qsgd8")
     versions: np.ndarray
@@ -130,6 +134,7 @@ class DASGD(Algorithm):
         """Apply one gradient, send it, and apply the received ones."""
         if self._resumed:
             yield from self._resynchronize()
+        self._replica.adopt_writes()
         local.apply()  # 2
         self._replica.add_own()
         self.versions[self.endpoint.rank] = local.local_step
@@ -217,6 +222,8 @@ class DASGD(Algorithm):
 
     def absorb(self, step: int) -> None:
         """Apply and relay the received updates, and flush all residuals."""
+        if self.endpoint.inbox.has_messages:
+            self._replica.adopt_writes()
         self._receive(step)
         self._send(step, flush=True)
 
@@ -240,8 +247,16 @@ class DASGD(Algorithm):
             yield from self._resynchronize()
         self._replica.check_range(self.endpoint.rank)
 
+    def reset(self, step: int) -> None:
+        """Begin with the model as replica; that it is drained, all residuals are 0."""
+        self._replica.replace(self.x)
+
+    def resume(self, step: int) -> None:
+        """Go on: what the user has written is this replica's alone."""
+
     def state(self) -> dict[str, np.ndarray]:
         """Return the exact replica, the residuals, and the version vector."""
+        self._replica.adopt_writes()
         return {**self._replica.state(), "versions": self.versions}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -32,6 +32,11 @@ class Description:
     waits: str = ""
     effective_step: str = "1"
 
+    @property
+    def never_waits(self) -> bool:
+        """Whether no rank waits for another one."""
+        return self.waits.startswith("never")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
@@ -48,6 +53,7 @@ class Capabilities:
         uses_inbox: whether it needs slots for inboxes.
         exchanges_gradients: whether it reads `LocalOptimizer.gradient`, which must be dense then.
         minimum_ranks: least number of ranks that it works with.
+        replicated: whether all ranks hold one model, so that one that differs goes on to differ.
     """
 
     synchronous: bool = False
@@ -58,3 +64,4 @@ class Capabilities:
     uses_inbox: bool = True
     exchanges_gradients: bool = False
     minimum_ranks: int = 1
+    replicated: bool = False

@@ -81,6 +81,13 @@ class DPSGD(Algorithm):
         """Publish what was published at the checkpoint, as the next version on all ranks."""
         self._publish(step, self._loaded)
 
+    def reset(self, step: int) -> None:
+        """Publish the model as the next version: all ranks are at the same step, and have read."""
+        self._publish(step, self.x)
+
+    def resume(self, step: int) -> None:
+        """Go on: what was published stays, and what the user has written is this rank's alone."""
+
     def step(self, local: LocalOptimizer) -> Iterator[Request]:
         """Apply one gradient; average with all neighbours after every `local_steps` gradients."""
         local.apply()  # 3

@@ -155,6 +155,27 @@ class EASGD(AsynchronousAlgorithm, ServerAlgorithm):
         if self.endpoint.rank == 0:
             self.serve(self.local)
 
+    def suspend(self) -> Iterator[Request]:
+        """Stop: a worker that reads the center holds nothing of it."""
+        if self.center is not self.x:
+            self._before_pause = self.x.copy()
+        return iter(())
+
+    def reset(self, step: int) -> None:
+        """Begin with the model as center."""
+        if self.center is not self.x:
+            self.center[:] = self._initial_center[:] = self._before_pause[:] = self.x
+        self.resume(step)
+
+    def resume(self, step: int) -> None:
+        """Publish the center, with what the user has written, and use no older one."""
+        self._read = None
+        if self.center is not self.x:
+            written = self.x != self._before_pause
+            self.center[written] = self.x[written]
+        if self.endpoint.rank == 0:
+            self._publish()
+
     def finalize(self) -> Iterator[Request]:
         """Replace the model of a server that trains by the center."""
         if self.center is not self.x:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mpi_dasgd.algorithms.base import LocalOptimizer
 from mpi_dasgd.algorithms.records import APPLIED
 from mpi_dasgd.algorithms.server import ServerAlgorithm
-from mpi_dasgd.algorithms.work_queue import SHUTDOWN, Outbox, WorkItem
+from mpi_dasgd.algorithms.work_queue import LATEST, SHUTDOWN, Outbox, WorkItem
 from mpi_dasgd.staleness.delay_meter import DelayMeter
 from mpi_dasgd.staleness.step_rule import delay_rule
 
@@ -27,17 +27,18 @@ class GradientServer(ServerAlgorithm):
     threshold: float
     _item: WorkItem | None
     """Work item of this rank's next gradient."""
+    _first: int
+    """Iteration of the model that holders began with, on the server."""
 
-    def _begin_serving(self, first: int, concurrency: int, holders: Sequence[int]) -> None:
-        """Begin to serve.
+    def _begin_serving(self, concurrency: int, holders: Sequence[int]) -> None:
+        """Begin to serve, or begin anew when no work item is in flight.
 
         Args:
-            first: iteration at which this part of the run begins.
             concurrency: number of work items in flight.
             holders: workers that hold the model already.
         """
-        workers = self.workers(self.endpoint.size, self.settings)
-        self.meter = DelayMeter(first)
+        workers = self.living
+        self._first = self.meter.t
         threshold = self.settings.delay_threshold
         self.threshold = concurrency if threshold is None else threshold
         self._rule = delay_rule(self.settings, concurrency)
@@ -59,6 +60,8 @@ class GradientServer(ServerAlgorithm):
             item = WorkItem(*received.message.trailer.tolist())
             if item != SHUTDOWN:
                 local.gradient[:] = received.message.payload
+            if item.start == LATEST:
+                item = item._replace(start=self._first)
             self.endpoint.inbox.free(received)
             if item == SHUTDOWN:
                 self._remove_worker(received.sender)

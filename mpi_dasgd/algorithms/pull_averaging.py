@@ -58,6 +58,10 @@ class PullExchange(NeighbourExchange):
             if self._candidate is not None and not endpoint.is_local(self._candidate):
                 self._request = self._read(self._draw())
 
+    def discard(self) -> None:
+        """Discard a copy that was asked for: the model is older than what all ranks have now."""
+        self._request = None
+
     def _draw(self) -> int | None:
         """Return the next neighbour to read, None if all are gone."""
         drawn, self._candidate = self._candidate, None

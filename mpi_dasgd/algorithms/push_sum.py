@@ -106,6 +106,14 @@ class PushSum(Algorithm):
         self.weight_quanta = UNIT_WEIGHT
         self._send_buffer: SendBuffer | None = None
 
+    def resume(self, step: int) -> None:
+        """Go on with the own weight: what the user has written moves the numerator by w_i."""
+
+    @property
+    def model_weight(self) -> float:
+        """The push-sum weight w_i: the mean of the models is sum_i X_i / n."""
+        return self.mass_weight
+
     @property
     def mass_weight(self) -> float:
         """The push-sum weight w_i."""

@@ -63,6 +63,15 @@ class Replica:
         x[:] = self._sum
         self.links = {j: Link(j, count, np.zeros(x.size)) for j, count in subtree_sizes.items()}
 
+    def adopt_writes(self) -> None:
+        """Take over what the user has written to the model: it is no update for the neighbours."""
+        for part in blocks(self._x.size):
+            x, total = self._x[part], self._sum[part]
+            written = x != total.astype(x.dtype)
+            if written.any():
+                total[written] = round_to_grid(x[written].astype(np.float64))
+                x[written] = total[written]
+
     def add_own(self) -> None:
         """Add the local optimizer's change of the model as an update for all neighbours."""
         for part in blocks(self._x.size):

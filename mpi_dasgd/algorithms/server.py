@@ -39,9 +39,15 @@ class ServerAlgorithm(Algorithm):
 
     def start(self) -> None:
         """List the workers, which are `living` until they die or shut down."""
-        self.living = list(self.workers(self.endpoint.size, self.settings))
-        self.departing = False
         self._neighbours_seen = len(self.endpoint.neighbours())
+        self.list_workers()
+
+    def list_workers(self) -> None:
+        """List all workers; on the server, those that have not died."""
+        rank, workers = self.endpoint.rank, self.workers(self.endpoint.size, self.settings)
+        reachable = (rank, *self.endpoint.neighbours())
+        self.living = [worker for worker in workers if rank or worker in reachable]
+        self.departing = False
 
     def finalize(self) -> Iterator[Request]:
         """Stop treating silent workers as lost: training has ended."""

@@ -76,6 +76,12 @@ class Swarm(AsynchronousAlgorithm):
         """Publish a live vector that is not the result of an interaction."""
         self._pairs.publish(self._live, step)
 
+    def reset(self, step: int) -> None:
+        """Begin a phase at the model, which is the live vector, too."""
+        self._live[:] = self.x
+        self._begin_phase()
+        self.restart(step)
+
     def advance(self, local: LocalOptimizer) -> None:
         """Make one local step, and interact at the end of a phase."""
         local.apply()  # 1

@@ -176,6 +176,10 @@ class BlockingSwarm(Algorithm):
         """Whether no rank waits for a delta of this one."""
         return self._request is None and self.endpoint.is_flushed()
 
+    def reset(self, step: int) -> None:
+        """Offer models again at the ends of phases."""
+        self._finished = False
+
     def finalize(self) -> Iterator[Request]:
         """Go over to claiming the offers of those that still train."""
         self._finished = True

@@ -56,6 +56,11 @@ class PullSwarm(AsynchronousAlgorithm):
         """Publish a model that is not the result of a step."""
         self._pulls.publish(self.x, step)
 
+    def reset(self, step: int) -> None:
+        """Publish the model, and use no older one."""
+        self._pulls.discard()
+        self.restart(step)
+
     def advance(self, local: LocalOptimizer) -> None:
         """Make one local step, and average at the end of a phase."""
         local.apply()  # 1

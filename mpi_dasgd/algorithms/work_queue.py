@@ -10,7 +10,7 @@ import numpy as np
 from mpi_dasgd.algorithms.communication import send
 from mpi_dasgd.transport.endpoint import Endpoint, SendBuffer
 
-__all__ = ["SHUTDOWN", "Outbox", "WorkItem", "send_work_item"]
+__all__ = ["LATEST", "SHUTDOWN", "Outbox", "WorkItem", "send_work_item"]
 
 
 class WorkItem(NamedTuple):
@@ -21,6 +21,9 @@ class WorkItem(NamedTuple):
     time_ns: int
     """Time at which the server issued it, by the server's clock, in nanoseconds."""
 
+
+LATEST = -2
+"""`WorkItem.start` of a worker that began with the server's model without a message from it."""
 
 SHUTDOWN = WorkItem(-1, 0)
 """Sent instead of a gradient's work item by a worker that computes no more gradients."""

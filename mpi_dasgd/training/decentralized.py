@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import time
@@ -15,17 +16,18 @@ from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
+from mpi_dasgd.training.pause import Pauses
 from mpi_dasgd.training.rank_parts import build_rank, start_world
 from mpi_dasgd.training.shutdown import leave, workers_have_stopped
 from mpi_dasgd.training.step_refusals import refuse_serving, refuse_step
 from mpi_dasgd.training.waiter import Waiter
+from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import FAILED, RUNNING
 
 __all__ = ["Decentralized"]
@@ -127,6 +129,9 @@ class Decentralized:
         self._waiter = Waiter(self.endpoint, self.algorithm, config.transport.stall_timeout)
         self._shadow = make_shadow(parts, self.budget)
         self._may_step = self.computes_gradients  # and neither finished nor without budget left
+        self._pauses = Pauses(
+            environment.comm, parts, self.learning_rate, self._waiter, self._shadow
+        )
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
@@ -198,7 +203,8 @@ class Decentralized:
         return self.optimizer.step(*(() if closure is None else (closure,)))
 
     def _step(self, samples: int, closure: Closure | None) -> Any:
-        if not self._may_step:
+        if not self._may_step or self._pauses.open_call:
+            self._pauses.refuse_inside("step()")
             refuse_step(self.algorithm, self._is_running)
         started, updated = time.perf_counter(), self.local.update_seconds
         if self._shadow.is_busy:
@@ -243,6 +249,7 @@ class Decentralized:
             PeerLost: see `step`.
         """
         refuse_serving(self.algorithm, self._is_running)
+        self._pauses.refuse_inside("serve()")
         self.parameters.copy_to_host()
         self.local.lr_scale = self.learning_rate.scheduled(self.progress)
         self._waiter.poll(lambda: self.algorithm.serve(self.local))
@@ -260,10 +267,18 @@ class Decentralized:
             Diverged: the model is not finite, and others would average with it.
             PeerLost: see `step`.
         """
+        self._pauses.refuse_inside("finish()")
         if self._is_running:
             self._may_step = False
             self.parameters.copy_to_host()
-            leave(self.endpoint, self.algorithm, self._waiter, self._shadow, self.local)
+            leave(
+                self.endpoint,
+                self.algorithm,
+                self._waiter,
+                self._shadow,
+                self.local,
+                self._pauses.take_part,
+            )
             self.parameters.copy_to_device()
 
     @property
@@ -271,15 +286,52 @@ class Decentralized:
         return self.endpoint.membership.status[self.rank] == RUNNING
 
     def average(self) -> None:
-        """Replace the model by the one that was trained: the mean of all ranks' models and buffers.
+        """Replace the model by the one that is trained: the mean of all ranks' models and buffers.
 
-        With a server it is the server's model, and the mean of the workers' buffers. Collective.
+        With a server it is the server's model, and the mean of the workers' buffers. Collective, at
+        any time: in the midst of training the ranks wait for each other until nothing is in flight,
+        and go on from the mean.
+
+        Raises:
+            UserError: another rank makes another collective call, or is in `close`.
+            PeerLost: see `step`.
         """
-        self.parameters.check()
-        self.parameters.copy_to_host()
-        ranks = self.algorithm.model_ranks(self.size)
-        workers = self.algorithm.workers(self.size, self.algorithm.settings)
-        synchronize.average_models(self.world.comm, self.parameters, self.buffers, ranks, workers)
+        self._pauses.average()
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Stop all ranks in a ``with`` block, where nothing is in flight. Collective.
+
+        ::
+
+            with training.paused():
+                model.load_state_dict(state)    # on every rank
+
+        Training goes on from what is written to the models inside. With a server of gradients
+        (`asgd`, `minibatch`) that is the model of rank 0, on all ranks.
+
+        Raises:
+            UserError: see `average`; or the models differ, and the algorithm needs one on all.
+            PeerLost: see `step`.
+        """
+        return self._pauses.paused()
+
+    def mean_model(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the mean of all models and buffers in a ``with`` block. Collective.
+
+        ::
+
+            with training.mean_model():
+                accuracy = evaluate(model)
+
+        Afterwards each rank has its own model again, bit for bit, and training goes on as if
+        nothing had been. Where ranks wait for each other's answers (variants `bipartite` and
+        `blocking`, `asgd`, `minibatch`) what is in flight is absorbed before; workers of a server
+        of gradients go on with its model.
+
+        Raises:
+            UserError, PeerLost: see `average`.
+        """
+        return self._pauses.mean_model()
 
     @property
     def counters(self) -> dict[str, float]:
@@ -295,9 +347,11 @@ class Decentralized:
     def close(self) -> None:
         """Finish, and free the windows. Collective; later calls do nothing."""
         if not self._closed:
+            self._pauses.refuse_inside("close()")
             self._closed = True
             self._attachment.close()
             self.finish()
+            self.endpoint.membership.report_activity(Activity.CLOSING)
             self.endpoint.close()
 
     def __enter__(self) -> Decentralized:

@@ -152,18 +152,20 @@ class Shadow:
         """Whether a step has begun that is not complete."""
         return self._steps is not None
 
-    def poll(self, until: Activity) -> bool:
+    def poll(self, until: Activity | Callable[[], bool]) -> bool:
         """Go on with the steps that others have begun, as far as possible now.
 
         Args:
-            until: what a rank does that begins no further steps.
+            until: what a rank does that begins no further steps, or a function that tells whether
+                no rank does, from what `Peers.refresh` has read.
 
         Returns:
-            Whether all ranks are at `until`, and this one has made all steps that were begun.
+            Whether no rank begins further steps, and this one has made all that were begun.
         """
         self._peers.refresh()
         while self.advance():
-            is_final = self._peers.have_reached(until)  # read before the newest step
+            # before the newest step
+            is_final = until() if callable(until) else self._peers.have_reached(until)
             if self._local.local_step >= self._peers.newest_step():
                 return is_final
             step = self._local.local_step + 1

@@ -28,6 +28,7 @@ def leave(
     waiter: Waiter,
     shadow: Shadow,
     local: TorchLocalOptimizer,
+    take_part: Callable[[], None] = lambda: None,
 ) -> None:
     """End the exchanges of this rank: follow those that still train, then drain.
 
@@ -37,6 +38,7 @@ def leave(
         waiter: waits for the other ranks; a rank that has died is not waited for.
         shadow: takes part in the steps of others.
         local: local optimizer of this rank.
+        take_part: takes part in a collective call that ranks that still train make.
 
     Raises:
         Diverged: the model is not finite, and others would average with it.
@@ -49,20 +51,30 @@ def leave(
         except Diverged:
             endpoint.membership.publish_status(FAILED)
             raise
+
+    def meanwhile() -> None:
+        take_part()
+        shadow.attend_others()
+
     try:
         with shadow.attention_to_others():
             if shadow.in_lockstep:
                 endpoint.membership.report_activity(Activity.SHADOWING)
-                follow(waiter, shadow, Activity.SHADOWING)
+                follow(waiter, shadow, Activity.SHADOWING, take_part)
                 adopt_model(endpoint, algorithm, waiter)
             endpoint.membership.report_activity(Activity.FINISHING)
-            drain(endpoint, algorithm, waiter, local.local_step, shadow.attend_others)
+            drain(endpoint, algorithm, waiter, local.local_step, meanwhile)
     finally:
         shadow.close()
 
 
-def follow(waiter: Waiter, shadow: Shadow, until: Activity) -> None:
-    """Take part in the steps of others until all ranks are at `until`; see `join.py`.
+def follow(
+    waiter: Waiter,
+    shadow: Shadow,
+    until: Activity | Callable[[], bool],
+    take_part: Callable[[], None] = lambda: None,
+) -> None:
+    """Take part in the steps of others until all ranks are at `until`; see `Shadow.poll`.
 
     All ranks have made the same number of steps then.
 
@@ -73,6 +85,7 @@ def follow(waiter: Waiter, shadow: Shadow, until: Activity) -> None:
     def is_done() -> bool:
         if shadow.poll(until):
             return True
+        take_part()
         shadow.attend_others()
         return False
 
@@ -105,14 +118,14 @@ def drain(
     algorithm: Algorithm,
     waiter: Waiter,
     local_step: int,
-    attend_others: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Stop exchanging, and absorb what other ranks still send, until all of them have stopped.
 
     Args:
         endpoint, algorithm, waiter: see `leave`.
         local_step: number of steps that this rank has made.
-        attend_others: called while this rank waits.
+        meanwhile: called while this rank waits for others to stop.
 
     Raises:
         PeerLost: see `leave`.
@@ -129,7 +142,7 @@ def drain(
         if _have_stopped(membership, range(endpoint.size)) and algorithm.is_drained:
             return True
         algorithm.absorb(local_step)
-        attend_others()
+        meanwhile()
         waiter.check_peers()
         return False
 

@@ -18,7 +18,7 @@ from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["average_models", "broadcast_model", "combine_buffers"]
+__all__ = ["average_models", "broadcast_model", "combine_buffers", "copy_model"]
 
 _log = logging.getLogger("mpi_dasgd")
 
@@ -56,6 +56,9 @@ def average_models(
     buffers: ModelBuffers,
     ranks: Collection[int],
     workers: Collection[int],
+    *,
+    model: np.ndarray | None = None,
+    weight: float = 1.0,
 ) -> None:
     """Replace all models by the mean of those of `ranks`. Collective.
 
@@ -65,6 +68,8 @@ def average_models(
         buffers: its buffers.
         ranks: ranks whose parameters are averaged, in float64.
         workers: ranks whose buffers are combined.
+        model: what this rank adds to the mean, (padded,); None: its parameters.
+        weight: weight of it in the mean.
 
     Raises:
         UserError: the ranks' buffers are no longer alike.
@@ -77,10 +82,20 @@ def average_models(
         "set training.buffers.rules = {name: 'keep'} on all ranks for a buffer of each rank's own, "
         "such as a cache that has grown, and average again",
     )
-    total = (comm.rank in ranks) * parameters.host_view.astype(np.float64)
+    total = np.zeros(parameters.host_view.size + 1)  # the last element is the weight of all
+    if comm.rank in ranks:  # zeros otherwise: 0 times what is not finite is no zero
+        total[:-1] = parameters.host_view if model is None else model
+        total[:-1] *= weight
+        total[-1] = weight
     comm.Allreduce(MPI.IN_PLACE, total)
-    parameters.set(total / len(ranks))
+    parameters.set(total[:-1] / total[-1])
     combine_buffers(comm, buffers, workers)
+
+
+def copy_model(comm: MPI.Intracomm, parameters: FlatParameters, source: int) -> None:
+    """Copy the parameters of rank `source` to all ranks. Collective."""
+    comm.Bcast(parameters.host_view, root=source)
+    parameters.copy_to_device()
 
 
 def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collection[int]) -> None:

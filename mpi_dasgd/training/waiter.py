@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.training.collective_calls import refuse_mismatch
 from mpi_dasgd.training.stall import StallWatch
 from mpi_dasgd.transport.membership import FAILED
 
@@ -93,6 +94,7 @@ class Waiter:
 
         Raises:
             PeerLost: a rank has failed, or one that the algorithm cannot do without is gone.
+            UserError: a rank waits in a collective call to which another will not come.
         """
         self._endpoint.refresh_membership()
         self._last_check = time.monotonic()
@@ -101,3 +103,4 @@ class Waiter:
             raise PeerLost(f"rank {membership.status.index(FAILED)} has failed")
         if lost := membership.dead & self._algorithm.required_ranks:
             raise PeerLost(f"rank {min(lost)} is gone, and {self._algorithm.name} needs it")
+        refuse_mismatch(self._endpoint)

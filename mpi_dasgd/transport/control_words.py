@@ -10,6 +10,8 @@ from typing import Protocol
 
 __all__ = [
     "ACTIVITY",
+    "CALL",
+    "CHECKSUM",
     "CLAIMED",
     "ERROR_REPORTER",
     "FREE",
@@ -30,15 +32,17 @@ FREE, READY, CLAIMED = range(3)
 """States of a slot. READY is `published` for a publication and `message complete` for an inbox."""
 
 HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER = range(5)
-GRADIENTS, ACTIVITY, SHARDS, HEAD = range(5, 9)
+GRADIENTS, ACTIVITY, SHARDS, HEAD, CALL, CHECKSUM = range(5, 11)
 """Indices of a rank's words.
 
 Heartbeats; samples processed; status; last step; whether some rank reports why the run failed (only
 rank 0's word counts); gradients computed, which is the newest step begun; activity
-(`activity.py`); how the data are shared (`training/sampler.py`), 0 before that; newest publication.
+(`activity.py`); how the data are shared (`training/sampler.py`), 0 before that; newest publication;
+collective call that the rank is in (`training/collective_calls.py`); checksum of its model
+(`training/replica_check.py`).
 """
 
-_FIRST_SLOT = HEAD + 1
+_FIRST_SLOT = CHECKSUM + 1
 
 MAX_RANKS = 1 << 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Container, Iterable, Iterator
 
@@ -10,6 +11,8 @@ from mpi_dasgd.errors import Unreachable
 from mpi_dasgd.transport.activity import Activity, ReportedActivity
 from mpi_dasgd.transport.control_words import (
     ACTIVITY,
+    CALL,
+    CHECKSUM,
     ERROR_REPORTER,
     GRADIENTS,
     HEARTBEAT,
@@ -43,6 +46,9 @@ class Membership:
         gradients: gradients computed, per rank: its newest step of its own.
         activities: what each rank does at present, if others may wait for long meanwhile.
         status: status, per rank.
+        calls: collective call that each rank is in; `training/collective_calls.py` has the values.
+        checksums: newest checksum of the other ranks' models; `training/replica_check.py` has the
+            values.
         dead: ranks that were silent too long or cannot be reached.
     """
 
@@ -51,13 +57,20 @@ class Membership:
         self._rank = rank
         self._heartbeat_timeout = heartbeat_timeout
         self._own_values = dict.fromkeys(
-            (HEARTBEAT, SAMPLES, STATUS, LAST_STEP, GRADIENTS, ACTIVITY, SHARDS), 0
+            (
+                *(HEARTBEAT, SAMPLES, STATUS, LAST_STEP),
+                *(GRADIENTS, ACTIVITY, SHARDS, CALL, CHECKSUM),
+            ),
+            0,
         )
         self.samples = [0] * size
         self.gradients = [0] * size
         self.status = [RUNNING] * size
         self.activities = [ReportedActivity()] * size
+        self.calls = [0] * size
+        self.checksums = [0] * size
         self.dead: set[int] = set()
+        self._locks = [threading.Lock() for _ in range(size)]
         self._heartbeats = [-1] * size
         self._silent_seconds = [0.0] * size
         self._last_check = time.monotonic()
@@ -104,6 +117,24 @@ class Membership:
         except Unreachable:
             return True  # rank 0 is gone: better reported twice than not at all
 
+    def publish_call(self, call: int) -> None:
+        """Publish which collective call this rank is in."""
+        self._set(CALL, call)
+        self.calls[self._rank] = call
+
+    def publish_checksum(self, checksum: int) -> None:
+        """Publish a checksum of this rank's model, an integer of up to 62 bits."""
+        self._set(CHECKSUM, checksum)
+
+    def refresh_checksums(self, ranks: Iterable[int]) -> None:
+        """Read the newest checksums of `ranks`."""
+        for rank in ranks:
+            if rank != self._rank and rank not in self.dead:
+                try:
+                    self.checksums[rank] = self._words.read(rank, CHECKSUM)
+                except Unreachable:
+                    self.dead.add(rank)
+
     def publish_last_step(self, step: int) -> None:
         """Publish which step is the last one."""
         self._set(LAST_STEP, step)
@@ -135,18 +166,26 @@ class Membership:
                     self.dead.add(rank)
 
     def refresh_progress(self, ranks: Iterable[int]) -> None:
-        """Read activity, gradients and samples of `ranks`."""
+        """Read activity, collective call, gradients and samples of `ranks`."""
         for rank in ranks:
             if rank != self._rank and rank not in self.dead:
                 with self.mark_dead_on_failure(rank):
                     self._read_progress(rank, self._words)
 
     def _read_progress(self, rank: int, words: Words) -> None:
-        # Read before the gradients and stored after: once a rank has left they are final.
+        # Compute and progress thread both read: neither may store what the other knows better.
+        with self._locks[rank]:
+            self._read_and_store_progress(rank, words)
+
+    def _read_and_store_progress(self, rank: int, words: Words) -> None:
+        # Read before the gradients and stored after: once a rank has left they are final, or for
+        # the moment, while it is in a call.
         activity = ReportedActivity.unpack(words.read(rank, ACTIVITY))
+        call = words.read(rank, CALL)
         self.gradients[rank] = words.read(rank, GRADIENTS)
         self.samples[rank] = words.read(rank, SAMPLES)
-        self.activities[rank] = activity
+        self.checksums[rank] = words.read(rank, CHECKSUM)
+        self.activities[rank], self.calls[rank] = activity, call
 
     def send_heartbeat(self, words: Words) -> None:
         """Count this rank's heartbeat up."""

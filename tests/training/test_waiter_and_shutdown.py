@@ -48,7 +48,7 @@ class Endpoint:
 
     def __init__(self, on_refresh: Callable[[Endpoint], None] = lambda endpoint: None) -> None:
         self.membership = SimpleNamespace(
-            status=[RUNNING] * 3, dead=set(), publish_status=self._publish,
+            status=[RUNNING] * 3, calls=[0] * 3, dead=set(), publish_status=self._publish,
             gradients=[5, 6, 7], samples=[50, 60, 70], activities=[ReportedActivity()] * 3,
             report_activity=self._report, is_unreachable=lambda rank: False,
         )  # fmt: skip

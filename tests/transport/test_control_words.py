@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mpi_dasgd.transport.control_words import (
     ACTIVITY,
+    CALL,
+    CHECKSUM,
     CLAIMED,
     ERROR_REPORTER,
     FREE,
@@ -33,7 +35,7 @@ def test_word_keeps_state_holder_and_version_apart() -> None:
 def test_word_map_gives_each_word_its_own_place() -> None:
     where = WordMap(5, 7)
     fixed = [HEARTBEAT, SAMPLES, STATUS, LAST_STEP, ERROR_REPORTER, GRADIENTS, ACTIVITY]
-    fixed += [SHARDS, HEAD]
+    fixed += [SHARDS, HEAD, CALL, CHECKSUM]
     indices = [*fixed, *where.publication, *where.inbox]
     assert sorted(indices) == list(range(where.count))
     assert (len(where.publication), len(where.inbox)) == (5, 7)
