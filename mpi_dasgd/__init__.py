@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,3 +35,18 @@ def __getattr__(name: str) -> Any:
 
         return sampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _watch_process_end() -> None:
+    """Let the end of a rank that `mpi-dasgd launch` started be known to the others from now on."""
+    from mpi_dasgd.process_end import is_launched, process_end
+    from mpi_dasgd.world import expected_ranks
+
+    if is_launched():
+        size, rank = expected_ranks()
+        process_end.watch(rank, size)
+        process_end.report_exceptions()
+
+
+if "MPI_DASGD_STAGE" in os.environ:
+    _watch_process_end()

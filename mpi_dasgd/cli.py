@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mpi_dasgd import __version__
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.world import expected_ranks, log_to_stderr, print_message
+from mpi_dasgd.messages import log_to_stderr, print_message
+from mpi_dasgd.world import expected_ranks
 
 __all__ = ["main"]
 

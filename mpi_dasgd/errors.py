@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["Diverged", "MpiDasgdError", "PeerLost", "Unreachable", "UserError", "nearest"]
+__all__ = [
+    "Diverged",
+    "MpiDasgdError",
+    "PeerFailed",
+    "PeerLost",
+    "Unreachable",
+    "UserError",
+    "nearest",
+]
 
 
 class MpiDasgdError(Exception):
@@ -22,9 +30,13 @@ class UserError(MpiDasgdError):
     """Bad input.
 
     The message names the argument or file, what was expected, what was given, and the remedy.
+
+    Attributes:
+        on_all_ranks: whether all ranks raise this error together.
     """
 
     exit_code = 2
+    on_all_ranks = False
 
 
 class Diverged(MpiDasgdError):
@@ -37,6 +49,26 @@ class PeerLost(MpiDasgdError):
     """A rank that the others need stopped responding."""
 
     exit_code = 4
+
+
+class PeerFailed(PeerLost):
+    """Another rank has ended by an error or with a nonzero exit code.
+
+    It has reported why, so that this rank ends with the same exit code and without a message.
+
+    Args:
+        rank: the rank that has failed.
+        exit_code: its exit code; 0 if unknown.
+
+    Attributes:
+        rank: the rank that has failed.
+        exit_code: exit code of a program that ends with this error.
+    """
+
+    def __init__(self, rank: int, exit_code: int = 0) -> None:
+        super().__init__(f"rank {rank} has failed")
+        self.rank = rank
+        self.exit_code = exit_code or PeerLost.exit_code
 
 
 class Unreachable(MpiDasgdError):

@@ -1,21 +1,18 @@
-"""MPI start-up: thread level, private communicator, device, and the failure of a rank."""
+"""MPI start-up: thread level, private communicator, device, errors of all ranks together."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_dasgd import child_processes
-from mpi_dasgd.errors import MpiDasgdError, UserError
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.messages import log_to_stderr, print_message
+from mpi_dasgd.process_end import process_end
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -82,94 +79,38 @@ class World:
             if message is not None:
                 unanimous = all(other == message for other in messages)
                 suffix = "" if unanimous else f" (rank {rank})"
-                raise UserError(message + suffix) from error
+                shared = UserError(message + suffix)
+                shared.on_all_ranks = True
+                raise shared from error
 
     def run(self, body: Callable[[], int]) -> int:
         """Run `body` and return its exit code; an error is printed once and ends all ranks.
 
-        A UserError is expected on all ranks, and rank 0 prints it. Any other error is printed by
-        the rank that raised it, which then aborts the job.
+        A UserError of all ranks (see `collective_errors`) is printed by rank 0. Any other error is
+        printed by the rank that raised it, which then ends the job.
 
         Args:
             body: the program of this rank; returns its exit code.
         """
+        process_end.watch(self.rank, self.size, self.comm.Abort)
         try:
             return body()
         except UserError as error:
+            if not error.on_all_ranks:
+                process_end.end_now(process_end.fail(error))
             if self.rank == 0:
                 print_message(f"error: {error}")
             return error.exit_code
-        except MpiDasgdError as error:
-            print_message(f"rank {self.rank}: error: {error}")
-            self.abort(error.exit_code)
         except BaseException as error:
-            self._print_failure(error)
-            self.abort(1)
-        raise AssertionError("abort returned")
-
-    def _print_failure(self, error: BaseException) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            print_message(f"rank {self.rank}: interrupted")
-        else:
-            text = "".join(traceback.format_exception(error)).rstrip()
-            print_message(f"rank {self.rank} failed and ends the job:\n{text}")
-
-    def abort(self, code: int) -> None:
-        """Abort all ranks with exit code `code`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.comm.Abort(code)
+            process_end.end_now(process_end.fail(error))
 
     def abort_on_exception(self) -> None:
-        """Let an uncaught exception in any thread of this process abort all ranks.
+        """Let an uncaught exception in any thread of this process end all ranks.
 
         Otherwise the other ranks would wait for this one indefinitely.
         """
-
-        def main_hook(exc_type: type[BaseException], error: BaseException, trace: object) -> None:
-            if isinstance(error, UserError):  # raised on all ranks
-                if self.rank == 0:
-                    print_message(f"error: {error}")
-                else:
-                    time.sleep(1)  # rank 0 prints before any rank aborts
-                self.abort(error.exit_code)
-            if isinstance(error, MpiDasgdError):
-                print_message(f"rank {self.rank}: error: {error}")
-                self.abort(error.exit_code)
-            self._print_failure(error)
-            self.abort(1)
-
-        def thread_hook(arguments: threading.ExceptHookArgs) -> None:
-            if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
-                main_hook(arguments.exc_type, arguments.exc_value, None)
-
-        sys.excepthook = main_hook
-        threading.excepthook = thread_hook
-
-
-def print_message(message: str) -> None:
-    """Print a message to stderr in one write, after the name of the program."""
-    sys.stderr.write(f"mpi-dasgd: {message}\n")
-    sys.stderr.flush()
-
-
-class _ProgramHandler(logging.Handler):
-    """Handler that prints log records by `print_message`, with the level after the rank, if any."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print_message(re.sub(r"^(rank \d+: )?", rf"\g<0>{level}", self.format(record), count=1))
-
-
-def log_to_stderr() -> None:
-    """Print the log records of this package as messages of ``mpi-dasgd``.
-
-    Only the programs of this package call it. In other programs the logger ``mpi_dasgd`` stays as
-    they configure it, or as Python treats it by default: warnings and errors go to stderr.
-    """
-    logger = logging.getLogger("mpi_dasgd")
-    if not any(isinstance(handler, _ProgramHandler) for handler in logger.handlers):
-        logger.addHandler(_ProgramHandler())
+        process_end.watch(self.rank, self.size, self.comm.Abort)
+        process_end.report_exceptions()
 
 
 def expected_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -22,13 +22,14 @@ from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
+from mpi_dasgd.training.participation import Participation
 from mpi_dasgd.training.pause import Pauses
 from mpi_dasgd.training.rank_parts import build_rank, start_world
 from mpi_dasgd.training.shutdown import leave, workers_have_stopped
 from mpi_dasgd.training.step_refusals import refuse_serving, refuse_step
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
-from mpi_dasgd.transport.membership import FAILED, RUNNING
+from mpi_dasgd.transport.membership import RUNNING
 
 __all__ = ["Decentralized"]
 
@@ -137,6 +138,7 @@ class Decentralized:
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
         self.algorithm.start()
         environment.comm.Barrier()  # every rank has published before any chooses a partner
+        self._participation = Participation(self.endpoint, self.close)
         self.budget.restart_clock()
         if owns_world:
             launch.ready()
@@ -339,29 +341,39 @@ class Decentralized:
         counts = dataclasses.asdict(self.endpoint.total_counters())
         return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 
-    def fail(self) -> bool:
-        """Tell the other ranks that this one has failed; return whether it is the first one."""
-        self.endpoint.membership.publish_status(FAILED)
-        return self.endpoint.membership.claim_error_report()
+    def fail(self, exit_code: int = 1) -> bool:
+        """Tell the other ranks that this one has failed; return whether it is the first one.
+
+        Args:
+            exit_code: exit code with which this process ends, and the others as well.
+        """
+        self._participation.fail(exit_code)
+        return self._participation.claim_report()
 
     def close(self) -> None:
-        """Finish, and free the windows. Collective; later calls do nothing."""
+        """Finish, and free the windows. Collective; later calls do nothing.
+
+        A program that ends with exit code 0 calls it at its end if it has not done so. If a rank
+        has died, the others finish without it; their processes then end without finalizing MPI.
+        """
         if not self._closed:
             self._pauses.refuse_inside("close()")
             self._closed = True
             self._attachment.close()
             self.finish()
             self.endpoint.membership.report_activity(Activity.CLOSING)
-            self.endpoint.close()
+            self._participation.end()
 
     def __enter__(self) -> Decentralized:
         return self
 
-    def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
+    def __exit__(
+        self, exc_type: object, exc_value: BaseException | None, traceback: object
+    ) -> None:
         if exc_value is None:
             self.close()
         else:
-            self.fail()
+            self._participation.fail_by(exc_value)
 
 
 def _count(samples: int) -> int:

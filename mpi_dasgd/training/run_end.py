@@ -117,7 +117,7 @@ class RunEnd:
 
         That rank also writes the results of what all ranks have recorded.
         """
-        is_first = self._training.fail()
+        is_first = self._training.fail(error.exit_code)
         recorder.close("failed" if isinstance(error, Diverged) else "stopped")
         if is_first:
             _log.error("%s; the record so far is in %s", error, self._directory)

@@ -10,7 +10,6 @@ from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.training.collective_calls import refuse_mismatch
 from mpi_dasgd.training.stall import StallWatch
-from mpi_dasgd.transport.membership import FAILED
 
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint  # its import starts MPI
@@ -93,14 +92,14 @@ class Waiter:
         """Read the status of the other ranks.
 
         Raises:
-            PeerLost: a rank has failed, or one that the algorithm cannot do without is gone.
+            PeerFailed: a rank has failed.
+            PeerLost: a rank that the algorithm cannot do without is gone.
             UserError: a rank waits in a collective call to which another will not come.
         """
         self._endpoint.refresh_membership()
         self._last_check = time.monotonic()
         membership = self._endpoint.membership
-        if FAILED in membership.status:
-            raise PeerLost(f"rank {membership.status.index(FAILED)} has failed")
+        membership.check_failures()
         if lost := membership.dead & self._algorithm.required_ranks:
             raise PeerLost(f"rank {min(lost)} is gone, and {self._algorithm.name} needs it")
         refuse_mismatch(self._endpoint)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Container, Iterable, Iterator
 
-from mpi_dasgd.errors import Unreachable
+from mpi_dasgd.errors import PeerFailed, Unreachable
 from mpi_dasgd.transport.activity import Activity, ReportedActivity
 from mpi_dasgd.transport.control_words import (
     ACTIVITY,
@@ -28,6 +28,7 @@ __all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership"]
 RUNNING, FINISHED, FAILED, DEPARTED = range(4)
 """Status of a rank: training; trained, but still absorbing deltas; failed; gone for good."""
 
+_STATUS_BITS = 8  # of the word of the status; above them is the exit code of a rank that has failed
 _MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two polls
 
 
@@ -49,6 +50,7 @@ class Membership:
         calls: collective call that each rank is in; `training/collective_calls.py` has the values.
         checksums: newest checksum of the other ranks' models; `training/replica_check.py` has the
             values.
+        exit_codes: exit code of a rank that has failed, per rank; 0 if there is none.
         dead: ranks that were silent too long or cannot be reached.
     """
 
@@ -69,6 +71,7 @@ class Membership:
         self.activities = [ReportedActivity()] * size
         self.calls = [0] * size
         self.checksums = [0] * size
+        self.exit_codes = [0] * size
         self.dead: set[int] = set()
         self._locks = [threading.Lock() for _ in range(size)]
         self._heartbeats = [-1] * size
@@ -99,10 +102,29 @@ class Membership:
                 except Unreachable:
                     self.dead.add(rank)
 
-    def publish_status(self, status: int) -> None:
-        """Publish this rank's status."""
-        self._set(STATUS, status)
-        self.status[self._rank] = status
+    def publish_status(self, status: int, exit_code: int = 0) -> None:
+        """Publish this rank's status.
+
+        Args:
+            status: one of the four.
+            exit_code: of a rank that has failed: with which exit code its process ends.
+        """
+        self._set(STATUS, exit_code << _STATUS_BITS | status)
+        self._store_status(self._rank, self._own_values[STATUS])
+
+    def _store_status(self, rank: int, word: int) -> None:
+        self.exit_codes[rank] = word >> _STATUS_BITS
+        self.status[rank] = word & (1 << _STATUS_BITS) - 1
+
+    def check_failures(self) -> None:
+        """Raise if a rank is known to have failed.
+
+        Raises:
+            PeerFailed: one has.
+        """
+        if FAILED in self.status:
+            rank = self.status.index(FAILED)
+            raise PeerFailed(rank, self.exit_codes[rank])
 
     def report_activity(self, activity: Activity) -> None:
         """Publish what this rank does, after the gradients that it has reported."""
@@ -161,7 +183,7 @@ class Membership:
                 try:
                     status = self._words.read(rank, STATUS)  # first: the samples are final then
                     self.samples[rank] = self._words.read(rank, SAMPLES)
-                    self.status[rank] = status
+                    self._store_status(rank, status)
                 except Unreachable:
                     self.dead.add(rank)
 
@@ -230,7 +252,7 @@ class Membership:
         heartbeat, status = words.read(rank, HEARTBEAT), words.read(rank, STATUS)
         # Read after the status and stored before it: with status FINISHED it is final.
         self._read_progress(rank, words)
-        self.status[rank] = status
+        self._store_status(rank, status)
         return heartbeat
 
     def add_silence(self, rank: int, seconds: float) -> None:

@@ -224,8 +224,9 @@ class RmaEndpoint(Endpoint):
         """Wait for the other ranks, end the progress thread and free the windows, once.
 
         Raises:
+            PeerFailed: a rank has failed.
             PeerLost: ranks have died, or have given this one up, so that the windows cannot be
-                freed; the process must end by `os._exit`.
+                freed, and others may still read them; the process must end by `os._exit`.
         """
         if self._closed:
             return
@@ -234,10 +235,9 @@ class RmaEndpoint(Endpoint):
             self._comm, self.membership, self.refresh_membership, self._heartbeat_timeout
         )
         self.membership.publish_status(DEPARTED)
-        stalled = not self._engine.close(timeout)
         if not all_came:
             raise PeerLost("the others have given this rank up and left: windows cannot be freed")
-        if stalled or self.membership.dead:
+        if self.membership.dead or not self._engine.close(timeout):
             raise PeerLost(
                 f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
             )
@@ -254,6 +254,7 @@ def _await_all(
     """Wait until all ranks come or one is dead; return False if others left without this rank.
 
     Raises:
+        PeerFailed: a rank has failed.
         PeerLost: the other ranks cannot be reached.
     """
     seconds_alone = 0.0
@@ -262,6 +263,7 @@ def _await_all(
         while not (barrier.Test() or membership.dead or seconds_alone > heartbeat_timeout):
             time.sleep(_BARRIER_POLL_SECONDS)
             refresh()
+            membership.check_failures()
             if DEPARTED in membership.status:
                 seconds_alone += _BARRIER_POLL_SECONDS
     except MPI.Exception as error:
