@@ -31,12 +31,19 @@ class UserError(MpiDasgdError):
 
     The message names the argument or file, what was expected, what was given, and the remedy.
 
+    Args:
+        message: the message.
+        on_all_ranks: whether all ranks raise this error together, so that rank 0 reports it.
+
     Attributes:
         on_all_ranks: whether all ranks raise this error together.
     """
 
     exit_code = 2
-    on_all_ranks = False
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 class Diverged(MpiDasgdError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import hashlib
 import os
 import sys
@@ -234,17 +235,19 @@ class ProcessEnd:
             self._tell(code)
         else:
             code = self._close_all()
-        was_open, self._open = bool(self._open), []
-        if self._abort is not None and code and was_open:
+        is_open, self._open = bool(self._open), []
+        if self._abort is not None and code and is_open:
             end: Callable[[int], object] = self._abort
-        elif self.lost_ranks or (code and (self._launched or self._failed)):
-            end = os._exit
+        elif is_open or self.lost_ranks or (code and (self._launched or self._failed)):
+            end = (
+                os._exit
+            )  # without MPI, where others do not wait for this rank, or it for dead ones
         else:
             return
         _flush()
-        if was_open:
+        if is_open:
             time.sleep(_DEPARTURE_SECONDS)
-        sys._mpi_dasgd_last = _LastObject(end, code)  # type: ignore[attr-defined]
+        sys.mpi_dasgd_last = _LastObject(end, code)  # type: ignore[attr-defined]
 
     def _exit_code(self) -> int:
         """Return the exit code with which the program is about to end."""
@@ -283,10 +286,12 @@ class _LastObject:
     def __init__(self, end: Callable[[int], object], code: int) -> None:
         self._end = end
         self._code = code
+        self._collect = gc.collect
         self._streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
         self._error = Exception
 
     def __del__(self) -> None:
+        self._collect()  # open files that a hook of the program, cleared just now, has referred to
         for stream in self._streams:
             try:  # noqa: SIM105 (contextlib is gone)
                 stream.flush()

@@ -79,9 +79,7 @@ class World:
             if message is not None:
                 unanimous = all(other == message for other in messages)
                 suffix = "" if unanimous else f" (rank {rank})"
-                shared = UserError(message + suffix)
-                shared.on_all_ranks = True
-                raise shared from error
+                raise UserError(message + suffix, on_all_ranks=True) from error
 
     def run(self, body: Callable[[], int]) -> int:
         """Run `body` and return its exit code; an error is printed once and ends all ranks.

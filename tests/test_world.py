@@ -155,5 +155,5 @@ def test_own_scripts_refuse_different_models_with_one_message() -> None:
         check=False,
     )
     assert done.code == 2
-    assert done.stderr.count("the ranks must have the same model") == 1
+    assert done.stderr.count("the ranks do not agree") == 1
     assert "Traceback" not in done.stderr

@@ -64,7 +64,8 @@ class Run:
             raise self.close_error
         self.done.append("closed")
 
-    def _fail(self) -> bool:
+    def _fail(self, exit_code: int) -> bool:
+        self.exit_code = exit_code
         self.done.append("failed")
         return self.first_to_fail
 
@@ -165,5 +166,6 @@ def test_only_the_first_rank_that_fails_says_why_and_writes_what_there_is(
     recorder: Any = SimpleNamespace(close=run.done.append)
     with pytest.raises(Exited, match=f"^{error.exit_code}$"):
         run.end.fail(error, recorder)
+    assert run.exit_code == error.exit_code
     assert run.done == ["failed", status, *([(3,)] if first else [])]
     assert (str(error) in caplog.text) == first

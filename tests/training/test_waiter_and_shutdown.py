@@ -13,7 +13,7 @@ from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.training.shutdown import drain
 from mpi_dasgd.training.waiter import PEER_CHECK_SECONDS, Waiter
 from mpi_dasgd.transport.activity import Activity, ReportedActivity
-from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING
+from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING, Membership
 
 
 class Clock:
@@ -51,6 +51,8 @@ class Endpoint:
             status=[RUNNING] * 3, calls=[0] * 3, dead=set(), publish_status=self._publish,
             gradients=[5, 6, 7], samples=[50, 60, 70], activities=[ReportedActivity()] * 3,
             report_activity=self._report, is_unreachable=lambda rank: False,
+            exit_codes=[0, 9, 0],
+            check_failures=lambda: Membership.check_failures(self.membership),  # type: ignore[arg-type]
         )  # fmt: skip
         self.reported: list[Activity] = []
         self.refreshed = 0
@@ -126,8 +128,9 @@ def test_a_long_wait_ends_when_a_rank_that_is_needed_is_lost(status: int) -> Non
         waiter.check_peers()  # it can do without
         algorithm.required_ranks = frozenset({1, 2})
     words = "rank 1 has failed" if status == FAILED else "rank 1 is gone, and some needs it"
-    with pytest.raises(PeerLost, match=words):
+    with pytest.raises(PeerLost, match=words) as raised:
         waiter.wait(lambda: False)
+    assert raised.value.exit_code == (9 if status == FAILED else 4)
 
 
 def test_peers_are_checked_no_more_often_than_they_must(clock: Clock) -> None:
