@@ -107,15 +107,9 @@ def require_agreement(
         return
     shown = list(groups.values())[:_GROUPS]
     texts = comm.allgather(text if comm.rank in {ranks[0] for ranks in shown} else None)
-<<<<<<< HEAD
     others = sum(map(len, groups.values())) - sum(map(len, shown))
     found = describe([(ranks, json.loads(texts[ranks[0]])) for ranks in shown], others)
-    raise UserError(f"the ranks do not agree: {found}; {remedy}")
-=======
-    others = comm.size - sum(map(len, shown))
-    message = describe([(ranks, json.loads(texts[ranks[0]])) for ranks in shown], others)
-    raise UserError(message, on_all_ranks=True)
->>>>>>> b58dff0 (exit: the user's exit codes, one message, no MPI abort; survivors of a killed rank finish)
+    raise UserError(f"the ranks do not agree: {found}; {remedy}", on_all_ranks=True)
 
 
 def describe(groups: Groups, others: int = 0) -> str:
