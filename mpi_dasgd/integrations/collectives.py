@@ -13,6 +13,7 @@ import torch
 
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.training.rank_parts import start_world
+from mpi_dasgd.transport.membership import FAILED
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -45,6 +46,7 @@ class Collectives:
         self.world = world
         self._comm = world.comm.Dup()  # own calls of the package are never mixed up with these
         self._endpoint: RmaEndpoint | None = None
+        self._lost: int | None = None  # a rank that is gone: no call can succeed any more
         self._notices: list[MPI.Request] = []
 
     def watch(self, endpoint: RmaEndpoint | None) -> None:
@@ -139,15 +141,15 @@ class Collectives:
     def _wait(self, request: MPI.Request) -> None:
         checked = time.monotonic()
         while not request.Test():
+            if self._lost is not None:
+                raise PeerLost(f"rank {self._lost} is gone, and this needs all ranks")
             time.sleep(_POLL_SECONDS)
             if self._endpoint is not None and time.monotonic() - checked > _PEER_CHECK_SECONDS:
                 checked = time.monotonic()
-                self._check_peers(self._endpoint)
-
-    def _check_peers(self, endpoint: RmaEndpoint) -> None:
-        endpoint.refresh_membership()
-        if lost := endpoint.membership.dead:
-            raise PeerLost(f"rank {min(lost)} is gone, and all ranks are needed in an evaluation")
+                self._endpoint.refresh_membership()
+                membership = self._endpoint.membership
+                failed = [r for r, status in enumerate(membership.status) if status == FAILED]
+                self._lost = next(iter([*failed, *sorted(membership.dead)]), None)
 
 
 @functools.cache

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mpi_dasgd import launch
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.integrations.collectives import collectives
 from mpi_dasgd.training.attach import attach
-from mpi_dasgd.training.decentralized import Decentralized
 
 __all__ = ["Session"]
+
+_log = logging.getLogger("mpi_dasgd")
 
 _END = 0  # what a rank votes for, or the reason of a pause
 _REASONS = ("ends", "evaluates", "saves", "evaluates and saves")
@@ -70,22 +72,24 @@ class Session:
             evaluates, saves: what it is for; the same on all ranks.
 
         Returns:
-            Whether it does: False if a rank has ended its training instead.
+            Whether it does: False if a rank has ended its training instead, or is lost.
 
         Raises:
             UserError: the ranks do not pause for the same.
         """
         if not self.is_paused and not self._has_ended:
+            self._mean.enter_context(self.training.mean_model())
+            # Ranks that have ended take part in it, so that all come to this vote.
             reasons = self._close_vote(self._begin_vote(evaluates + 2 * saves))
-            if not self._has_ended:
-                if len(set(reasons)) > 1:
-                    done = ", ".join(f"rank {rank} {_REASONS[r]}" for rank, r in enumerate(reasons))
-                    raise UserError(
-                        f"the ranks must evaluate and save at the same steps, but {done}; decide "
-                        "about it alike on all ranks"
-                    )
-                self._mean.enter_context(_mean_model(self.training))
-                self.is_paused = True
+            self.is_paused = not self._has_ended
+            if self._has_ended:
+                self._mean.close()
+            elif len(set(reasons)) > 1:
+                done = ", ".join(f"rank {rank} {_REASONS[r]}" for rank, r in enumerate(reasons))
+                raise UserError(
+                    f"the ranks must evaluate and save at the same steps, but {done}; decide about "
+                    "it alike on all ranks"
+                )
         return self.is_paused
 
     def go_on(self) -> None:
@@ -128,21 +132,15 @@ class Session:
         return self._collectives.begin_vote(2 * reason + self._has_announced)
 
     def _close_vote(self, answers: Callable[[], list[int]]) -> list[int]:
-        """Return what the ranks vote for; the first that ends makes it the last vote."""
-        votes = answers()
+        """Return what the ranks vote for; the first that ends, or is lost, makes it the last."""
+        try:
+            votes = answers()
+        except PeerLost as error:
+            _log.warning("%s: training ends", error)
+            self._has_ended = True
+            return []
         reasons = [vote // 2 for vote in votes]
         if _END in reasons:
             self._has_ended = True
             self._collectives.take_notices([r for r, vote in enumerate(votes) if vote % 2])
         return reasons
-
-
-@contextlib.contextmanager
-def _mean_model(training: Decentralized) -> Iterator[None]:
-    own = training.parameters.host_view.copy()
-    training.average()
-    try:
-        yield
-    finally:
-        training.parameters.host_view[:] = own
-        training.parameters.copy_to_device()

@@ -194,7 +194,12 @@ class StopsAt(TrainerCallback):
 
 
 def one_rank_ends_it_for_all() -> None:
-    for algorithm, evaluation in (("adpsgd", "epoch"), ("adpsgd", "steps")):
+    for algorithm, evaluation in (
+        ("adpsgd", "epoch"),
+        ("adpsgd", "steps"),
+        ("allreduce", "no"),
+        ("allreduce", "epoch"),
+    ):
         run = trainer(
             Linear(),
             StopsAt(),
