@@ -17,7 +17,7 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
 training = mpi_dasgd.attach(model, optimizer, samples_per_step=32)  # 2
 
-sampler = torch.utils.data.DistributedSampler(train_set, training.size, training.rank)  # 3
+sampler = mpi_dasgd.sampler(train_set, training)  # 3: this rank's share of the data
 loader = torch.utils.data.DataLoader(train_set, batch_size=32, sampler=sampler)
 epochs = 20
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
