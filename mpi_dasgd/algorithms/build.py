@@ -49,6 +49,15 @@ class RunParts:
         return self.algorithm_cls.is_lockstep(self.config.algorithm)
 
     @property
+    def applies_gradients_everywhere(self) -> bool:
+        """Whether models stay equal because every rank applies the same gradients to its own."""
+        all_ranks = range(self.topology.size)
+        return (
+            self.algorithm_cls.capabilities.exchanges_gradients
+            and self.algorithm_cls.model_ranks(self.topology.size) == all_ranks
+        )
+
+    @property
     def publication_slots(self) -> int:
         """Slots of a rank's publication; 0 for an algorithm that publishes no models."""
         uses = self.algorithm_cls.capabilities.uses_publication

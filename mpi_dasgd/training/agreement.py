@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import xxhash
 
 import mpi_dasgd
@@ -20,7 +21,13 @@ from mpi_dasgd.training.model_buffers import ModelBuffers
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["facts_of_config", "facts_of_model", "facts_of_run", "require_agreement"]
+__all__ = [
+    "facts_of_config",
+    "facts_of_model",
+    "facts_of_optimizer",
+    "facts_of_run",
+    "require_agreement",
+]
 
 OWN_KEYS = frozenset({"codec.threads", "task.directory", "transport.progress_interval"})
 """Keys of the configuration that may differ between ranks: what they say is of one machine."""
@@ -32,6 +39,10 @@ _HINTS = {
     "budget.samples": " (it counts the samples of all ranks together)",
     "run.seed": " (the seeds of torch and of your data may differ)",
 }
+
+_MEANS = frozenset(  # entries of a group of an optimizer that say how it computes, not what
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+)
 
 _GROUPS = 4  # sets of facts that are compared in words; the ranks of further ones are counted
 _DIFFERENCES = 4  # differences that a message lists
@@ -84,6 +95,22 @@ def facts_of_model(parameters: FlatParameters, buffers: ModelBuffers) -> dict[st
     }
 
 
+def facts_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what has to be equal where each rank applies the gradients of all by itself."""
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key not in _MEANS}
+        for group in optimizer.param_groups
+    ]
+    return {
+        "class of the optimizer": type(optimizer).__name__,
+        "optimizer": [(f"group {index}", group) for index, group in enumerate(groups)],
+    }
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
 def require_agreement(
     comm: MPI.Intracomm, facts: Mapping[str, Any], remedy: str = "give all ranks the same settings"
 ) -> None:
@@ -98,7 +125,7 @@ def require_agreement(
     Raises:
         UserError: on all ranks, if one differs: which ranks, in what, and both values.
     """
-    text = json.dumps(facts, default=repr)
+    text = json.dumps(facts, default=lambda value: type(value).__qualname__)
     groups: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(comm.allgather(xxhash.xxh3_128_digest(text.encode()))):
         if digest is not None:  # as that of a rank that is lost

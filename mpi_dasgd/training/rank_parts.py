@@ -17,7 +17,12 @@ from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training import synchronize
-from mpi_dasgd.training.agreement import facts_of_model, facts_of_run, require_agreement
+from mpi_dasgd.training.agreement import (
+    facts_of_model,
+    facts_of_optimizer,
+    facts_of_run,
+    require_agreement,
+)
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.model_buffers import ModelBuffers
@@ -86,9 +91,12 @@ def build_rank(
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
+    facts = {**facts_of_run(run), **facts_of_model(parameters, buffers)}
+    if run.applies_gradients_everywhere:
+        facts |= facts_of_optimizer(optimizer)
     require_agreement(
         environment.comm,
-        {**facts_of_run(run), **facts_of_model(parameters, buffers)},
+        facts,
         "give all ranks the same settings and model (buffer_rules={name: 'keep'} leaves alone a "
         "buffer that is each rank's own)",
     )

@@ -16,6 +16,7 @@ from mpi_dasgd.training.agreement import (
     describe,
     facts_of_config,
     facts_of_model,
+    facts_of_optimizer,
     facts_of_run,
     require_agreement,
 )
@@ -170,6 +171,22 @@ def test_buffers_in_another_order_are_matched_by_name() -> None:
     assert _with_buffer(a=a, b=b)["buffer"] == _with_buffer(b=b, a=a)["buffer"]
 
 
+def test_optimizers_are_compared_where_all_ranks_apply_the_same_gradients() -> None:
+    def facts(name: str, **options: Any) -> dict[str, Any]:
+        parameters = [torch.nn.Parameter(torch.ones(1))]
+        return facts_of_optimizer(getattr(torch.optim, name)(parameters, **options))
+
+    adam = facts("Adam", lr=0.1)
+    assert adam == facts("Adam", lr=0.1, foreach=True)
+    assert _difference(adam, facts("Adam", lr=torch.tensor(0.5), betas=(0.5, 0.9))) == (
+        "optimizer group 0 has lr 0.1, betas [0.9, 0.999] on rank 0, lr 0.5, betas [0.5, 0.9] on "
+        "rank 1"
+    )
+    assert 'class of the optimizer is "Adam" on rank 0, "AdamW" on rank 1' in _difference(
+        adam, facts("AdamW", lr=0.1)
+    )
+
+
 def test_ranks_that_share_a_value_are_listed_together() -> None:
     def program(comm: Any) -> None:
         require_agreement(comm, {"a": 1, "b": [1, 2, 1, 3][comm.rank]})
@@ -203,7 +220,7 @@ def told(build, **settings):
     message = "no error"
     try:
         model = build()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         training = mpi_dasgd.Decentralized(model, optimizer, environment=environment, **settings)
         training.close()
     except UserError as error:
@@ -232,6 +249,7 @@ def expect(text, message):
     if rank == 0: print(message)
     assert text in message, message
 
+rate = 0.1
 r, n = comm.size - 1, comm.size
 others = "rank 0" if n == 2 else "ranks 0, 1"
 expect("no error", told(linear))
@@ -241,6 +259,11 @@ expect('algorithm.name is "adpsgd"', told(linear, algorithm="allreduce" if last 
 expect('codec.name is "lattice8"', told(linear, codec="none" if last else "lattice8"))
 expect(f"budget.samples is 10 on {others}, 11 on rank {r}", told(linear, total_samples=10 + last))
 expect(f"parameter weight has shape [2, 3]", told(size))
+for rate_of_last, message in ((0.1, "no error"), (0.2, "optimizer group 0 has lr 0.1")):
+    rate = rate_of_last if last else 0.1
+    expect(message, told(linear, algorithm="allreduce"))
+    expect("no error", told(linear, algorithm="local_sgd"))
+rate = 0.1
 expect(f"parameter 1 is left.weight on {others}, right.weight on rank {r}", told(layers))
 expect(f"buffer b exists on rank {r} only", told(buffers))
 expect(f"rank {r}", told(dtype))
