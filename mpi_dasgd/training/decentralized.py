@@ -106,7 +106,6 @@ class Decentralized:
         self.rank, self.size = environment.rank, environment.size
         with environment.collective_errors():
             optimizer = torch_optimizer(optimizer)
-            Attachment.require_free(optimizer)
             config = _load_config(
                 config,
                 {
@@ -117,6 +116,7 @@ class Decentralized:
                     "budget.seconds": seconds,
                 },
             )
+            Attachment.require_free(optimizer)
         self.config = config
         parts = build_rank(config, environment, model, optimizer, record, buffer_rules)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
