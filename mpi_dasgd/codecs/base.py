@@ -102,8 +102,7 @@ def require_float32(name: str, dtype: np.dtype) -> None:
     """
     if dtype != np.float32:
         raise UserError(
-            f"codec.name: {name!r} takes float32 models, got {dtype}; set codec.name=none, or, for "
-            "`simulate`, simulation.dtype=float32"
+            f"codec.name: {name!r} takes float32 models, got {dtype}; set 'none', or use float32"
         )
 
 

@@ -79,7 +79,10 @@ class Simulator:
         workers = parts.algorithm_cls.workers(self.size, config.algorithm)
         self.problem = convex.build(config, workers)
         dimension = self.problem.start.size
-        self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
+        try:
+            self.codecs = [parts.make_codec(rank, dimension, dtype) for rank in range(self.size)]
+        except UserError as error:
+            raise UserError(f"{error} (simulation.dtype is {settings.dtype})") from None
         self.network = _build_network(parts, self.codecs[0].layout)
         self.clock = self.network.clock
         self.models = np.tile(self.problem.start.astype(dtype), (self.size, 1))

@@ -97,8 +97,10 @@ def test_unknown_names_and_other_types_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'lattice8'"):
         codecs.make(settings, 10, F32, seed=0, rank=0)
     for name in LOSSY:
-        with pytest.raises(UserError, match=r"float32.*float64.*simulation\.dtype"):
+        with pytest.raises(UserError, match=r"float32.*float64.*'none'"):
             codecs.make(CodecConfig(name=name), 10, np.dtype(np.float64), seed=0, rank=0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"takes float32 models.*simulation\.dtype is float64"):
+        Simulator(config.load(JOB, ["simulation.dtype=float64", "codec.name=lattice8"]))
     with pytest.raises(UserError, match=r"scale_margin.*at most 2\.1.*got 4"):
         _make("lattice4", 10, scale_margin=4.0)
 
