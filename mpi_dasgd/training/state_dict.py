@@ -26,6 +26,7 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         Arrays by name: `model`, (padded,), float32, is the memory of the model itself and changes
         with the next step; and the rest, which JSON can hold.
     """
+    training.parameters.copy_to_host()
     training.algorithm.absorb(training.local.local_step)
     training.parameters.copy_to_device()
     arrays = {

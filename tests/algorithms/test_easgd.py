@@ -179,10 +179,17 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
     assert worker.model is worker.x
 
     trainer = object.__new__(Trainer)
-    own = SimpleNamespace(copy_to_host=lambda: None, buffers=lambda: np.empty(0))
+    own = SimpleNamespace(copy_to_host=lambda: None)
+    buffers = SimpleNamespace(pack=lambda: np.empty(0, np.uint8))
     vars(trainer).update(
         training=SimpleNamespace(
-            algorithm=server, parameters=own, rank=0, elapsed=1.0, samples=2, total_samples=3
+            buffers=buffers,
+            algorithm=server,
+            parameters=own,
+            rank=0,
+            elapsed=1.0,
+            samples=2,
+            total_samples=3,
         ),
         snapshots=Snapshots(tmp_path),
         config=simulation.config.model_copy(update={"evaluation": EvaluationConfig(live=False)}),
