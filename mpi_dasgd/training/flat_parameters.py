@@ -98,7 +98,7 @@ class FlatParameters:
         """
         if not update:
             self._pulls += 1
-            if self._pulls % _LOOKS == 1:
+            if self._pulls % _LOOKS in (1, 2):  # at construction, and in the first step
                 self.check()
             elif not self._structure.is_unchanged:
                 self._structure.require_unchanged()

@@ -57,6 +57,7 @@ class ParameterAttachment:
         self._strides = [p.stride() for p in self._parameters]
         self._storages = [storage_id(p) for p in self._parameters]
         self.attach()
+        self.pull()
 
     @property
     def guests(self) -> list[str]:
@@ -100,6 +101,7 @@ class ParameterAttachment:
                 self._pointers[index] = None
         if self._guests or None in self._pointers:
             self.attach()
+            self.pull()
 
     @torch.no_grad()
     def attach(self) -> None:
@@ -146,8 +148,9 @@ class ParameterAttachment:
             p = self._parameters[index]
             self._pointers[index], self._strides[index] = p.data_ptr(), p.stride()
             self._storages[index] = storage_id(p)
-        for copy in self._working_copies:
-            copy.take_writes()
+        if retyped:
+            for copy in self._working_copies:
+                copy.take_writes()
 
     def _make_homes(self) -> None:
         """Make the working copies for the types of the segments, and the home of each parameter."""

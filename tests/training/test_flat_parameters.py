@@ -95,5 +95,6 @@ def test_elements_of_the_vector_have_names() -> None:
     assert flat.description()[1] == ("0.bias", (5,), "float32", (1,), 15)
 
 
+@pytest.mark.mpi
 def test_ranks_with_the_same_data_make_the_plain_loop_bit_for_bit() -> None:
     run_pooled(2, ROOT / "tests" / "programs" / "plain_loops.py")

@@ -130,6 +130,23 @@ def test_memory_that_a_user_keeps_is_not_written_to() -> None:
     _require_attached(module, flat)
 
 
+def test_an_update_by_way_of_another_memory_is_added_to_the_master() -> None:
+    module = nn.Linear(2, 1).bfloat16()
+    flat = FlatParameters(module)
+    with torch.no_grad():
+        module.weight.fill_(1)
+    flat.copy_to_host()
+    flat.host_view[:2] += 0.001  # an exchange that bf16 does not see
+    flat.copy_to_device()
+    module.weight.data = module.weight.data + 1  # as sharpness-aware minimization ends a step
+    flat.copy_to_host(update=True)
+    np.testing.assert_allclose(flat.host_view[:2], 2.001)
+    module.weight.data = module.weight.data.clone()
+    module.weight.data[0, 0] = 3
+    flat.copy_to_host()
+    np.testing.assert_allclose(flat.host_view[:2], [3, 2.001])
+
+
 def test_memory_that_nobody_keeps_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("shared memory is for what users keep")
