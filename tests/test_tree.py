@@ -51,7 +51,7 @@ TESTED_BY = {
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
     "training/test_parameter_attachment": "training: flat_memory parameter_ties",
-    "training/test_join": "training: step_refusals",
+    "training/test_join": "training: shadow_optimizer step_refusals",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",

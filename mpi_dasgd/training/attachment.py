@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.closure import Closure
+from mpi_dasgd.training.closure import Closure, needs_closure
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.step_hooks import StepHooks
 
@@ -44,8 +43,7 @@ class Attachment:
         self._local = local
         self._algorithm = algorithm
         self._hooks: StepHooks | None = None
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        self._needs_closure = closure is not None and closure.default is closure.empty
+        self._needs_closure = needs_closure(optimizer)
         self.require_free(optimizer)
         if optimizer in _attachments:
             _attachments[optimizer].detach()

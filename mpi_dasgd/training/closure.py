@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["Closure"]
+__all__ = ["Closure", "needs_closure"]
 
 
 class Closure:
@@ -52,3 +53,9 @@ class Closure:
                 "exchanges models, such as adpsgd or local_sgd"
             )
         return self._loss
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer makes no step without a closure."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty

@@ -4,6 +4,8 @@ Ranks of an algorithm in lockstep wait for each other in every exchange, so that
 batches, or leaves its loop, would be missed for ever. As with PyTorch's Join it becomes a *shadow*:
 it runs the same step of the algorithm with a gradient of zero and an optimizer that does nothing.
 So `allreduce` divides by the initial number of ranks, and averages of models go on over all ranks.
+With `allreduce` the shadow applies the mean of the others, so that all ranks keep one model; at the
+end it gets that of a rank that stayed longest, since a schedule may have gone on without it.
 
 The protocol has one rule: **a shadow begins step s once some rank has begun step s with a gradient
 of its own**, which the word GRADIENTS says; it ends when all ranks have left and it has made the
@@ -41,9 +43,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import numpy as np
-
 from mpi_dasgd.algorithms import Algorithm, LocalOptimizer
+from mpi_dasgd.training.shadow_optimizer import FollowingOptimizer, IdleOptimizer
 from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.endpoint import Request
 
@@ -94,26 +95,6 @@ class EndpointPeers:
         return max(self._membership.gradients)
 
 
-class _WithoutGradient:
-    """Local optimizer of a shadow: it has a gradient of zero, and changes nothing."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        self.local_step = 0
-        self._x = x
-        self._gradient: np.ndarray | None = None
-
-    @property
-    def gradient(self) -> np.ndarray:
-        """Zeros, (elements,), which an exchange may have overwritten since the last call."""
-        if self._gradient is None:
-            self._gradient = np.zeros_like(self._x)
-        self._gradient[:] = 0
-        return self._gradient
-
-    def apply(self, lr_scale: float = 1.0) -> None:
-        """Do nothing."""
-
-
 class Shadow:
     """Takes part in the steps that other ranks have begun, without ever waiting in a call.
 
@@ -123,6 +104,7 @@ class Shadow:
         peers: all ranks.
         on_begin: called with the number of each step before the shadow takes part in it.
         on_end: called after each step.
+        stand_in: local optimizer of the shadow; None: an `IdleOptimizer`.
     """
 
     _open: ClassVar[weakref.WeakSet[Shadow]] = (
@@ -136,11 +118,12 @@ class Shadow:
         peers: Peers,
         on_begin: Callable[[int], None] = lambda step: None,
         on_end: Callable[[], None] = lambda: None,
+        stand_in: LocalOptimizer | None = None,
     ) -> None:
         self.in_lockstep = algorithm.is_lockstep(algorithm.settings)
         self._algorithm = algorithm
         self._local = local
-        self._stand_in = _WithoutGradient(algorithm.x)
+        self._stand_in = stand_in or IdleOptimizer(algorithm.x)
         self._peers = peers
         self._on_begin, self._on_end = on_begin, on_end
         self._steps: Iterator[Request] | None = None  # of the step that is being made
@@ -194,13 +177,21 @@ class Shadow:
             self._local.local_step -= 1
 
     @contextlib.contextmanager
-    def attention_to_others(self) -> Iterator[None]:
-        """Tell the ranks that train other models with this process that it waits in the body."""
+    def attention_to_others(self, wait: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+        """Tell the ranks that train other models with this process that it waits in the body.
+
+        Args:
+            wait: waits until a function returns True.
+        """
         others = [other for other in self._open if other is not self]
         for other in others:
             other._peers.report(Activity.ELSEWHERE)
         try:
             yield
+            # What has begun is complete on other ranks, or they would not be here; the program may
+            # change gradients and model from now on.
+            for other in others:
+                wait(other.advance)
         finally:
             for other in self._open.intersection(others):
                 other._peers.report(Activity.OWN_CODE)
@@ -233,5 +224,12 @@ def make_shadow(parts: RankParts, budget: Budget) -> Shadow:
         parameters.copy_to_host()
         budget.declare_last_step(step)
 
-    peers = EndpointPeers(parts.endpoint)
-    return Shadow(parts.algorithm, parts.local, peers, on_begin, parameters.copy_to_device)
+    follows = parts.algorithm.capabilities.one_model and not parts.local.needs_closure
+    return Shadow(
+        parts.algorithm,
+        parts.local,
+        EndpointPeers(parts.endpoint),
+        on_begin,
+        parameters.copy_to_device,
+        FollowingOptimizer(parts.local, parameters) if follows else None,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.training.closure import Closure
+from mpi_dasgd.training.closure import Closure, needs_closure
 from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["TorchLocalOptimizer"]
@@ -63,6 +63,15 @@ class TorchLocalOptimizer:
         self.lr = float(optimizer.param_groups[0].get("lr", 0.0))
         self._host_gradient: np.ndarray | None = None
         self._device_gradient: torch.Tensor | None = None
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the optimizer makes no step without a closure."""
+        return needs_closure(self._optimizer)
+
+    def forget_closure(self) -> None:
+        """Make the next update without the closure of a step that was interrupted."""
+        self.closure = self._unused_closure = None
 
     def begin_step(self, closure: Closure | None) -> None:
         """Count a gradient, which is there or which `closure` computes."""

@@ -57,7 +57,7 @@ def leave(
         shadow.attend_others()
 
     try:
-        with shadow.attention_to_others():
+        with shadow.attention_to_others(waiter.poll_until):
             if shadow.in_lockstep:
                 endpoint.membership.report_activity(Activity.SHADOWING)
                 follow(waiter, shadow, Activity.SHADOWING, take_part)

@@ -45,10 +45,16 @@ RUNS: list[dict[str, Any]] = [
 class Run:
     """One model in training, on data of this rank's own."""
 
-    def __init__(self, settings: dict[str, Any], rate: float = 0.05) -> None:
+    def __init__(self, settings: dict[str, Any], rate: float = 0.05, *, adam: bool = False) -> None:
         torch.manual_seed(1)
         self.model = torch.nn.Linear(4, 3)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9)
+        self.unused = torch.nn.Parameter(torch.ones(()))  # a decay would show in it
+        self.optimizer: torch.optim.Optimizer
+        if adam:
+            self.model.register_parameter("unused", self.unused)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=0.1)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9)
         self.training = mpi_dasgd.Decentralized(
             self.model, self.optimizer, config={"transport.stall_timeout": 20, **settings}
         )
@@ -145,6 +151,26 @@ def two_models(settings: dict[str, Any]) -> None:
         if runs[0].training.lockstep:
             steps = [run.training.local.local_step for run in runs]
             parallel_assert(COMM, steps == [12, 12], f"{settings} {steps}")
+
+
+def one_model_goes_on_after_the_other() -> None:
+    """A rank in the end of one model's training follows the other, and then goes on with it.
+
+    So that its model and its optimizer must be as if it had computed all those steps.
+    """
+    first, second = (Run({"algorithm.name": "allreduce"}, adam=True) for _ in range(2))
+    for step in range(5 if COMM.rank == 0 else 11):
+        first.step(step)
+        second.step(step)
+    first.training.close()
+    for step in range(20):
+        weights = COMM.allgather(second.weights())
+        parallel_assert(COMM, all(w == weights[0] for w in weights), f"step {step}")
+        second.step(step)
+    steps = second.training.local.local_step
+    parallel_assert(COMM, steps == 31, f"{steps} steps")
+    parallel_assert(COMM, _close([second.unused.item()], [1.0]), "a parameter that no batch uses")
+    second.training.close()
 
 
 def smaller_batches() -> None:
@@ -260,6 +286,7 @@ def main() -> None:
             leave_at_different_steps(settings)
             if settings["algorithm.name"] != "minibatch":  # whose work items nobody else can have
                 two_models(settings)
+    one_model_goes_on_after_the_other()
     smaller_batches()
     rank_0_leaves_a_budget_in_seconds()
     a_server_without_a_budget()
