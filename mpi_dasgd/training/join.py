@@ -33,7 +33,8 @@ A process may train two models (GANs): while it waits at the end of one, its ran
 steps of the other in the same way, or answer as a server, since others may not come to the end of
 the first before. These steps count: own ones go on behind them. (What only one rank can do is not
 done: to compute the gradient of a work item of `minibatch`, or of `asgd` with few items. That wait
-is bounded like all others.)
+is bounded like all others.) With `allreduce` such a rank's learning rate is that of its own last
+step: a schedule that has gone on elsewhere is to be caught up with, before it goes on.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Shadow:
         peers: all ranks.
         on_begin: called with the number of each step before the shadow takes part in it.
         on_end: called after each step.
-        stand_in: local optimizer of the shadow; None: an `IdleOptimizer`.
+        stand_in: local optimizer of the shadow, which follows the others' updates; None: an
+            `IdleOptimizer`.
     """
 
     _open: ClassVar[weakref.WeakSet[Shadow]] = (
@@ -123,6 +125,7 @@ class Shadow:
         self.in_lockstep = algorithm.is_lockstep(algorithm.settings)
         self._algorithm = algorithm
         self._local = local
+        self._follows = stand_in is not None
         self._stand_in = stand_in or IdleOptimizer(algorithm.x)
         self._peers = peers
         self._on_begin, self._on_end = on_begin, on_end
@@ -188,10 +191,11 @@ class Shadow:
             other._peers.report(Activity.ELSEWHERE)
         try:
             yield
-            # What has begun is complete on other ranks, or they would not be here; the program may
-            # change gradients and model from now on.
+            # The program may change gradients and model from now on. This ends at once: a step in
+            # which all ranks have one model is complete on the others, or they would not be here.
             for other in others:
-                wait(other.advance)
+                if other._follows:
+                    wait(other.advance)
         finally:
             for other in self._open.intersection(others):
                 other._peers.report(Activity.OWN_CODE)

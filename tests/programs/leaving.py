@@ -68,7 +68,9 @@ class Run:
             self.training.serve()
 
     def backward(self, rank: int, step: int) -> None:
-        """The gradient of `rank` in `step`."""
+        """The gradient of `rank` in `step`, and the rate of a schedule."""
+        if isinstance(self.optimizer, torch.optim.SGD):
+            self.optimizer.param_groups[0]["lr"] = 0.05 / (1 + 0.1 * step)
         generator = torch.Generator().manual_seed(1000 * rank + step)
         self.optimizer.zero_grad()
         (self.model(torch.randn(BATCH, 4, generator=generator)) - rank).pow(2).mean().backward()
