@@ -77,4 +77,4 @@ def test_reading_results_gives_the_figures_of_the_run(tmp_path: Path) -> None:
 def test_trainer_of_a_framework_learns_on_ranks(framework: str) -> None:
     printed = run_pooled(2, EXAMPLES / f"{framework}_trainer.py").stdout
     (accuracy,) = re.findall(r"^2 ranks, accuracy ([\d.]+) %$", printed, re.M)
-    assert float(accuracy) > 85
+    assert float(accuracy) > 80
