@@ -21,7 +21,8 @@ def _cases() -> list[str]:
     return [
         function.name
         for function in ast.parse(DIFFERENTIAL.read_text()).body
-        if isinstance(function, ast.FunctionDef) and function.args.args[0].arg == "attach"
+        if isinstance(function, ast.FunctionDef)
+        and [argument.arg for argument in function.args.args] == ["attach", "batches"]
     ]
 
 
