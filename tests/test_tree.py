@@ -46,7 +46,7 @@ TESTED_BY = {
     "linear_theory plotting quantization slowdown speedup staleness trajectory",
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
-    "test_process_end": ": messages / training: participation",
+    "test_process_end": ": messages",
     "training/test_attach": "training: attachment",
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",

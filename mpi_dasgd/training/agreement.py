@@ -17,6 +17,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.model_buffers import ModelBuffers
+from mpi_dasgd.training.surviving_ranks import SurvivingRanks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -112,7 +113,9 @@ def _plain(value: object) -> object:
 
 
 def require_agreement(
-    comm: MPI.Intracomm, facts: Mapping[str, Any], remedy: str = "give all ranks the same settings"
+    comm: MPI.Intracomm | SurvivingRanks,
+    facts: Mapping[str, Any],
+    remedy: str = "give all ranks the same settings",
 ) -> None:
     """Compare `facts` of all ranks: a hash of 16 bytes, and words only if it differs. Collective.
 

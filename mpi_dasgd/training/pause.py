@@ -28,9 +28,10 @@ from mpi_dasgd.training.join import Shadow
 from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.rank_parts import RankParts
 from mpi_dasgd.training.shutdown import follow
+from mpi_dasgd.training.surviving_ranks import SurvivingRanks
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
-from mpi_dasgd.transport.membership import FINISHED, RUNNING
+from mpi_dasgd.transport.membership import DEPARTED, FINISHED, RUNNING
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -75,6 +76,9 @@ class Pauses:
         self._calls = CollectiveCalls(parts.endpoint, waiter)
         self._is_leaving = False  # it has ended training, and joins the calls of others
         self._has_told = False
+        self._survivors = SurvivingRanks(
+            comm, self._membership.dead, self._look, parts.run.config.transport.stall_timeout
+        )
 
     def average(self) -> None:
         """Set all models to the mean of those that the run trains; see `Decentralized.average`."""
@@ -258,10 +262,15 @@ class Pauses:
         self.open_call = Call.NONE
         go_on()
 
+    def _look(self) -> None:
+        """Look which ranks live, where `close` has not ended that."""
+        if self._status != DEPARTED:
+            self._waiter.check_peers()
+
     def _average(self) -> None:
         algorithm, size = self._algorithm, self._endpoint.size
         synchronize.average_models(
-            self._comm,
+            self._survivors,
             self._parameters,
             self._buffers,
             algorithm.model_ranks(size),

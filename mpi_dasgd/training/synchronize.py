@@ -13,6 +13,7 @@ from mpi_dasgd.training.agreement import require_agreement
 from mpi_dasgd.training.buffer_rules import combine, has_nan
 from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.model_buffers import ModelBuffers
+from mpi_dasgd.training.surviving_ranks import SurvivingRanks
 from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def broadcast_model(comm: MPI.Intracomm, parameters: FlatParameters, buffers: Mo
 
 
 def average_models(
-    comm: MPI.Intracomm,
+    comm: SurvivingRanks,
     parameters: FlatParameters,
     buffers: ModelBuffers,
     ranks: Collection[int],
@@ -60,10 +61,10 @@ def average_models(
     model: np.ndarray | None = None,
     weight: float = 1.0,
 ) -> None:
-    """Replace all models by the mean of those of `ranks`. Collective.
+    """Replace all models by the mean of those of `ranks` that live. Collective.
 
     Args:
-        comm: communicator of all ranks.
+        comm: the living ranks.
         parameters: parameters of this rank's model.
         buffers: its buffers.
         ranks: ranks whose parameters are averaged, in float64.
@@ -74,8 +75,6 @@ def average_models(
     Raises:
         UserError: the ranks' buffers are no longer alike.
     """
-    from mpi4py import MPI  # not before: it starts MPI
-
     require_agreement(
         comm,
         {"buffer": buffers.description()},
@@ -87,7 +86,7 @@ def average_models(
         total[:-1] = parameters.host_view if model is None else model
         total[:-1] *= weight
         total[-1] = weight
-    comm.Allreduce(MPI.IN_PLACE, total)
+    comm.sum(total)
     parameters.set(total[:-1] / total[-1])
     combine_buffers(comm, buffers, workers)
 
@@ -98,14 +97,13 @@ def copy_model(comm: MPI.Intracomm, parameters: FlatParameters, source: int) -> 
     parameters.copy_to_device()
 
 
-def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collection[int]) -> None:
+def combine_buffers(comm: SurvivingRanks, buffers: ModelBuffers, workers: Collection[int]) -> None:
     """Replace the buffers of all ranks by those of `workers`, combined by their rules. Collective.
 
     Only buffers that differ between ranks are sent, a block at a time.
 
     Args:
-        comm: communicator of the ranks: of it, `rank`, `size` and `allgather` are used, which may
-            give None for a rank that is lost.
+        comm: the living ranks.
         buffers: buffers of this rank, which are alike on all ranks.
         workers: ranks whose buffers count.
     """
@@ -132,7 +130,7 @@ def combine_buffers(comm: MPI.Intracomm, buffers: ModelBuffers, workers: Collect
         write_bytes(tensors[name], combined)
 
 
-def _differing(comm: MPI.Intracomm, buffers: ModelBuffers) -> list[str]:
+def _differing(comm: MPI.Intracomm | SurvivingRanks, buffers: ModelBuffers) -> list[str]:
     """Return the names of the buffers that are not equal on all ranks. Collective."""
     gathered = comm.allgather(buffers.digests())
     own, *others = [digests for digests in gathered if digests is not None]
