@@ -25,6 +25,7 @@ from mpi_dasgd.training.learning_rate import LearningRate
 from mpi_dasgd.training.participation import Participation
 from mpi_dasgd.training.pause import Pauses
 from mpi_dasgd.training.rank_parts import build_rank, start_world
+from mpi_dasgd.training.replica_check import ReplicaCheck
 from mpi_dasgd.training.shutdown import leave, workers_have_stopped
 from mpi_dasgd.training.step_refusals import refuse_serving, refuse_step
 from mpi_dasgd.training.waiter import Waiter
@@ -133,6 +134,11 @@ class Decentralized:
         self._pauses = Pauses(
             environment.comm, parts, self.learning_rate, self._waiter, self._shadow
         )
+        self._replicas = (
+            ReplicaCheck(self.endpoint, self.parameters.host_view, self.algorithm.name)
+            if self.algorithm.capabilities.one_model
+            else None
+        )
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
@@ -227,6 +233,8 @@ class Decentralized:
         self.parameters.copy_to_device()
         self.endpoint.membership.report_samples(self.samples)
         self.learning_rate.begin_gradient()
+        if self._replicas is not None:
+            self._replicas.after_step(self.local.local_step)
         self._waiter.check_peers_if_due()
         self._may_step = not self.budget.was_spent(self.local.local_step)
         self.exchange_seconds += (

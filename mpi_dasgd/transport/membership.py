@@ -48,8 +48,7 @@ class Membership:
         activities: what each rank does at present, if others may wait for long meanwhile.
         status: status, per rank.
         calls: collective call that each rank is in; `training/collective_calls.py` has the values.
-        checksums: newest checksum of the other ranks' models; `training/replica_check.py` has the
-            values.
+        checksums: newest checksum of each rank's model; `training/replica_check.py` has the values.
         exit_codes: exit code of a rank that has failed, per rank; 0 if there is none.
         dead: ranks that were silent too long or cannot be reached.
     """
@@ -145,17 +144,9 @@ class Membership:
         self.calls[self._rank] = call
 
     def publish_checksum(self, checksum: int) -> None:
-        """Publish a checksum of this rank's model, an integer of up to 62 bits."""
+        """Publish a checksum of this rank's model, an integer of up to 63 bits."""
         self._set(CHECKSUM, checksum)
-
-    def refresh_checksums(self, ranks: Iterable[int]) -> None:
-        """Read the newest checksums of `ranks`."""
-        for rank in ranks:
-            if rank != self._rank and rank not in self.dead:
-                try:
-                    self.checksums[rank] = self._words.read(rank, CHECKSUM)
-                except Unreachable:
-                    self.dead.add(rank)
+        self.checksums[self._rank] = checksum
 
     def publish_last_step(self, step: int) -> None:
         """Publish which step is the last one."""

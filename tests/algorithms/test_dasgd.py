@@ -15,7 +15,7 @@ from mpi_dasgd.algorithms.dasgd import DASGD
 from mpi_dasgd.analysis.load import load_run
 from mpi_dasgd.analysis.version_history import history
 from mpi_dasgd.codecs.error_feedback import GRID_STEP, round_to_grid, update_quantizer
-from mpi_dasgd.config.schema import CodecConfig
+from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.simulation import simulator
 from mpi_dasgd.simulation.simulator import Simulator
@@ -24,6 +24,7 @@ from mpi_dasgd.storage.results import Results
 from mpi_dasgd.transport.endpoint import SendBuffer
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from tests.support.training import train
+from tests.support.virtual_ranks import Ranks
 
 JOB = Path(__file__).parents[2] / "jobs" / "sim_quadratic.toml"
 ROUGH = ("simulation.latency=0.7", "transport.inbox_slots=1", "simulation.slow_ranks=[0]")
@@ -466,3 +467,22 @@ def test_four_ranks_on_windows_end_with_the_same_bits(tmp_path: Path) -> None:
     assert len(found.mean) == results.rank_table["steps"].sum()
     assert (found.propagation >= 0).all()  # every gradient has reached all
     assert 0.5 < found.average < 40
+
+
+def test_what_the_user_writes_between_steps_stays_in_one_replica() -> None:
+    ranks = Ranks(np.full((3, 4), 2.0), AlgorithmConfig(name="dasgd"))
+    for rank in range(3):
+        ranks.step(rank)
+    ranks.models[0, :2] = 7.0  # while updates of the others wait
+    for _ in range(3):
+        for rank in range(3):
+            ranks.step(rank)
+    ranks.models[0, 3] = -1.0
+    for algorithm, local in zip(ranks.algorithms, ranks.locals, strict=True):
+        algorithm.absorb(local.local_step)
+    # 12 gradients of 1; two of them were in flight, or in the inbox, at the first write.
+    np.testing.assert_array_equal(ranks.models[1], np.full(4, 2.0 - 12))
+    np.testing.assert_array_equal(ranks.models[2], ranks.models[1])
+    first, second = ranks.models[0, 0], ranks.models[0, 2]
+    assert second == -10.0 and ranks.models[0, 3] <= -1.0
+    assert first == 7.0 - 9 - 2, "all gradients but the first own one come after the write"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,12 @@ class Ranks:
         self.models = models
         size, elements = models.shape
         codec = NoCodec(elements, models.dtype)
+        algorithm_cls = algorithms.find(settings.name, settings.variant)
+        trailer_words = algorithm_cls.trailer_words(size)
+        codec.layout = dataclasses.replace(codec.layout, trailer_words=trailer_words)
         self.memory = SharedMemory(codec.layout, size)
         network = Network(Clock(), self.memory, graph or topology.build("complete", size))
         self.records: list[ExchangeRecord] = []
-        algorithm_cls = algorithms.find(settings.name, settings.variant)
         self.locals = [Local(x) for x in models]
         self.algorithms = [
             algorithm_cls(
