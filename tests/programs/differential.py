@@ -314,6 +314,14 @@ def compiled_before(attach: Attach, batches: Batches) -> Any:
     return train(model, SGD(model.parameters(), 0.1, momentum=0.9), attach, batches)
 
 
+def compiled_step(attach: Attach, batches: Batches) -> Any:
+    """Dynamo leaves out what it cannot compile: our part of the step."""
+    model = mlp()
+    optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    return train(model, optimizer, attach, batches, step=step)
+
+
 # Comparison
 
 
