@@ -304,6 +304,7 @@ class Decentralized:
 
         Raises:
             UserError: another rank makes another collective call, or is in `close`.
+            Diverged: this rank's model is not finite.
             PeerLost: see `step`.
         """
         self._pauses.average()

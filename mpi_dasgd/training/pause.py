@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from mpi_dasgd.errors import MpiDasgdError, UserError
+from mpi_dasgd.errors import Diverged, MpiDasgdError, UserError
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.collective_calls import Call, CollectiveCalls, Phase
 from mpi_dasgd.training.join import Shadow
@@ -31,7 +31,7 @@ from mpi_dasgd.training.shutdown import follow
 from mpi_dasgd.training.surviving_ranks import SurvivingRanks
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
-from mpi_dasgd.transport.membership import DEPARTED, FINISHED, RUNNING
+from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -186,8 +186,18 @@ class Pauses:
         return self._shadow.in_lockstep
 
     def _enter(self, call: Call) -> None:
-        """Do 1."""
+        """Do 1.
+
+        Raises:
+            Diverged: this rank's model is not finite, and would make the mean so.
+        """
         self._parameters.copy_to_host()
+        if call != Call.PAUSED and self._status == RUNNING:
+            try:
+                self._local.require_finite_model()
+            except Diverged:
+                self._membership.publish_status(FAILED)
+                raise
         if self._is_leaving:
             self._calls.join(call)
         else:

@@ -135,3 +135,65 @@ def test_models_stay_at_the_mean_after_an_average_in_mid_run(ranks: int) -> None
         waits = any(word in case for word in ("asgd", "minibatch", "bipartite", "blocking", "tau"))
         if not waits or case.startswith("dasgd"):
             assert worst["disturbed"] == 0.0, (case, worst)
+
+
+_UNEVEN = """
+import json, sys, torch, mpi_dasgd
+
+for case in json.loads(sys.argv[1]):
+    name, *settings = case.split()
+    model = torch.nn.Linear(50, 40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    training = mpi_dasgd.Decentralized(
+        model, optimizer,
+        config={"algorithm.name": name, **dict(setting.split("=") for setting in settings)},
+    )
+    rank, comm = training.rank, training.world.comm
+
+    def step(count):
+        for _ in range(count):
+            if not training.computes_gradients:
+                training.serve()
+                continue
+            optimizer.zero_grad()
+            ((model(torch.randn(8, 50)) - (1 + rank)) ** 2).mean().backward()
+            training.step(8)
+
+    def require_equal():
+        vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        assert len(set(comm.allgather(vector.numpy().tobytes()))) == 1, case
+
+    for _ in range(2):
+        step(5 + 3 * rank)  # data that end unevenly
+        training.average()
+        require_equal()
+        with training.mean_model():
+            require_equal()
+    step(1 + rank)
+    if rank == 1:
+        training.close()  # and takes part meanwhile
+    else:
+        step(5)
+        training.average()
+        step(3)
+        with training.paused():
+            pass
+        with training.mean_model():
+            pass
+        training.average()
+        training.close()
+    training.average()
+    require_equal()
+print("all", flush=True)
+"""
+
+
+def test_ranks_meet_after_different_numbers_of_steps_and_after_one_has_left() -> None:
+    cases = [
+        "allreduce", "dpsgd topology.graph=ring", "sgp topology.graph=exponential", "adpsgd",
+        "swarm algorithm.variant=blocking codec.name=none", "dasgd", "asgd", "minibatch", "osgp",
+        "adpsgd algorithm.variant=bipartite codec.name=none", "easgd",
+    ]  # fmt: skip
+    done = run_pooled(2, _UNEVEN, json.dumps(cases), timeout=120)
+    assert done.stdout.count("all") == 2
+    assert "rank 1 has left training, and takes part in average()" in done.stderr
