@@ -30,11 +30,6 @@ class ClippedGossip(algorithms.AsynchronousAlgorithm):
         """Publish the model, unless readers hold all slots."""
         publish_vector(self.endpoint, self.codec, self.x, step)
 
-    def reset(self, step):
-        """Begin anew at the mean, after `average()`: models that were asked for are older."""
-        self.request = None
-        self.restart(step)
-
     def advance(self, local):
         """Average with one neighbour, apply one gradient; a late model is used in a later step."""
         request = self.request or self.endpoint.read(self.rng.choice(self.endpoint.neighbours()))
