@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from tests.support.mpi_ranks import ROOT, run_ranks
+
+pytestmark = pytest.mark.mpi
 
 TEXT = (ROOT / "docs" / "sharp_bits.md").read_text(encoding="utf-8")
 # Title, code, and what is quoted directly behind it: the message of a block that is refused.

@@ -70,6 +70,7 @@ class Pauses:
         self._algorithm = parts.algorithm
         self._parameters, self._buffers = parts.parameters, parts.buffers
         self._local = parts.local
+        self._check_finite = parts.run.config.run.check_finite
         self._learning_rate = learning_rate
         self._waiter = waiter
         self._shadow = shadow
@@ -287,6 +288,7 @@ class Pauses:
             algorithm.workers(size, algorithm.settings),
             model=algorithm.model,
             weight=algorithm.model_weight,
+            check_finite=self._check_finite,
         )
 
     def _resume(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.errors import Diverged, PeerLost
 from mpi_dasgd.training.agreement import require_agreement
 from mpi_dasgd.training.buffer_rules import combine, has_nan
 from mpi_dasgd.training.flat_parameters import FlatParameters
@@ -60,6 +60,7 @@ def average_models(
     *,
     model: np.ndarray | None = None,
     weight: float = 1.0,
+    check_finite: bool = True,
 ) -> None:
     """Replace all models by the mean of those of `ranks` that live. Collective.
 
@@ -71,9 +72,11 @@ def average_models(
         workers: ranks whose buffers are combined.
         model: what this rank adds to the mean, (padded,); None: its parameters.
         weight: weight of it in the mean.
+        check_finite: whether to refuse models that are not finite.
 
     Raises:
         UserError: the ranks' buffers are no longer alike.
+        Diverged: a model is not finite; all ranks keep their own.
     """
     require_agreement(
         comm,
@@ -81,14 +84,31 @@ def average_models(
         "set training.buffers.rules = {name: 'keep'} on all ranks for a buffer of each rank's own, "
         "such as a cache that has grown, and average again",
     )
-    total = np.zeros(parameters.host_view.size + 1)  # the last element is the weight of all
+    own = parameters.host_view if model is None else model
+    total = np.zeros(own.size + 1)  # the last element is the weight of all
     if comm.rank in ranks:  # zeros otherwise: 0 times what is not finite is no zero
-        total[:-1] = parameters.host_view if model is None else model
+        total[:-1] = own
         total[:-1] *= weight
         total[-1] = weight
     comm.sum(total)
+    if check_finite and not np.isfinite(total).all():
+        _refuse_nonfinite(comm, parameters, own, ranks)
     parameters.set(total[:-1] / total[-1])
     combine_buffers(comm, buffers, workers)
+
+
+def _refuse_nonfinite(
+    comm: SurvivingRanks, parameters: FlatParameters, own: np.ndarray, ranks: Collection[int]
+) -> None:
+    """Raise the same error on all ranks, as the sum of their models is not finite. Collective."""
+    bad = np.flatnonzero(~np.isfinite(own)) if comm.rank in ranks else np.empty(0, int)
+    found = comm.allgather((parameters.name_of(int(bad[0])), bad.size) if bad.size else None)
+    where = [f"{entry[0]} of rank {rank}" for rank, entry in enumerate(found) if entry]
+    raise Diverged(
+        f"the mean of the models: parameter {', '.join(where[:4]) or 'sums'} "
+        f"{'is' if len(where) < 2 else 'are'} not finite, and would make all models so; set that "
+        "model anew on its rank, or end the run"
+    )
 
 
 def copy_model(comm: MPI.Intracomm, parameters: FlatParameters, source: int) -> None:

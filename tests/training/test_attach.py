@@ -186,6 +186,30 @@ def test_what_is_not_finite_stays_where_it_is(algorithm: str) -> None:
     run_pooled(2, HEAD + REFUSED, algorithm)
 
 
+NAN_MODEL = """
+    model, optimizer = make()
+    with mpi_dasgd.attach(model, optimizer) as training:
+        gradient(model, optimizer)
+        optimizer.step()
+    if training.rank == 1:
+        model[2].bias.data.fill_(float("nan"))
+    own = [p.detach().clone() for p in model.parameters()]
+    for call in (training.average, lambda: training.mean_model().__enter__()):
+        try:
+            call()
+        except Diverged as error:
+            assert "parameter 2.bias of rank 1 is not finite" in str(error), error
+        else:
+            raise AssertionError("a mean that is not finite")
+        for p, q in zip(model.parameters(), own):
+            assert torch.equal(p.nan_to_num(), q.nan_to_num())
+"""
+
+
+def test_a_mean_that_is_not_finite_is_refused_on_all_ranks() -> None:
+    run_pooled(2, HEAD + NAN_MODEL)
+
+
 GUARDS = """
     model, optimizer = make()
     training = mpi_dasgd.Decentralized(model, optimizer, total_samples=16)

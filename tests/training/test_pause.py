@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.rank_pool import run_pooled
 
+pytestmark = pytest.mark.mpi
+
 # After an average() in mid-run the models stay at the mean, to the rounding of the codec.
 _CASES = (
     "adpsgd",
