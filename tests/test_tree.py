@@ -47,10 +47,10 @@ TESTED_BY = {
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
     "test_process_end": ": messages",
-    "training/test_attach": "training: attachment",
+    "training/test_attach": "training: optimizer_attachment",
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
-    "training/test_parameter_attachment": "training: flat_memory parameter_ties",
+    "model/test_parameter_attachment": "model: flat_memory parameter_ties",
     "training/test_join": "training: shadow_optimizer step_refusals",
     "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
     "trainer / storage: run_directory",

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd.config.schema import Config
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import TrainRow
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, write_results
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.workload import build_workload
 from mpi_dasgd.world import expected_ranks
 

@@ -14,9 +14,9 @@ import mpi_dasgd
 from mpi_dasgd.algorithms.build import RunParts
 from mpi_dasgd.config.schema import OWN_ALGORITHMS, Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.topology import Topology
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.surviving_ranks import SurvivingRanks
 
 if TYPE_CHECKING:

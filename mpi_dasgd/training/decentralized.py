@@ -16,12 +16,12 @@ from mpi_dasgd import launch, world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
+from mpi_dasgd.training.optimizer_attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.participation import Participation
 from mpi_dasgd.training.pause import Pauses
 from mpi_dasgd.training.rank_parts import build_rank, start_world

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.tasks.data import Data
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 __all__ = ["Evaluator"]
 

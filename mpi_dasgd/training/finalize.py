@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.storage.model import save_model
 from mpi_dasgd.storage.results import consolidate, gather, results_path
 from mpi_dasgd.storage.schema import CONSENSUS
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
 from mpi_dasgd.training.evaluator import Evaluator
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 __all__ = ["RankRoles", "RunOutputs", "write_results"]
 

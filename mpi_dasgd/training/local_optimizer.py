@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from mpi_dasgd.errors import Diverged, UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
-from mpi_dasgd.training.flat_parameters import FlatParameters
 
 __all__ = ["TorchLocalOptimizer"]
 

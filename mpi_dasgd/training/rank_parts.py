@@ -16,6 +16,8 @@ from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.agreement import (
     facts_of_model,
@@ -23,9 +25,7 @@ from mpi_dasgd.training.agreement import (
     facts_of_run,
     require_agreement,
 )
-from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 if TYPE_CHECKING:
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
 __all__ = ["FollowingOptimizer", "IdleOptimizer"]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_dasgd.errors import Diverged, PeerLost
+from mpi_dasgd.model.buffer_rules import combine, has_nan
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
+from mpi_dasgd.model.tensor_bytes import read_bytes, write_bytes
 from mpi_dasgd.training.agreement import require_agreement
-from mpi_dasgd.training.buffer_rules import combine, has_nan
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.surviving_ranks import SurvivingRanks
-from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI

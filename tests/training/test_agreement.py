@@ -12,6 +12,8 @@ import torch
 from mpi_dasgd import config
 from mpi_dasgd.algorithms.build import build_run
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.training.agreement import (
     describe,
     facts_of_config,
@@ -20,8 +22,6 @@ from mpi_dasgd.training.agreement import (
     facts_of_run,
     require_agreement,
 )
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 from tests.support.rank_pool import run_pooled
 from tests.support.threaded_ranks import errors_on_ranks, on_ranks
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.evaluator import BATCH, Evaluator
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 @pytest.mark.parametrize("samples", [10, BATCH + 1, 3 * BATCH])

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.storage.model import load_model
 from mpi_dasgd.storage.results import consolidate, results_path
 from mpi_dasgd.storage.runfile import RunFile, rank_path
@@ -19,8 +21,6 @@ from mpi_dasgd.storage.writer_thread import writer
 from mpi_dasgd.tasks.data import Data
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, RunOutputs, write_results
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 class FinishedRun:

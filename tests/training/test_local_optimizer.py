@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import Diverged, UserError
-from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
 

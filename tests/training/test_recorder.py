@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mpi_dasgd.algorithms import ExchangeRecord
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.storage.schema import APPLIED, INITIATED, SKIPPED, UNKNOWN_AGE, Row
-from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.recorder import Recorder
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.training import state_dict as module
-from mpi_dasgd.training.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
-from mpi_dasgd.training.model_buffers import ModelBuffers
 
 
 class Rank:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.agreement import require_agreement
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
 from mpi_dasgd.training.synchronize import broadcast_model, combine_buffers
 from tests.support.rank_pool import run_pooled
 from tests.support.threaded_ranks import errors_on_ranks, on_ranks

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import buffer_rules
-from mpi_dasgd.training.buffer_rules import (
+from mpi_dasgd.model import buffer_rules
+from mpi_dasgd.model.buffer_rules import (
     checked_rules,
     combine,
     has_nan,
@@ -19,7 +19,7 @@ from mpi_dasgd.training.buffer_rules import (
     require_rule,
     rule_of,
 )
-from mpi_dasgd.training.tensor_bytes import read_bytes
+from mpi_dasgd.model.tensor_bytes import read_bytes
 
 INF, NAN = float("inf"), float("nan")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
+from mpi_dasgd.model.tensor_bytes import read_bytes, write_bytes
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_memory import byte_range, group_overlapping
+from mpi_dasgd.model.flat_memory import byte_range, group_overlapping
 
 __all__ = ["Placement", "Segment", "lay_out"]
 

@@ -7,12 +7,12 @@ import torch
 import xxhash
 
 from mpi_dasgd.kernels.encoded import BUCKET
-from mpi_dasgd.training.flat_memory import FlatMemory
-from mpi_dasgd.training.gradient_vector import GradientVector, require_exchangeable_gradients
-from mpi_dasgd.training.model_structure import ModelStructure
-from mpi_dasgd.training.parameter_attachment import ParameterAttachment
-from mpi_dasgd.training.parameter_layout import lay_out
-from mpi_dasgd.training.parameter_selection import select_parameters
+from mpi_dasgd.model.flat_memory import FlatMemory
+from mpi_dasgd.model.gradient_vector import GradientVector, require_exchangeable_gradients
+from mpi_dasgd.model.model_structure import ModelStructure
+from mpi_dasgd.model.parameter_attachment import ParameterAttachment
+from mpi_dasgd.model.parameter_layout import lay_out
+from mpi_dasgd.model.parameter_selection import select_parameters
 
 __all__ = ["FlatParameters"]
 
@@ -136,7 +136,7 @@ class FlatParameters:
         """Refuse what `algorithm`, which exchanges gradients, cannot train.
 
         Raises:
-            UserError: see `mpi_dasgd.training.gradient_vector.require_exchangeable_gradients`.
+            UserError: see `mpi_dasgd.model.gradient_vector.require_exchangeable_gradients`.
         """
         require_exchangeable_gradients(self._module, self._segments, algorithm)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.parameter_layout import Segment
+from mpi_dasgd.model.parameter_layout import Segment
 
 __all__ = ["GradientVector", "require_exchangeable_gradients"]
 

@@ -10,8 +10,8 @@ import torch
 import xxhash
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training import packed_tensors
-from mpi_dasgd.training.buffer_rules import (
+from mpi_dasgd.model import packed_tensors
+from mpi_dasgd.model.buffer_rules import (
     KEEP,
     checked_rules,
     combine,
@@ -19,8 +19,8 @@ from mpi_dasgd.training.buffer_rules import (
     require_rule,
     rule_of,
 )
-from mpi_dasgd.training.packed_tensors import PackedTensor
-from mpi_dasgd.training.tensor_bytes import read_bytes, write_bytes
+from mpi_dasgd.model.packed_tensors import PackedTensor
+from mpi_dasgd.model.tensor_bytes import read_bytes, write_bytes
 
 __all__ = ["ModelBuffers"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpi_dasgd.training.flat_memory import FlatMemory
+from mpi_dasgd.model.flat_memory import FlatMemory
 
 __all__ = ["WorkingCopy"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.parameter_selection import optimizer_parameters
+from mpi_dasgd.model.parameter_selection import optimizer_parameters
 
 __all__ = ["ModelStructure"]
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import vector_to_parameters
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 
 
 def _net() -> nn.Sequential:
@@ -151,7 +151,7 @@ def test_memory_that_nobody_keeps_is_used_again(monkeypatch: pytest.MonkeyPatch)
     def refuse(*arguments: object) -> None:
         raise AssertionError("shared memory is for what users keep")
 
-    monkeypatch.setattr("mpi_dasgd.training.parameter_attachment.move_to_shared_memory", refuse)
+    monkeypatch.setattr("mpi_dasgd.model.parameter_attachment.move_to_shared_memory", refuse)
     module = _net()
     flat = FlatParameters(module)
     pointers = [p.data_ptr() for p in module.parameters()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpi_dasgd.training.packed_tensors import PackedTensor, pack, unpack
+from mpi_dasgd.model.packed_tensors import PackedTensor, pack, unpack
 
 
 def test_tensors_come_back_in_order_and_aligned() -> None:

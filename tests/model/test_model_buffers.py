@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_parameters import FlatParameters
-from mpi_dasgd.training.model_buffers import ModelBuffers
+from mpi_dasgd.model.flat_parameters import FlatParameters
+from mpi_dasgd.model.model_buffers import ModelBuffers
 
 
 def _module(**buffers: Any) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.parameter_selection import require_supported, select_parameters
+from mpi_dasgd.model.parameter_selection import require_supported, select_parameters
 
 
 def _net() -> nn.Sequential:

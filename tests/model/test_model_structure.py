@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.model_structure import ModelStructure
+from mpi_dasgd.model.model_structure import ModelStructure
 
 
 class _Symmetric(nn.Module):

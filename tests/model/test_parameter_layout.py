@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.parameter_layout import lay_out
+from mpi_dasgd.model.parameter_layout import lay_out
 
 
 def _places(*tensors: torch.Tensor) -> list[tuple[str, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpi_dasgd.training.working_copy import WorkingCopy
+from mpi_dasgd.model.working_copy import WorkingCopy
 
 
 def _copy(*values: float, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, WorkingCopy]:

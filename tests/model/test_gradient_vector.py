@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.gradient_vector import GradientVector, require_exchangeable_gradients
-from mpi_dasgd.training.parameter_layout import Segment, lay_out
+from mpi_dasgd.model.gradient_vector import GradientVector, require_exchangeable_gradients
+from mpi_dasgd.model.parameter_layout import Segment, lay_out
 
 
 def _layout(module: nn.Module) -> tuple[list[Segment], GradientVector]:

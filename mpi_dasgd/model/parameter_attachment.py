@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_memory import (
+from mpi_dasgd.model.flat_memory import (
     FlatMemory,
     group_overlapping,
     holders,
@@ -17,9 +17,9 @@ from mpi_dasgd.training.flat_memory import (
     same_format,
     storage_id,
 )
-from mpi_dasgd.training.parameter_layout import Placement, Segment
-from mpi_dasgd.training.parameter_ties import require_same_ties
-from mpi_dasgd.training.working_copy import WorkingCopy
+from mpi_dasgd.model.parameter_layout import Placement, Segment
+from mpi_dasgd.model.parameter_ties import require_same_ties
+from mpi_dasgd.model.working_copy import WorkingCopy
 
 __all__ = ["ParameterAttachment"]
 

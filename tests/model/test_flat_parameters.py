@@ -9,7 +9,7 @@ from torch import nn
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET
-from mpi_dasgd.training.flat_parameters import FlatParameters
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from tests.support.mpi_ranks import ROOT
 from tests.support.rank_pool import run_pooled
 

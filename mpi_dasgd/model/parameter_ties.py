@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.training.flat_memory import group_overlapping
-from mpi_dasgd.training.parameter_layout import Placement, Segment
+from mpi_dasgd.model.flat_memory import group_overlapping
+from mpi_dasgd.model.parameter_layout import Placement, Segment
 
 __all__ = ["require_same_ties"]
 
