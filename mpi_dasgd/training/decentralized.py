@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training.budget import Budget
-from mpi_dasgd.training.closure import Closure
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
@@ -25,9 +22,8 @@ from mpi_dasgd.training.optimizer_attachment import Attachment, torch_optimizer
 from mpi_dasgd.training.participation import Participation
 from mpi_dasgd.training.pause import Pauses
 from mpi_dasgd.training.rank_parts import build_rank, start_world
-from mpi_dasgd.training.replica_check import ReplicaCheck
 from mpi_dasgd.training.shutdown import leave, workers_have_stopped
-from mpi_dasgd.training.step_refusals import refuse_serving, refuse_step
+from mpi_dasgd.training.stepper import Stepper
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import RUNNING
@@ -81,9 +77,6 @@ class Decentralized:
         codec: codec of the messages, with its counters.
         lockstep: whether all ranks make the same number of steps.
         samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
-        exchange_seconds: time spent in exchanges so far, `wait_seconds` included.
-        delay: gradients that other ranks computed while this one computed its newest.
-        delay_factor: factor on the learning rate of `algorithm.delay_adaptive_rule` for `delay`.
     """
 
     @renamed_arguments(graph="topology", samples="total_samples")
@@ -126,18 +119,13 @@ class Decentralized:
         self.lockstep = parts.run.lockstep
         self.budget = Budget(parts.run, self.endpoint.membership, self.rank)
         self.learning_rate = LearningRate(parts.run, self.endpoint)
-        self.exchange_seconds = 0.0
-        self.delay, self.delay_factor = 0, 1.0
         self._waiter = Waiter(self.endpoint, self.algorithm, config.transport.stall_timeout)
         self._shadow = make_shadow(parts, self.budget)
-        self._may_step = self.computes_gradients  # and neither finished nor without budget left
         self._pauses = Pauses(
             environment.comm, parts, self.learning_rate, self._waiter, self._shadow
         )
-        self._replicas = (
-            ReplicaCheck(self.endpoint, self.parameters.host_view, self.algorithm.name)
-            if self.algorithm.capabilities.one_model
-            else None
+        self._stepper = Stepper(
+            parts, self.budget, self.learning_rate, self._waiter, self._shadow, self._pauses
         )
         self._closed = False
         self.samples_per_step = 1
@@ -184,6 +172,21 @@ class Decentralized:
         return self.budget.elapsed
 
     @property
+    def exchange_seconds(self) -> float:
+        """Time spent in exchanges so far, `wait_seconds` included."""
+        return self._stepper.exchange_seconds
+
+    @property
+    def delay(self) -> int:
+        """Gradients that other ranks computed while this one computed its newest."""
+        return self.learning_rate.delay
+
+    @property
+    def delay_factor(self) -> float:
+        """Factor of `algorithm.delay_adaptive_rule` on the learning rate for `delay`."""
+        return self.learning_rate.delay_factor
+
+    @property
     def wait_seconds(self) -> float:
         """Time spent waiting in exchanges so far."""
         return self._waiter.wait_seconds
@@ -206,46 +209,14 @@ class Decentralized:
                 none makes progress for `transport.stall_timeout` seconds.
         """
         if not self._attachment.is_attached:
-            return self._step(samples, self._attachment.closure(closure))
+            return self._stepper.step(samples, self._attachment.closure(closure))
         self.samples_per_step = samples
         return self.optimizer.step(*(() if closure is None else (closure,)))
-
-    def _step(self, samples: int, closure: Closure | None) -> Any:
-        if not self._may_step or self._pauses.open_call:
-            self._pauses.refuse_inside("step()")
-            refuse_step(self.algorithm, self._is_running)
-        started, updated = time.perf_counter(), self.local.update_seconds
-        if self._shadow.is_busy:
-            self._waiter.wait(self._shadow.advance)
-        self.parameters.copy_to_host()
-        self.budget.samples += _count(samples)
-        self.local.begin_step(closure)
-        self.endpoint.report_gradients(self.local.local_step)
-        self.local.lr_scale = self.learning_rate.of_gradient(self.progress)
-        self.delay, self.delay_factor = self.learning_rate.delay, self.learning_rate.delay_factor
-        self.budget.declare_last_step(self.local.local_step)
-        try:
-            for request in self.algorithm.step(self.local):
-                self._waiter.wait(request.test)
-        except BaseException:
-            self._shadow.undo_step()
-            raise
-        self.parameters.copy_to_device()
-        self.endpoint.membership.report_samples(self.samples)
-        self.learning_rate.begin_gradient()
-        if self._replicas is not None:
-            self._replicas.after_step(self.local.local_step)
-        self._waiter.check_peers_if_due()
-        self._may_step = not self.budget.was_spent(self.local.local_step)
-        self.exchange_seconds += (
-            time.perf_counter() - started - (self.local.update_seconds - updated)
-        )
-        return self.local.loss
 
     def attach(self, samples_per_step: int = 1) -> None:
         """Make ``optimizer.step()`` a step of this training; see `mpi_dasgd.attach`."""
         self.samples_per_step = samples_per_step
-        self._attachment.attach(lambda closure: self._step(self.samples_per_step, closure))
+        self._attachment.attach(lambda closure: self._stepper.step(self.samples_per_step, closure))
 
     def detach(self) -> None:
         """Leave the optimizer as it was before: from now on its steps train this rank alone."""
@@ -258,13 +229,7 @@ class Decentralized:
             UserError: this rank computes gradients, or training has ended.
             PeerLost: see `step`.
         """
-        refuse_serving(self.algorithm, self._is_running)
-        self._pauses.refuse_inside("serve()")
-        self.parameters.copy_to_host()
-        self.local.lr_scale = self.learning_rate.scheduled(self.progress)
-        self._waiter.poll(lambda: self.algorithm.serve(self.local))
-        self.parameters.copy_to_device()
-        self._waiter.check_peers_if_due()
+        self._stepper.serve()
 
     def finish(self) -> None:
         """Stop exchanging, and absorb what others still send: after it no delta is in flight.
@@ -279,7 +244,7 @@ class Decentralized:
         """
         self._pauses.refuse_inside("finish()")
         if self._is_running:
-            self._may_step = False
+            self._stepper.may_step = False
             self.parameters.copy_to_host()
             leave(
                 self.endpoint,
@@ -383,24 +348,6 @@ class Decentralized:
             self.close()
         else:
             self._participation.fail_by(exc_value)
-
-
-def _count(samples: int) -> int:
-    """Return a number of samples as an integer.
-
-    Raises:
-        UserError: it is none, or negative.
-    """
-    try:
-        count = operator.index(samples)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise UserError(
-            f"samples: expected the number of samples of a batch, 0 or more, got {samples!r}; "
-            "len(batch) is one"
-        )
-    return count
 
 
 def _load_config(config: object, settings: Mapping[str, Any]) -> Config:
