@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -111,8 +110,7 @@ class TorchLocalOptimizer:
             self._parameters.scatter_gradient()
         self._parameters.copy_to_device()  # what an exchange of this step has changed before
         closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
-        with self._scaled_rates(lr_scale):
-            loss = self.run_step(closure)
+        loss = self._update(lr_scale, closure)
         self.loss = loss if closure is not None else self.loss
         self._parameters.copy_to_host(update=True)
         self._require_finite(self._parameters.host_view, "parameter")
@@ -121,9 +119,8 @@ class TorchLocalOptimizer:
     def _run_optimizer(self, closure: Closure | None) -> Any:
         return self._optimizer.step(*(() if closure is None else (closure,)))
 
-    @contextlib.contextmanager
-    def _scaled_rates(self, lr_scale: float) -> Iterator[None]:
-        """Multiply the learning rate of each group in the ``with`` block, which may replace it."""
+    def _update(self, lr_scale: float, closure: Closure | None) -> Any:
+        """Run the optimizer's step with the learning rate of each group multiplied."""
         groups = self._optimizer.param_groups
         scaled: list[tuple[dict[str, Any], Any, Any]] = []
         if self.lr_scale != 1.0 or lr_scale != 1.0:
@@ -134,7 +131,7 @@ class TorchLocalOptimizer:
         self.lr = float(groups[0].get("lr", 0.0))
         self.is_updating = True
         try:
-            yield
+            return self.run_step(closure)
         finally:
             self.is_updating = False
             for group, lr, scaled_lr in scaled:
