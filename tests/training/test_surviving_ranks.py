@@ -95,5 +95,5 @@ if rank == 2:
 """
 
 
-def test_ranks_that_live_gather_and_sum_without_those_that_die(mpi: str) -> None:
-    run_pooled(3, PROGRAM, mpi=mpi)
+def test_ranks_that_live_gather_and_sum_without_those_that_die() -> None:
+    run_pooled(3, PROGRAM, mpi="mpich")
