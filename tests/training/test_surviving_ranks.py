@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.rank_pool import run_pooled
 
 PROGRAM = """
@@ -95,5 +97,6 @@ if rank == 2:
 """
 
 
+@pytest.mark.mpi
 def test_ranks_that_live_gather_and_sum_without_those_that_die() -> None:
     run_pooled(3, PROGRAM, mpi="mpich")
