@@ -97,6 +97,10 @@ if rank == 2:
 """
 
 
+HANGS = pytest.mark.xfail(run=False, reason="hangs with Open MPI; the cause is not known")
+
+
 @pytest.mark.mpi
-def test_ranks_that_live_gather_and_sum_without_those_that_die() -> None:
-    run_pooled(3, PROGRAM, mpi="mpich")
+@pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=HANGS)])
+def test_ranks_that_live_gather_and_sum_without_those_that_die(library: str) -> None:
+    run_pooled(3, PROGRAM, mpi=library)
