@@ -41,8 +41,8 @@ _DEPARTURE_SECONDS = 0.3  # in which other nodes read that this rank has failed,
 class OpenTraining(Protocol):
     """A training that has begun and is not closed, in which other ranks take part."""
 
-    def fail(self, exit_code: int) -> None:
-        """Tell the other ranks that this one ends with `exit_code`, not 0."""
+    def fail(self, exit_code: int, error: BaseException | None = None) -> None:
+        """Tell the other ranks that this one ends with `exit_code`, not 0, by `error`."""
 
     def claim_report(self) -> bool:
         """Return True for the first rank that calls."""
@@ -129,7 +129,7 @@ class ProcessEnd:
             The exit code.
         """
         code = self._failed = _exit_code(error)
-        self._tell(code)
+        self._tell(code, error)
         self._report(error)
         return code
 
@@ -140,21 +140,21 @@ class ProcessEnd:
             self._abort(code)
         os._exit(code)
 
-    def _tell(self, code: int) -> None:
+    def _tell(self, code: int, error: BaseException | None = None) -> None:
         for training in self._open:
             with contextlib.suppress(Exception):  # others may be gone
-                training.fail(code)
+                training.fail(code, error)
 
     def _report(self, error: BaseException) -> None:
-        if isinstance(error, PeerFailed):
-            if error.rank != self._rank and not self._is_reported(error):
+        if isinstance(error, PeerFailed) and error.rank != self._rank:
+            if not self._is_reported(error):
                 print_message(f"rank {self._rank}: error: {error}")
         elif not self._is_first(_key(error)):
             if self._abort is not None:
                 time.sleep(_ABORT_SECONDS)
         elif isinstance(error, UserError) and error.on_all_ranks:
             print_message(f"error: {error}")
-        elif isinstance(error, MpiDasgdError):
+        elif isinstance(error, MpiDasgdError) and not _is_caught_error(error):
             print_message(f"rank {self._rank}: error: {error}")
         elif isinstance(error, KeyboardInterrupt):
             print_message(f"rank {self._rank}: interrupted")
@@ -304,6 +304,11 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return exit_status.exit_code_of(error.code)
     return error.exit_code if isinstance(error, MpiDasgdError) else 1
+
+
+def _is_caught_error(error: BaseException) -> bool:
+    """Return whether `error` is about another error of this rank, which the program has caught."""
+    return isinstance(error, PeerFailed) and error.__cause__ is not None
 
 
 def _key(error: BaseException) -> str:

@@ -315,13 +315,17 @@ class Decentralized:
         counts = dataclasses.asdict(self.endpoint.total_counters())
         return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 
-    def fail(self, exit_code: int = 1) -> bool:
-        """Tell the other ranks that this one has failed; return whether it is the first one.
+    def fail(self, exit_code: int = 1, error: BaseException | None = None) -> None:
+        """Tell the other ranks that this one has failed.
 
         Args:
-            exit_code: exit code with which this process ends, and the others as well.
+            exit_code: exit code with which this process ends, and the others as well, 1 to 255.
+            error: what ends it, if known.
         """
-        self._participation.fail(exit_code)
+        self._participation.fail(exit_code, error)
+
+    def claim_report(self) -> bool:
+        """Return True for the first rank that calls: it alone reports why the training failed."""
         return self._participation.claim_report()
 
     def close(self) -> None:
@@ -329,9 +333,14 @@ class Decentralized:
 
         A program that ends with exit code 0 calls it at its end if it has not done so. If a rank
         has died, the others finish without it; their processes then end without finalizing MPI.
+
+        Raises:
+            PeerFailed: a rank has failed, or an error has left a ``with`` block of this training.
+            PeerLost: see `step`.
         """
         if not self._closed:
             self._pauses.refuse_inside("close()")
+            self._participation.refuse_if_failed()
             self._closed = True
             self._attachment.close()
             self.finish()

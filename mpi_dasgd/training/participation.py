@@ -29,15 +29,22 @@ class Participation:
     def __init__(self, endpoint: RmaEndpoint, close: Callable[[], None]) -> None:
         self._endpoint = endpoint
         self._close = close
+        self._error: BaseException | None = None  # that has ended the training of this rank
         process_end.enter(self)
 
     def close(self) -> None:
         """Finish, together with the other ranks."""
         self._close()
 
-    def fail(self, exit_code: int) -> None:
-        """Tell the other ranks that this one ends with `exit_code`, not 0."""
-        self._endpoint.membership.publish_status(FAILED, exit_code)
+    def fail(self, exit_code: int, error: BaseException | None = None) -> None:
+        """Tell the other ranks that this one ends with `exit_code`, not 0.
+
+        Args:
+            exit_code: 1 to 255.
+            error: what ends it; if that is the failure of another rank, the others learn which.
+        """
+        cause = error.rank if isinstance(error, PeerFailed) else None
+        self._endpoint.membership.publish_status(FAILED, exit_code, cause)
 
     def claim_report(self) -> bool:
         """Return True for the first rank that calls: it alone reports why the run failed."""
@@ -49,7 +56,19 @@ class Participation:
         Not if the program exits: it may do so with exit code 0.
         """
         if not isinstance(error, (SystemExit, GeneratorExit)):
-            self.fail(error.exit_code if isinstance(error, MpiDasgdError) else 1)
+            self._error = error
+            self.fail(error.exit_code if isinstance(error, MpiDasgdError) else 1, error)
+
+    def refuse_if_failed(self) -> None:
+        """Raise if the training of this rank has ended by an error, whoever has caught it.
+
+        Raises:
+            PeerFailed: it has; the error is its cause.
+        """
+        if self._error is not None:
+            membership = self._endpoint.membership
+            rank = self._endpoint.rank
+            raise PeerFailed(rank, membership.exit_codes[rank]) from self._error
 
     def end(self) -> None:
         """Free the windows. If a rank has died they stay, and the process will end without MPI.

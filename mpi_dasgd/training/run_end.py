@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from mpi_dasgd.errors import Diverged, PeerLost
+from mpi_dasgd.errors import Diverged, PeerFailed, PeerLost
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.results import consolidate
 from mpi_dasgd.training.decentralized import Decentralized
@@ -25,6 +25,7 @@ _log = logging.getLogger("mpi_dasgd")
 _CHECKPOINT_SECONDS = 60.0  # longest wait for the last checkpoint of the other ranks
 # Less than the 5 s after which `launch` ends the ranks that are left, once the others are gone.
 _CONSOLIDATE_SECONDS = 4.0
+_REPORT_SECONDS = 1.0  # in which a rank that fails claims the report, before another one does
 _DEPARTURE_SECONDS = 0.3  # in which other nodes read that this rank departs, before it is gone
 
 
@@ -117,8 +118,13 @@ class RunEnd:
 
         That rank also writes the results of what all ranks have recorded.
         """
-        is_first = self._training.fail(error.exit_code)
+        knows_why = not isinstance(error, PeerFailed)
+        is_first = knows_why and self._training.claim_report()
+        self._training.fail(error.exit_code, error)
         recorder.close("failed" if isinstance(error, Diverged) else "stopped")
+        if not knows_why:
+            time.sleep(_REPORT_SECONDS)
+            is_first = self._training.claim_report()
         if is_first:
             _log.error("%s; the record so far is in %s", error, self._directory)
             dead = tuple(self._training.endpoint.membership.dead)

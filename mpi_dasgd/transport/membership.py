@@ -28,7 +28,8 @@ __all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership"]
 RUNNING, FINISHED, FAILED, DEPARTED = range(4)
 """Status of a rank: training; trained, but still absorbing deltas; failed; gone for good."""
 
-_STATUS_BITS = 8  # of the word of the status; above them is the exit code of a rank that has failed
+# Word of the status: the status, then exit code and cause (a rank) of a rank that has failed.
+_STATUS_BITS, _EXIT_CODE_BITS = 8, 8
 _MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two polls
 
 
@@ -50,6 +51,7 @@ class Membership:
         calls: collective call that each rank is in; `training/collective_calls.py` has the values.
         checksums: newest checksum of each rank's model; `training/replica_check.py` has the values.
         exit_codes: exit code of a rank that has failed, per rank; 0 if there is none.
+        causes: rank by whose failure a rank has failed, per rank; itself if by its own.
         dead: ranks that were silent too long or cannot be reached.
     """
 
@@ -71,6 +73,7 @@ class Membership:
         self.calls = [0] * size
         self.checksums = [0] * size
         self.exit_codes = [0] * size
+        self.causes = list(range(size))
         self.dead: set[int] = set()
         self._locks = [threading.Lock() for _ in range(size)]
         self._heartbeats = [-1] * size
@@ -101,29 +104,34 @@ class Membership:
                 except Unreachable:
                     self.dead.add(rank)
 
-    def publish_status(self, status: int, exit_code: int = 0) -> None:
+    def publish_status(self, status: int, exit_code: int = 0, cause: int | None = None) -> None:
         """Publish this rank's status.
 
         Args:
             status: one of the four.
-            exit_code: of a rank that has failed: with which exit code its process ends.
+            exit_code: of a rank that has failed: with which exit code its process ends, 0 to 255.
+            cause: of a rank that has failed: the rank by whose failure; None: by its own.
         """
-        self._set(STATUS, exit_code << _STATUS_BITS | status)
+        cause = self._rank if cause is None else cause
+        word = (cause << _EXIT_CODE_BITS | exit_code) << _STATUS_BITS | status
+        self._set(STATUS, word if status == FAILED else status)
         self._store_status(self._rank, self._own_values[STATUS])
 
     def _store_status(self, rank: int, word: int) -> None:
-        self.exit_codes[rank] = word >> _STATUS_BITS
+        self.exit_codes[rank] = word >> _STATUS_BITS & (1 << _EXIT_CODE_BITS) - 1
+        self.causes[rank] = word >> _STATUS_BITS + _EXIT_CODE_BITS
         self.status[rank] = word & (1 << _STATUS_BITS) - 1
 
     def check_failures(self) -> None:
-        """Raise if a rank is known to have failed.
+        """Raise if a rank is known to have failed: this one, or else the first one.
 
         Raises:
-            PeerFailed: one has.
+            PeerFailed: one has; it names the rank that is the cause.
         """
         if FAILED in self.status:
-            rank = self.status.index(FAILED)
-            raise PeerFailed(rank, self.exit_codes[rank])
+            has_failed = self.status[self._rank] == FAILED
+            rank = self._rank if has_failed else self.status.index(FAILED)
+            raise PeerFailed(self.causes[rank], self.exit_codes[rank])
 
     def report_activity(self, activity: Activity) -> None:
         """Publish what this rank does, after the gradients that it has reported."""

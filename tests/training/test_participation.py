@@ -81,4 +81,6 @@ def test_an_exception_that_leaves_a_with_block_ends_the_others_even_if_it_is_cau
 ) -> None:
     job = launch_script(script, 2, "adpsgd", "caught")
     assert job.code == 1, job.err
-    assert job.err.count("rank 0: error: rank 1 has failed") == 1
+    assert job.err.count("rank 1 failed and ends the job:\nTraceback") == 1
+    assert job.err.count("KeyError: 'caught'") == 1
+    assert "rank 0 has failed" not in job.err

@@ -11,7 +11,7 @@ import pytest
 
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.errors import Diverged, PeerLost
+from mpi_dasgd.errors import Diverged, PeerFailed, PeerLost
 from mpi_dasgd.training import run_end
 from mpi_dasgd.training.finalize import RankRoles
 from mpi_dasgd.training.run_end import RunEnd
@@ -35,6 +35,7 @@ class Run:
         )
         training: Any = SimpleNamespace(
             rank=rank, size=4, close=self._close, fail=self._fail,
+            claim_report=self._claim_report,
             algorithm=SimpleNamespace(
                 model_ranks=ASGD.model_ranks, workers=ASGD.workers, settings=Config().algorithm
             ),
@@ -64,9 +65,12 @@ class Run:
             raise self.close_error
         self.done.append("closed")
 
-    def _fail(self, exit_code: int) -> bool:
+    def _fail(self, exit_code: int, error: Exception) -> None:
         self.exit_code = exit_code
         self.done.append("failed")
+
+    def _claim_report(self) -> bool:
+        self.done.append("claimed")
         return self.first_to_fail
 
     def _exit(self, code: int) -> None:
@@ -149,7 +153,8 @@ def test_a_dead_rank_holds_nobody_up(
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(Diverged("too large"), "failed"), (PeerLost("gone"), "stopped")]
+    ("error", "status"),
+    [(Diverged("too large"), "failed"), (PeerLost("gone"), "stopped"), (PeerFailed(1), "stopped")],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_only_the_first_rank_that_fails_says_why_and_writes_what_there_is(
@@ -167,5 +172,9 @@ def test_only_the_first_rank_that_fails_says_why_and_writes_what_there_is(
     with pytest.raises(Exited, match=f"^{error.exit_code}$"):
         run.end.fail(error, recorder)
     assert run.exit_code == error.exit_code
-    assert run.done == ["failed", status, *([(3,)] if first else [])]
+    # It claims the report before others can learn of the failure, and only then if it is its own.
+    told = ["failed", status]
+    claim = ["claimed"]
+    done = [*told, *claim] if isinstance(error, PeerFailed) else [*claim, *told]
+    assert run.done == [*done, *([(3,)] if first else [])]
     assert (str(error) in caplog.text) == first

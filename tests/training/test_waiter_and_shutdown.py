@@ -51,7 +51,7 @@ class Endpoint:
             status=[RUNNING] * 3, calls=[0] * 3, dead=set(), publish_status=self._publish,
             gradients=[5, 6, 7], samples=[50, 60, 70], activities=[ReportedActivity()] * 3,
             report_activity=self._report, is_unreachable=lambda rank: False,
-            exit_codes=[0, 9, 0],
+            exit_codes=[0, 9, 0], causes=[0, 1, 2], _rank=0,
             check_failures=lambda: Membership.check_failures(self.membership),  # type: ignore[arg-type]
         )  # fmt: skip
         self.reported: list[Activity] = []

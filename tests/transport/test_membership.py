@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_dasgd.codecs import Layout
+from mpi_dasgd.errors import PeerFailed
 from mpi_dasgd.transport import membership
 from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import DEPARTED, FAILED, FINISHED, RUNNING, Membership
@@ -40,6 +41,25 @@ def test_membership_shows_what_others_report() -> None:
     members[1].publish_last_step(17)
     assert [members[0].read_last_step(rank) for rank in range(3)] == [0, 17, 0]
     assert [one.claim_error_report() for one in reversed(members)] == [True, False, False]
+
+
+def test_a_failure_is_that_of_the_rank_that_is_its_cause() -> None:
+    memory = make_memory(4)
+    members = [Membership(memory, rank, 4, heartbeat_timeout=1.0) for rank in range(4)]
+
+    def failure(observer: int) -> tuple[int, int]:
+        members[observer].refresh(range(4))
+        with pytest.raises(PeerFailed) as caught:
+            members[observer].check_failures()
+        return caught.value.rank, caught.value.exit_code
+
+    members[2].publish_status(FAILED, 7)
+    assert failure(0) == (2, 7)
+    members[0].publish_status(FAILED, 7, cause=2)
+    assert failure(1) == failure(3) == (2, 7)
+    assert failure(2) == (2, 7)  # its own: it knows already
+    members[3].publish_status(FAILED, 255)
+    assert failure(3) == (3, 255) and failure(0) == (2, 7)
 
 
 def test_a_silent_rank_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
