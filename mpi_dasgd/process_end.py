@@ -63,14 +63,10 @@ def is_launched() -> bool:
 
 
 class ProcessEnd:
-    """End of this process; there is one: `process_end`.
-
-    Attributes:
-        lost_ranks: ranks that have died, so that MPI can do nothing collective any more.
-    """
+    """End of this process; there is one: `process_end`."""
 
     def __init__(self) -> None:
-        self.lost_ranks: tuple[int, ...] = ()
+        self._finalizes = True  # else MPI would wait for ranks that have died
         self._rank = 0
         self._size = 1
         self._abort: Callable[[int], object] | None = None  # None: nobody waits in MPI, or ours
@@ -116,9 +112,14 @@ class ProcessEnd:
         """Note that a training is closed."""
         self._open = [other for other in self._open if other is not training]
 
-    def lose(self, ranks: tuple[int, ...]) -> None:
-        """Note that `ranks` have died: MPI must not be finalized."""
-        self.lost_ranks = tuple(sorted({*self.lost_ranks, *ranks}))
+    @property
+    def is_open(self) -> bool:
+        """Whether a training has begun and is not closed."""
+        return bool(self._open)
+
+    def skip_finalize(self) -> None:
+        """Note that ranks have died, for which MPI would wait for ever if it were finalized."""
+        self._finalizes = False
 
     # Failure
 
@@ -238,11 +239,13 @@ class ProcessEnd:
         is_open, self._open = bool(self._open), []
         if self._abort is not None and code and is_open:
             end: Callable[[int], object] = self._abort
-        elif is_open or self.lost_ranks or (code and (self._launched or self._failed)):
+        elif is_open or not self._finalizes or (code and (self._launched or self._failed)):
             end = (
                 os._exit
             )  # without MPI, where others do not wait for this rank, or it for dead ones
         else:
+            if self._launched:
+                sys.mpi_dasgd_last = _LeavingNote(code)  # type: ignore[attr-defined]
             return
         _flush()
         if is_open:
@@ -298,6 +301,25 @@ class _LastObject:
             except self._error:
                 pass
         self._end(self._code)
+
+
+class _LeavingNote:
+    """Tells `mpi-dasgd launch`, when Python drops it, that nothing is left but to finalize MPI.
+
+    There this rank waits for the others, for ever if one of them is killed.
+
+    Args:
+        code: exit code of this process.
+    """
+
+    def __init__(self, code: int) -> None:
+        self._text = f"leaving {code}\n".encode()
+        self._file = os.open(os.environ["MPI_DASGD_STAGE"], os.O_WRONLY | os.O_CREAT)
+        self._write, self._close = os.write, os.close
+
+    def __del__(self) -> None:
+        self._write(self._file, self._text)  # over the beginning of what is there
+        self._close(self._file)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mpi_dasgd import launch
 from mpi_dasgd.errors import PeerLost, UserError
 from mpi_dasgd.training.rank_parts import start_world
 from mpi_dasgd.transport.membership import FAILED
@@ -155,4 +156,6 @@ class Collectives:
 @functools.cache
 def collectives() -> Collectives:
     """Start MPI, once in a process, and return the calls on its ranks. Collective."""
-    return Collectives(start_world())
+    launch.setting_up()
+    with launch.constructing():
+        return Collectives(start_world())

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from mpi_dasgd.launch.job import COMMANDS, launch, run
 from mpi_dasgd.launch.outcome import Outcome
-from mpi_dasgd.launch.rank_status import enable_stack_dump, ready, setting_up
+from mpi_dasgd.launch.rank_status import (
+    closed,
+    constructing,
+    enable_stack_dump,
+    ready,
+    setting_up,
+)
 
-__all__ = ["COMMANDS", "Outcome", "enable_stack_dump", "launch", "ready", "run", "setting_up"]
+__all__ = [
+    "COMMANDS",
+    "Outcome",
+    "closed",
+    "constructing",
+    "enable_stack_dump",
+    "launch",
+    "ready",
+    "run",
+    "setting_up",
+]

@@ -104,9 +104,9 @@ def run(
 
     The first SIGINT, SIGTERM or SIGHUP is forwarded to the ranks; 10 s later, or at the next
     signal, the ranks are killed. If a rank ends with a nonzero exit code, the others get 5 s to
-    end. If a rank is killed by a signal, the others continue. The exception is a rank in set-up
-    (see `setting_up`): if it does not become `ready` within 5 s, it waits for the dead rank in
-    vain, and all ranks are ended.
+    end. If a rank is killed by a signal, the others continue. The exceptions are ranks that wait
+    in vain for one that has ended (see `find_deadlock`) for 5 s: in set-up, or in the construction
+    of a `Decentralized`, all ranks are ended; to finalize MPI, these are, with their own codes.
 
     Args:
         command: program and arguments of each rank.
@@ -146,22 +146,22 @@ def run(
             stderr=stderr,
             start_new_session=True,  # a Ctrl-C reaches this process only
         )
-        ended_by = Supervisor(process, ranks, caught, timeout).wait()
-        codes = ranks.exit_codes()
+        supervisor = Supervisor(process, ranks, caught, timeout)
+        ended_by, deadlock = supervisor.wait(), supervisor.deadlock
+        codes, stages = ranks.exit_codes(), ranks.stages()
         if ended_by == "timeout":
             print(ranks.stacks(), end="", file=stderr or sys.stderr, flush=True)
     # `codes` is in order of time, and the sort is stable. A rank that ended by itself precedes a
-    # killed one, unless the job ended by the loss of a rank.
-    killed_last = ended_by != "loss"
-    failed = sorted(
-        (rank for rank in codes if codes[rank]),
-        key=lambda rank: (codes[rank] > 128) == killed_last,
-    )
+    # killed one, unless others waited for that one.
+    failed = sorted((rank for rank in codes if codes[rank]), key=lambda rank: codes[rank] > 128)
+    first = [*(deadlock.missing if deadlock else ()), *failed, None][0]
     return Outcome(
         codes=tuple(codes.get(rank) for rank in range(n)),
-        first_failed=failed[0] if failed else None,
+        first_failed=first,
         launcher_code=process.returncode,
         ended_by=ended_by,
+        deadlock=deadlock,
+        stage="" if first is None else stages.get(first, ""),
     )
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.launch.deadlock import CLOSED, CONSTRUCTING, Deadlock
 
 __all__ = ["TIMED_OUT", "Cause", "Outcome"]
 
 TIMED_OUT = 124  # exit code after the time limit, the same as that of coreutils' timeout
 
-Cause: TypeAlias = "signal.Signals | Literal['timeout', 'loss']"
-"""What ended a job: a signal to the launching process, the time limit, or the loss of a rank."""
+Cause: TypeAlias = "signal.Signals | Literal['timeout', 'loss', 'absence', 'end']"
+"""What ended a job: a signal to the launching process, the time limit, or a deadlock of a kind."""
+
+_PLACES = {CONSTRUCTING: " in mpi_dasgd.Decentralized(...)", CLOSED: " after training.close()"}
 
 
 @dataclass(frozen=True)
@@ -22,17 +28,21 @@ class Outcome:
         codes: exit status of each rank as a shell reports it (128 + signal if killed); None if
             unknown.
         first_failed: rank that failed first, where a rank that exited by itself precedes one that
-            was killed; after a loss, the rank that was lost; None if no failure is known.
+            was killed; after a deadlock, the rank that the others waited for; None if no failure
+            is known.
         launcher_code: exit status of the launcher.
-        ended_by: what ended the job: the signal that was forwarded to the ranks, "timeout", or
-            "loss" (a rank was killed while others waited for it); None if the ranks ended by
-            themselves.
+        ended_by: what ended the job: the signal that was forwarded to the ranks, "timeout", or the
+            kind of the deadlock; None if the ranks ended by themselves.
+        deadlock: the deadlock that was ended, if one was.
+        stage: stage in which the rank was that the others waited for.
     """
 
     codes: tuple[int | None, ...]
     first_failed: int | None
     launcher_code: int
     ended_by: Cause | None
+    deadlock: Deadlock | None = None
+    stage: str = ""
 
     @property
     def code(self) -> int:
@@ -40,6 +50,8 @@ class Outcome:
         codes = set(self.codes)
         if self.ended_by == "timeout":
             return TIMED_OUT
+        if self.ended_by == "absence":
+            return UserError.exit_code
         if codes == {0}:
             return 0
         if isinstance(self.ended_by, signal.Signals):
@@ -65,10 +77,19 @@ class Outcome:
         if self.ended_by is None and (set(self.codes) == {0} or set(self.codes) == {2}):
             return ""
         ranks = sorted(range(len(self.codes)), key=lambda rank: rank != self.first_failed)
-        if self.ended_by == "loss":
-            lost = self._describe_ranks(ranks[:1])
+        if self.ended_by == "absence" and self.deadlock:
+            return (
+                f"error: {_name(self.deadlock.missing)} ended before "
+                f"mpi_dasgd.Decentralized(...), for which ranks {list(self.deadlock.waiting)} "
+                "wait; every rank must construct it"
+            )
+        if self.ended_by in ("loss", "end"):
+            lost = self._describe_ranks(ranks[:1]) + _PLACES.get(self.stage, "")
             others = self._describe_ranks(ranks[1:])
-            return f"{lost} before the others could do without it, so they were ended: {others}"
+            if self.ended_by == "loss":
+                return f"{lost} before the others could do without it, so they were ended: {others}"
+            prefix = "" if self.code else "warning: "
+            return f"{prefix}{lost}, so that the others could not finalize MPI; {others}"
         text = self._describe_ranks(ranks)
         if isinstance(self.ended_by, signal.Signals):
             return f"{self.ended_by.name} was passed on to the ranks: {text}"
@@ -76,13 +97,10 @@ class Outcome:
 
     def _describe_ranks(self, ranks: list[int]) -> str:
         """Return how `ranks` ended, with those that ended alike taken together."""
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[int]] = {}
         for rank in ranks:
-            groups.setdefault(self._describe_code(self.codes[rank]), []).append(str(rank))
-        return "; ".join(
-            f"rank{'s' * (len(group) > 1)} {', '.join(group)} {description}"
-            for description, group in groups.items()
-        )
+            groups.setdefault(self._describe_code(self.codes[rank]), []).append(rank)
+        return "; ".join(f"{_name(group)} {description}" for description, group in groups.items())
 
     def _describe_code(self, code: int | None) -> str:
         if code is None:
@@ -93,3 +111,7 @@ class Outcome:
             return f"killed by {signal.Signals(code - 128).name}"
         except ValueError:  # not the number of a signal
             return f"ended with status {code}"
+
+
+def _name(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

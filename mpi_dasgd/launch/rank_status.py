@@ -1,8 +1,8 @@
 """The status directory of a job, through which the ranks report to the launching process.
 
-Each rank writes RANK.pid (host name and process id), RANK.status (exit status), RANK.stage
-("ready", or "set-up" while it needs all other ranks) and RANK.stacks (stacks of its threads, on
-request).
+Each rank writes RANK.pid (host name and process id), RANK.status (exit status), RANK.stage (see
+`deadlock.py`; `process_end.py` adds the exit code to the last one) and RANK.stacks (stacks of its
+threads, on request).
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Ranks", "enable_stack_dump", "rank_script", "ready", "setting_up"]
+from mpi_dasgd.launch.deadlock import CLOSED, CONSTRUCTING, LEAVING, READY, SET_UP
+
+__all__ = [
+    "Ranks",
+    "closed",
+    "constructing",
+    "enable_stack_dump",
+    "rank_script",
+    "ready",
+    "setting_up",
+]
 
 # Hydra sends SIGUSR1 to all ranks when one dies; an ignored signal stays ignored in the rank.
 # INT, TERM and HUP must not end the script before its rank, or the exit status is lost. The stderr
@@ -60,7 +70,23 @@ def setting_up() -> None:
     If a rank is killed meanwhile, the launching process ends the job, since the others would wait
     for it indefinitely. Without `mpi-dasgd launch` this function has no effect.
     """
-    _write_stage("set-up")
+    _write_stage(SET_UP)
+
+
+@contextlib.contextmanager
+def constructing() -> Iterator[None]:
+    """Declare that this rank constructs a `Decentralized` in the body, for which it needs all.
+
+    If a rank is killed meanwhile, or has ended, the launching process ends the job. Afterwards this
+    rank is in set-up again if it was before; else it is ready.
+    """
+    path = os.environ.get("MPI_DASGD_STAGE", "")
+    before = Path(path).read_text() if path and Path(path).exists() else ""
+    _write_stage(CONSTRUCTING)
+    try:
+        yield
+    finally:
+        _write_stage(SET_UP if before == f"{SET_UP}\n" else READY)
 
 
 def ready() -> None:
@@ -68,7 +94,12 @@ def ready() -> None:
 
     Without `mpi-dasgd launch` this function has no effect.
     """
-    _write_stage("ready")
+    _write_stage(READY)
+
+
+def closed() -> None:
+    """Declare that this rank has closed all its trainings."""
+    _write_stage(CLOSED)
 
 
 def _write_stage(stage: str) -> None:
@@ -89,28 +120,35 @@ class Ranks:
         self.directory = directory
         self.n = n
         self.agent = agent
+        self._released: dict[int, int] = {}  # exit codes of ranks that were killed as they left
 
     def exit_codes(self) -> dict[int, int]:
         """Return the exit status by rank, in the order in which the ranks ended."""
         files = [self.directory / f"{rank}.status" for rank in range(self.n)]
         ended = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime_ns)
         texts = {int(file.stem): file.read_text() for file in ended}
-        return {rank: int(text) for rank, text in texts.items() if text.endswith("\n")}
+        codes = {rank: int(text) for rank, text in texts.items() if text.endswith("\n")}
+        return {rank: self._released.get(rank, code) for rank, code in codes.items()}
 
-    def is_deadlocked_by_loss(self, codes: Mapping[int, int]) -> bool:
-        """Return whether a rank was killed that another rank, still in set-up, waits for.
+    def stages(self) -> dict[int, str]:
+        """Return the stage by rank, of those that have declared one; "" while it is written."""
+        return {rank: words[0] if words else "" for rank, words in self._stage_words().items()}
 
-        Args:
-            codes: exit status of each rank that has ended.
-        """
-        if not any(code > 128 for code in codes.values()):
-            return False
+    def _stage_words(self) -> dict[int, list[str]]:
         # Read, not only stat'ed: over NFS only opening a file shows what another host just wrote.
-        return any(
-            file.read_text() != "ready\n"
-            for file in self.directory.glob("*.stage")
-            if int(file.stem) not in codes
-        )
+        files = self.directory.glob("*.stage")
+        return {int(file.stem): file.read_text().partition("\n")[0].split() for file in files}
+
+    def release(self) -> None:
+        """Kill the ranks that have only MPI to finalize; their exit codes are those of their ends.
+
+        They have run all of the program, its exit handlers included.
+        """
+        ended = self.exit_codes()
+        for rank, words in self._stage_words().items():
+            if rank not in ended and words[:1] == [LEAVING]:
+                self._released[rank] = int(words[1])
+        self.send_signal(signal.SIGKILL)
 
     def send_signal(self, signum: int) -> None:
         """Send a signal to every rank that has started and not ended."""

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from mpi_dasgd.launch.deadlock import Deadlock, find_deadlock
 from mpi_dasgd.launch.outcome import Cause
 from mpi_dasgd.launch.rank_status import Ranks
 
@@ -16,8 +17,9 @@ __all__ = ["Supervisor"]
 
 # Seconds
 _POLL_INTERVAL = 0.05
+_STAGE_INTERVAL = 0.5  # between two looks at the stages of the ranks
 _STACK_DUMP_GRACE = 1.0  # from the request for stacks to SIGKILL
-_FAILURE_GRACE = 5.0  # from a rank's failure, or its loss in set-up, to SIGTERM for the others
+_FAILURE_GRACE = 5.0  # from a rank's failure, or a deadlock, to SIGTERM for the others
 _SIGNAL_GRACE = 10.0  # from a signal to SIGKILL
 _LAUNCHER_GRACE = 5.0  # from the end of the ranks to SIGKILL for their launcher
 
@@ -33,6 +35,7 @@ class Supervisor:
 
     Attributes:
         ended_by: what ended the job; None if it ended by itself.
+        deadlock: the deadlock that was ended, if one was.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Supervisor:
         self._signals = signals
         self._handled_signals = 0
         self._deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        self._deadlocked_since: float | None = None
+        self.deadlock: Deadlock | None = None
+        self._suspected: Deadlock | None = None
+        self._suspected_since = self._last_look = 0.0
         self._scheduled: list[tuple[float, Callable[[], None]]] = []  # (time, action), in order
 
     def wait(self) -> Cause | None:
@@ -92,13 +97,24 @@ class Supervisor:
             self._scheduled = self._kill_from(now + _LAUNCHER_GRACE)
         elif any(0 < code <= 128 for code in codes.values()):
             self._scheduled = self._terminate_from(now + _FAILURE_GRACE)
-        elif not self._ranks.is_deadlocked_by_loss(codes):
-            self._deadlocked_since = None
-        elif self._deadlocked_since is None:
-            self._deadlocked_since = now
-        elif now - self._deadlocked_since > _FAILURE_GRACE:
-            self.ended_by = "loss"
-            self._scheduled = self._terminate_from(now)
+        elif self.deadlock is None and now - self._last_look > _STAGE_INTERVAL:
+            self._last_look = now
+            self._look_for_deadlock(now, codes)
+
+    def _look_for_deadlock(self, now: float, codes: Mapping[int, int]) -> None:
+        """End the deadlock in which the ranks have been for a while, if there is one."""
+        found = find_deadlock(self._ranks.n, codes, self._ranks.stages())
+        if found is None or self._suspected is None or found.kind != self._suspected.kind:
+            self._suspected_since = now
+        elif now - self._suspected_since > _FAILURE_GRACE:
+            self.deadlock = found
+            self.ended_by = found.kind
+            if found.kind == "end":
+                self._ranks.release()
+                self._scheduled = [(now + _LAUNCHER_GRACE, self._kill_launcher)]
+            else:
+                self._scheduled = self._terminate_from(now)
+        self._suspected = found
 
     def _terminate_from(self, start: float) -> list[tuple[float, Callable[[], None]]]:
         return [(start, self._terminate_ranks), *self._kill_from(start + _SIGNAL_GRACE)]

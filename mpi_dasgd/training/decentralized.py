@@ -79,6 +79,7 @@ class Decentralized:
         samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
     """
 
+    @launch.constructing()
     @renamed_arguments(graph="topology", samples="total_samples")
     def __init__(
         self,
@@ -95,7 +96,6 @@ class Decentralized:
         record: Callable[[ExchangeRecord], None] | None = None,
         buffer_rules: Mapping[str, str] | None = None,
     ) -> None:
-        owns_world = environment is None  # else the owner reports the end of set-up
         self.world = environment = environment or start_world()
         self.rank, self.size = environment.rank, environment.size
         with environment.collective_errors():
@@ -134,8 +134,6 @@ class Decentralized:
         environment.comm.Barrier()  # every rank has published before any chooses a partner
         self._participation = Participation(self.endpoint, self.close)
         self.budget.restart_clock()
-        if owns_world:
-            launch.ready()
 
     @property
     def computes_gradients(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mpi_dasgd import launch
 from mpi_dasgd.errors import MpiDasgdError, PeerFailed, PeerLost
 from mpi_dasgd.process_end import process_end
 from mpi_dasgd.transport.membership import FAILED
@@ -83,10 +84,12 @@ class Participation:
             raise
         except PeerLost as error:
             dead = tuple(sorted(membership.dead))
-            process_end.lose(dead)
+            process_end.skip_finalize()
             living = [rank for rank in range(self._endpoint.size) if rank not in membership.dead]
             if not dead:
                 _log.warning("rank %d: %s", self._endpoint.rank, error)
             elif self._endpoint.rank == living[0]:
                 _log.warning("ranks %s were lost; the others finished the training", list(dead))
         process_end.leave(self)
+        if not process_end.is_open:
+            launch.closed()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mpi_dasgd import launch, world
+from mpi_dasgd import world
 from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
 from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
@@ -138,7 +138,6 @@ def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> R
 
 def start_world() -> world.World:
     """Start MPI for a program that has not done so; an uncaught exception then ends all ranks."""
-    launch.setting_up()
     environment = world.start()
     environment.abort_on_exception()
     return environment
