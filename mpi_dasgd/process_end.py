@@ -117,6 +117,10 @@ class ProcessEnd:
         """Whether a training has begun and is not closed."""
         return bool(self._open)
 
+    def is_first_to_say(self, text: str) -> bool:
+        """Return whether no other rank has asked so, where ranks can know: under our launcher."""
+        return not self._launched or self._mark(f"said-{_digest(text)}")
+
     def skip_finalize(self) -> None:
         """Note that ranks have died, for which MPI would wait for ever if it were finalized."""
         self._finalizes = False
@@ -170,9 +174,8 @@ class ProcessEnd:
     def _is_first(self, key: str) -> bool:
         """Return whether this rank is the first one to report what `key` stands for."""
         if self._launched:
-            digest = hashlib.sha256(key.encode(errors="replace")).hexdigest()[:16]
             self._mark("reported")
-            return self._mark(f"report-{digest}")
+            return self._mark(f"report-{_digest(key)}")
         if self._open:
             with contextlib.suppress(Exception):
                 return self._open[0].claim_report()
@@ -342,6 +345,10 @@ def _key(error: BaseException) -> str:
         else ""
     )
     return f"{type(error).__qualname__} {place}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def _flush() -> None:

@@ -94,7 +94,8 @@ class Supervisor:
         """Schedule the end of the job if all ranks have ended, one has failed, or one is missed."""
         codes = self._ranks.exit_codes()
         if len(codes) == self._ranks.n:
-            self._scheduled = self._kill_from(now + _LAUNCHER_GRACE)
+            self._deadline = float("inf")  # it is the launcher that lasts
+            self._scheduled = [(now + _LAUNCHER_GRACE, self._kill_launcher)]
         elif any(0 < code <= 128 for code in codes.values()):
             self._scheduled = self._terminate_from(now + _FAILURE_GRACE)
         elif self.deadlock is None and now - self._last_look > _STAGE_INTERVAL:

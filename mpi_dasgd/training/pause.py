@@ -64,7 +64,6 @@ class Pauses:
         shadow: Shadow,
     ) -> None:
         self.open_call = Call.NONE
-        self._comm = comm
         self._endpoint = parts.endpoint
         self._membership = parts.endpoint.membership
         self._algorithm = parts.algorithm
@@ -249,7 +248,7 @@ class Pauses:
         """Copy the model of a rank that has made all steps itself, if others were shadows."""
         steps = self._membership.gradients
         if len(set(steps)) > 1:
-            synchronize.copy_model(self._comm, self._parameters, steps.index(max(steps)))
+            synchronize.copy_model(self._survivors, self._parameters, steps.index(max(steps)))
 
     def _meet(self, call: Call) -> None:
         """Wait for the other ranks, with what is in flight as it is."""
@@ -308,12 +307,13 @@ class Pauses:
         """Copy the model of the server, or compare the models."""
         ranks = self._algorithm.model_ranks(self._endpoint.size)
         if len(ranks) == 1:
-            synchronize.copy_model(self._comm, self._parameters, ranks[0])
+            synchronize.copy_model(self._survivors, self._parameters, ranks[0])
             return
-        digests = self._comm.allgather(self._parameters.digest())
-        if len(set(digests)) > 1:
-            common = max(digests, key=digests.count)
-            others = [rank for rank, digest in enumerate(digests) if digest != common]
+        digests = self._survivors.allgather(self._parameters.digest())
+        living = [digest for digest in digests if digest is not None]
+        if len(set(living)) > 1:
+            common = max(living, key=living.count)
+            others = [r for r, digest in enumerate(digests) if digest not in (None, common)]
             raise UserError(
                 f"paused(): ranks {others} have left it with another model than the others, but "
                 f"{self._algorithm.name!r} needs the same on all: write the same on every rank, "

@@ -82,12 +82,36 @@ class SurvivingRanks:
         if any(self.allgather(bool(self._dead))):
             array[:] = self._merge(array, lambda parts: sum(parts[rank] for rank in sorted(parts)))
             return
-        request = self._comm.Iallreduce(MPI.IN_PLACE, array)
+        self._wait(self._comm.Iallreduce(MPI.IN_PLACE, array), "a sum over all ranks")
+
+    def broadcast(self, array: np.ndarray, source: int) -> None:
+        """Replace `array` by that of rank `source`.
+
+        Raises:
+            PeerLost: `source` is dead, a rank has died in the midst of it, or a living one does not
+                come.
+        """
+        if any(self.allgather(bool(self._dead))):
+            own = array if self.rank == source else None
+            found = self._merge(own, lambda parts: parts.get(source))
+            if found is None:
+                raise PeerLost(f"rank {source} is gone, whose model all ranks need")
+            array[:] = found
+            return
+        self._wait(self._comm.Ibcast(array, source), "a broadcast to all ranks")
+
+    def _wait(self, request: MPI.Request, operation: str) -> None:
+        """Wait for an operation of MPI to which all ranks have come."""
         while not request.Test():
             time.sleep(_POLL_SECONDS)
             self._refresh()
             if self._dead:
-                raise PeerLost(f"rank {min(self._dead)} is gone, inside a sum over all ranks")
+                raise PeerLost(f"rank {min(self._dead)} is gone, inside {operation}")
+            if time.monotonic() > self._deadline:
+                raise PeerLost(
+                    f"rank {self.rank} has waited inside {operation} for {self._timeout:g} s: "
+                    "another one is gone, or stands still"
+                )
 
     def _merge(self, own: Any, merge: Callable[[dict[int, Any]], Any]) -> Any:
         """Return what the leader has merged of the parts of all living ranks."""

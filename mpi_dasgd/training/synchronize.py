@@ -111,9 +111,9 @@ def _refuse_nonfinite(
     )
 
 
-def copy_model(comm: MPI.Intracomm, parameters: FlatParameters, source: int) -> None:
+def copy_model(comm: SurvivingRanks, parameters: FlatParameters, source: int) -> None:
     """Copy the parameters of rank `source` to all ranks. Collective."""
-    comm.Bcast(parameters.host_view, root=source)
+    comm.broadcast(parameters.host_view, source)
     parameters.copy_to_device()
 
 

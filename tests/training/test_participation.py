@@ -19,6 +19,13 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 config = {"algorithm.name": algorithm, "transport.heartbeat_timeout": 1.0}
 if how == "alone": config["transport.stall_timeout"] = 2.0
 training = mpi_dasgd.Decentralized(model, optimizer, config=config)
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+if how == "killed in pause":
+    if training.rank == 1: type(training.parameters).digest = die
+    with training.paused(): pass
+if how == "killed in close" and training.rank == 1:
+    from mpi_dasgd.transport.rma.progress_engine import ProgressEngine
+    ProgressEngine.close = die  # when all ranks have come, and before the windows are freed
 while training.samples < 8 * 400:
     optimizer.zero_grad()
     model(torch.randn(8, 4)).pow(2).mean().backward()
@@ -29,12 +36,13 @@ while training.samples < 8 * 400:
             try:
                 with training: raise KeyError("caught")
             except KeyError: sys.exit(0)
-        if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
+        if how == "killed": die()
     if training.samples == 8 * 100 and how == "killed":
         training.average()
         middle = model.weight.detach().sum().item()
 training.close()
-if how == "exit 0" or how == "alone" and training.rank == 1: sys.exit(0)
+if how == "killed in close": os.write(1, b"goes on\\n")
+if how in ("exit 0", "killed in close") or how == "alone" and training.rank == 1: sys.exit(0)
 training.average()  # also of those that are left, at the end
 os.write(1, f"{middle if how == 'killed' else ''} {model.weight.detach().sum()}\\n".encode())
 """
@@ -62,6 +70,22 @@ def test_a_synchronous_algorithm_ends_with_one_message_when_a_rank_is_killed(scr
     assert job.code == 4, job.err
     assert job.err.count("rank 1 is gone, and allreduce needs it") == 1
     assert job.err.count("mpi-dasgd: ") == 1
+    assert job.seconds < 30
+
+
+def test_a_collective_call_ends_if_a_rank_is_killed_inside(script: Path) -> None:
+    job = launch_script(script, 3, "allreduce", "killed in pause")
+    assert job.code == 4, job.err
+    assert job.err.count("rank 1 is gone, and allreduce needs it") == 1
+    assert job.seconds < 30
+
+
+def test_a_rank_that_is_killed_inside_close_is_not_waited_for(script: Path) -> None:
+    job = launch_script(script, 3, "adpsgd", "killed in close")
+    assert job.code == 0, job.err
+    assert job.out == "goes on\n" * 2
+    assert job.err.count("a rank has ended inside close()") == 1
+    assert "mpi-dasgd launch: warning: rank 1 killed by SIGKILL" in job.err
     assert job.seconds < 30
 
 

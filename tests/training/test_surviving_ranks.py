@@ -40,6 +40,9 @@ assert ranks.allgather(rank) == [0, 1, 2] and (ranks.rank, ranks.size) == (rank,
 total = vector()
 ranks.sum(total)
 assert total.tolist() == [7, 3]
+total = vector()
+ranks.broadcast(total, 1)
+assert total.tolist() == [2, 1]
 comm = comm.Dup()  # what was sent to ranks that are not really dead is never received
 
 # one dies, which leads or not; then the same operations go on
@@ -51,6 +54,15 @@ for dying in (2, 0):
             total = vector()
             ranks.sum(total)
             assert total.tolist() == [7 - 2**dying, 2]
+        total = vector()
+        ranks.broadcast(total, 1)
+        assert total.tolist() == [2, 1]
+        try:
+            ranks.broadcast(total, dying)
+        except PeerLost as error:
+            assert f"rank {dying} is gone, whose model all ranks need" in str(error)
+        else:
+            raise AssertionError("a broadcast from a dead rank")
     comm = comm.Dup()
 
 # two die, one after the other: the last one is alone

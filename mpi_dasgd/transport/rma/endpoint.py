@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -241,8 +242,31 @@ class RmaEndpoint(Endpoint):
             raise PeerLost(
                 f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
             )
-        self._slots.close()
-        self._words.close()
+        self._free_windows()
+
+    def _free_windows(self) -> None:
+        """Free the windows, in a thread: there MPI waits for all ranks, also for one that has died.
+
+        Raises:
+            PeerLost: it does for longer than a rank may be silent.
+        """
+        failures: list[BaseException] = []
+
+        def free() -> None:
+            try:
+                self._slots.close()
+                self._words.close()
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=free, name="mpi_dasgd: end of windows", daemon=True)
+        thread.start()
+        thread.join(self._heartbeat_timeout)
+        if failures and not isinstance(failures[0], MPI.Exception):
+            raise failures[0]
+        if thread.is_alive() or failures:
+            reason = failures[0] if failures else f"no end in {self._heartbeat_timeout:g} s"
+            raise PeerLost(f"a rank has ended inside close(): windows cannot be freed ({reason})")
 
 
 def _await_all(
