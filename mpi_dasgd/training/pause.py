@@ -141,6 +141,7 @@ class Pauses:
 
     def take_part(self) -> None:
         """Take part in the call that others make, if there is one, after the end of training."""
+        self._survivors.attend()
         call = self._calls.pending()
         if not call or self._shadow.is_busy or self._is_leaving:
             return
@@ -277,6 +278,10 @@ class Pauses:
         if self._status != DEPARTED:
             self._waiter.check_peers()
 
+    def _attend_others(self) -> None:
+        self._shadow.attend_others()
+        self._survivors.attend()
+
     def _average(self) -> None:
         algorithm, size = self._algorithm, self._endpoint.size
         synchronize.average_models(
@@ -296,7 +301,7 @@ class Pauses:
         Raises:
             UserError: they differ, where all ranks must have the same.
         """
-        self._calls.reach(Phase.LEFT, self._shadow.attend_others)
+        self._calls.reach(Phase.LEFT, self._attend_others)
         self._parameters.copy_to_host()
         if self._algorithm.capabilities.replicated:
             self._replicate()
@@ -327,7 +332,7 @@ class Pauses:
         if self._is_leaving and wait and self._status == FINISHED:
             for request in self._algorithm.finalize():
                 self._waiter.poll_until(request.test)
-        self._calls.leave(self._shadow.attend_others if wait else None)
+        self._calls.leave(self._attend_others if wait else None)
         if not self._is_leaving:
             self._membership.report_activity(Activity.OWN_CODE)
         if self._exchanges:

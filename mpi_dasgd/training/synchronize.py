@@ -142,7 +142,7 @@ def combine_buffers(comm: SurvivingRanks, buffers: ModelBuffers, workers: Collec
             found = {r: np.frombuffer(piece, np.uint8) for r, piece in gathered if piece}
             combined[part] = combine(rule, dtype, list(found.values()))
             with_nan |= {rank for rank, piece in found.items() if has_nan(dtype, piece)}
-        if comm.rank == 0 and with_nan and with_nan != set(found):
+        if with_nan and with_nan != set(found) and comm.rank == min(found):
             _log.warning(
                 "buffer %s has NaN on ranks %s, but not on all: rule %s went by the others",
                 *(name, sorted(with_nan), rule),
