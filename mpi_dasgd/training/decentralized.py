@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from mpi_dasgd import launch, world
+from mpi_dasgd import world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.training.budget import Budget
+from mpi_dasgd.training.construction import collective_construction
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
 from mpi_dasgd.training.join import make_shadow
 from mpi_dasgd.training.learning_rate import LearningRate
@@ -79,7 +80,7 @@ class Decentralized:
         samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
     """
 
-    @launch.constructing()
+    @collective_construction
     @renamed_arguments(graph="topology", samples="total_samples")
     def __init__(
         self,
