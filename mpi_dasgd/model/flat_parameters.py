@@ -44,6 +44,7 @@ class FlatParameters:
         parameters: the parameters that are in the vector, in its order.
         names: their names.
         host_view: the vector, (padded,), `dtype`, in host memory.
+        on_host: whether the parameters are in host memory, too.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class FlatParameters:
         padded = -(-self.size // BUCKET) * BUCKET
         device = self.parameters[0].device
         self._memory = FlatMemory(padded, dtype, device)
-        self._on_host = device.type == "cpu"
+        self.on_host = device.type == "cpu"
         self._mirror = self._memory.tensor
-        if not self._on_host:
+        if not self.on_host:
             self._mirror = torch.zeros(padded, dtype=dtype, pin_memory=device.type == "cuda")
         self.host_view: np.ndarray = self._mirror.numpy()
         self.dtype = self.host_view.dtype
@@ -103,7 +104,7 @@ class FlatParameters:
             elif not self._structure.is_unchanged:
                 self._structure.require_unchanged()
         self._attachment.pull(update)
-        if not self._on_host:
+        if not self.on_host:
             self._mirror.copy_(self._memory.tensor)
 
     def check(self) -> None:
@@ -117,9 +118,10 @@ class FlatParameters:
 
     def copy_to_device(self) -> None:
         """Have the parameters hold what `host_view` holds, rounded to their types."""
-        if not self._on_host:
+        if not self.on_host:
             self._memory.tensor.copy_(self._mirror)
-        self._attachment.push()
+        if self._attachment.has_copies:
+            self._attachment.push()
 
     def gather_gradient(self) -> torch.Tensor:
         """Return the gradient, (padded,), `dtype`, on the device; see `GradientVector.gather`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.model.parameter_layout import Segment
+from mpi_dasgd.model.parameter_layout import Placement, Segment
 
 __all__ = ["GradientVector", "require_exchangeable_gradients"]
 
@@ -30,8 +31,8 @@ class GradientVector:
         members = [(s, p) for s in segments for p in s.placements if p.parameter.numel()]
         self._entries = [(p, p.view(self._vector[segment.part])) for segment, p in members]
         firsts = [segment.start + p.offset * (1 + p.is_complex) for segment, p in members]
-        self._firsts = torch.tensor(firsts, device=vector.device)
-        self._zeros = torch.zeros(len(firsts), dtype=vector.dtype, device=vector.device)
+        self._firsts = _Elements(self._vector, firsts)
+        self._retyped: list[tuple[Placement, torch.Tensor]] = []  # entries of another type
 
     def gather(self) -> torch.Tensor:
         """Return the gradient, (padded,), on the device of the parameters.
@@ -42,15 +43,16 @@ class GradientVector:
         Raises:
             UserError: a gradient is sparse.
         """
-        absent = []
-        for index, (placement, view) in enumerate(self._entries):
+        absent: list[int] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        owners: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._retyped = []
+        for index, entry in enumerate(self._entries):
+            placement, view = entry
             p = placement.parameter
             grad = p.grad
             if grad is None:
                 absent.append(index)
-                view.zero_()
-                if not p.requires_grad:
-                    continue
             elif grad.layout != torch.strided:
                 raise UserError(
                     f"model: the gradient of parameter {placement.name} is sparse, and the "
@@ -58,12 +60,21 @@ class GradientVector:
                     "exchanges models, such as 'adpsgd' or 'local_sgd', or sparse=False"
                 )
             elif grad.data_ptr() != view.data_ptr():
+                copies.append((view, grad))
+            if p.dtype != view.dtype:
+                self._retyped.append(entry)
+            elif grad is not None or p.requires_grad:
+                owners.append((p, view))
+        with torch.no_grad():  # those of backward(create_graph=True) have a history
+            for view, grad in copies:
                 view.copy_(grad)
-            if p.dtype == view.dtype:
-                p.grad = view
-        self._vector.index_add_(0, self._firsts, self._zeros)  # -0 + 0 is 0
+        for p, view in owners:
+            p.grad = view
+        for index in absent:
+            self._entries[index][1].zero_()
+        self._firsts.clear_signs()
         if absent:
-            self._vector.index_fill_(0, self._firsts[absent], -0.0)
+            self._firsts.set_negative(absent)
         return self._vector
 
     def scatter(self) -> None:
@@ -71,16 +82,64 @@ class GradientVector:
 
         Those of the vector's type have views of it already.
         """
-        firsts = self._vector[self._firsts].tolist()
-        for first, (placement, view) in zip(firsts, self._entries, strict=True):
+        for placement, view in self._retyped:
             p = placement.parameter
-            if first == 0 and math.copysign(1, first) < 0:
-                p.grad = None
-            elif p.dtype != view.dtype:
-                if p.grad is not None:
-                    p.grad.copy_(view)
-                elif p.requires_grad:
-                    p.grad = view.to(p.dtype)
+            if p.grad is not None:
+                p.grad.copy_(view)
+            elif p.requires_grad:
+                p.grad = view.to(p.dtype)
+        for index in self._firsts.negative():
+            self._entries[index][0].parameter.grad = None
+
+
+class _Elements:
+    """Elements of a vector, which are looked at for zeros that are negative.
+
+    In host memory one by one: indexing by torch takes longer than it does for 100 of them.
+
+    Args:
+        vector: the vector, of real numbers.
+        positions: where the elements are.
+    """
+
+    def __init__(self, vector: torch.Tensor, positions: Sequence[int]) -> None:
+        self._vector = vector
+        self._positions = positions
+        self._on_host = vector.device.type == "cpu"
+        if self._on_host:
+            self._numbers: Any = memoryview(vector.numpy())
+        else:
+            self._index = torch.tensor(positions, device=vector.device)
+            self._zeros = torch.zeros(len(positions), dtype=vector.dtype, device=vector.device)
+
+    def _read(self) -> list[float]:
+        if self._on_host:
+            return [self._numbers[position] for position in self._positions]
+        numbers: list[float] = self._vector[self._index].tolist()
+        return numbers
+
+    def negative(self) -> list[int]:
+        """Return which of the elements are -0."""
+        numbers = self._read()
+        if 0 not in numbers:
+            return []
+        return [i for i, x in enumerate(numbers) if x == 0 and math.copysign(1, x) < 0]
+
+    def clear_signs(self) -> None:
+        """Set those that are -0 to 0."""
+        if not self._on_host:
+            self._vector.index_add_(0, self._index, self._zeros)  # -0 + 0 is 0
+            return
+        for i in self.negative():
+            self._numbers[self._positions[i]] = 0.0
+
+    def set_negative(self, indices: Sequence[int]) -> None:
+        """Set some of them to -0."""
+        if not self._on_host:
+            self._vector.index_fill_(0, self._index[indices], -0.0)
+            return
+        for i in indices:
+            self._numbers[self._positions[i]] = -0.0
 
 
 def require_exchangeable_gradients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,29 +41,19 @@ class ModelStructure:
     def _look(self) -> None:
         """Note every place where the module and the optimizer have a parameter or a submodule."""
         modules = list(self._module.modules())
-        tables: list[dict[str, Any]] = [
-            *(m._parameters for m in modules),
-            *(m._modules for m in modules),
-        ]
-        entries = [(table, *item) for table in tables for item in table.items()]
-        self._tables = [table for table, _, _ in entries]
-        self._keys = [key for _, key, _ in entries]
-        self._values = [value for _, _, value in entries]
-        groups = self._optimizer.param_groups if self._optimizer else []
-        self._trained = [p for group in groups for p in group["params"]]
+        tables = [*(m._parameters for m in modules), *(m._modules for m in modules)]
+        self._places = [_members_of(table) for table in tables if table]
+        self._members = self._look_up()
+
+    def _look_up(self) -> list[Any]:
+        groups = self._optimizer.param_groups if self._optimizer else ()
+        return [*itertools.chain.from_iterable([*self._places, *map(_params, groups)])]
 
     @property
     def is_unchanged(self) -> bool:
         """Whether all of them are where they were: tested in every step, so it must be fast."""
-        is_same = operator.is_
-        if not all(map(is_same, map(dict.get, self._tables, self._keys), self._values)):
-            return False
-        if self._optimizer is None:
-            return True
-        lists = [*map(_params, self._optimizer.param_groups)]
-        return sum(map(len, lists)) == len(self._trained) and all(
-            map(is_same, itertools.chain.from_iterable(lists), self._trained)
-        )
+        members = self._look_up()
+        return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
 
     def require_unchanged(self) -> None:
         """Refuse parameters that are trained and would not be exchanged.
@@ -92,3 +82,18 @@ class ModelStructure:
                     "with requires_grad=False"
                 )
         self._look()
+
+
+def _members_of(table: Any) -> Iterable[Any]:
+    """Return what a module's table of parameters or submodules has, now and later."""
+    return table.values() if isinstance(table, dict) else _ScriptedMembers(table)
+
+
+class _ScriptedMembers:
+    """What a table of a scripted module has: its `values` are a copy."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._table.values())

@@ -37,6 +37,9 @@ class ParameterAttachment:
         segments: layout of the vector.
         vector: memory of the vector.
         others: returns the tensors of the module that are not in the vector.
+
+    Attributes:
+        has_copies: whether some parameters have memory of their own: else `push` does nothing.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class ParameterAttachment:
         """
         if [*map(_pointer, self._parameters)] != self._pointers:
             self.attach()
-        if self._guests or self._working_copies:
+        if self.has_copies:
             with torch.no_grad():
                 self._pull_copies(update)
 
@@ -87,12 +90,11 @@ class ParameterAttachment:
 
     def push(self) -> None:
         """Have the parameters hold what the vector holds."""
-        if self._guests or self._working_copies:
-            with torch.no_grad():
-                for copy in self._working_copies:
-                    copy.write()
-                if self._guests:
-                    torch._foreach_copy_(self._guest_parameters, self._guest_homes)
+        with torch.no_grad():
+            for copy in self._working_copies:
+                copy.write()
+            if self._guests:
+                torch._foreach_copy_(self._guest_parameters, self._guest_homes)
 
     def attach_reshaped(self) -> None:
         """Take back parameters whose strides or shapes have changed in place, and former guests."""
@@ -144,6 +146,7 @@ class ParameterAttachment:
         self._guests = sorted(guests)
         self._guest_homes = [self._homes[index] for index in self._guests]
         self._guest_parameters = [self._parameters[index] for index in self._guests]
+        self.has_copies = bool(self._guests or self._working_copies)
         for index in moved:
             p = self._parameters[index]
             self._pointers[index], self._strides[index] = p.data_ptr(), p.stride()

@@ -74,6 +74,40 @@ def test_sparse_gradients_are_refused_by_name() -> None:
         gradient.gather()
 
 
+def test_a_refusal_leaves_all_gradients_as_they_are() -> None:
+    module = nn.ModuleList([nn.Linear(2, 1), nn.Embedding(4, 2, sparse=True)])
+    _, gradient = _layout(module)
+    gradient.gather().fill_(7)
+    module.zero_grad()
+    (module[0](torch.ones(2)) + module[1](torch.tensor(1)).sum()).backward()
+    with pytest.raises(UserError, match="is sparse"):
+        gradient.gather()
+    assert module[0].weight.grad.tolist() == [[1, 1]]  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_with_a_history_are_gathered() -> None:
+    module = nn.Linear(2, 1)
+    _, gradient = _layout(module)
+    (module(torch.ones(2)) ** 2 / 2).backward(create_graph=True)
+    output = module(torch.ones(2)).item()
+    assert gradient.gather().tolist() == pytest.approx([output] * 3)
+    assert not gradient.gather().requires_grad
+
+
+def test_gradients_that_have_changed_places_are_copied_before_any_is_cleared() -> None:
+    module = nn.ParameterList([torch.ones(2), torch.ones(2)])
+    _, gradient = _layout(module)
+    for first, second in [(0, 1), (1, 0)]:
+        module.zero_grad()
+        (3 * module[first]).sum().backward()
+        gradient.gather()
+        module[second].grad, module[first].grad = module[first].grad, None
+        gradient.gather()
+        assert module[second].grad.tolist() == [3, 3]
+        assert module[first].grad.tolist() == [0, 0]
+
+
 def test_parameters_that_share_memory_are_refused_by_name() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight.data = module[0].weight.data

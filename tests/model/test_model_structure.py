@@ -84,3 +84,22 @@ def test_what_goes_on_to_be_exchanged_is_allowed() -> None:
     net.register_parameter("frozen", nn.Parameter(torch.zeros(1), requires_grad=False))
     structure.require_unchanged()
     assert structure.is_unchanged
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_looked_at_as_well() -> None:
+    net = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    structure = ModelStructure(net, optimizer, list(net.parameters()))
+    assert structure.is_unchanged
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert not structure.is_unchanged
+
+
+def test_what_is_added_is_seen_at_once() -> None:
+    net, _, structure = _net()
+    net[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    assert "parameter 0.scale did not exist" in _refusal(structure)
+    net, _, structure = _net()
+    net.append(nn.Linear(3, 3))
+    assert "parameter 3.weight did not exist" in _refusal(structure)
