@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from mpi_dasgd.errors import Diverged, UserError
+from mpi_dasgd.kernels.finite import prepare_all_finite
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
 
@@ -32,7 +33,8 @@ class TorchLocalOptimizer:
         local_step: gradients that this rank has computed so far.
         lr_scale: factor on the learning rates, of the schedule and of the gradient's delay.
         closure: closure of the step that is being made, if it has one.
-        run_step: makes the optimizer's step with a closure, or without one (None).
+        run_step: makes the optimizer's step with a closure, or without one (None); None: the
+            optimizer itself does.
         loss: what the newest step of the optimizer returned: the loss of its closure.
         lr: learning rate of the first parameter group in the newest step, or 0 without one.
         update_seconds: time spent in the optimizer so far.
@@ -50,7 +52,7 @@ class TorchLocalOptimizer:
         self.lr_scale = 1.0
         self.closure: Closure | None = None
         self._unused_closure: Closure | None = None
-        self.run_step: Callable[[Closure | None], Any] = self._run_optimizer
+        self.run_step: Callable[[Closure | None], Any] | None = None
         self.is_updating = False
         self.loss: Any = None
         self.update_seconds = 0.0
@@ -60,6 +62,7 @@ class TorchLocalOptimizer:
         self._check_finite = check_finite
         self._has_new_gradient = False
         self.lr = float(optimizer.param_groups[0].get("lr", 0.0))
+        self._model_is_finite = prepare_all_finite(parameters.host_view)
         self._host_gradient: np.ndarray | None = None
         self._device_gradient: torch.Tensor | None = None
 
@@ -88,13 +91,18 @@ class TorchLocalOptimizer:
         """
         if self.closure is not None:
             self.closure.evaluate_early()
-        self._device_gradient = self._parameters.gather_gradient()
-        self._unscale(self._device_gradient)
-        self._host_gradient = self._device_gradient.cpu().numpy()
+        gradient = self._parameters.gather_gradient()
+        self._unscale(gradient)
+        host = self._host_gradient
+        if host is None or gradient is not self._device_gradient or not self._parameters.on_host:
+            self._device_gradient = gradient
+            self._host_gradient = host = gradient.cpu().numpy()
+            self._gradient_is_finite = prepare_all_finite(host)
         if self._has_new_gradient:
             self._has_new_gradient = False
-            self._require_finite(self._host_gradient, "gradient of")
-        return self._host_gradient
+            if self._check_finite and not self._gradient_is_finite():
+                self._refuse(host, "gradient of")
+        return host
 
     def apply(self, lr_scale: float = 1.0) -> None:
         """Make one step of the optimizer, at its rates times `self.lr_scale * lr_scale`.
@@ -104,20 +112,17 @@ class TorchLocalOptimizer:
         """
         started = time.perf_counter()
         device, host = self._device_gradient, self._host_gradient
-        if device is not None and device.device.type != "cpu" and host is not None:
-            device.copy_(torch.from_numpy(host))
-        if host is not None:
+        if device is not None and host is not None:
+            if not self._parameters.on_host:
+                device.copy_(torch.from_numpy(host))
             self._parameters.scatter_gradient()
         self._parameters.copy_to_device()  # what an exchange of this step has changed before
         closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
         loss = self._update(lr_scale, closure)
         self.loss = loss if closure is not None else self.loss
         self._parameters.copy_to_host(update=True)
-        self._require_finite(self._parameters.host_view, "parameter")
+        self.require_finite_model()
         self.update_seconds += time.perf_counter() - started
-
-    def _run_optimizer(self, closure: Closure | None) -> Any:
-        return self._optimizer.step(*(() if closure is None else (closure,)))
 
     def _update(self, lr_scale: float, closure: Closure | None) -> Any:
         """Run the optimizer's step with the learning rate of each group multiplied."""
@@ -131,7 +136,9 @@ class TorchLocalOptimizer:
         self.lr = float(groups[0].get("lr", 0.0))
         self.is_updating = True
         try:
-            return self.run_step(closure)
+            if self.run_step is not None:
+                return self.run_step(closure)
+            return self._optimizer.step() if closure is None else self._optimizer.step(closure)
         finally:
             self.is_updating = False
             for group, lr, scaled_lr in scaled:
@@ -161,19 +168,15 @@ class TorchLocalOptimizer:
         Raises:
             Diverged: says which parameter.
         """
-        self._require_finite(self._parameters.host_view, "parameter")
+        if self._check_finite and not self._model_is_finite():
+            self._refuse(self._parameters.host_view, "parameter")
 
-    def _require_finite(self, vector: np.ndarray, what: str) -> None:
-        # The sum of squares is one pass at the speed of memory; only a large one needs a second.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if not self._check_finite or np.isfinite(np.dot(vector, vector)):
-                return
+    def _refuse(self, vector: np.ndarray, what: str) -> NoReturn:
         bad = np.flatnonzero(~np.isfinite(vector))
-        if bad.size:
-            name = self._parameters.name_of(int(bad[0]))
-            raise Diverged(
-                f"rank {self._rank}, step {self.local_step}: {what} {name} became "
-                f"{vector[bad[0]]} ({bad.size} elements of the model are not finite); no other "
-                "rank has received it. Lower the learning rate, clip the gradients, or skip such "
-                "batches; with GradScaler use mpi_dasgd.attach and scaler.step(optimizer)"
-            )
+        name = self._parameters.name_of(int(bad[0]))
+        raise Diverged(
+            f"rank {self._rank}, step {self.local_step}: {what} {name} became "
+            f"{vector[bad[0]]} ({bad.size} elements of the model are not finite); no other "
+            "rank has received it. Lower the learning rate, clip the gradients, or skip such "
+            "batches; with GradScaler use mpi_dasgd.attach and scaler.step(optimizer)"
+        )

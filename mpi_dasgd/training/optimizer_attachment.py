@@ -33,6 +33,10 @@ class Attachment:
 
     Raises:
         UserError: the optimizer belongs to another training, which is not closed.
+
+    Attributes:
+        is_closed: whether the training has ended.
+        hooks: what makes `optimizer.step` a step of the training; None: it is none.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Attachment:
         self._optimizer = optimizer
         self._local = local
         self._algorithm = algorithm
-        self._hooks: StepHooks | None = None
+        self.hooks: StepHooks | None = None
         self._needs_closure = needs_closure(optimizer)
         self.require_free(optimizer)
         if optimizer in _attachments:
@@ -63,11 +67,6 @@ class Attachment:
                 "optimizer: it belongs to another Decentralized, which is still open; close() that "
                 "one before, or give each its own optimizer"
             )
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether `optimizer.step` is a step of the training."""
-        return self._hooks is not None
 
     def closure(self, function: Callable[[], Any] | None) -> Closure | None:
         """Return a closure of `optimizer.step`, or None, as a step of the training takes it.
@@ -90,22 +89,22 @@ class Attachment:
 
     def attach(self, make_step: Callable[[Closure | None], object]) -> None:
         """Have `optimizer.step` call `make_step` with its closure, or with None."""
-        if self._hooks is None:
-            self._hooks = StepHooks(self._optimizer, self._wrap, make_step)
-            self._local.run_step = self._hooks.run
+        if self.hooks is None:
+            self.hooks = StepHooks(self._optimizer, self._wrap, make_step)
+            self._local.run_step = self.hooks.run
 
     def detach(self) -> None:
         """Leave the optimizer as it was before: from now on its steps train this rank alone."""
         self._guard.remove()
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
+        if self.hooks is not None:
+            self.hooks.remove()
+            self.hooks = None
         _attachments.pop(self._optimizer, None)
 
     def close(self) -> None:
         """End the training: an attached optimizer refuses further steps, others are free again."""
         self.is_closed = True
-        if self._hooks is None:
+        if self.hooks is None:
             self.detach()
 
     def _refuse(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -116,7 +115,7 @@ class Attachment:
                 "optimizer.step: training is closed, and this rank would go on alone; call "
                 "training.detach() if it shall, or make a new Decentralized"
             )
-        if self._hooks is None:
+        if self.hooks is None:
             raise UserError(
                 "optimizer.step: this rank would train alone; call training.step(samples) instead, "
                 "or mpi_dasgd.attach, which makes optimizer.step() the decentralized step"
