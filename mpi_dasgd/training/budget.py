@@ -27,6 +27,8 @@ class Budget:
         self._limit = parts.config.budget
         self._local_steps = parts.config.algorithm.local_steps
         self._lockstep = parts.lockstep
+        # Rank 0 declares the last step: clocks would stop ranks at different ones.
+        self._stops_by_declaration = parts.lockstep and self._limit.seconds is not None
         self._max_steps_ahead = parts.max_steps_ahead
         self._membership = membership
         self._rank, self._size = rank, parts.topology.size
@@ -86,11 +88,6 @@ class Budget:
     @property
     def _is_running(self) -> bool:
         return self._membership.status[self._rank] == RUNNING
-
-    @property
-    def _stops_by_declaration(self) -> bool:
-        """Whether rank 0 declares the last step: clocks would stop ranks at different ones."""
-        return self._lockstep and self._limit.seconds is not None
 
     def declare_last_step(self, local_step: int) -> None:
         """Publish once, on rank 0 in its step `local_step`, where ranks in lockstep stop.

@@ -207,7 +207,7 @@ class Decentralized:
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone, or
                 none makes progress for `transport.stall_timeout` seconds.
         """
-        if not self._attachment.is_attached:
+        if self._attachment.hooks is None:
             return self._stepper.step(samples, self._attachment.closure(closure))
         self.samples_per_step = samples
         return self.optimizer.step(*(() if closure is None else (closure,)))

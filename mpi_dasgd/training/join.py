@@ -107,6 +107,10 @@ class Shadow:
         on_end: called after each step.
         stand_in: local optimizer of the shadow, which follows the others' updates; None: an
             `IdleOptimizer`.
+
+    Attributes:
+        in_lockstep: whether the algorithm is in lockstep.
+        open_step: the step that has begun and is not complete; None if there is none.
     """
 
     _open: ClassVar[weakref.WeakSet[Shadow]] = (
@@ -129,14 +133,9 @@ class Shadow:
         self._stand_in = stand_in or IdleOptimizer(algorithm.x)
         self._peers = peers
         self._on_begin, self._on_end = on_begin, on_end
-        self._steps: Iterator[Request] | None = None  # of the step that is being made
+        self.open_step: Iterator[Request] | None = None
         self._request: Request | None = None  # what it waits for
         self._open.add(self)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a step has begun that is not complete."""
-        return self._steps is not None
 
     def poll(self, until: Activity | Callable[[], bool]) -> bool:
         """Go on with the steps that others have begun, as far as possible now.
@@ -157,17 +156,17 @@ class Shadow:
             step = self._local.local_step + 1
             self._local.local_step = self._stand_in.local_step = step
             self._on_begin(step)
-            self._steps = self._algorithm.step(self._stand_in)
+            self.open_step = self._algorithm.step(self._stand_in)
         return False
 
     def advance(self) -> bool:
         """Go on with the step that has begun; return whether it is complete, or none has."""
-        while self._steps is not None:
+        while self.open_step is not None:
             if self._request is not None and not self._request.test():
                 return False
-            self._request = next(self._steps, None)
+            self._request = next(self.open_step, None)
             if self._request is None:
-                self._steps = None
+                self.open_step = None
                 self._on_end()
         return True
 

@@ -143,7 +143,7 @@ class Pauses:
         """Take part in the call that others make, if there is one, after the end of training."""
         self._survivors.attend()
         call = self._calls.pending()
-        if not call or self._shadow.is_busy or self._is_leaving:
+        if not call or self._shadow.open_step is not None or self._is_leaving:
             return
         if not self._has_told:
             self._has_told = True

@@ -73,7 +73,7 @@ class Stepper:
             refuse_step(self._algorithm, self._is_running)
         local, budget = self._local, self._budget
         started, updated = time.perf_counter(), local.update_seconds
-        if self._shadow.is_busy:
+        if self._shadow.open_step is not None:
             self._waiter.wait(self._shadow.advance)
         self._parameters.copy_to_host()
         budget.samples += _count(samples)
