@@ -25,10 +25,10 @@ def prepare_all_finite(x: np.ndarray) -> Callable[[], bool]:
     Args:
         x: 1-D float32 or float64, contiguous.
     """
-    library = native.load()
-    if library is None or x.size > _LARGE:
+    name = {"f": "mpd_all_finite_f32", "d": "mpd_all_finite_f64"}[x.dtype.char]
+    run = getattr(native.load(), name, None)  # a library of older sources has none
+    if run is None or x.size > _LARGE:
         return lambda: all_finite_numpy(x)
-    run = {"f": library.mpd_all_finite_f32, "d": library.mpd_all_finite_f64}[x.dtype.char]
     run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     address = x.ctypes.data
     return lambda: run(address, x.size) != 0

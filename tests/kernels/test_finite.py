@@ -44,6 +44,15 @@ def test_signalling_nans_are_found_as_well() -> None:
     assert not prepare_all_finite(x)()
 
 
+@pytest.mark.parametrize("library", [None, object()])
+def test_without_the_native_function_numpy_answers(
+    monkeypatch: pytest.MonkeyPatch, library: object
+) -> None:
+    """As after a pull without a build."""
+    monkeypatch.setattr(native, "load", lambda: library)
+    assert prepare_all_finite(np.ones(3))() and not prepare_all_finite(np.array([np.nan]))()
+
+
 def test_a_large_vector_is_left_to_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finite, "_LARGE", 10)
     monkeypatch.setattr(finite, "all_finite_numpy", lambda x: "by NumPy")
