@@ -248,7 +248,9 @@ class ProcessEnd:
             )  # without MPI, where others do not wait for this rank, or it for dead ones
         else:
             if self._launched:
-                sys.mpi_dasgd_last = _LeavingNote(code)  # type: ignore[attr-defined]
+                with contextlib.suppress(OSError):  # the launching process has been killed
+                    file = os.open(os.environ["MPI_DASGD_STAGE"], os.O_WRONLY | os.O_CREAT, 0o600)
+                    sys.mpi_dasgd_last = _LeavingNote(file, code)  # type: ignore[attr-defined]
             return
         _flush()
         if is_open:
@@ -312,12 +314,13 @@ class _LeavingNote:
     There this rank waits for the others, for ever if one of them is killed.
 
     Args:
+        file: descriptor of the file of this rank's stage.
         code: exit code of this process.
     """
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, file: int, code: int) -> None:
+        self._file = file
         self._text = f"leaving {code}\n".encode()
-        self._file = os.open(os.environ["MPI_DASGD_STAGE"], os.O_WRONLY | os.O_CREAT)
         self._write, self._close = os.write, os.close
 
     def __del__(self) -> None:
