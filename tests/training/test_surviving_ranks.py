@@ -44,6 +44,14 @@ ranks.broadcast(total, 1)
 assert total.tolist() == [2, 1]
 comm = comm.Dup()  # what was sent to ranks that are not really dead is never received
 
+# one has given up the sum of MPI, which completes on the others: all sum anew
+ranks = survivors()
+if rank == 0:
+    ranks._await = lambda *arguments: SurvivingRanks._await(ranks, *arguments) and False
+total = vector()
+ranks.sum(total)
+assert total.tolist() == [7, 3] and ranks.allgather(ranks._operation) == [3] * 3
+
 # one dies, which leads or not; then the same operations go on
 for dying in (2, 0):
     if rank != dying:
