@@ -87,7 +87,8 @@ class Participation:
             process_end.skip_finalize()
             living = [rank for rank in range(self._endpoint.size) if rank not in membership.dead]
             if not dead:
-                if process_end.is_first_to_say(str(error)):
+                what = str(error).partition(" (")[0]  # without what may differ from rank to rank
+                if process_end.is_first_to_say(what):
                     _log.warning("rank %d: %s", self._endpoint.rank, error)
             elif self._endpoint.rank == living[0]:
                 _log.warning("ranks %s were lost; the others finished the training", list(dead))

@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_inside_close_is_not_waited_for(script: Path) -> N
     assert job.out == "goes on\n" * 2
     assert job.err.count("a rank has ended inside close()") == 1
     assert "mpi-dasgd launch: warning: rank 1 killed by SIGKILL" in job.err
-    assert job.seconds < 30
+    assert job.seconds < 45
 
 
 def test_a_rank_that_exits_with_code_0_is_no_failure(script: Path) -> None:

@@ -242,13 +242,13 @@ class RmaEndpoint(Endpoint):
             raise PeerLost(
                 f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
             )
-        self._free_windows()
+        self._free_windows(max(timeout, self._heartbeat_timeout))
 
-    def _free_windows(self) -> None:
+    def _free_windows(self, timeout: float) -> None:
         """Free the windows, in a thread: there MPI waits for all ranks, also for one that has died.
 
         Raises:
-            PeerLost: it does for longer than a rank may be silent.
+            PeerLost: it does for longer than `timeout` seconds.
         """
         failures: list[BaseException] = []
 
@@ -261,11 +261,11 @@ class RmaEndpoint(Endpoint):
 
         thread = threading.Thread(target=free, name="mpi_dasgd: end of windows", daemon=True)
         thread.start()
-        thread.join(self._heartbeat_timeout)
+        thread.join(timeout)
         if failures and not isinstance(failures[0], MPI.Exception):
             raise failures[0]
         if thread.is_alive() or failures:
-            reason = failures[0] if failures else f"no end in {self._heartbeat_timeout:g} s"
+            reason = failures[0] if failures else f"no end in {timeout:g} s"
             raise PeerLost(f"a rank has ended inside close(): windows cannot be freed ({reason})")
 
 
