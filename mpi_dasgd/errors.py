@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "DeviceFailed",
     "Diverged",
     "MpiDasgdError",
     "PeerFailed",
@@ -50,6 +51,10 @@ class Diverged(MpiDasgdError):
     """The loss of a rank became NaN or infinite."""
 
     exit_code = 3
+
+
+class DeviceFailed(MpiDasgdError):
+    """An operation of the GPU failed; nothing that was asked of it later will be done."""
 
 
 class PeerLost(MpiDasgdError):

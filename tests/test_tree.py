@@ -24,6 +24,7 @@ TESTED_BY = {
     "push_sum sgp",
     "analysis/test_report": "analysis: load page page_template panels plots run style "
     "table verdict",
+    "device/test_host": "device: base / training: device_choice",
     "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report "
     "kernel_workload machine timed_operation",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",
@@ -57,7 +58,7 @@ TESTED_BY = {
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine "
     "remote_peers",
-    "transport/test_publication_inbox": "transport: counters inbox publication memory",
+    "transport/test_publication_inbox": "transport: counters inbox publication memory release",
     "transport/test_endpoint": "transport: allreduce clock network",
     "transport/test_membership": "transport: activity",
     "transport/test_stress": "transport: payload_slots shared_memory windows",

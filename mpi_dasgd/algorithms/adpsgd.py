@@ -51,7 +51,7 @@ class ADPSGD(AsynchronousAlgorithm):
         memory="8 M",
         waits="never",
     )
-    capabilities = Capabilities(minimum_ranks=2)
+    capabilities = Capabilities(minimum_ranks=2, runs_on_device=True)
     config_keys = ("order", "local_steps", "max_attempts", "mixing_weight")
     codecs = PAIR_CODECS
 

@@ -54,6 +54,8 @@ class Capabilities:
         exchanges_gradients: whether it reads `LocalOptimizer.gradient`, which must be dense then.
         minimum_ranks: least number of ranks that it works with.
         replicated: whether all ranks hold one model, so that one that differs goes on to differ.
+        runs_on_device: whether it works with vectors in the memory of a GPU; else with copies of
+            them in host memory.
     """
 
     synchronous: bool = False
@@ -65,3 +67,4 @@ class Capabilities:
     exchanges_gradients: bool = False
     minimum_ranks: int = 1
     replicated: bool = False
+    runs_on_device: bool = False

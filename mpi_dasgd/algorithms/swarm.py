@@ -59,7 +59,7 @@ class Swarm(AsynchronousAlgorithm):
         memory="8 M + 2 P",
         waits="never",
     )
-    capabilities = Capabilities(minimum_ranks=2)
+    capabilities = Capabilities(minimum_ranks=2, runs_on_device=True)
     config_keys = ("local_steps", "local_steps_distribution", "max_attempts", "mixing_weight")
     codecs = PAIR_CODECS
 

@@ -265,7 +265,16 @@ class TransportConfig(Section):
         description="auto: in place within a node, Get/Put between nodes; shared_memory and rma "
         "force one of them",
     )
-    memory: Literal["host"] = Field("host", description="memory of the payload windows")
+    memory: Literal["auto", "host", "ipc"] = Field(
+        "auto",
+        description="memory of the payload slots: host; ipc: the GPU's, which neighbours read and "
+        "write in place; auto: ipc if a probe shows that it works, else host",
+    )
+    ahead: int = Field(
+        0,
+        description="steps by which the host may be ahead of the GPU when it claims a model",
+        ge=0,
+    )
     publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
     inbox_slots: int = Field(4, description="messages that an inbox holds", ge=1, le=64)
     progress_interval: float = Field(
@@ -281,6 +290,12 @@ class TransportConfig(Section):
         description="seconds that a rank waits for others while none of them makes progress; then "
         "the run ends",
         gt=0,
+    )
+
+
+class DeviceConfig(Section):
+    share: bool = Field(
+        False, description="allow several ranks on one GPU, where they take turns: for tests"
     )
 
 
@@ -368,6 +383,7 @@ class Config(Section):
     topology: TopologyConfig = TopologyConfig()
     codec: CodecConfig = CodecConfig()
     transport: TransportConfig = TransportConfig()
+    device: DeviceConfig = DeviceConfig()
     straggler: StragglerConfig = StragglerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

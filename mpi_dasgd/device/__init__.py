@@ -1,0 +1,1 @@
+"""Devices: where a rank's model is, and the order of the work on it."""
