@@ -1,7 +1,9 @@
-"""Messages: contiguous buffers of header, trailer words, scales, checksums and payload.
+"""Messages: buffers of header, trailer words, scales, checksums and payload.
 
-All offsets are multiples of 64 bytes, so that every part is aligned for vector loads wherever the
-buffer is. Sizes and counts are 64-bit: a message may exceed 2 GiB.
+Header and trailer are the envelope, which the host reads and writes; the rest is the body. Both are
+one contiguous buffer, or the body is elsewhere, in the memory of a GPU. All offsets are multiples
+of 64 bytes, so that every part is aligned for vector loads wherever the buffer is. Sizes and counts
+are 64-bit: a message may exceed 2 GiB.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import MpiDasgdError
 
 __all__ = ["Header", "Layout", "Message"]
@@ -96,41 +99,92 @@ class Layout:
         """Length of a message in bytes, a multiple of 64."""
         return self.payload_at + _aligned(self.payload_dtype.itemsize * self.payload_items)
 
+    @property
+    def envelope_nbytes(self) -> int:
+        """Length of header and trailer in bytes, a multiple of 64: where the body begins."""
+        return self.scales_at
+
+    @property
+    def body_nbytes(self) -> int:
+        """Length of scales, checksums and payload in bytes, a multiple of 64."""
+        return self.nbytes - self.scales_at
+
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Message:
-    """Views of one message in a buffer owned by others: a slot of a window, or a staging buffer.
+    """Views of one message in memory owned by others: a slot of a window, or a staging buffer.
 
     Args:
-        buffer: 1-D uint8 array of `layout.nbytes` bytes.
+        buffer: the whole message, 1-D uint8 array of `layout.nbytes` bytes in host memory; with
+            `body`, its first `layout.envelope_nbytes` bytes only.
         layout: layout of the message.
+        body: the rest, 1-D uint8 array (NumPy or CuPy) of `layout.body_nbytes` bytes, if it is not
+            in `buffer`.
+
+    Raises:
+        MpiDasgdError: an array has another shape or dtype.
 
     Attributes:
-        buffer: the whole message.
-        trailer, scales, checksums, payload: 1-D views of its parts: int64, float32, uint32, and the
-            type of the codec.
+        layout: as above.
+        trailer: int64, in host memory.
+        scales, checksums, payload: 1-D views of the body: float32, uint32, and the type of the
+            codec.
         view: object that a codec keeps with this memory from call to call.
     """
 
-    __slots__ = ("_raw", "buffer", "checksums", "layout", "payload", "scales", "trailer", "view")
+    __slots__ = (
+        "_body", "_buffer", "_raw", "checksums", "layout", "payload", "scales", "trailer", "view",
+    )  # fmt: skip
 
-    def __init__(self, buffer: np.ndarray, layout: Layout) -> None:
-        if buffer.dtype != np.uint8 or buffer.shape != (layout.nbytes,):
+    def __init__(self, buffer: np.ndarray, layout: Layout, body: Array | None = None) -> None:
+        size = layout.nbytes if body is None else layout.envelope_nbytes
+        if buffer.dtype != np.uint8 or buffer.shape != (size,):
             raise MpiDasgdError(
-                f"message buffer: expected {layout.nbytes} bytes, got {buffer.dtype} {buffer.shape}"
+                f"message buffer: expected {size} bytes, got {buffer.dtype} {buffer.shape}"
             )
-        self.buffer = buffer
+        self._buffer = buffer
+        self._body = body
         self.layout = layout
         self.view: Any = None
         self._raw = memoryview(buffer)
         self.trailer = buffer[ALIGNMENT:][: 8 * layout.trailer_words].view(np.int64)
-        self.scales = buffer[layout.scales_at :][: 4 * layout.scales].view(np.float32)
-        self.checksums = buffer[layout.checksums_at :][: 4 * layout.checksums].view(np.uint32)
+        if body is None:
+            body, start = buffer, 0
+        else:
+            start = layout.scales_at
+            if body.dtype != np.uint8 or body.shape != (layout.body_nbytes,):
+                raise MpiDasgdError(
+                    f"message body: expected {layout.body_nbytes} bytes, got {body.dtype} "
+                    f"{body.shape}"
+                )
+        self.scales = body[layout.scales_at - start :][: 4 * layout.scales].view(np.float32)
+        self.checksums = body[layout.checksums_at - start :][: 4 * layout.checksums].view(np.uint32)
         size = layout.payload_dtype.itemsize * layout.payload_items
-        self.payload = buffer[layout.payload_at :][:size].view(layout.payload_dtype)
+        self.payload = body[layout.payload_at - start :][:size].view(layout.payload_dtype)
+
+    @property
+    def buffer(self) -> np.ndarray:
+        """The whole message, uint8, (layout.nbytes,).
+
+        Raises:
+            MpiDasgdError: the body is elsewhere.
+        """
+        if self._body is not None:
+            raise MpiDasgdError("message buffer: the body is in other memory than the envelope")
+        return self._buffer
+
+    @property
+    def envelope(self) -> np.ndarray:
+        """Header and trailer, uint8, (layout.envelope_nbytes,), in host memory."""
+        return self._buffer[: self.layout.envelope_nbytes]
+
+    @property
+    def body(self) -> Array:
+        """Scales, checksums and payload, uint8, (layout.body_nbytes,)."""
+        return self._buffer[self.layout.scales_at :] if self._body is None else self._body
 
     def stamp(self, *, rank: int, step: int, time_ns: int) -> None:
         """Write the header, except for the seed, which the codec writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import numpy as np
@@ -42,6 +43,47 @@ def test_parts_of_a_message_are_aligned_and_apart(layout: Layout) -> None:
     sizes = message.scales.size, message.checksums.size, message.payload.size
     assert sizes == (layout.scales, layout.checksums, layout.payload_items)
     assert (message.payload == 42).all() and message.payload.dtype == layout.payload_dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("trailer_words", [0, 9])
+def test_a_body_elsewhere_has_the_same_bytes(layout: Layout, trailer_words: int) -> None:
+    layout = dataclasses.replace(layout, trailer_words=trailer_words)
+    whole = Message(np.zeros(layout.nbytes, np.uint8), layout)
+    envelope, body = (
+        np.zeros(size, np.uint8) for size in (layout.envelope_nbytes, layout.body_nbytes)
+    )
+    assert envelope.size == 64 + 64 * -(-8 * trailer_words // 64)
+    apart = Message(envelope, layout, body=body)
+    for message in (whole, apart):
+        message.stamp(rank=3, step=5, time_ns=7)
+        message.sequence, message.seed = 11, 2**63
+        message.trailer[:] = np.arange(trailer_words)
+        message.scales[:] = 1 + np.arange(layout.scales)
+        message.checksums[:] = 2 + np.arange(layout.checksums)
+        message.payload[:] = 42
+        assert message.envelope.shape == (layout.envelope_nbytes,)
+        assert message.body.shape == (layout.body_nbytes,)
+        assert message.trailer.shape == (trailer_words,)
+    assert apart.header == whole.header and apart.sequence == 11
+    assert np.array_equal(apart.envelope, whole.envelope)
+    assert np.array_equal(apart.body, whole.body)
+    assert np.array_equal(np.concatenate([envelope, body]), whole.buffer)
+    assert apart.body is body and np.shares_memory(whole.body, whole.buffer)
+    with pytest.raises(MpiDasgdError, match="the body is in other memory"):
+        _ = apart.buffer
+
+
+def test_an_envelope_or_a_body_of_the_wrong_size_or_type_is_refused() -> None:
+    envelope, body = (
+        np.zeros(size, np.uint8) for size in (LAYOUT.envelope_nbytes, LAYOUT.body_nbytes)
+    )
+    for wrong in (np.zeros(LAYOUT.nbytes, np.uint8), envelope[1:], envelope.view(np.int8)):
+        with pytest.raises(MpiDasgdError, match="message buffer: expected 64 bytes"):
+            Message(wrong, LAYOUT, body=body)
+    for wrong in (np.zeros(LAYOUT.nbytes, np.uint8), body[:-1], body.view(np.int8), body[None]):
+        with pytest.raises(MpiDasgdError, match=f"message body: expected {body.size} bytes"):
+            Message(envelope, LAYOUT, body=wrong)
 
 
 def test_sizes_beyond_2_gib() -> None:
