@@ -16,7 +16,7 @@ BUILD := setup.py pyproject.toml CMakeLists.txt constraints.txt \
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-fast coverage doctor bench gpu-check lint docs clean
+.PHONY: help train test test-fast coverage doctor bench gpu-check gpu-carry lint docs clean
 
 ifeq ($(CI),true)
 export MPI_DASGD_REQUIRE_NATIVE := 1
@@ -56,10 +56,12 @@ doctor: $(VENV)/.train  ## look at this machine: MPI, threads, kernels, device
 bench: $(VENV)/.train  ## measure against the limit or the baselines; BENCH=rma chooses
 	for name in $(BENCH); do $(BIN)/mpi-dasgd bench $$name $(ARGS); done
 
-gpu-check: $(VENV)/.test  ## on a machine with a GPU: its tests and benchmark; CUDA=12 if it has that one
+gpu-check: $(VENV)/.test  ## on a machine with a GPU: tests, jobs, benchmarks; CUDA=12 if it has that one
 	$(INSTALL) -e '.[cuda$(CUDA)]'
-	$(BIN)/python -m pytest -m gpu $(PYTEST)
-	$(BIN)/mpi-dasgd bench kernel --backend cuda $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python jobs/gpu_check.sh build/gpu-check $(ARGS)
+
+gpu-carry:  ## collect in .carry what gpu_check.sh needs on a machine without a package index
+	jobs/gpu_carry.sh
 
 lint: $(VENV)/.test  ## ruff, mypy, codespell and clang-format
 	$(BIN)/ruff check .
