@@ -99,5 +99,5 @@ def test_reports_load_neither_mpi_nor_torch_nor_cuda() -> None:
     assert not {"torch", "mpi4py", "cupy"} & loaded
 
 
-def test_algorithms_and_simulator_load_no_mpi() -> None:
-    assert not {"mpi4py", "cupy"} & _loaded_by("import mpi_dasgd.simulation.simulator")
+def test_algorithms_and_simulator_load_neither_mpi_nor_torch() -> None:
+    assert not {"mpi4py", "cupy", "torch"} & _loaded_by("import mpi_dasgd.simulation.simulator")

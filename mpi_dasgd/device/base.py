@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # the simulator does without
+    import torch
 
 __all__ = ["HANDLE_BYTES", "Array", "Device", "Mark", "Region"]
 

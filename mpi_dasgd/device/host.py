@@ -6,11 +6,14 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from mpi_dasgd.device.base import Device, Mark, Region
+
+if TYPE_CHECKING:  # the simulator does without
+    import torch
 
 __all__ = ["HOST", "HostDevice"]
 
