@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_memory import byte_range, group_overlapping
 
-__all__ = ["Placement", "Segment", "lay_out"]
+__all__ = ["Placement", "Segment", "lay_out", "vector_type"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,12 @@ class Segment:
         return slice(self.start, self.start + self.elements)
 
 
+def vector_type(parameters: Sequence[torch.Tensor]) -> np.dtype:
+    """Return the type of the vector that holds `parameters`: float64 or float32."""
+    is_double = any(p.dtype.to_real() == torch.float64 for p in parameters)
+    return np.dtype(np.float64 if is_double else np.float32)
+
+
 def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, list[Segment]]:
     """Return the type of the vector, and its segments in their order.
 
@@ -81,25 +88,25 @@ def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, lis
     """
     tensors = [p for _, p in named]
     types = list(dict.fromkeys(p.dtype.to_real() for p in tensors))
-    vector_type = torch.float64 if torch.float64 in types else torch.float32
+    real_type = torch.float64 if vector_type(tensors) == np.float64 else torch.float32
     segments = [
         _shared([named[index] for index in group]) if len(group) > 1 else _own(*named[group[0]])
         for group in group_overlapping(tensors)
     ]
-    segments.sort(key=lambda segment: _order(segment, vector_type, types))
+    segments.sort(key=lambda segment: _order(segment, real_type, types))
     start = 0
     for segment in segments:
         if not _is_real(segment):
             start += start % 2  # the place of a pair
         segment.start = start
         start += segment.elements
-    return vector_type, segments
+    return real_type, segments
 
 
 def _order(
-    segment: Segment, vector_type: torch.dtype, types: Sequence[torch.dtype]
+    segment: Segment, real_type: torch.dtype, types: Sequence[torch.dtype]
 ) -> tuple[bool, int, bool]:
-    return segment.dtype != vector_type, types.index(segment.dtype), _is_real(segment)
+    return segment.dtype != real_type, types.index(segment.dtype), _is_real(segment)
 
 
 def _is_real(segment: Segment) -> bool:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from mpi_dasgd.device.base import Device
 from mpi_dasgd.device.host import HOST
 
-__all__ = ["DeviceChoice"]
+if TYPE_CHECKING:
+    from mpi_dasgd.algorithms.build import RunParts
+    from mpi_dasgd.config import Config
+    from mpi_dasgd.world import World
+
+__all__ = ["DeviceChoice", "choose_device"]
 
 
 @dataclass(frozen=True)
@@ -25,3 +32,20 @@ class DeviceChoice:
     device: Device = HOST
     memory: Literal["host", "ipc"] = "host"
     reason: str = ""
+
+
+def choose_device(
+    environment: World, tensor_device: torch.device, config: Config, run: RunParts
+) -> DeviceChoice:
+    """Choose where the models of all ranks are exchanged. Collective.
+
+    Args:
+        environment: the ranks, and this one's place among them.
+        tensor_device: device of this rank's parameters.
+        config: configuration of the run.
+        run: algorithm, codec and topology of the run.
+
+    Raises:
+        UserError: on all ranks: `transport.memory` demands what is not possible.
+    """
+    return DeviceChoice()

@@ -18,6 +18,8 @@ from mpi_dasgd.config import Config, consistency
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.model.model_buffers import ModelBuffers
+from mpi_dasgd.model.parameter_layout import vector_type
+from mpi_dasgd.model.parameter_selection import select_parameters
 from mpi_dasgd.training import synchronize
 from mpi_dasgd.training.agreement import (
     facts_of_model,
@@ -25,6 +27,7 @@ from mpi_dasgd.training.agreement import (
     facts_of_run,
     require_agreement,
 )
+from mpi_dasgd.training.device_choice import DeviceChoice, choose_device
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class RankParts:
         codec: codec of the messages.
         endpoint: transport on MPI windows.
         algorithm: algorithm on all of these, not started.
+        device: where the model is exchanged.
     """
 
     run: RunParts
@@ -56,6 +60,7 @@ class RankParts:
     codec: Codec
     endpoint: RmaEndpoint
     algorithm: Algorithm
+    device: DeviceChoice
 
 
 def build_rank(
@@ -81,10 +86,13 @@ def build_rank(
             are not those of all ranks.
     """
     with environment.collective_errors():
+        tensors = [p for _, p in select_parameters(model, optimizer)]
+        run = build_run(config, environment.size, vector_type(tensors))
+    choice = choose_device(environment, tensors[0].device, config, run)
+    with environment.collective_errors():
         parameters = FlatParameters(model, optimizer)
         buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
         x = parameters.host_view
-        run = build_run(config, environment.size, x.dtype)
         if run.algorithm_cls.capabilities.exchanges_gradients:
             parameters.require_exchangeable_gradients(run.algorithm_cls.name)
         codec = _make_codec(run, environment.rank, parameters)
@@ -107,7 +115,7 @@ def build_rank(
     endpoint = _make_endpoint(environment, codec.layout, run)
     algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
     algorithm.local = local
-    return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm)
+    return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm, choice)
 
 
 def _make_codec(run: RunParts, rank: int, parameters: FlatParameters) -> Codec:
