@@ -1,10 +1,8 @@
-"""The order of control words on a device that is late: proved on the virtual clock, and on ranks."""
+"""The order of control words on a late device, proved on the virtual clock and on real ranks."""
 
 from __future__ import annotations
 
 import ctypes
-import threading
-import time
 
 import numpy as np
 import pytest
