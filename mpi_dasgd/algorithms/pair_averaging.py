@@ -23,7 +23,7 @@ from mpi_dasgd.algorithms.base import Algorithm
 from mpi_dasgd.algorithms.communication import publish, wait
 from mpi_dasgd.algorithms.neighbour_exchange import NeighbourExchange
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED
-from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome
+from mpi_dasgd.codecs import ExchangeBuffers, Outcome
 from mpi_dasgd.transport.endpoint import ExchangeRequest, Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
 
@@ -81,7 +81,7 @@ class PairExchange(NeighbourExchange):
         neighbours = self._endpoint.neighbours()
         return self._rng.sample(neighbours, min(self._settings.max_attempts, len(neighbours)))
 
-    def commit(self, request: ExchangeRequest, step: int, outcome: ExchangeOutcome) -> None:
+    def commit(self, request: ExchangeRequest, step: int, outcome: Outcome) -> None:
         """Send the partner's delta, or record that no partner was found."""
         endpoint = self._endpoint
         if request.partner_model is None or request.partner_delta is None:

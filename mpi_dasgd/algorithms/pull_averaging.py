@@ -16,7 +16,7 @@ from mpi_dasgd.algorithms.base import Algorithm
 from mpi_dasgd.algorithms.communication import publish
 from mpi_dasgd.algorithms.neighbour_exchange import NeighbourExchange
 from mpi_dasgd.algorithms.records import INITIATED
-from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, Message
+from mpi_dasgd.codecs import ExchangeBuffers, Message, Outcome
 from mpi_dasgd.transport.endpoint import ReadRequest
 
 __all__ = ["PullExchange"]
@@ -75,9 +75,7 @@ class PullExchange(NeighbourExchange):
         nothing.is_settled = True
         return nothing
 
-    def _record_read(
-        self, partner_model: Message | None, step: int, outcome: ExchangeOutcome
-    ) -> None:
+    def _record_read(self, partner_model: Message | None, step: int, outcome: Outcome) -> None:
         """Record an average, or that there was nothing to read."""
         if partner_model is None:
             self._records.skipped(step)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mpi_dasgd.codecs import ExchangeOutcome, Header
+from mpi_dasgd.codecs import ExchangeOutcome, Header, Outcome
 from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
 from mpi_dasgd.transport.endpoint import Endpoint
 
@@ -31,6 +32,7 @@ class ExchangeRecord(NamedTuple):
         rejected: buckets of the partner's publication that could not be decoded.
         set_staleness: size of the symmetric difference of the two ranks' sets of gradients, -1 if
             it is unknown.
+        late_s: seconds between the exchange and this record, which waits for the outcome of a GPU.
     """
 
     step: int
@@ -43,10 +45,13 @@ class ExchangeRecord(NamedTuple):
     distance: float = float("nan")
     rejected: int = 0
     set_staleness: int = -1
+    late_s: float = 0.0
 
 
 class ExchangeRecorder:
-    """Writer of one rank's exchange records.
+    """Writer of one rank's exchange records, in the order of the exchanges.
+
+    An exchange on a GPU is recorded when its outcome is known: at a later exchange, or by `flush`.
 
     Args:
         endpoint: transport of the rank, whose clock gives ages and whose counters count skips.
@@ -59,11 +64,16 @@ class ExchangeRecorder:
     def __init__(self, endpoint: Endpoint, record: Callable[[ExchangeRecord], None]) -> None:
         self._endpoint = endpoint
         self.record = record
+        self._late: deque[tuple[ExchangeRecord, Outcome, int]] = deque()
 
     def skipped(self, step: int, failed_attempts: int = 0) -> None:
         """Record and count that no partner was found at `step`."""
         self._endpoint.counters.skipped += 1
-        self.record(ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, failed_attempts))
+        record = ExchangeRecord(step, -1, SKIPPED, -1, 0.0, 0, failed_attempts)
+        if self._late:
+            self._defer(record, _NOT_MEASURED, self._endpoint.time_ns())
+        else:
+            self.record(record)
 
     def message(
         self,
@@ -73,7 +83,7 @@ class ExchangeRecorder:
         *,
         nbytes: int = 0,
         failed_attempts: int = 0,
-        outcome: ExchangeOutcome = _NOT_MEASURED,
+        outcome: Outcome = _NOT_MEASURED,
         now_ns: int | None = None,
     ) -> None:
         """Record that the message with `header` was used at `step`; see `exchange`."""
@@ -99,7 +109,7 @@ class ExchangeRecorder:
         sent_ns: int,
         nbytes: int = 0,
         failed_attempts: int = 0,
-        outcome: ExchangeOutcome = _NOT_MEASURED,
+        outcome: Outcome = _NOT_MEASURED,
         set_staleness: int = -1,
         now_ns: int | None = None,
     ) -> None:
@@ -114,17 +124,54 @@ class ExchangeRecorder:
         """
         now = self._endpoint.time_ns() if now_ns is None else now_ns
         age = (now - sent_ns) * 1e-9
+        measured = outcome if isinstance(outcome, ExchangeOutcome) else _NOT_MEASURED
+        record = ExchangeRecord(
+            step,
+            partner,
+            kind,
+            partner_step,
+            age,
+            nbytes,
+            failed_attempts,
+            measured.distance,
+            measured.rejected,
+            set_staleness,
+        )
+        if self._late or measured is not outcome:
+            self._defer(record, outcome, now)
+        else:
+            self.record(record)
+
+    def flush(self) -> None:
+        """Wait for the outcomes that are late, and record their exchanges.
+
+        Raises:
+            DeviceFailed: the device has failed; what it has not finished is recorded as not
+                measured.
+        """
+        try:
+            while self._late:
+                self._record_first(self._late[0][1].value())
+        finally:
+            while self._late:
+                self._record_first(_NOT_MEASURED)
+
+    def _defer(self, record: ExchangeRecord, outcome: Outcome, now_ns: int) -> None:
+        """Record all whose outcomes are known by now, and this one once it is its turn."""
+        self._late.append((record, outcome, now_ns))
+        self._record_known()
+
+    def _record_known(self) -> None:
+        late = self._late
+        while late and late[0][1].is_ready:
+            self._record_first(late[0][1].value())
+
+    def _record_first(self, measured: ExchangeOutcome) -> None:
+        record, _, exchanged_ns = self._late.popleft()
         self.record(
-            ExchangeRecord(
-                step,
-                partner,
-                kind,
-                partner_step,
-                age,
-                nbytes,
-                failed_attempts,
-                outcome.distance,
-                outcome.rejected,
-                set_staleness,
+            record._replace(
+                distance=measured.distance,
+                rejected=measured.rejected,
+                late_s=(self._endpoint.time_ns() - exchanged_ns) * 1e-9,
             )
         )

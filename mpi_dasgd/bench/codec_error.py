@@ -153,7 +153,7 @@ def _exchange(name: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:
     codec_x.encode(x, publication)
     outcome = codec_y.average_pair(y, ExchangeBuffers(partner_model=publication, reply_delta=delta))
     codec_x.average_pair(x, ExchangeBuffers(deltas=(delta,)))
-    return outcome.rejected
+    return outcome.value().rejected
 
 
 def _exchange_with_other_scales(method: str, x: np.ndarray, y: np.ndarray, seed: int) -> int:

@@ -161,7 +161,7 @@ class _RankGroup:
                 publication=rank.publication,
             ),
         )
-        self._record_error(rank.x - before, partner.published - before, outcome.rejected)
+        self._record_error(rank.x - before, partner.published - before, outcome.value().rejected)
         rank.deltas = []
         rank.published[:] = rank.x
         partner.deltas.append(reply_delta)

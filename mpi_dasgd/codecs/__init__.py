@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds
+from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Outcome, Seeds
 from mpi_dasgd.codecs.elementwise import BFloat16Codec, Float16Codec, QsgdCodec
 from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "Message",
     "NoCodec",
+    "Outcome",
     "make",
 ]
 

@@ -6,14 +6,15 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
 
-__all__ = ["Codec", "ExchangeBuffers", "ExchangeOutcome", "Seeds", "require_float32"]
+__all__ = ["Codec", "ExchangeBuffers", "ExchangeOutcome", "Outcome", "Seeds", "require_float32"]
 
 
 @dataclass(slots=True)
@@ -47,6 +48,34 @@ class ExchangeOutcome(NamedTuple):
     distance: float = float("nan")
     rejected: int = 0
 
+    @property
+    def is_ready(self) -> bool:
+        """True; see `Outcome`."""
+        return True
+
+    def value(self) -> ExchangeOutcome:
+        """Return itself; see `Outcome`."""
+        return self
+
+
+class Outcome(Protocol):
+    """An `ExchangeOutcome` that may be late: that of a GPU's work, which is only asked for."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known. Never waits.
+
+        Raises:
+            DeviceFailed: the device has failed, and it will never be known.
+        """
+
+    def value(self) -> ExchangeOutcome:
+        """Return it; waits until it is known.
+
+        Raises:
+            DeviceFailed: the device has failed.
+        """
+
 
 class Codec(ABC):
     """Base of all codecs: encodes models and deltas as messages, and averages with them.
@@ -56,35 +85,50 @@ class Codec(ABC):
     Attributes:
         name: value of `codec.name`.
         layout: layout of all its messages; ``layout.nbytes`` is what a message costs on the wire.
-        counters: decoded and rejected buckets so far, by name; empty if decoding cannot fail.
+        counters: decoded and rejected buckets so far, by name; empty if decoding cannot fail. Those
+            of an exchange whose outcome is late are counted when it is known; see `settle`.
     """
+
+    runs_on_device: ClassVar[bool] = False
+    """Whether it can work on a GPU, on float32 models."""
 
     name: str
     layout: Layout
     counters: dict[str, int]
 
     @abstractmethod
-    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+    def average_pair(self, x: Array, buffers: ExchangeBuffers) -> Outcome:
         """Absorb deltas, average with a partner's model, write its delta and the own publication.
 
         Both sides of an exchange move by exactly the same amounts, so that the sum of all models
         and of the deltas in flight is conserved.
 
         Args:
-            x: own model, shape (elements,), contiguous; changed in place.
-            buffers: messages that are read and written.
+            x: own model, shape (elements,), contiguous, on the codec's device; changed in place.
+            buffers: messages that are read and written; their bodies are where the device reads and
+                writes.
+
+        Returns:
+            What was measured: on the host an `ExchangeOutcome`, on a GPU one that may be late.
 
         Raises:
             MpiDasgdError: a message has another codec, model size or version.
         """
 
     @abstractmethod
-    def delta(self, message: Message) -> np.ndarray:
-        """Return a delta as numbers, shape (elements,), for meters and tests."""
+    def delta(self, message: Message) -> Array:
+        """Return a delta as numbers, shape (elements,), on the codec's device, for meters."""
 
-    def encode(self, x: np.ndarray, out: Message) -> None:
+    def encode(self, x: Array, out: Message) -> None:
         """Write the model `x`, shape (elements,), to `out`."""
         self.average_pair(x, ExchangeBuffers(publication=out))
+
+    def settle(self) -> None:
+        """Wait until `counters` hold all exchanges so far.
+
+        Raises:
+            DeviceFailed: the device has failed; what it has not finished is not counted.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the arrays that a checkpoint must hold, by name."""

@@ -75,12 +75,12 @@ class Recorder:
         )
 
     def record_exchange(self, exchange: ExchangeRecord) -> None:
-        """Record an exchange, or a gradient of another rank."""
+        """Record an exchange, or a gradient of another rank, at the time when it was made."""
         age = exchange.step - exchange.partner_step if exchange.partner >= 0 else UNKNOWN_AGE
         self._file.append(
             ExchangeRow(
                 step=exchange.step,
-                time_s=self._training.elapsed,
+                time_s=self._training.elapsed - exchange.late_s,
                 partner=exchange.partner,
                 kind=exchange.kind,
                 partner_step=exchange.partner_step,

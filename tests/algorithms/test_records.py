@@ -16,6 +16,7 @@ from mpi_dasgd.algorithms.records import (
     ExchangeRecorder,
 )
 from mpi_dasgd.codecs import ExchangeOutcome, Header
+from mpi_dasgd.errors import DeviceFailed
 
 
 @pytest.fixture
@@ -60,3 +61,80 @@ def test_a_skip_is_recorded_and_counted(recorder: Any) -> None:
     exchange_records.skipped(4, failed_attempts=2)
     assert records[0][:7] == (4, -1, SKIPPED, -1, 0.0, 0, 2)
     assert endpoint.counters.skipped == 1
+
+
+class _Late:
+    """An outcome that is known once `known` is set."""
+
+    def __init__(self, distance: float, log: list[float]) -> None:
+        self.distance, self.log, self.known, self.fails = distance, log, False, False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.known
+
+    def value(self) -> ExchangeOutcome:
+        if self.fails:
+            raise DeviceFailed("the device")
+        if not self.known:
+            self.log.append(self.distance)  # waited
+        return ExchangeOutcome(self.distance, 1)
+
+
+def _late_exchanges(exchange_records: ExchangeRecorder, log: list[float]) -> list[_Late]:
+    """Exchanges 1 to 3, whose outcomes are late, with a skip and a received delta between."""
+    outcomes = [_Late(float(i), log) for i in range(1, 4)]
+    for i, outcome in enumerate(outcomes):
+        exchange_records.message(INITIATED, i + 1, HEADER, outcome=outcome)
+        if i == 0:
+            exchange_records.skipped(10, failed_attempts=4)
+        if i == 1:
+            exchange_records.message(ABSORBED, 11, HEADER)
+    return outcomes
+
+
+def test_late_outcomes_are_recorded_in_the_order_of_the_exchanges(recorder: Any) -> None:
+    endpoint, records, exchange_records = recorder
+    log: list[float] = []
+    first, second, third = _late_exchanges(exchange_records, log)
+    assert not records and endpoint.counters.skipped == 1
+    endpoint.time_ns = lambda: 6_500_000_000
+    second.known = True
+    exchange_records.message(ABSORBED, 12, HEADER)
+    assert not records, "the first is not known"
+    first.known = True
+    exchange_records.message(ABSORBED, 13, HEADER)
+    assert [record.step for record in records] == [1, 10, 2, 11]
+    assert records[0] == ExchangeRecord(1, 3, INITIATED, 7, 3.0, 0, 0, 1.0, 1, late_s=1.5)
+    assert records[1][:7] == (10, -1, SKIPPED, -1, 0.0, 0, 4) and records[1].late_s == 1.5
+    assert records[2].distance == 2.0
+    third.known = True
+    exchange_records.skipped(14)
+    assert [record.step for record in records] == [1, 10, 2, 11, 3, 12, 13, 14]
+    assert not log, "nothing has waited"
+    exchange_records.message(ABSORBED, 15, HEADER)
+    assert records[-1].step == 15 and records[-1].late_s == 0.0, "at once, as nothing is late"
+
+
+def test_flush_waits_for_late_outcomes(recorder: Any) -> None:
+    _, records, exchange_records = recorder
+    log: list[float] = []
+    _late_exchanges(exchange_records, log)
+    exchange_records.flush()
+    assert [(record.step, record.rejected) for record in records] == [
+        (1, 1), (10, 0), (2, 1), (11, 0), (3, 1),
+    ]  # fmt: skip
+    assert log == [1.0, 2.0, 3.0]
+    exchange_records.flush()
+    assert len(records) == 5
+
+
+def test_a_device_that_fails_leaves_no_record_behind(recorder: Any) -> None:
+    _, records, exchange_records = recorder
+    _, second, third = _late_exchanges(exchange_records, [])
+    second.fails = third.fails = True
+    with pytest.raises(DeviceFailed):
+        exchange_records.flush()
+    assert [record.step for record in records] == [1, 10, 2, 11, 3]
+    assert records[0].distance == 1.0 and math.isnan(records[2].distance)
+    exchange_records.flush()

@@ -41,7 +41,7 @@ def _exchange(own: Codec, x: np.ndarray, other: Codec, y: np.ndarray) -> codecs.
     other.encode(y, publication)
     outcome = own.average_pair(x, ExchangeBuffers(partner_model=publication, reply_delta=reply))
     other.average_pair(y, ExchangeBuffers(deltas=[reply]))
-    return outcome
+    return outcome.value()
 
 
 def _figures(*overrides: str) -> dict[str, Any]:
