@@ -256,6 +256,17 @@ class Algorithm(ABC):
         """Release what is held of other ranks; called once, after the last step."""
         return iter(())
 
+    def settle(self) -> None:
+        """Wait for a GPU, until the counters and records hold all exchanges that were begun.
+
+        Raises:
+            DeviceFailed: the device has failed; what it has not finished is not counted.
+        """
+        try:
+            self.codec.settle()
+        finally:
+            self.records.flush()
+
     @property
     def is_drained(self) -> bool:
         """Whether this rank has sent and received all that it must before it departs."""

@@ -254,6 +254,7 @@ class Decentralized:
                 self._pauses.take_part,
             )
             self.parameters.copy_to_device()
+        self.algorithm.settle()
 
     @property
     def _is_running(self) -> bool:
@@ -310,7 +311,11 @@ class Decentralized:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Counts of transport, codec and algorithm so far; see `mpi_dasgd.transport.counters`."""
+        """Counts of transport, codec and algorithm so far; see `mpi_dasgd.transport.counters`.
+
+        On a GPU it waits for the exchanges that were begun, and they are recorded.
+        """
+        self.algorithm.settle()
         counts = dataclasses.asdict(self.endpoint.total_counters())
         return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 

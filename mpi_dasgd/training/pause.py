@@ -241,6 +241,7 @@ class Pauses:
         waiter.poll_until(is_quiet)  # 3
         self._calls.reach(Phase.QUIET, is_quiet)
         waiter.poll_until(is_quiet)
+        algorithm.settle()
         if algorithm.capabilities.one_model:
             self._adopt_newest()
         self._parameters.copy_to_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from mpi_dasgd.errors import Diverged, PeerFailed, PeerLost
+from mpi_dasgd.errors import DeviceFailed, Diverged, PeerFailed, PeerLost
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.results import consolidate
 from mpi_dasgd.training.decentralized import Decentralized
@@ -121,6 +122,8 @@ class RunEnd:
         knows_why = not isinstance(error, PeerFailed)
         is_first = knows_why and self._training.claim_report()
         self._training.fail(error.exit_code, error)
+        with contextlib.suppress(DeviceFailed):  # then its last exchanges are not counted
+            self._training.algorithm.settle()
         recorder.close("failed" if isinstance(error, Diverged) else "stopped")
         if not knows_why:
             time.sleep(_REPORT_SECONDS)

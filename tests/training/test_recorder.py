@@ -110,6 +110,13 @@ def test_an_exchange_fills_its_row(file: File, recorder: Recorder) -> None:
     assert file.last()["age_steps"] == UNKNOWN_AGE
 
 
+def test_an_exchange_that_is_recorded_late_keeps_its_time(file: File, recorder: Recorder) -> None:
+    recorder.record_exchange(_exchange(10, 7))
+    assert file.last()["time_s"] == 4.0
+    recorder.record_exchange(_exchange(10, 7)._replace(late_s=0.5))
+    assert file.last()["time_s"] == 3.5
+
+
 def test_the_progress_line_has_what_there_is_to_tell(
     training: SimpleNamespace, recorder: Recorder
 ) -> None:

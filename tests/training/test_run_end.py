@@ -11,7 +11,7 @@ import pytest
 
 from mpi_dasgd.algorithms.asgd import ASGD
 from mpi_dasgd.config.schema import Config
-from mpi_dasgd.errors import Diverged, PeerFailed, PeerLost
+from mpi_dasgd.errors import DeviceFailed, Diverged, PeerFailed, PeerLost
 from mpi_dasgd.training import run_end
 from mpi_dasgd.training.finalize import RankRoles
 from mpi_dasgd.training.run_end import RunEnd
@@ -29,6 +29,7 @@ class Run:
         self.done: list[Any] = []
         self.on_refresh: Callable[[], None] = lambda: None
         self.close_error: Exception | None = None
+        self.settle_error: Exception | None = None
         self.first_to_fail = True
         self.membership = SimpleNamespace(
             status=[FINISHED] * 4, dead=set(), publish_status=lambda s: self.done.append(s)
@@ -37,7 +38,8 @@ class Run:
             rank=rank, size=4, close=self._close, fail=self._fail,
             claim_report=self._claim_report,
             algorithm=SimpleNamespace(
-                model_ranks=ASGD.model_ranks, workers=ASGD.workers, settings=Config().algorithm
+                model_ranks=ASGD.model_ranks, workers=ASGD.workers, settings=Config().algorithm,
+                settle=self._settle,
             ),
             endpoint=SimpleNamespace(
                 membership=self.membership, refresh_membership=lambda: self.on_refresh()
@@ -64,6 +66,11 @@ class Run:
         if self.close_error:
             raise self.close_error
         self.done.append("closed")
+
+    def _settle(self) -> None:
+        self.done.append("settled")
+        if self.settle_error:
+            raise self.settle_error
 
     def _fail(self, exit_code: int, error: Exception) -> None:
         self.exit_code = exit_code
@@ -167,13 +174,14 @@ def test_only_the_first_rank_that_fails_says_why_and_writes_what_there_is(
 ) -> None:
     run = Run(tmp_path, monkeypatch, rank=2)
     run.first_to_fail = first
+    run.settle_error = DeviceFailed("an earlier one") if first else None  # the report goes on
     run.membership.dead.add(3)
     recorder: Any = SimpleNamespace(close=run.done.append)
     with pytest.raises(Exited, match=f"^{error.exit_code}$"):
         run.end.fail(error, recorder)
     assert run.exit_code == error.exit_code
     # It claims the report before others can learn of the failure, and only then if it is its own.
-    told = ["failed", status]
+    told = ["failed", "settled", status]
     claim = ["claimed"]
     done = [*told, *claim] if isinstance(error, PeerFailed) else [*claim, *told]
     assert run.done == [*done, *([(3,)] if first else [])]
