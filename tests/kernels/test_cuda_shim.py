@@ -7,14 +7,11 @@ with that library, under the sanitizers.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,71 +20,15 @@ import pytest
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cuda, reference
 from mpi_dasgd.kernels.encoded import BITS, EncodedVector, FusedStep
+from tests.support.cuda_build import build
+from tests.support.fake_cupy import DeviceArray, FakeCupy, install
 from tests.support.lattice_cases import Case, cases, outcomes
-from tests.support.mpi_ranks import ROOT, missing
+from tests.support.mpi_ranks import ROOT
 
 pytestmark = pytest.mark.slow
 
 SHAPES = ((1, 32), (2, 96), (64, 256))
 """Grid and block sizes of the launches, instead of those for a real device."""
-
-
-class DeviceArray(np.ndarray):
-    """A NumPy array that gives its address as CuPy's arrays do."""
-
-    @property
-    def data(self) -> Any:
-        return SimpleNamespace(ptr=self.__array_interface__["data"][0])
-
-
-class FakeCupy:
-    """The part of CuPy that `mpi_dasgd.kernels.cuda` uses, on the CPU."""
-
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.shape: tuple[int, int] | None = None  # None: as requested
-        self.launched: list[str] = []
-        device = SimpleNamespace(attributes={"MultiProcessorCount": 1})
-        self.cuda = SimpleNamespace(Device=lambda: device)
-
-    def RawModule(self, code: str, options: tuple[str, ...]) -> FakeCupy:  # noqa: N802
-        assert "--fmad=false" in options
-        assert '#include "' not in code
-        return self
-
-    def get_function(self, name: str) -> Callable[..., None]:
-        kernel = getattr(self.library, name)
-
-        def launch(grid: tuple[int], block: tuple[int], args: tuple[np.ndarray]) -> None:
-            (arguments,) = args
-            assert arguments.nbytes == cuda.KERNEL_ARGUMENTS.itemsize
-            self.launched.append(name)
-            shape = self.shape or (*grid, *block)
-            self.library.mpd_launch(kernel, ctypes.c_void_p(arguments.ctypes.data), *shape)
-
-        return launch
-
-
-def build(library: Path, *flags: str) -> None:
-    """Compile the unmodified ``lattice.cu`` for the CPU."""
-    if shutil.which("g++") is None:
-        missing("no g++")
-    command = ["g++", "-O2", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", "-fPIC", "-shared", *flags, "-o", str(library)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "cuda_driver.cpp")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def install(fake: FakeCupy) -> None:
-    """Replace CuPy by `fake`."""
-    sys.modules["cupy"] = fake  # type: ignore[assignment]
-    cuda._kernel.cache_clear()
-    cuda._module.cache_clear()
 
 
 def compare(case: Case, expected: dict[str, bytes]) -> None:

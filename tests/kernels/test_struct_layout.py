@@ -15,7 +15,7 @@ import pytest
 
 from mpi_dasgd.kernels import cpu, cuda, native
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
-from tests.kernels.test_cuda_shim import build
+from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
 
 Layout = dict[str, tuple[int, ...]]
