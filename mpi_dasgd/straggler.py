@@ -102,7 +102,13 @@ class Straggler:
         )
 
     def slow_down(
-        self, step: int, compute_seconds: float, repeat: Callable[[], object] | None = None
+        self,
+        step: int,
+        compute_seconds: float,
+        repeat: Callable[[], object] | None = None,
+        *,
+        wait: Callable[[], object] | None = None,
+        keep_busy: Callable[[float], object] | None = None,
     ) -> None:
         """Make `step` last `extra_seconds` longer.
 
@@ -112,11 +118,16 @@ class Straggler:
             repeat: computes the gradient once more. In mode `busy`, distribution `constant` calls
                 it factor - 1 times, rounded down, and keeps the core busy for the remaining
                 fraction; other distributions, and `repeat` None, keep it busy for the whole time.
+            wait: waits until the gradient is computed, where it was only asked of a GPU: a sleep
+                beside it would slow nothing down.
+            keep_busy: keeps what computes gradients busy for a number of seconds; None: this core.
         """
         extra = self.extra_seconds(step, compute_seconds)
         if extra <= 0.0:
             return
         if self.config.mode == "sleep":
+            if wait is not None:
+                wait()
             time.sleep(extra)
             return
         if self.config.distribution == "constant" and repeat is not None:
@@ -124,7 +135,7 @@ class Straggler:
             for _ in range(int(repeats)):
                 repeat()
             extra = fraction * compute_seconds
-        _keep_core_busy(extra)
+        (keep_busy or _keep_core_busy)(extra)
 
 
 def _keep_core_busy(seconds: float) -> None:

@@ -56,23 +56,35 @@ class Recorder:
             exchange_seconds: time in the exchange, without waiting.
             wait_seconds: time spent waiting for other ranks.
         """
+        row = self.describe_step(wait_seconds)
+        row.loss, row.compute_s, row.exchange_s = loss, compute_seconds, exchange_seconds
+        self.append_step(row)
+
+    def describe_step(self, wait_seconds: float) -> TrainRow:
+        """Return the row of the step just made, whose loss and times of computing are NaN.
+
+        Args:
+            wait_seconds: time spent waiting for other ranks.
+        """
         training = self._training
-        self.loss = loss
-        self._file.append(
-            TrainRow(
-                step=training.local.local_step,
-                time_s=training.elapsed,
-                samples=training.samples,
-                total_samples=training.total_samples,
-                loss=loss,
-                learning_rate=_learning_rate(training.local),
-                compute_s=compute_seconds,
-                exchange_s=exchange_seconds,
-                wait_s=wait_seconds,
-                delay=training.delay,
-                delay_factor=training.delay_factor,
-            )
+        return TrainRow(
+            step=training.local.local_step,
+            time_s=training.elapsed,
+            samples=training.samples,
+            total_samples=training.total_samples,
+            loss=math.nan,
+            learning_rate=_learning_rate(training.local),
+            compute_s=math.nan,
+            exchange_s=math.nan,
+            wait_s=wait_seconds,
+            delay=training.delay,
+            delay_factor=training.delay_factor,
         )
+
+    def append_step(self, row: TrainRow) -> None:
+        """Record a step by its row, which is complete."""
+        self.loss = row.loss
+        self._file.append(row)
 
     def record_exchange(self, exchange: ExchangeRecord) -> None:
         """Record an exchange, or a gradient of another rank, at the time when it was made."""

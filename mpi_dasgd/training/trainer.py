@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from mpi_dasgd.training.progress_line import ProgressLine
 from mpi_dasgd.training.recorder import Recorder
 from mpi_dasgd.training.run_end import RunEnd
 from mpi_dasgd.training.state_dict import load_checkpoint, state_dict
+from mpi_dasgd.training.trainer_step import prepare_step
 from mpi_dasgd.training.workload import build_workload
 
 __all__ = ["Trainer", "train"]
@@ -96,6 +95,7 @@ class Trainer:
             attributes=self._attributes(environment, resumed),
         )
         self.recorder = Recorder(file, training)
+        self.step = prepare_step(self.device, training, self.workload, self.recorder)
         self.progress_line = ProgressLine(rank == 0)
         environment.comm.Barrier()
         training.budget.restart_clock()
@@ -142,18 +142,19 @@ class Trainer:
             self.progress_line.end(self.recorder.progress_text())
             self.run_end.finish()
         except (Diverged, PeerLost) as error:
+            self.step.salvage()
             self.run_end.fail(error, self.recorder)
         self.run_end.leave()
         return 0
 
     def _train(self) -> None:
-        training, config = self.training, self.config
+        training, config, step = self.training, self.config, self.step
         milestones, saves = config.evaluation.count, config.checkpoint.count
         milestone = int(training.progress * milestones) + 1
         checkpoint = int(training.progress * saves) + 1
         while not training.finished:
             if training.computes_gradients:
-                self._step()
+                step.make()
             else:
                 training.serve()
             progress = training.progress
@@ -162,43 +163,20 @@ class Trainer:
                 milestone += 1
             if self.checkpoints and progress < 1.0 and progress * saves >= checkpoint:
                 checkpoint = int(progress * saves)
+                step.flush()
                 self.checkpoints.save(checkpoint, *state_dict(training))
                 checkpoint += 1
             if self.progress_line.due:
                 self.progress_line.show(self.recorder.progress_text())
+        step.flush()
         # Not in the loop: the budget may run out between two reads of it, as in an evaluation.
         if self.checkpoints and checkpoint <= saves:
             self.checkpoints.save(saves, *state_dict(training))
 
-    def _step(self) -> None:
-        training, workload = self.training, self.workload
-        local_step = training.local.local_step
-        started = time.perf_counter()
-        x, y = workload.batches.batch(local_step)
-        x, y = x.to(self.device), y.to(self.device)
-        loss = workload.compute_gradient(x, y)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"loss of rank {training.rank} became {loss} at its step {local_step + 1}; "
-                f"try a smaller optimizer.lr than {self.config.optimizer.lr:g}"
-            )
-        computed = time.perf_counter() - started
-        workload.straggler.slow_down(local_step, computed, lambda: workload.compute_gradient(x, y))
-        exchanged, waited = training.exchange_seconds, training.wait_seconds
-        started = time.perf_counter()
-        training.step(len(x))
-        computed += time.perf_counter() - started
-        exchanged, waited = training.exchange_seconds - exchanged, training.wait_seconds - waited
-        self.recorder.record_step(
-            loss,
-            compute_seconds=computed - exchanged,
-            exchange_seconds=exchanged - waited,
-            wait_seconds=waited,
-        )
-
     def _pass_milestone(self, milestone: int) -> None:
         """Keep this rank's model for the evaluation of the mean; evaluate it now if that is on."""
         training, parameters = self.training, self.training.parameters
+        self.step.flush()
         when = (training.elapsed, training.samples, training.total_samples)
         parameters.copy_to_host()
         snapshot = Snapshot(training.algorithm.model, training.buffers.pack(), *when)

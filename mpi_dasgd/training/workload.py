@@ -47,10 +47,16 @@ class Workload:
             y: classes, (batch,), int64.
             network: module around `model` to call instead of it.
         """
+        return self.queue_gradient(x, y, network).item()
+
+    def queue_gradient(
+        self, x: torch.Tensor, y: torch.Tensor, network: torch.nn.Module | None = None
+    ) -> torch.Tensor:
+        """As `compute_gradient`; return the loss, (), which a GPU may still have to compute."""
         self.optimizer.zero_grad()
         loss = cross_entropy((network or self.model)(x), y)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
 
 def build_workload(
