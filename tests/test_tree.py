@@ -30,7 +30,8 @@ TESTED_BY = {
     "kernel_workload machine timed_operation",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",
     "bench/test_rma": "bench: rma_operations",
-    "bench/test_training": "bench: ddp measured_rank measurement training_plan training_report",
+    "bench/test_training": "bench: ddp gpu_device measured_rank measurement "
+    "training_plan training_report",
     "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice none",
     "config/test_declared_once": "config: schema",
     "doctor/test_doctor": "doctor: bandwidth check contention environment latency mpi_progress "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import socket
 import struct
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,8 +23,10 @@ from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.schema import TrainRow
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
+from mpi_dasgd.training.device_stream import device_stream
 from mpi_dasgd.training.evaluator import Evaluator
 from mpi_dasgd.training.finalize import RankRoles, write_results
+from mpi_dasgd.training.late_rows import LateRows
 from mpi_dasgd.training.workload import build_workload
 from mpi_dasgd.world import expected_ranks
 
@@ -37,7 +41,8 @@ class DdpTrainer:
 
     Weights, batches, records and snapshots are those of `mpi_dasgd.training.trainer.Trainer`. A
     slowed rank works or sleeps before the gradient that it shares. How long it sleeps is measured
-    before the training, since DDP's gradient contains the wait for the others.
+    before the training, since DDP's gradient contains the wait for the others. Where this process
+    sees GPUs, the ranks take them in turn, as those of a training do.
 
     Args:
         config: configuration of the run; the algorithm is ignored, the budget must be in seconds.
@@ -59,7 +64,13 @@ class DdpTrainer:
             world_size=self.size,
             timeout=_TIMEOUT,
         )
-        self.workload = build_workload(config, self.rank, self.size, workers=range(self.size))
+        gpus = torch.cuda.device_count()
+        self.device = f"cuda:{self.rank % gpus}" if gpus else "cpu"
+        if gpus:
+            torch.cuda.set_device(self.device)
+        self.workload = build_workload(
+            config, self.rank, self.size, workers=range(self.size), device=self.device
+        )
         self.parameters = FlatParameters(self.workload.model)
         in_vector = set(map(id, self.parameters.parameters))
         self.buffers = ModelBuffers(self.workload.model, in_vector)
@@ -76,6 +87,16 @@ class DdpTrainer:
             size=self.size,
             attributes={"config_json": config.model_dump_json(), "algorithm": "ddp"},
         )
+        self.stream = stream = device_stream(self.device)
+        self._late_rows: LateRows | None = None
+        if stream is not None:
+            self._late_rows = LateRows(
+                stream,
+                self.workload.optimizer,
+                self._append_late,
+                rank=self.rank,
+                lr=config.optimizer.lr,
+            )
         if self.rank == 0:
             np.zeros(1, np.int64).tofile(directory / "last-step")
         dist.barrier()
@@ -112,7 +133,8 @@ class DdpTrainer:
         end = time.monotonic() + _CALIBRATION
         while len(seconds) < 4 or time.monotonic() < end:
             started = time.perf_counter()
-            self.workload.compute_gradient(*self.workload.batches.batch(len(seconds)))
+            x, y = self.workload.batches.batch(len(seconds))
+            self.workload.compute_gradient(x.to(self.device), y.to(self.device))
             seconds.append(time.perf_counter() - started)
             if len(seconds) > 1:  # the first one warms up
                 time.sleep(self.workload.straggler.extra_seconds(0, seconds[-1]))
@@ -121,44 +143,90 @@ class DdpTrainer:
     def _train(self) -> None:
         seconds, points = self.config.budget.seconds, self.config.evaluation.count
         assert seconds is not None, "the budget of a DDP run is in seconds"
-        workload = self.workload
+        step = self._step if self._late_rows is None else self._step_on_device
         milestone = 1
         while True:
-            started = time.perf_counter()
-            x, y = workload.batches.batch(self.step)
-            if workload.straggler.active:
-                with self.ddp.no_sync():
-                    again = functools.partial(workload.compute_gradient, x, y)
-                    workload.straggler.slow_down(self.step, self._gradient_seconds, again)
-            if self.rank == 0 and self.elapsed >= seconds:
-                self._last_step[0] = self.step + 1  # before the all-reduce that all ranks share
-            loss = workload.compute_gradient(x, y, self.ddp)
-            workload.optimizer.step()
-            self.step += 1
-            self.samples += len(x)
+            step(seconds)
             elapsed = self.elapsed
-            self.file.append(
-                TrainRow(
-                    step=self.step,
-                    time_s=elapsed,
-                    samples=self.samples,
-                    total_samples=self.samples * self.size,
-                    loss=loss,
-                    learning_rate=self.config.optimizer.lr,
-                    compute_s=time.perf_counter() - started,
-                    exchange_s=0.0,
-                    wait_s=0.0,
-                    delay=0,
-                    delay_factor=1.0,
-                )
-            )
             while milestone < points and elapsed * points >= milestone * seconds:
                 self._pass_milestone(milestone)
                 milestone += 1
             if 0 < self._last_step[0] <= self.step:
+                self._catch_up()
                 return
 
+    def _step(self, seconds: float) -> None:
+        """Make a step of all ranks; begin no other when `seconds` of training are over."""
+        workload = self.workload
+        started = time.perf_counter()
+        x, y = workload.batches.batch(self.step)
+        if workload.straggler.active:
+            with self.ddp.no_sync():
+                again = functools.partial(workload.compute_gradient, x, y)
+                workload.straggler.slow_down(self.step, self._gradient_seconds, again)
+        self._declare_last_step(seconds)
+        loss = workload.compute_gradient(x, y, self.ddp)
+        workload.optimizer.step()
+        row = self._count_step(len(x))
+        row.loss, row.compute_s = loss, time.perf_counter() - started
+        self.file.append(row)
+
+    def _step_on_device(self, seconds: float) -> None:
+        """Ask the GPU for a step, whose row comes when its figures are there."""
+        workload, stream, rows = self.workload, self.stream, self._late_rows
+        assert stream is not None and rows is not None
+        rows.begin()
+        x, y = map(stream.to_device, workload.batches.batch(self.step))
+        if workload.straggler.active:
+            with self.ddp.no_sync():
+                workload.straggler.slow_down(
+                    self.step,
+                    self._gradient_seconds,
+                    functools.partial(workload.queue_gradient, x, y),
+                    wait=lambda: stream.mark().wait(),
+                    keep_busy=stream.keep_busy,
+                )
+        self._declare_last_step(seconds)
+        rows.computed(workload.queue_gradient(x, y, self.ddp))
+        workload.optimizer.step()
+        rows.end(self._count_step(len(x)))
+
+    def _declare_last_step(self, seconds: float) -> None:
+        """Say that this step is the last, if it is time: before the all-reduce of all ranks."""
+        if self.rank == 0 and self.elapsed >= seconds:
+            self._last_step[0] = self.step + 1
+
+    def _count_step(self, samples: int) -> TrainRow:
+        """Count a step; return its row, without the figures that were measured."""
+        self.step += 1
+        self.samples += samples
+        return TrainRow(
+            step=self.step,
+            time_s=self.elapsed,
+            samples=self.samples,
+            total_samples=self.samples * self.size,
+            loss=math.nan,
+            learning_rate=self.config.optimizer.lr,
+            compute_s=math.nan,
+            exchange_s=0.0,
+            wait_s=0.0,
+            delay=0,
+            delay_factor=1.0,
+        )
+
+    def _append_late(self, row: TrainRow) -> None:
+        """Append a row whose figures a GPU has measured: DDP's exchange is in its gradient."""
+        row.compute_s += row.exchange_s
+        row.exchange_s = 0.0
+        self.file.append(row)
+
+    def _catch_up(self) -> None:
+        """Wait for what a GPU still computes of the steps made."""
+        if self._late_rows is not None:
+            self._late_rows.flush()
+
     def _pass_milestone(self, milestone: int) -> None:
+        self._catch_up()
         self.parameters.copy_to_host()
         snapshot = Snapshot(
             self.parameters.host_view,

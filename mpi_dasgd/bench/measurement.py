@@ -104,7 +104,7 @@ def measure(measurement: Measurement) -> Result:
                 measurement.scenario.ranks,
                 needs_all=True,
                 timeout=measurement.expected_seconds + _GRACE_SECONDS,
-                env={"OMP_NUM_THREADS": "1"},
+                env=_environment(measurement.device),
                 stdout=output,
                 stderr=output,
             )
@@ -115,6 +115,12 @@ def measure(measurement: Measurement) -> Result:
             error_cls = UserError if outcome.code == UserError.exit_code else JobFailed
             raise error_cls(f"{outcome.describe() or 'the job was refused'}\n{text}")
         return _read(measurement, config.run_directory)
+
+
+def _environment(device: str) -> dict[str, str]:
+    """Return the variables of the ranks: one thread, and no GPU where the CPU is measured."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return {"OMP_NUM_THREADS": "1", **hidden}
 
 
 def _read(measurement: Measurement, directory: Path) -> Result:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from mpi_dasgd.bench.gpu_device import DEVICES, gpu_count, require_gpu
 from mpi_dasgd.bench.measurement import WARM_UP, JobFailed, Result, measure
 from mpi_dasgd.bench.options import add_output_options
 from mpi_dasgd.bench.sample_store import samples_path, write_samples
@@ -26,6 +27,7 @@ from mpi_dasgd.bench.training_report import (
     LEGEND,
     columns,
     require_same_start,
+    shared_gpus,
     summarize,
     table,
 )
@@ -47,23 +49,28 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     given = {name: value for name in FULL_PLAN if (value := getattr(options, name)) is not None}
     plan = Plan(**{**(QUICK_PLAN if options.quick else FULL_PLAN), **given})
+    device, gpus = "cpu", 0
+    if plan.device == "cuda":
+        device, gpus = require_gpu("bench training: --device cuda"), gpu_count()
     path = samples_path("training", options.out)
     results, code = _measure_all(list(plan.measurements()))
     if not results:
         return code
-    write_samples(path, "training", columns(results), {"cores": cores(), "warm_up": WARM_UP})
+    settings = {"cores": cores(), "warm_up": WARM_UP, "device": device, "gpus": gpus}
+    write_samples(path, "training", columns(results), settings)
     require_same_start(results)
-    rows = summarize(results)
+    rows = summarize(results, gpus)
     if disturbed := sum(result.cpu_others > MAX_OTHERS for result in results):
         print_message(
             f"warning: in {disturbed} of {len(results)} measurements something else used more than "
             f"{MAX_OTHERS:.0%} of the cores; measure again when the machine is quiet"
         )
     if options.json:
-        print(json.dumps({"rows": rows, "samples": str(path)}))
+        print(json.dumps({"device": device, "rows": rows, "samples": str(path)}))
     else:
         print("\n".join(table(rows)))
         print(LEGEND)
+        print("\n".join([f"device: {device}", *shared_gpus(rows, device, gpus)]))
         print(f"raw samples: {path}")
     return code
 
@@ -92,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stragglers", type=names, help=f"{stragglers} [none,s4,s10,c4,c10]")
     add("--algorithms", type=names, help=f"{algorithms} [all]")
     add("--seconds", type=float, help="length of a measurement [as the task needs]")
+    add("--device", choices=DEVICES, help="cpu, or cuda: a GPU per rank, or shared by them [cpu]")
     add("--repeats", type=int, help="measurements of each [3]")
     add(
         "--quick",

@@ -70,6 +70,7 @@ FULL_PLAN: dict[str, Any] = {
     "algorithms": ALGORITHMS,
     "repeats": 3,
     "seconds": None,
+    "device": "cpu",
 }
 """Arguments of `Plan` by default."""
 QUICK_PLAN: dict[str, Any] = {
@@ -116,12 +117,14 @@ class Measurement:
         algorithm: name of the algorithm, or ``algorithm:codec``.
         repeat: number of the repeat, from 0; repeats differ in their seed only.
         seconds: budget of the training.
+        device: ``cpu``, or ``cuda`` for the GPUs, which ranks may have to share.
     """
 
     scenario: Scenario
     algorithm: str
     repeat: int
     seconds: float
+    device: str = "cpu"
 
     @property
     def expected_seconds(self) -> float:
@@ -155,6 +158,8 @@ class Measurement:
             "evaluation.live": "false",
             "evaluation.count": milestones,
         }
+        if self.device == "cuda":
+            settings["device.share"] = "true"
         if scenario.straggler != "none":
             settings |= {
                 "straggler.distribution": "constant",
@@ -172,6 +177,7 @@ class Plan:
         tasks, ranks, stragglers, algorithms: all combinations are measured, `REFERENCE` always.
         repeats: measurements of each combination.
         seconds: budget of each measurement; None for the task's own.
+        device: ``cpu``, or ``cuda`` for the GPUs, which ranks may have to share.
 
     Raises:
         UserError: an unknown name, or a number out of range.
@@ -183,6 +189,7 @@ class Plan:
     algorithms: Sequence[str]
     repeats: int
     seconds: float | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         validate_names("bench training: --tasks", self.tasks, TASKS)
@@ -223,7 +230,7 @@ class Plan:
             for scenario in self.scenarios:
                 seconds = TASKS[scenario.task].seconds if self.seconds is None else self.seconds
                 for algorithm in algorithms[first:] + algorithms[:first]:
-                    yield Measurement(scenario, algorithm, repeat, seconds)
+                    yield Measurement(scenario, algorithm, repeat, seconds, self.device)
 
 
 def cores() -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mpi_dasgd.bench.gpu_device import TAKE_TURNS
 from mpi_dasgd.bench.measurement import Result
 from mpi_dasgd.bench.sample_store import columns_of
 from mpi_dasgd.bench.training_plan import REFERENCE, Scenario
 
-__all__ = ["LEGEND", "columns", "require_same_start", "summarize", "table"]
+__all__ = ["LEGEND", "columns", "require_same_start", "shared_gpus", "summarize", "table"]
 
 LEGEND = """\
 share: of the samples/s of `alone` in the same repeat, median; spread: largest minus smallest share
@@ -37,12 +38,16 @@ def require_same_start(results: Iterable[Result]) -> None:
             )
 
 
-def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
+def summarize(results: Sequence[Result], gpus: int = 0) -> list[dict[str, Any]]:
     """Return one row per scenario and algorithm, in the order measured.
 
     Values are medians over the repeats, and None where there is none. A share compares with
     `REFERENCE` in the same repeat; `share_spread` is the largest minus the smallest share, None
-    for a single repeat.
+    for a single repeat; `shares_gpu` says that ranks took turns on a GPU.
+
+    Args:
+        results: results of all measurements.
+        gpus: number of GPUs that they ran on; 0: on the CPU.
     """
     groups: dict[tuple[Scenario, str], list[Result]] = {}
     reference: dict[tuple[Scenario, int], float] = {}
@@ -64,6 +69,7 @@ def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "ranks": scenario.ranks,
                 "straggler": scenario.straggler,
                 "algorithm": algorithm,
+                "shares_gpu": 0 < gpus < scenario.ranks,
                 "repeats": len(group),
                 "samples_per_s": _median(result.samples_per_s for result in group),
                 "share_of_alone": _median(shares),
@@ -107,6 +113,18 @@ def columns(results: Sequence[Result]) -> dict[str, list[Any]]:
         for result in results
         for (rank, window), samples in np.ndenumerate(result.samples)
     )
+
+
+def shared_gpus(rows: Sequence[dict[str, Any]], device: str, gpus: int) -> list[str]:
+    """Return a line about each number of ranks whose speeds mean nothing: they shared a GPU.
+
+    Args:
+        rows: rows of `summarize`.
+        device: name of the GPU.
+        gpus: number of GPUs.
+    """
+    crowded = sorted({row["ranks"] for row in rows if row["shares_gpu"]})
+    return [f"{ranks} ranks on {gpus} x {device}: {TAKE_TURNS}" for ranks in crowded]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

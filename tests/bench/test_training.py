@@ -8,13 +8,22 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
+import torch
 
 from mpi_dasgd import bench, launch
-from mpi_dasgd.bench.ddp import tcp_bytes_sent
-from mpi_dasgd.bench.measurement import JobFailed, Result, common_windows, counts_per_window
+from mpi_dasgd.bench import ddp
+from mpi_dasgd.bench.ddp import DdpTrainer, tcp_bytes_sent
+from mpi_dasgd.bench.measurement import (
+    JobFailed,
+    Result,
+    common_windows,
+    counts_per_window,
+    measure,
+)
 from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.bench.training_plan import (
     FULL_PLAN,
@@ -24,10 +33,17 @@ from mpi_dasgd.bench.training_plan import (
     Scenario,
     cores,
 )
-from mpi_dasgd.bench.training_report import columns, require_same_start, summarize, table
+from mpi_dasgd.bench.training_report import (
+    columns,
+    require_same_start,
+    shared_gpus,
+    summarize,
+    table,
+)
 from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
+from tests.support.late_stream import LateStream
 from tests.support.mpi_ranks import ROOT, missing, mpi_library
 
 # Parameters of the model of T1.
@@ -153,6 +169,62 @@ def test_shares_compare_with_the_reference_of_the_same_scenario() -> None:
     assert rows[2, "ddp"]["share_of_alone"] == pytest.approx(0.5)
     assert rows[4, "ddp"]["share_of_alone"] == pytest.approx(0.9)
     assert rows[4, "ddp"]["share_spread"] is None
+
+
+def test_ranks_that_share_a_gpu_are_marked() -> None:
+    two, four = Scenario("T1", 2, "none"), Scenario("T1", 4, "none")
+    results = [result("alone", 0, 1.0, scenario=scenario) for scenario in (two, four)]
+    rows = summarize(results, gpus=2)
+    assert [row["shares_gpu"] for row in rows] == [False, True]
+    assert shared_gpus(rows, "NVIDIA H100", 2) == [
+        "4 ranks on 2 x NVIDIA H100: functional only: ranks take turns"
+    ]
+    assert not any(row["shares_gpu"] for row in summarize(results)), "on the CPU"
+
+
+def test_the_device_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU they see no GPU; on GPUs they may share one."""
+    started: list[dict[str, str]] = []
+
+    def launched(*_: object, env: dict[str, str], **__: object) -> NoReturn:
+        started.append(env)
+        raise JobFailed("not here")
+
+    monkeypatch.setattr(launch, "run", launched)
+    for device in ("cpu", "cuda"):
+        (measurement, *_) = Plan(**{**QUICK_PLAN, "device": device}).measurements()
+        assert measurement.config(tmp_path).device.share is (device == "cuda")
+        with pytest.raises(JobFailed):
+            measure(measurement)
+    assert [env.get("CUDA_VISIBLE_DEVICES") for env in started] == ["", None]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_missing_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^bench training: --device cuda: torch sees no GPU here"):
+        bench.run("training", ["--quick", "--device", "cuda", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_ddp_on_a_late_stream_has_the_losses_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, times = [], []
+    for stream in (None, LateStream(4)):
+        monkeypatch.setattr(ddp, "device_stream", lambda device, stream=stream: stream)
+        directory = tmp_path / ("host" if stream is None else "late")
+        directory.mkdir()
+        config = Measurement(Scenario("T1", 2, "c2"), "ddp", 0, 0.3).config(directory)
+        trainer = DdpTrainer(config)  # one rank: there is no launcher
+        trainer.run()
+        record = read_run_file(rank_path(config.run_directory, 0))
+        assert record.tables["train"]["step"].tolist() == list(range(1, trainer.step + 1))
+        losses.append(record.tables["train"]["loss"])
+        times.append(record.tables["train"]["time_s"])
+    compared = min(map(len, losses))
+    assert compared > 5
+    np.testing.assert_array_equal(losses[0][:compared], losses[1][:compared])
+    assert all((np.diff(time) >= 0).all() for time in times)
 
 
 def test_targets_not_reached_and_bytes_not_counted_are_null() -> None:
