@@ -13,6 +13,8 @@ from mpi_dasgd.codecs.lattice import LatticeCodec
 from mpi_dasgd.codecs.message import Header, Layout, Message
 from mpi_dasgd.codecs.none import NoCodec
 from mpi_dasgd.config.schema import CodecConfig
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.errors import UserError, nearest
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "NoCodec",
     "Outcome",
     "make",
+    "runs_on_device",
 ]
 
 
@@ -40,6 +43,22 @@ CODECS: dict[str, Callable[[int, np.dtype, CodecConfig, Seeds], Codec]] = {
 }
 
 
+_CLASSES: dict[str, type[Codec]] = {
+    "none": NoCodec,
+    "bf16": BFloat16Codec,
+    "fp16": Float16Codec,
+    "lattice4": LatticeCodec,
+    "lattice8": LatticeCodec,
+    "lattice16": LatticeCodec,
+    "qsgd8": QsgdCodec,
+}
+
+
+def runs_on_device(name: str, dtype: np.dtype) -> bool:
+    """Return whether `make` has the codec `name` on a GPU, for models of `dtype`."""
+    return dtype == np.float32 and _CLASSES[name].runs_on_device
+
+
 def make(
     settings: CodecConfig,
     elements: int,
@@ -48,6 +67,7 @@ def make(
     seed: int,
     rank: int,
     trailer_words: int = 0,
+    device: Device = HOST,
 ) -> Codec:
     """Return a rank's codec for models of `elements` elements of `dtype`.
 
@@ -58,16 +78,40 @@ def make(
         seed: seed of the run.
         rank: rank that the codec belongs to.
         trailer_words: 64-bit words that the algorithm adds to each message.
+        device: device of the models and of the messages' bodies; it must be that of the calling
+            thread (`Device.bind`).
 
     Raises:
-        UserError: the name is unknown, or the codec does not accept such models.
+        UserError: the name is unknown, or the codec does not accept such models, or not on a GPU.
     """
     name = settings.name
     if name not in CODECS:
         raise UserError(
             f"codec {name!r} is not known{nearest(name, CODECS)} (valid: {', '.join(CODECS)})"
         )
-    codec = CODECS[name](elements, dtype, settings, Seeds(seed, rank))
+    seeds = Seeds(seed, rank)
+    if device.xp is np:
+        codec = CODECS[name](elements, dtype, settings, seeds)
+    else:
+        codec = _make_on_device(settings, elements, dtype, seeds, device)
     if trailer_words:
         codec.layout = dataclasses.replace(codec.layout, trailer_words=trailer_words)
     return codec
+
+
+def _make_on_device(
+    settings: CodecConfig, elements: int, dtype: np.dtype, seeds: Seeds, device: Device
+) -> Codec:
+    name = settings.name
+    if not runs_on_device(name, dtype):
+        raise UserError(
+            f"codec.name: {name!r} does not run on {device.name} for models of {dtype}; set "
+            "transport.memory=host, or take another codec and float32 models"
+        )
+    # Not at the top: on the host nothing of a GPU is needed.
+    from mpi_dasgd.codecs import device_elementwise, device_lattice
+
+    if name.startswith("lattice"):
+        bits = int(name.removeprefix("lattice"))
+        return device_lattice.DeviceLatticeCodec(elements, dtype, bits, settings, seeds, device)
+    return device_elementwise.CODECS[name](elements, dtype, device)

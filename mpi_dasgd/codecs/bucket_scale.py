@@ -6,19 +6,38 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 
-__all__ = ["AdaptiveScale"]
+__all__ = ["REFRESH_ENCODINGS", "AdaptiveScale", "scale_per_distance"]
+
+REFRESH_ENCODINGS = 64
+"""Encodings between two measurements of the largest |x|."""
 
 # Smallest scale, relative to the largest |x|: a finer one leaves too few codes, and float32 too few
 # bits.
 _FLOOR = 2.0**-21
 # First guess of a distance, relative to the largest |x|.
 _START = 2.0**-4
-# Encodings between two measurements of the largest |x|.
-_REFRESH_ENCODINGS = 64
 # Range of an estimate.
 _MIN_ESTIMATE, _MAX_ESTIMATE = 1e-30, 1e30
 # Largest ratio of scale to distance: see AdaptiveScale.
 _MAX_SCALE_RATIO = 0.3
+
+
+def scale_per_distance(bits: int, margin: float | None) -> np.float32:
+    """Return the ratio of a bucket's scale to its estimate; see `AdaptiveScale`.
+
+    Raises:
+        UserError: `margin` is too large for so few bits.
+    """
+    levels = 2 ** (bits - 1) - 1
+    if margin is None:
+        margin = 3.0 if bits > 4 else 1.5
+    if margin / levels > _MAX_SCALE_RATIO:
+        raise UserError(
+            f"codec.scale_margin: with {bits} bits expected at most "
+            f"{_MAX_SCALE_RATIO * levels:g}, got {margin:g}: coarser codes drive the models "
+            "apart; take a smaller margin or more bits"
+        )
+    return np.float32(margin / levels)
 
 
 class AdaptiveScale:
@@ -58,18 +77,9 @@ class AdaptiveScale:
     def __init__(
         self, elements: int, bits: int, bucket: int, margin: float | None, decay: float
     ) -> None:
-        levels = 2 ** (bits - 1) - 1
-        if margin is None:
-            margin = 3.0 if bits > 4 else 1.5
-        if margin / levels > _MAX_SCALE_RATIO:
-            raise UserError(
-                f"codec.scale_margin: with {bits} bits expected at most "
-                f"{_MAX_SCALE_RATIO * levels:g}, got {margin:g}: coarser codes drive the models "
-                "apart; take a smaller margin or more bits"
-            )
         buckets = -(-elements // bucket)
         self.estimate = np.zeros(buckets, np.float32)
-        self._scale_per_distance = np.float32(margin / levels)
+        self._scale_per_distance = scale_per_distance(bits, margin)
         self._decay = np.float32(decay)
         self._starts = np.arange(0, elements, bucket)
         self._floor = np.zeros(buckets, np.float32)
@@ -80,7 +90,7 @@ class AdaptiveScale:
 
     def scales(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write the scales for an encoding of `x` to `out`, float32, shape (buckets,)."""
-        if self._encodings % _REFRESH_ENCODINGS == 0:
+        if self._encodings % REFRESH_ENCODINGS == 0:
             self._refresh_range(x)
         self._encodings += 1
         np.multiply(self.estimate, self._scale_per_distance, out=out)

@@ -11,7 +11,14 @@ from abc import abstractmethod
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds, require_float32
+from mpi_dasgd.codecs.base import (
+    Codec,
+    ExchangeBuffers,
+    ExchangeOutcome,
+    Outcome,
+    Seeds,
+    require_float32,
+)
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
 
@@ -49,7 +56,7 @@ class ElementwiseCodec(Codec):
     def unpack(self, message: Message, start: int, count: int) -> np.ndarray:
         """Return `count` elements of a message from `start` on, a new float32 array."""
 
-    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> Outcome:
         """Do the whole exchange, block by block; see `Codec.average_pair`."""
         deltas, partner_model, reply_delta = (
             buffers.deltas,
@@ -86,6 +93,7 @@ class BFloat16Codec(ElementwiseCodec):
     """Upper 16 bits of float32, rounded to nearest, ties to even."""
 
     name = "bf16"
+    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         items = np.dtype(np.uint16)
@@ -106,6 +114,7 @@ class Float16Codec(ElementwiseCodec):
     """IEEE half precision, rounded to nearest; beyond 65,504 it saturates."""
 
     name = "fp16"
+    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         items = np.dtype(np.float16)

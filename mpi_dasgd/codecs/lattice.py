@@ -9,6 +9,7 @@ arithmetic.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +18,7 @@ from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.config.schema import CodecConfig
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.kernels import lattice
 from mpi_dasgd.kernels.encoded import (
     BUCKET,
@@ -28,14 +30,14 @@ from mpi_dasgd.kernels.encoded import (
     codes_of,
 )
 
-__all__ = ["LatticeCodec"]
+__all__ = ["LatticeCodec", "LatticeMessages"]
 
 # Codec numbers in the header: 16 + bits, and 64 more if rounded to nearest.
 _NUMBER, _NEAREST = 16, 64
 
 
-class LatticeCodec(Codec):
-    """Lattice codes of 4, 8 or 16 bits, with a scale and a checksum per bucket of 1,024 elements.
+class LatticeMessages(Codec):
+    """Messages in lattice codes of 4, 8 or 16 bits, with scales and checksums of the buckets.
 
     Args:
         elements: number of model elements.
@@ -64,33 +66,29 @@ class LatticeCodec(Codec):
             scales=buckets,
             checksums=buckets,
         )
-        self.scale = AdaptiveScale(
-            elements, bits, BUCKET, settings.scale_margin, settings.scale_decay
-        )
         self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
         self._threads = settings.threads
         self._seeds = seeds
-        self._stats = np.zeros(buckets, BUCKET_STATS)
-        self._delta_stats: list[np.ndarray] = []
+        self._stats = self._new_stats()
+        self._delta_stats: list[Array] = []
 
-    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
-        """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
+    @abstractmethod
+    def _new_stats(self) -> Array:
+        """Return room for the statistics of a message, `BUCKET_STATS`, shape (buckets,)."""
+
+    def _step(self, x: Array, buffers: ExchangeBuffers) -> FusedStep:
+        """Return an exchange as one pass over memory, without the scales of the publication."""
         step = FusedStep(x, self._threads)
         step.deltas = tuple(map(self._received, buffers.deltas))
         step.delta_stats = self._stats_of_deltas(len(buffers.deltas))
         step.weight = buffers.weight
-        partner_model = buffers.partner_model
-        if partner_model is not None:
-            step.partner_model, step.stats = self._received(partner_model), self._stats
+        if buffers.partner_model is not None:
+            step.partner_model, step.stats = self._received(buffers.partner_model), self._stats
             if buffers.reply_delta is not None:
                 step.reply_delta = self._new(buffers.reply_delta)
         if buffers.publication is not None:
             step.publication = self._new(buffers.publication)
-            self.scale.scales(x, buffers.publication.scales)
-        lattice.backend_of(x).run(step)
-        for message, stats in zip(buffers.deltas, step.delta_stats, strict=True):
-            self._observe_delta(message, stats, buffers.weight)
-        return ExchangeOutcome() if partner_model is None else self._observe(partner_model)
+        return step
 
     def _view(self, message: Message) -> EncodedVector:
         view: EncodedVector | None = message.view
@@ -115,10 +113,42 @@ class LatticeCodec(Codec):
         view.seed = message.seed = self._seeds.draw()
         return view
 
-    def _stats_of_deltas(self, count: int) -> tuple[np.ndarray, ...]:
+    def _stats_of_deltas(self, count: int) -> tuple[Array, ...]:
         while len(self._delta_stats) < count:
-            self._delta_stats.append(np.zeros_like(self._stats))
+            self._delta_stats.append(self._new_stats())
         return tuple(self._delta_stats[:count])
+
+
+class LatticeCodec(LatticeMessages):
+    """Lattice codes of 4, 8 or 16 bits, with a scale and a checksum per bucket of 1,024 elements.
+
+    Args, raises: see `LatticeMessages`.
+    """
+
+    runs_on_device = True
+
+    def __init__(
+        self, elements: int, dtype: np.dtype, bits: int, settings: CodecConfig, seeds: Seeds
+    ) -> None:
+        super().__init__(elements, dtype, bits, settings, seeds)
+        self.scale = AdaptiveScale(
+            elements, bits, BUCKET, settings.scale_margin, settings.scale_decay
+        )
+
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+        """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
+        step = self._step(x, buffers)
+        if buffers.publication is not None:
+            self.scale.scales(x, buffers.publication.scales)
+        lattice.backend_of(x).run(step)
+        for message, stats in zip(buffers.deltas, step.delta_stats, strict=True):
+            self._observe_delta(message, stats, buffers.weight)
+        if buffers.partner_model is None:
+            return ExchangeOutcome()
+        return self._observe(buffers.partner_model)
+
+    def _new_stats(self) -> np.ndarray:
+        return np.zeros(self.layout.scales, BUCKET_STATS)
 
     def _observe(self, publication: Message) -> ExchangeOutcome:
         """Update scale and counters after an exchange that this rank initiated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome
+from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Outcome
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.kernels.pair_average import pair_average
 
@@ -20,6 +20,7 @@ class NoCodec(Codec):
     """
 
     name = "none"
+    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         self.layout = Layout(
@@ -31,7 +32,7 @@ class NoCodec(Codec):
         """Copy the model `x` to `out`."""
         pair_average(x, publication=out.payload)
 
-    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
+    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> Outcome:
         """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
         partner_model, reply_delta = buffers.partner_model, buffers.reply_delta
         publication = buffers.publication
