@@ -32,7 +32,6 @@ TESTED_BY = {
     "bench/test_rma": "bench: rma_operations",
     "bench/test_training": "bench: ddp gpu_device measured_rank measurement "
     "training_plan training_report",
-    "bench/test_training": "bench: ddp measured_rank measurement training_plan training_report",
     "codecs/test_device_codecs": "codecs: device_elementwise device_lattice device_scale "
     "late_totals",
     "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice none",
