@@ -6,18 +6,22 @@ import numpy as np
 import torch
 import xxhash
 
+from mpi_dasgd.device.base import Array, Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.kernels.encoded import BUCKET
 from mpi_dasgd.model.flat_memory import FlatMemory
 from mpi_dasgd.model.gradient_vector import GradientVector, require_exchangeable_gradients
+from mpi_dasgd.model.host_mirror import HostMirror
 from mpi_dasgd.model.model_structure import ModelStructure
 from mpi_dasgd.model.parameter_attachment import ParameterAttachment
-from mpi_dasgd.model.parameter_layout import lay_out
+from mpi_dasgd.model.parameter_layout import describe, lay_out, name_at
 from mpi_dasgd.model.parameter_selection import select_parameters
 
 __all__ = ["FlatParameters"]
 
 
-_LOOKS = 64  # calls of `copy_to_host` by which the structure is looked at closely
+_LOOKS = 64  # calls of `gather` by which the structure is looked at closely
+_ALIGNMENT = 16  # bytes of a load of four float32, on a device
 
 
 class FlatParameters:
@@ -28,12 +32,17 @@ class FlatParameters:
     parameters share; complex numbers are pairs of real ones. Padding behind them is zero.
 
     The vector is float64 if a parameter is float64 or complex128, else float32. Parameters of lower
-    precision than the vector, and those whose memory others see, are no views: `copy_to_host` and
-    `copy_to_device` copy between them and the vector, which then holds their master values.
+    precision than the vector, and those whose memory others see, are no views: `gather` and
+    `scatter` copy between them and the vector, which then holds their master values.
+
+    Exchanges see the vector as `vector`. That is in host memory, as a copy if the parameters are on
+    a GPU, unless they are exchanged on their device: then each parameter begins at a multiple of 16
+    bytes, and host memory has a copy, without gaps, only when `copy_to_host` makes one.
 
     Args:
         module: module whose parameters are on one device.
         optimizer: its optimizer; None: only the parameters of `module` that require a gradient.
+        device: where the vector is exchanged: the host, or the device of the parameters.
 
     Raises:
         UserError: parameters that cannot be exchanged, by name.
@@ -43,34 +52,57 @@ class FlatParameters:
         dtype: type of the vector.
         parameters: the parameters that are in the vector, in its order.
         names: their names.
-        host_view: the vector, (padded,), `dtype`, in host memory.
-        on_host: whether the parameters are in host memory, too.
+        device: where the vector is exchanged.
+        vector: the vector that is exchanged, (padded,), `dtype`, an array of `device`.
+        is_mirrored: whether the parameters are on a GPU, but exchanged as a copy in host memory.
     """
 
     def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        device: Device = HOST,
     ) -> None:
         named = select_parameters(module, optimizer)
-        dtype, self._segments = lay_out(named)
+        alignment = _ALIGNMENT if device.is_asynchronous else 1
+        dtype, self._segments = lay_out(named, alignment)
         self._placements = [placement for s in self._segments for placement in s.placements]
         self.parameters = [placement.parameter for placement in self._placements]
         self.names = [placement.name for placement in self._placements]
-        self.size = self._segments[-1].part.stop
-        padded = -(-self.size // BUCKET) * BUCKET
-        device = self.parameters[0].device
-        self._memory = FlatMemory(padded, dtype, device)
-        self.on_host = device.type == "cpu"
-        self._mirror = self._memory.tensor
-        if not self.on_host:
-            self._mirror = torch.zeros(padded, dtype=dtype, pin_memory=device.type == "cuda")
-        self.host_view: np.ndarray = self._mirror.numpy()
-        self.dtype = self.host_view.dtype
+        self.size = self._segments[-1].host_part.stop
+        padded = -(-self._segments[-1].part.stop // BUCKET) * BUCKET
+        of_parameters = self.parameters[0].device
+        self._memory = FlatMemory(padded, dtype, of_parameters)
+        self.device = device
+        self.is_mirrored = of_parameters.type != "cpu" and not device.is_asynchronous
+        self._mirror = HostMirror(
+            self._memory.tensor,
+            self._segments,
+            is_separate=self.is_mirrored or device.is_asynchronous,
+        )
+        self.vector: Array = (
+            device.vector(self._memory.tensor) if device.is_asynchronous else self._mirror.view
+        )
+        self.dtype = np.dtype(str(dtype).removeprefix("torch."))
         self._module = module
         self._structure = ModelStructure(module, optimizer, self.parameters)
         self._attachment = ParameterAttachment(self._segments, self._memory, self._others)
         self._gradient: GradientVector | None = None
         self._pulls = 0
-        self.copy_to_host()
+        self.gather()
+
+    @property
+    def host_view(self) -> np.ndarray:
+        """The vector in host memory, (padded,), `dtype`, without gaps.
+
+        If the vector is exchanged on a device this is what `copy_to_host` has copied.
+        """
+        return self._mirror.view
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The vector where the parameters are, (padded,); for meters, which only read it."""
+        return self._memory.tensor
 
     @property
     def guests(self) -> list[str]:
@@ -83,8 +115,8 @@ class FlatParameters:
         parameters = (p for p in self._module.parameters() if id(p) not in in_vector)
         return [*self._module.buffers(), *parameters]
 
-    def copy_to_host(self, update: bool = False) -> None:
-        """Have `host_view` hold what the parameters hold, wherever they are.
+    def gather(self, update: bool = False) -> None:
+        """Have `vector` hold what the parameters hold.
 
         Parameters that were re-pointed are taken back with their values. To be called before
         anything of a step reads the vector, and after the optimizer has changed the parameters.
@@ -104,24 +136,61 @@ class FlatParameters:
             elif not self._structure.is_unchanged:
                 self._structure.require_unchanged()
         self._attachment.pull(update)
-        if not self.on_host:
-            self._mirror.copy_(self._memory.tensor)
+        if self.is_mirrored:
+            self._mirror.fetch()
 
-    def check(self) -> None:
-        """Look at everything that `copy_to_host` looks at in some steps only, as it is slow.
+    def scatter(self) -> None:
+        """Have the parameters hold what `vector` holds, rounded to their types."""
+        if self.is_mirrored:
+            self._mirror.store()
+        if self._attachment.has_copies:
+            self._attachment.push()
+
+    def copy_to_host(self) -> None:
+        """Have `host_view` hold what the parameters hold, wherever they are; waits for a device.
 
         Raises:
-            UserError: see `copy_to_host`.
+            UserError: see `gather`.
+        """
+        self.gather()
+        if self.device.is_asynchronous:
+            self._mirror.fetch()
+
+    def copy_to_device(self) -> None:
+        """Have `vector` and the parameters hold what `host_view` holds, wherever they are."""
+        if self.device.is_asynchronous:
+            self._mirror.store()
+        self.scatter()
+
+    def to_host(self, vector: Array) -> np.ndarray:
+        """Return `vector`, of the layout of this one, as `host_view` has it; waits for a device.
+
+        On the host it is `vector` itself, on a device a copy without gaps.
+
+        Args:
+            vector: (padded,), an array of `device`.
+        """
+        array = self.device.to_host(vector)
+        if not self.device.is_asynchronous:
+            return array
+        dense: np.ndarray = self._mirror.without_gaps(torch.from_numpy(array)).numpy()
+        return dense
+
+    def to_device(self, vector: np.ndarray) -> Array:
+        """Return `vector`, (padded,), as `to_host` has made it, as a new array of `device`."""
+        source = self._mirror.with_gaps(torch.from_numpy(vector)).numpy()
+        array = self.device.xp.empty(source.shape, source.dtype)
+        self.device.assign(array, source)
+        return array
+
+    def check(self) -> None:
+        """Look at everything that `gather` looks at in some steps only, as it is slow.
+
+        Raises:
+            UserError: see `gather`.
         """
         self._structure.require_unchanged()
         self._attachment.attach_reshaped()
-
-    def copy_to_device(self) -> None:
-        """Have the parameters hold what `host_view` holds, rounded to their types."""
-        if not self.on_host:
-            self._memory.tensor.copy_(self._mirror)
-        if self._attachment.has_copies:
-            self._attachment.push()
 
     def gather_gradient(self) -> torch.Tensor:
         """Return the gradient, (padded,), `dtype`, on the device; see `GradientVector.gather`."""
@@ -143,35 +212,22 @@ class FlatParameters:
         require_exchangeable_gradients(self._module, self._segments, algorithm)
 
     def name_of(self, index: int) -> str:
-        """Return the name of the parameter that element `index` of the vector belongs to."""
-        for segment in self._segments:
-            if segment.start <= index < segment.part.stop:
-                return " = ".join(placement.name for placement in segment.placements)
-        return "padding"
+        """Return the name of the parameter that element `index` of `host_view` belongs to."""
+        return name_at(self._segments, index)
 
     def description(self) -> list[tuple[str, tuple[int, ...], str, tuple[int, ...], int]]:
         """Return name, shape, dtype, strides and first element in the vector of each parameter.
 
         Ranks whose descriptions are equal have the same vector.
         """
-        return [
-            (
-                placement.name,
-                tuple(placement.shape),
-                str(placement.parameter.dtype).removeprefix("torch."),
-                placement.stride,
-                segment.start + placement.offset * (1 + placement.is_complex),
-            )
-            for segment in self._segments
-            for placement in segment.placements
-        ]
+        return describe(self._segments)
 
     def set(self, vector: np.ndarray) -> None:
-        """Set all parameters from `vector`, (padded,), any float dtype."""
+        """Set all parameters from `vector`, (padded,), any float dtype, as `host_view` has it."""
         self.host_view[:] = vector
         self.copy_to_device()
 
     def digest(self) -> str:
-        """Return a hash, 32 hexadecimal digits, of the vector."""
+        """Return a hash, 32 hexadecimal digits, of `host_view` as the parameters are."""
         self.copy_to_host()
         return xxhash.xxh3_128_hexdigest(self.host_view.data)

@@ -11,7 +11,7 @@ import torch
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_memory import byte_range, group_overlapping
 
-__all__ = ["Placement", "Segment", "lay_out", "vector_type"]
+__all__ = ["Placement", "Segment", "describe", "lay_out", "name_at", "vector_type"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Segment:
 
     Attributes:
         start: its first element in the vector.
+        host_start: its first element in the vector of host memory, where nothing is aligned.
         elements: number of its real numbers.
         dtype: real type of its parameters.
         placements: its parameters.
@@ -60,11 +61,17 @@ class Segment:
     elements: int
     dtype: torch.dtype
     placements: list[Placement] = field(default_factory=list)
+    host_start: int = 0
 
     @property
     def part(self) -> slice:
         """Its elements of the vector."""
         return slice(self.start, self.start + self.elements)
+
+    @property
+    def host_part(self) -> slice:
+        """Its elements of the vector of host memory."""
+        return slice(self.host_start, self.host_start + self.elements)
 
 
 def vector_type(parameters: Sequence[torch.Tensor]) -> np.dtype:
@@ -73,7 +80,9 @@ def vector_type(parameters: Sequence[torch.Tensor]) -> np.dtype:
     return np.dtype(np.float64 if is_double else np.float32)
 
 
-def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, list[Segment]]:
+def lay_out(
+    named: Sequence[tuple[str, torch.Tensor]], alignment: int = 1
+) -> tuple[torch.dtype, list[Segment]]:
     """Return the type of the vector, and its segments in their order.
 
     The order is that of `named`, except that parameters of the vector's own type come first, and
@@ -82,6 +91,8 @@ def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, lis
 
     Args:
         named: name and parameter.
+        alignment: bytes that the address of each segment is a multiple of: without it, on a GPU,
+            optimizers and convolutions take slower ways.
 
     Raises:
         UserError: parameters of different types share memory.
@@ -94,13 +105,42 @@ def lay_out(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.dtype, lis
         for group in group_overlapping(tensors)
     ]
     segments.sort(key=lambda segment: _order(segment, real_type, types))
-    start = 0
+    start = host_start = 0
     for segment in segments:
-        if not _is_real(segment):
-            start += start % 2  # the place of a pair
-        segment.start = start
-        start += segment.elements
+        pair = 1 if _is_real(segment) else 2
+        segment.start = _round_up(start, max(pair, alignment // segment.dtype.itemsize))
+        segment.host_start = _round_up(host_start, pair)
+        start, host_start = segment.part.stop, segment.host_part.stop
     return real_type, segments
+
+
+def describe(
+    segments: Sequence[Segment],
+) -> list[tuple[str, tuple[int, ...], str, tuple[int, ...], int]]:
+    """Return name, shape, dtype, strides and first element in the vector of each parameter."""
+    return [
+        (
+            placement.name,
+            tuple(placement.shape),
+            str(placement.parameter.dtype).removeprefix("torch."),
+            placement.stride,
+            segment.start + placement.offset * (1 + placement.is_complex),
+        )
+        for segment in segments
+        for placement in segment.placements
+    ]
+
+
+def name_at(segments: Sequence[Segment], index: int) -> str:
+    """Return the name of the parameter that has element `index` of the vector of host memory."""
+    for segment in segments:
+        if segment.host_start <= index < segment.host_part.stop:
+            return " = ".join(placement.name for placement in segment.placements)
+    return "padding"
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def _order(

@@ -30,12 +30,13 @@ class WorkingCopy:
         self._master = master
         self._values = self.memory.tensor
         self._written = torch.empty_like(self._values)
+        self._on_host = master.device.type == "cpu"
         self.write()
 
     def take_writes(self) -> None:
         """Set the master to each value that was written, and leave it where none was."""
         changed = self._values != self._written
-        if changed.any():
+        if not self._on_host or changed.any():  # a GPU would be waited for
             self._master.copy_(
                 torch.where(changed, self._values.to(self._master.dtype), self._master)
             )

@@ -76,6 +76,7 @@ class Decentralized:
         buffers: its buffers, and parameters that are not in the vector.
         local: optimizer of this rank, with the number of its steps.
         codec: codec of the messages, with its counters.
+        device: where the models are exchanged, and why.
         lockstep: whether all ranks make the same number of steps.
         samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
     """
@@ -115,7 +116,7 @@ class Decentralized:
         self.config = config
         parts = build_rank(config, environment, model, optimizer, record, buffer_rules)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
-        self.buffers = parts.buffers
+        self.buffers, self.device = parts.buffers, parts.device
         self.codec, self.endpoint, self.algorithm = parts.codec, parts.endpoint, parts.algorithm
         self.lockstep = parts.run.lockstep
         self.budget = Budget(parts.run, self.endpoint.membership, self.rank)
@@ -131,7 +132,8 @@ class Decentralized:
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
-        self.algorithm.start()
+        with self.device.device.current_stream():
+            self.algorithm.start()
         environment.comm.Barrier()  # every rank has published before any chooses a partner
         self._participation = Participation(self.endpoint, self.close)
         self.budget.restart_clock()
@@ -244,16 +246,17 @@ class Decentralized:
         self._pauses.refuse_inside("finish()")
         if self._is_running:
             self._stepper.may_step = False
-            self.parameters.copy_to_host()
-            leave(
-                self.endpoint,
-                self.algorithm,
-                self._waiter,
-                self._shadow,
-                self.local,
-                self._pauses.take_part,
-            )
-            self.parameters.copy_to_device()
+            with self.device.device.current_stream():
+                self.parameters.gather()
+                leave(
+                    self.endpoint,
+                    self.algorithm,
+                    self._waiter,
+                    self._shadow,
+                    self.local,
+                    self._pauses.take_part,
+                )
+                self.parameters.scatter()
         self.algorithm.settle()
 
     @property

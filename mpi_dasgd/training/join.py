@@ -224,7 +224,7 @@ def make_shadow(parts: RankParts, budget: Budget) -> Shadow:
     parameters = parts.parameters
 
     def on_begin(step: int) -> None:
-        parameters.copy_to_host()
+        parameters.gather()
         budget.declare_last_step(step)
 
     follows = parts.algorithm.capabilities.one_model and not parts.local.needs_closure
@@ -233,6 +233,6 @@ def make_shadow(parts: RankParts, budget: Budget) -> Shadow:
         parts.local,
         EndpointPeers(parts.endpoint),
         on_begin,
-        parameters.copy_to_device,
+        parameters.scatter,
         FollowingOptimizer(parts.local, parameters) if follows else None,
     )

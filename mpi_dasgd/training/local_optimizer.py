@@ -9,12 +9,19 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import Diverged, UserError
 from mpi_dasgd.kernels.finite import prepare_all_finite
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
+from mpi_dasgd.training.finite_check import LateFiniteCheck
 
 __all__ = ["TorchLocalOptimizer"]
+
+_UNSEEN = "no other rank has received it"
+_LATE = (
+    "on a GPU this is seen one step late, so that other ranks may have averaged with it meanwhile"
+)
 
 
 class TorchLocalOptimizer:
@@ -37,7 +44,9 @@ class TorchLocalOptimizer:
             optimizer itself does.
         loss: what the newest step of the optimizer returned: the loss of its closure.
         lr: learning rate of the first parameter group in the newest step, or 0 without one.
-        update_seconds: time spent in the optimizer so far.
+        device: where the model is exchanged.
+        update_seconds: time that this thread has spent in the optimizer so far; on a device, time
+            to ask for its work.
     """
 
     def __init__(
@@ -62,9 +71,14 @@ class TorchLocalOptimizer:
         self._check_finite = check_finite
         self._has_new_gradient = False
         self.lr = float(optimizer.param_groups[0].get("lr", 0.0))
-        self._model_is_finite = prepare_all_finite(parameters.host_view)
-        self._host_gradient: np.ndarray | None = None
-        self._device_gradient: torch.Tensor | None = None
+        self.device = parameters.device
+        self._late_check: LateFiniteCheck | None = None
+        if self.device.is_asynchronous:
+            self._late_check = LateFiniteCheck(parameters.flat, self.device)
+        else:
+            self._model_is_finite = prepare_all_finite(parameters.vector)
+        self._gradient: Array | None = None
+        self._gradient_tensor: torch.Tensor | None = None
 
     @property
     def needs_closure(self) -> bool:
@@ -83,45 +97,59 @@ class TorchLocalOptimizer:
         self._has_new_gradient = True
 
     @property
-    def gradient(self) -> np.ndarray:
-        """Newest gradient, (padded,), in host memory; `apply` applies what it holds.
+    def gradient(self) -> Array:
+        """Newest gradient, (padded,), as the model is exchanged; `apply` applies what it holds.
 
         Raises:
             Diverged: it is not finite.
         """
         if self.closure is not None:
             self.closure.evaluate_early()
-        gradient = self._parameters.gather_gradient()
-        self._unscale(gradient)
-        host = self._host_gradient
-        if host is None or gradient is not self._device_gradient or not self._parameters.on_host:
-            self._device_gradient = gradient
-            self._host_gradient = host = gradient.cpu().numpy()
-            self._gradient_is_finite = prepare_all_finite(host)
+        tensor = self._parameters.gather_gradient()
+        self._unscale(tensor)
+        gradient = self._gradient
+        if gradient is None or tensor is not self._gradient_tensor or self._parameters.is_mirrored:
+            self._gradient_tensor = tensor
+            self._gradient = gradient = self._exchanged_form(tensor)
         if self._has_new_gradient:
             self._has_new_gradient = False
             if self._check_finite and not self._gradient_is_finite():
-                self._refuse(host, "gradient of")
-        return host
+                self._refuse(gradient, "gradient of", _UNSEEN)
+        return gradient
+
+    def _exchanged_form(self, tensor: torch.Tensor) -> Array:
+        """Return a gradient as an array of the device on which the model is exchanged."""
+        if self.device.is_asynchronous:
+            self._gradient_is_finite = lambda: bool(torch.isfinite(tensor).all())
+            return self.device.vector(tensor)
+        gradient: np.ndarray = tensor.cpu().numpy()
+        self._gradient_is_finite = prepare_all_finite(gradient)
+        return gradient
 
     def apply(self, lr_scale: float = 1.0) -> None:
         """Make one step of the optimizer, at its rates times `self.lr_scale * lr_scale`.
 
         Raises:
-            Diverged: a parameter is not finite after it; nobody has seen it yet.
+            Diverged: a parameter is not finite after it, and nobody has seen it yet; on a device,
+                after the step before, and others may have.
         """
         started = time.perf_counter()
-        device, host = self._device_gradient, self._host_gradient
-        if device is not None and host is not None:
-            if not self._parameters.on_host:
-                device.copy_(torch.from_numpy(host))
+        if self._late_check is not None and self._check_finite:
+            self._refuse_late(self._late_check.failed_step())
+        tensor, gradient = self._gradient_tensor, self._gradient
+        if tensor is not None and gradient is not None:
+            if self._parameters.is_mirrored:
+                tensor.copy_(torch.from_numpy(gradient))
             self._parameters.scatter_gradient()
-        self._parameters.copy_to_device()  # what an exchange of this step has changed before
+        self._parameters.scatter()  # what an exchange of this step has changed before
         closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
         loss = self._update(lr_scale, closure)
         self.loss = loss if closure is not None else self.loss
-        self._parameters.copy_to_host(update=True)
-        self.require_finite_model()
+        self._parameters.gather(update=True)
+        if self._late_check is None:
+            self.require_finite_model()
+        elif self._check_finite:
+            self._late_check.begin(self.local_step)
         self.update_seconds += time.perf_counter() - started
 
     def _update(self, lr_scale: float, closure: Closure | None) -> Any:
@@ -163,20 +191,44 @@ class TorchLocalOptimizer:
             optimizer.grad_scale = None
 
     def require_finite_model(self) -> None:
-        """Refuse a model that is not finite.
+        """Refuse a model that is not finite, as it is now. Waits for a device.
 
         Raises:
             Diverged: says which parameter.
         """
-        if self._check_finite and not self._model_is_finite():
-            self._refuse(self._parameters.host_view, "parameter")
+        if not self._check_finite:
+            return
+        if self._late_check is not None:
+            self._refuse_late(self._late_check.failed_step(wait=True))
+            self._late_check.begin(self.local_step)
+            is_finite = self._late_check.failed_step(wait=True) is None
+        else:
+            is_finite = self._model_is_finite()
+        if not is_finite:
+            self._refuse(self._parameters.vector, "parameter", _UNSEEN)
 
-    def _refuse(self, vector: np.ndarray, what: str) -> NoReturn:
-        bad = np.flatnonzero(~np.isfinite(vector))
-        name = self._parameters.name_of(int(bad[0]))
+    def require_finite_updates(self) -> None:
+        """Refuse a model that was not finite after an update, if that is not known yet.
+
+        Raises:
+            Diverged: see `require_finite_model`.
+        """
+        if self._late_check is not None and self._check_finite:
+            self._refuse_late(self._late_check.failed_step(wait=True))
+
+    def _refuse_late(self, step: int | None) -> None:
+        if step is not None:
+            self._refuse(self._parameters.vector, "parameter", _LATE, step)
+
+    def _refuse(self, vector: Array, what: str, seen: str, step: int | None = None) -> NoReturn:
+        numbers = self._parameters.to_host(vector)
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        # What was not finite a step ago may have been set anew since.
+        which = f"{what} {self._parameters.name_of(int(bad[0]))}" if bad.size else what
+        became = numbers[bad[0]] if bad.size else "infinite or NaN"
         raise Diverged(
-            f"rank {self._rank}, step {self.local_step}: {what} {name} became "
-            f"{vector[bad[0]]} ({bad.size} elements of the model are not finite); no other "
-            "rank has received it. Lower the learning rate, clip the gradients, or skip such "
-            "batches; with GradScaler use mpi_dasgd.attach and scaler.step(optimizer)"
+            f"rank {self._rank}, step {step or self.local_step}: {which} became {became} "
+            f"({bad.size} elements of the model are not finite); {seen}. Lower the learning rate, "
+            "clip the gradients, or skip such batches; with GradScaler use mpi_dasgd.attach and "
+            "scaler.step(optimizer)"
         )

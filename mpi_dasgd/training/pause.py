@@ -68,6 +68,7 @@ class Pauses:
         self._membership = parts.endpoint.membership
         self._algorithm = parts.algorithm
         self._parameters, self._buffers = parts.parameters, parts.buffers
+        self._device = parts.device.device
         self._local = parts.local
         self._check_finite = parts.run.config.run.check_finite
         self._learning_rate = learning_rate
@@ -85,25 +86,27 @@ class Pauses:
         self.refuse_inside("average()")
         self._parameters.check()
         exchanges = self._exchanges
-        if exchanges:
-            self._quiesce(Call.AVERAGE)
-        else:
-            self._meet(Call.AVERAGE)
-        self._average()
-        if exchanges:
-            self._algorithm.reset(self._local.local_step)
-            self._parameters.copy_to_device()
-        self._leave()
+        with self._device.current_stream():
+            if exchanges:
+                self._quiesce(Call.AVERAGE)
+            else:
+                self._meet(Call.AVERAGE)
+            self._average()
+            if exchanges:
+                self._algorithm.reset(self._local.local_step)
+                self._parameters.scatter()
+            self._leave()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Let the user write to the models; see `Decentralized.paused`."""
         self.refuse_inside("paused()")
         exchanges = self._exchanges
-        if exchanges:
-            self._quiesce(Call.PAUSED)
-        else:
-            self._meet(Call.PAUSED)
+        with self._device.current_stream():
+            if exchanges:
+                self._quiesce(Call.PAUSED)
+            else:
+                self._meet(Call.PAUSED)
 
         def go_on() -> None:
             if exchanges:
@@ -120,14 +123,16 @@ class Pauses:
         # Ranks that never wait for this one are left alone, with all that is in flight.
         never_waits = self._is_lockstep or self._algorithm.description.never_waits
         stops = self._exchanges and not never_waits
-        if stops:
-            self._quiesce(Call.MEAN_MODEL)
-        else:
-            self._meet(Call.MEAN_MODEL)
-        own, buffers = self._parameters.host_view.copy(), self._buffers.pack()
-        self._average()
-        if not stops:
-            self._leave(wait=False)
+        with self._device.current_stream():
+            if stops:
+                self._quiesce(Call.MEAN_MODEL)
+            else:
+                self._meet(Call.MEAN_MODEL)
+            own = self._parameters.to_host(self._parameters.vector).copy()
+            buffers = self._buffers.pack()
+            self._average()
+            if not stops:
+                self._leave(wait=False)
 
         def go_on() -> None:
             self._parameters.set(own)
@@ -192,7 +197,7 @@ class Pauses:
         Raises:
             Diverged: this rank's model is not finite, and would make the mean so.
         """
-        self._parameters.copy_to_host()
+        self._parameters.gather()
         if call != Call.PAUSED and self._status == RUNNING:
             try:
                 self._local.require_finite_model()
@@ -244,7 +249,7 @@ class Pauses:
         algorithm.settle()
         if algorithm.capabilities.one_model:
             self._adopt_newest()
-        self._parameters.copy_to_device()
+        self._parameters.scatter()
 
     def _adopt_newest(self) -> None:
         """Copy the model of a rank that has made all steps itself, if others were shadows."""
@@ -257,7 +262,7 @@ class Pauses:
         if self._status in (RUNNING, FINISHED):
             self._enter(call)
             self._calls.reach(Phase.STOPPED, self._shadow.attend_others)
-            self._parameters.copy_to_device()
+            self._parameters.scatter()
 
     @contextlib.contextmanager
     def _body(self, call: Call, go_on: Callable[[], None]) -> Iterator[None]:
@@ -268,11 +273,14 @@ class Pauses:
         except MpiDasgdError:
             raise
         except Exception:
-            self.open_call = Call.NONE
-            go_on()
+            self._end_body(go_on)
             raise
+        self._end_body(go_on)
+
+    def _end_body(self, go_on: Callable[[], None]) -> None:
         self.open_call = Call.NONE
-        go_on()
+        with self._device.current_stream():  # the user may have chosen another one
+            go_on()
 
     def _look(self) -> None:
         """Look which ranks live, where `close` has not ended that."""
@@ -303,11 +311,11 @@ class Pauses:
             UserError: they differ, where all ranks must have the same.
         """
         self._calls.reach(Phase.LEFT, self._attend_others)
-        self._parameters.copy_to_host()
+        self._parameters.gather()
         if self._algorithm.capabilities.replicated:
             self._replicate()
         self._algorithm.resume(self._local.local_step)
-        self._parameters.copy_to_device()
+        self._parameters.scatter()
 
     def _replicate(self) -> None:
         """Copy the model of the server, or compare the models."""

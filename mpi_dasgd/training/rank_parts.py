@@ -90,9 +90,8 @@ def build_rank(
         run = build_run(config, environment.size, vector_type(tensors))
     choice = choose_device(environment, tensors[0].device, config, run)
     with environment.collective_errors():
-        parameters = FlatParameters(model, optimizer)
+        parameters = FlatParameters(model, optimizer, choice.device)
         buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
-        x = parameters.host_view
         if run.algorithm_cls.capabilities.exchanges_gradients:
             parameters.require_exchangeable_gradients(run.algorithm_cls.name)
         codec = _make_codec(run, environment.rank, parameters)
@@ -113,14 +112,15 @@ def build_rank(
         optimizer, parameters, environment.rank, check_finite=config.run.check_finite
     )
     endpoint = _make_endpoint(environment, codec.layout, run)
-    algorithm = run.make_algorithm(endpoint, codec, x, record or (lambda exchange: None))
+    record = record or (lambda exchange: None)
+    algorithm = run.make_algorithm(endpoint, codec, parameters.vector, record)
     algorithm.local = local
     return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm, choice)
 
 
 def _make_codec(run: RunParts, rank: int, parameters: FlatParameters) -> Codec:
     try:
-        return run.make_codec(rank, parameters.host_view.size, parameters.dtype)
+        return run.make_codec(rank, parameters.vector.size, parameters.dtype)
     except UserError as error:
         if parameters.dtype == np.float32:
             raise

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpi_dasgd.device.base import Array, Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import BUCKET
 
@@ -38,13 +40,16 @@ class ReplicaCheck:
 
     Args:
         endpoint: transport of this rank.
-        x: its model, (padded,).
+        x: its model, (padded,), an array of `device`.
         algorithm: name of the algorithm, for messages.
+        device: where the model is.
     """
 
-    def __init__(self, endpoint: RmaEndpoint, x: np.ndarray, algorithm: str) -> None:
+    def __init__(
+        self, endpoint: RmaEndpoint, x: Array, algorithm: str, device: Device = HOST
+    ) -> None:
         self._endpoint = endpoint
-        self._x = x
+        self._x, self._device = x, device
         self._algorithm = algorithm
         # Own checksums by step, the last few: those of other nodes are known later.
         self._own: dict[int, tuple[float, float]] = {}
@@ -68,8 +73,9 @@ class ReplicaCheck:
     def _project(self, step: int) -> tuple[float, float]:
         start = step // INTERVAL * 37 % BUCKET
         signs = _SIGNS[start : start + BUCKET]
-        sums = self._x.reshape(-1, BUCKET).sum(0, dtype=self._x.dtype)
-        return float(signs @ sums), float(np.sqrt(np.dot(self._x, self._x)))
+        x = self._device.to_host(self._x)
+        sums = x.reshape(-1, BUCKET).sum(0, dtype=x.dtype)
+        return float(signs @ sums), float(np.sqrt(np.dot(x, x)))
 
     def _compare(self, step: int) -> None:
         found = {}

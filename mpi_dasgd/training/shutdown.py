@@ -9,6 +9,8 @@ import numpy as np
 
 from mpi_dasgd.algorithms import Algorithm
 from mpi_dasgd.algorithms.communication import wait
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.errors import Diverged
 from mpi_dasgd.training.join import Shadow
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
@@ -45,12 +47,13 @@ def leave(
         PeerLost: a rank has failed, or one that the algorithm cannot do without is gone, or none
             makes progress.
     """
-    if shadow.in_lockstep:
-        try:
+    try:
+        local.require_finite_updates()
+        if shadow.in_lockstep:
             local.require_finite_model()
-        except Diverged:
-            endpoint.membership.publish_status(FAILED)
-            raise
+    except Diverged:
+        endpoint.membership.publish_status(FAILED)
+        raise
 
     def meanwhile() -> None:
         take_part()
@@ -61,7 +64,7 @@ def leave(
             if shadow.in_lockstep:
                 endpoint.membership.report_activity(Activity.SHADOWING)
                 follow(waiter, shadow, Activity.SHADOWING, take_part)
-                adopt_model(endpoint, algorithm, waiter)
+                adopt_model(endpoint, algorithm, waiter, local.device)
             endpoint.membership.report_activity(Activity.FINISHING)
             drain(endpoint, algorithm, waiter, local.local_step, meanwhile)
     finally:
@@ -92,10 +95,16 @@ def follow(
     waiter.poll_until(is_done)
 
 
-def adopt_model(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter) -> None:
+def adopt_model(
+    endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter, device: Device = HOST
+) -> None:
     """Copy the model of a rank that made most steps to all, where all have the same one anyway.
 
     Nothing happens if all have made the same number of steps. Call it after `follow`, on all ranks.
+
+    Args:
+        endpoint, algorithm, waiter: see `leave`.
+        device: where the model is.
 
     Raises:
         PeerLost: see `leave`.
@@ -105,12 +114,12 @@ def adopt_model(endpoint: RmaEndpoint, algorithm: Algorithm, waiter: Waiter) -> 
         return
     source = last_steps.index(max(last_steps))
     # As integers: their sum with zeros has the same bits, also those of NaN and -0.
-    bits = algorithm.x.view(np.uint8).view(np.int32).copy()
+    bits = device.to_host(algorithm.x).view(np.uint8).view(np.int32).copy()
     if endpoint.rank != source:
         bits[:] = 0
     for request in wait(endpoint.allreduce(bits)):
         waiter.poll_until(request.test)
-    algorithm.x.view(np.int32)[:] = bits
+    device.assign(algorithm.x, bits.view(algorithm.x.dtype))
 
 
 def drain(

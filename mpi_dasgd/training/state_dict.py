@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpi_dasgd.codecs import Codec
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.storage.checkpoint import good_indices, load
 from mpi_dasgd.training.decentralized import Decentralized
 
@@ -26,16 +29,21 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         Arrays by name: `model`, (padded,), float32, is the memory of the model itself and changes
         with the next step; and the rest, which JSON can hold.
     """
-    training.parameters.copy_to_host()
-    training.algorithm.absorb(training.local.local_step)
-    training.parameters.copy_to_device()
-    arrays = {
-        "model": training.parameters.host_view,
-        "buffers": training.buffers.pack(),
-        "torch_rng": torch.get_rng_state().numpy(),
-    }
-    arrays |= {f"codec/{name}": array for name, array in training.codec.state().items()}
-    arrays |= {f"algorithm/{name}": array for name, array in training.algorithm.state().items()}
+    parameters = training.parameters
+    with parameters.device.current_stream():
+        parameters.gather()
+        training.algorithm.absorb(training.local.local_step)
+        parameters.scatter()
+        parameters.copy_to_host()
+        arrays = {
+            "model": parameters.host_view,
+            "buffers": training.buffers.pack(),
+            **_random_states(parameters),
+        }
+        for name, array in training.codec.state().items():
+            arrays[f"codec/{name}"] = _to_host(parameters, array)
+        for name, array in training.algorithm.state().items():
+            arrays[f"algorithm/{name}"] = _to_host(parameters, array)
     scalars: dict[str, Any] = {}
     for index, values in training.optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -74,7 +82,8 @@ def load_checkpoint(training: Decentralized, directory: Path) -> int:
             raise UserError(f"{directory}: no checkpoint is whole for all ranks")
         if meta["index"] != max(common):
             arrays, meta = load(directory, training.rank, index=max(common), size=training.size)
-        _load_state(training, arrays, meta)
+        with training.parameters.device.current_stream():
+            _load_state(training, arrays, meta)
     local_steps = world.comm.allgather(training.local.local_step)
     with world.collective_errors():
         _count_seen_gradients(training, local_steps)
@@ -92,14 +101,63 @@ def _load_state(
             state.setdefault(int(index), {})[key] = tensor
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(torch.from_numpy(arrays["torch_rng"].copy()))
-    training.codec.load_state(_part(arrays, "codec/"))
+    _set_random_states(training.parameters, arrays)
+    _load_codec(training.codec, _part(arrays, "codec/"))
     training.parameters.set(arrays["model"])
-    training.algorithm.load_state(_part(arrays, "algorithm/"))
+    training.algorithm.load_state(_of_device(training.parameters, _part(arrays, "algorithm/")))
     training.buffers.unpack(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # JSON has made lists of tuples
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
     _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])
+
+
+def _random_states(parameters: FlatParameters) -> dict[str, np.ndarray]:
+    """Return the states of torch's random generators that this rank uses."""
+    states = {"torch_rng": torch.get_rng_state()}
+    if parameters.flat.is_cuda:
+        states["torch_cuda_rng"] = torch.cuda.get_rng_state(parameters.flat.device)
+    return {name: state.numpy() for name, state in states.items()}
+
+
+def _set_random_states(parameters: FlatParameters, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set the generators to what `_random_states` returned, on a device like the one of then."""
+    torch.set_rng_state(torch.from_numpy(arrays["torch_rng"].copy()))
+    if parameters.flat.is_cuda and "torch_cuda_rng" in arrays:
+        state = torch.from_numpy(arrays["torch_cuda_rng"].copy())
+        torch.cuda.set_rng_state(state, parameters.flat.device)
+
+
+def _to_host(parameters: FlatParameters, array: Array) -> np.ndarray:
+    """Return an array of the state of codec or algorithm in host memory."""
+    if array.shape == parameters.vector.shape:
+        return parameters.to_host(array)
+    return array if isinstance(array, np.ndarray) else parameters.device.to_host(array)
+
+
+def _of_device(parameters: FlatParameters, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Array]:
+    """Return the arrays of an algorithm's state as it has them: those like the model on a device.
+
+    The others are counts, which it reads.
+    """
+    if not parameters.device.is_asynchronous:
+        return arrays
+    shape = parameters.host_view.shape
+    return {
+        name: parameters.to_device(array) if array.shape == shape else array
+        for name, array in arrays.items()
+    }
+
+
+def _load_codec(codec: Codec, arrays: dict[str, np.ndarray]) -> None:
+    """Load the state of a codec, but no estimates of a vector of another length.
+
+    On a device parameters are aligned, so that a model may have more elements there than on the
+    host; zeros are the state in which the estimates are made anew.
+    """
+    for name, own in codec.state().items():
+        if arrays[name].shape != own.shape:
+            arrays[name] = np.zeros(own.shape, arrays[name].dtype)
+    codec.load_state(arrays)
 
 
 def _resume(training: Decentralized, local_step: int, samples: int, elapsed: float) -> None:

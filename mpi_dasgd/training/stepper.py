@@ -49,6 +49,7 @@ class Stepper:
         self.exchange_seconds = 0.0
         self.may_step = parts.algorithm.computes_gradients
         self._parameters, self._local = parts.parameters, parts.local
+        self._device = parts.device.device
         self._endpoint, self._algorithm = parts.endpoint, parts.algorithm
         self._membership = parts.endpoint.membership
         self._budget = budget
@@ -57,7 +58,9 @@ class Stepper:
         self._shadow = shadow
         self._pauses = pauses
         self._replicas = (
-            ReplicaCheck(parts.endpoint, parts.parameters.host_view, parts.algorithm.name)
+            ReplicaCheck(
+                parts.endpoint, parts.parameters.vector, parts.algorithm.name, self._device
+            )
             if parts.algorithm.capabilities.one_model
             else None
         )
@@ -68,6 +71,12 @@ class Stepper:
 
     def step(self, samples: int, closure: Closure | None) -> Any:
         """Make a step of the algorithm; see `Decentralized.step`."""
+        if not self._device.is_asynchronous:
+            return self._step(samples, closure)
+        with self._device.current_stream():
+            return self._step(samples, closure)
+
+    def _step(self, samples: int, closure: Closure | None) -> Any:
         if not self.may_step or self._pauses.open_call:
             self._pauses.refuse_inside("step()")
             refuse_step(self._algorithm, self._is_running)
@@ -75,7 +84,7 @@ class Stepper:
         started, updated = time.perf_counter(), local.update_seconds
         if self._shadow.open_step is not None:
             self._waiter.wait(self._shadow.advance)
-        self._parameters.copy_to_host()
+        self._parameters.gather()
         budget.samples += _count(samples)
         local.begin_step(closure)
         self._endpoint.report_gradients(local.local_step)
@@ -87,7 +96,7 @@ class Stepper:
         except BaseException:
             self._shadow.undo_step()
             raise
-        self._parameters.copy_to_device()
+        self._parameters.scatter()
         self._membership.report_samples(budget.samples)
         self._learning_rate.begin_gradient()
         if self._replicas is not None:
@@ -101,10 +110,11 @@ class Stepper:
         """Process messages of other ranks for a moment; see `Decentralized.serve`."""
         refuse_serving(self._algorithm, self._is_running)
         self._pauses.refuse_inside("serve()")
-        self._parameters.copy_to_host()
-        self._local.lr_scale = self._learning_rate.scheduled(self._budget.progress)
-        self._waiter.poll(lambda: self._algorithm.serve(self._local))
-        self._parameters.copy_to_device()
+        with self._device.current_stream():
+            self._parameters.gather()
+            self._local.lr_scale = self._learning_rate.scheduled(self._budget.progress)
+            self._waiter.poll(lambda: self._algorithm.serve(self._local))
+            self._parameters.scatter()
         self._waiter.check_peers_if_due()
 
 

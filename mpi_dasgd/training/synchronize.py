@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import Diverged, PeerLost
 from mpi_dasgd.model.buffer_rules import combine, has_nan
 from mpi_dasgd.model.flat_parameters import FlatParameters
@@ -37,8 +38,9 @@ def broadcast_model(comm: MPI.Intracomm, parameters: FlatParameters, buffers: Mo
     Raises:
         PeerLost: a rank has other weights than rank 0 afterwards.
     """
-    comm.Bcast(parameters.host_view, root=0)
-    parameters.copy_to_device()
+    model = parameters.to_host(parameters.vector)
+    comm.Bcast(model, root=0)
+    parameters.set(model)
     tensors = buffers.shared()
     for name in _differing(comm, buffers):
         data = read_bytes(tensors[name]).copy()
@@ -58,7 +60,7 @@ def average_models(
     ranks: Collection[int],
     workers: Collection[int],
     *,
-    model: np.ndarray | None = None,
+    model: Array | None = None,
     weight: float = 1.0,
     check_finite: bool = True,
 ) -> None:
@@ -70,7 +72,8 @@ def average_models(
         buffers: its buffers.
         ranks: ranks whose parameters are averaged, in float64.
         workers: ranks whose buffers are combined.
-        model: what this rank adds to the mean, (padded,); None: its parameters.
+        model: what this rank adds to the mean, (padded,), as the algorithm has it; None: its
+            parameters.
         weight: weight of it in the mean.
         check_finite: whether to refuse models that are not finite.
 
@@ -84,7 +87,7 @@ def average_models(
         "set training.buffers.rules = {name: 'keep'} on all ranks for a buffer of each rank's own, "
         "such as a cache that has grown, and average again",
     )
-    own = parameters.host_view if model is None else model
+    own = parameters.to_host(parameters.vector if model is None else model)
     total = np.zeros(own.size + 1)  # the last element is the weight of all
     if comm.rank in ranks:  # zeros otherwise: 0 times what is not finite is no zero
         total[:-1] = own
@@ -113,8 +116,9 @@ def _refuse_nonfinite(
 
 def copy_model(comm: SurvivingRanks, parameters: FlatParameters, source: int) -> None:
     """Copy the parameters of rank `source` to all ranks. Collective."""
-    comm.broadcast(parameters.host_view, source)
-    parameters.copy_to_device()
+    model = parameters.to_host(parameters.vector)
+    comm.broadcast(model, source)
+    parameters.set(model)
 
 
 def combine_buffers(comm: SurvivingRanks, buffers: ModelBuffers, workers: Collection[int]) -> None:

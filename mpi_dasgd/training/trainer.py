@@ -178,8 +178,9 @@ class Trainer:
         training, parameters = self.training, self.training.parameters
         self.step.flush()
         when = (training.elapsed, training.samples, training.total_samples)
-        parameters.copy_to_host()
-        snapshot = Snapshot(training.algorithm.model, training.buffers.pack(), *when)
+        parameters.gather()
+        model = parameters.to_host(training.algorithm.model)
+        snapshot = Snapshot(model, training.buffers.pack(), *when)
         self.snapshots.save(milestone, training.rank, snapshot)
         if self.config.evaluation.live:
             loss, accuracy = self.evaluator.evaluate_current()

@@ -139,7 +139,7 @@ def test_an_update_by_way_of_another_memory_is_added_to_the_master() -> None:
     flat.host_view[:2] += 0.001  # an exchange that bf16 does not see
     flat.copy_to_device()
     module.weight.data = module.weight.data + 1  # as sharpness-aware minimization ends a step
-    flat.copy_to_host(update=True)
+    flat.gather(update=True)
     np.testing.assert_allclose(flat.host_view[:2], 2.001)
     module.weight.data = module.weight.data.clone()
     module.weight.data[0, 0] = 3

@@ -1,0 +1,54 @@
+"""Whether a model on a device is finite, asked in every step without waiting for the answer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mpi_dasgd.device.base import Device, Mark
+
+__all__ = ["LateFiniteCheck"]
+
+
+class LateFiniteCheck:
+    """Looks at a model on torch's current stream; the answer is read one step later.
+
+    If the device has not come so far by then, the next step's check is left out: what is not finite
+    stays so.
+
+    Args:
+        vector: the model, (elements,), on the device.
+        device: the device.
+    """
+
+    def __init__(self, vector: torch.Tensor, device: Device) -> None:
+        self._vector, self._device = vector, device
+        self._largest = torch.zeros((), dtype=vector.dtype, pin_memory=vector.is_cuda)
+        self._mark: Mark | None = None
+        self._step = 0
+
+    def begin(self, step: int) -> None:
+        """Look at the model as it is after step `step`, unless an answer is still to come."""
+        if self._mark is None:
+            largest = torch.linalg.vector_norm(self._vector, math.inf)  # NaN if an element is
+            self._largest.copy_(largest, non_blocking=True)
+            self._mark, self._step = self._device.mark(), step
+
+    def failed_step(self, *, wait: bool = False) -> int | None:
+        """Return the step after which the model was not finite; None if it was, or is not known.
+
+        Args:
+            wait: whether to wait for the answer.
+
+        Raises:
+            DeviceFailed: the device has failed.
+        """
+        if self._mark is None:
+            return None
+        if wait:
+            self._mark.wait()
+        elif not self._mark.is_done:
+            return None
+        self._mark = None
+        return None if math.isfinite(self._largest.item()) else self._step
