@@ -192,6 +192,7 @@ def test_snapshots_have_the_center_of_a_server_that_works(tmp_path: Path) -> Non
             total_samples=3,
         ),
         snapshots=Snapshots(tmp_path),
+        step=SimpleNamespace(flush=lambda: None),
         config=simulation.config.model_copy(update={"evaluation": EvaluationConfig(live=False)}),
     )
     trainer._pass_milestone(4)
