@@ -13,6 +13,8 @@ from mpi_dasgd.algorithms.base import Algorithm, peer_rng
 from mpi_dasgd.algorithms.records import ExchangeRecord
 from mpi_dasgd.codecs import Codec
 from mpi_dasgd.config.schema import CodecConfig, Config
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.lr_schedule import Schedule
 from mpi_dasgd.staleness.step_rule import delay_rule
 from mpi_dasgd.topology import Topology
@@ -80,11 +82,11 @@ class RunParts:
         """Sentences on settings that work together, but hardly as their user expects."""
         return self.algorithm_cls.warnings(self.config)
 
-    def make_codec(self, rank: int, elements: int, dtype: np.dtype) -> Codec:
-        """Make the codec of `rank`, for models of `elements` elements of `dtype`.
+    def make_codec(self, rank: int, elements: int, dtype: np.dtype, device: Device = HOST) -> Codec:
+        """Make the codec of `rank`, for models of `elements` elements of `dtype` on `device`.
 
         Raises:
-            UserError: the codec does not take such models.
+            UserError: the codec does not take such models, or not there.
         """
         return codecs.make(
             self.codec_config,
@@ -93,6 +95,7 @@ class RunParts:
             seed=self.config.run.seed,
             rank=rank,
             trailer_words=self.algorithm_cls.trailer_words(self.topology.size),
+            device=device,
         )
 
     def make_algorithm(

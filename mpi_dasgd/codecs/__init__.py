@@ -111,7 +111,14 @@ def _make_on_device(
     # Not at the top: on the host nothing of a GPU is needed.
     from mpi_dasgd.codecs import device_elementwise, device_lattice
 
-    if name.startswith("lattice"):
-        bits = int(name.removeprefix("lattice"))
-        return device_lattice.DeviceLatticeCodec(elements, dtype, bits, settings, seeds, device)
-    return device_elementwise.CODECS[name](elements, dtype, device)
+    codec: Codec
+    with device.current_stream():
+        if name.startswith("lattice"):
+            bits = int(name.removeprefix("lattice"))
+            codec = device_lattice.DeviceLatticeCodec(
+                elements, dtype, bits, settings, seeds, device
+            )
+        else:
+            codec = device_elementwise.CODECS[name](elements, dtype, device)
+        device.mark().wait()  # its memory is zero for whatever stream comes next
+    return codec

@@ -142,6 +142,11 @@ class LateCudaDevice:
         self._mapped: list[tuple[np.ndarray, np.ndarray]] = []
         self._written: list[list[np.ndarray]] = [[]]  # what mapped memory holds at each mark
 
+    @contextlib.contextmanager
+    def current_stream(self) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
     def to_host(self, array: Any) -> np.ndarray:
         """Copy to the host."""
         self.copies += 1
