@@ -60,7 +60,8 @@ class Decentralized:
         config: configuration of the run, instead of the five arguments above: a `Config`, the path
             of a TOML file, or a mapping of keys (``{"algorithm.name": "swarm"}``).
         environment: what `mpi_dasgd.world.start` returned, if it was called before.
-        record: called with every exchange.
+        record: called with every exchange, in their order; for a model on a GPU when the GPU has
+            done it (`ExchangeRecord.late_s`), and for the last ones in `finish`.
         buffer_rules: what becomes of buffers that differ between ranks, by patterns of their names,
             as in ``{"*.cos_cached": "keep"}``: ``mean``, ``max``, ``rank0`` or ``keep``; by default
             the mean of floating-point ones, and the maximum of integers. See `ModelBuffers`.

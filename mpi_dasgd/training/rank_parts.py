@@ -15,6 +15,7 @@ from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
 from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
+from mpi_dasgd.device.base import Device
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.model.model_buffers import ModelBuffers
@@ -94,7 +95,7 @@ def build_rank(
         buffers = ModelBuffers(model, set(map(id, parameters.parameters)), buffer_rules)
         if run.algorithm_cls.capabilities.exchanges_gradients:
             parameters.require_exchangeable_gradients(run.algorithm_cls.name)
-        codec = _make_codec(run, environment.rank, parameters)
+        codec = _make_codec(run, environment.rank, parameters, choice.device)
         for warning in run.warnings if environment.rank == 0 else ():
             _log.warning(warning)
         consistency.validate(config, run.algorithm_cls.name, run.lockstep)
@@ -118,9 +119,9 @@ def build_rank(
     return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm, choice)
 
 
-def _make_codec(run: RunParts, rank: int, parameters: FlatParameters) -> Codec:
+def _make_codec(run: RunParts, rank: int, parameters: FlatParameters, device: Device) -> Codec:
     try:
-        return run.make_codec(rank, parameters.vector.size, parameters.dtype)
+        return run.make_codec(rank, parameters.vector.size, parameters.dtype, device)
     except UserError as error:
         if parameters.dtype == np.float32:
             raise
