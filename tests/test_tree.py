@@ -64,7 +64,7 @@ TESTED_BY = {
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine "
     "remote_peers",
-    "transport/test_publication_inbox": "transport: counters inbox publication memory release",
+    "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
     "transport/test_membership": "transport: activity",
     "transport/test_stress": "transport: payload_slots shared_memory windows",

@@ -48,6 +48,7 @@ class PairExchange(NeighbourExchange):
                 changed `y` further.
         """
         endpoint = self._endpoint
+        endpoint.catch_up()
         received = endpoint.inbox.receive()  # 1
         request = self._request or endpoint.begin_exchange(self._draw())  # 2
         slot = endpoint.publication.reserve() if publish_result else None

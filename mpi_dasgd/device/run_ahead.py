@@ -25,7 +25,8 @@ class RunAhead:
     def __init__(self, device: Device, steps: int = 0) -> None:
         self._device = device
         self._steps = steps
-        self._marks: deque[Mark] = deque()
+        # an earlier mark is passed when a later one is
+        self._marks: deque[Mark] = deque(maxlen=steps + 1)
 
     def begin_step(self) -> None:
         """Mark the beginning of a step on torch's current stream."""
@@ -38,5 +39,5 @@ class RunAhead:
         Raises:
             DeviceFailed: the device has failed.
         """
-        while len(self._marks) > self._steps:
+        if len(self._marks) > self._steps:
             self._marks.popleft().wait()

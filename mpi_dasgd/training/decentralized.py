@@ -28,6 +28,7 @@ from mpi_dasgd.training.stepper import Stepper
 from mpi_dasgd.training.waiter import Waiter
 from mpi_dasgd.transport.activity import Activity
 from mpi_dasgd.transport.membership import RUNNING
+from mpi_dasgd.transport.release import await_release
 
 __all__ = ["Decentralized"]
 
@@ -135,6 +136,8 @@ class Decentralized:
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
         with self.device.device.current_stream():
             self.algorithm.start()
+            self.endpoint.flush()
+        await_release(self.endpoint.release)
         environment.comm.Barrier()  # every rank has published before any chooses a partner
         self._participation = Participation(self.endpoint, self.close)
         self.budget.restart_clock()

@@ -227,12 +227,16 @@ def make_shadow(parts: RankParts, budget: Budget) -> Shadow:
         parameters.gather()
         budget.declare_last_step(step)
 
+    def on_end() -> None:
+        parts.endpoint.flush()
+        parameters.scatter()
+
     follows = parts.algorithm.capabilities.one_model and not parts.local.needs_closure
     return Shadow(
         parts.algorithm,
         parts.local,
         EndpointPeers(parts.endpoint),
         on_begin,
-        parameters.scatter,
+        on_end,
         FollowingOptimizer(parts.local, parameters) if follows else None,
     )

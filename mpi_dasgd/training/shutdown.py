@@ -161,6 +161,7 @@ def drain(
     membership.publish_status(FINISHED)
     waiter.poll_until(all_stopped)
     algorithm.absorb(local_step)
+    endpoint.flush()
 
 
 def workers_have_stopped(endpoint: RmaEndpoint, algorithm: Algorithm) -> bool:

@@ -33,6 +33,7 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
     with parameters.device.current_stream():
         parameters.gather()
         training.algorithm.absorb(training.local.local_step)
+        training.endpoint.flush()
         parameters.scatter()
         parameters.copy_to_host()
         arrays = {
@@ -167,6 +168,7 @@ def _resume(training: Decentralized, local_step: int, samples: int, elapsed: flo
     training.endpoint.membership.report_samples(samples)
     training.endpoint.report_gradients(local_step)
     training.algorithm.restart(local_step)
+    training.endpoint.flush()
 
 
 def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -> None:

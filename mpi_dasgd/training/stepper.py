@@ -87,6 +87,7 @@ class Stepper:
         self._parameters.gather()
         budget.samples += _count(samples)
         local.begin_step(closure)
+        self._endpoint.run_ahead.begin_step()  # the gradient is complete here, a closure's as well
         self._endpoint.report_gradients(local.local_step)
         local.lr_scale = self._learning_rate.of_gradient(budget.progress)
         budget.declare_last_step(local.local_step)
@@ -96,6 +97,7 @@ class Stepper:
         except BaseException:
             self._shadow.undo_step()
             raise
+        self._endpoint.flush()
         self._parameters.scatter()
         self._membership.report_samples(budget.samples)
         self._learning_rate.begin_gradient()
@@ -114,6 +116,7 @@ class Stepper:
             self._parameters.gather()
             self._local.lr_scale = self._learning_rate.scheduled(self._budget.progress)
             self._waiter.poll(lambda: self._algorithm.serve(self._local))
+            self._endpoint.flush()
             self._parameters.scatter()
         self._waiter.check_peers_if_due()
 

@@ -54,6 +54,8 @@ class Waiter:
     def poll_until(self, is_done: Callable[[], bool]) -> None:
         """Wait as `wait` does, without counting the time.
 
+        What `is_done` gives away reaches the other ranks; see `Endpoint.flush`.
+
         Raises:
             PeerLost: see `check_peers`; or no other rank makes progress for too long.
         """
@@ -61,6 +63,7 @@ class Waiter:
         pause, is_long = 0.0, False
         try:
             while not is_done():
+                self._endpoint.flush()  # what others wait for, and what `is_done` gave away
                 time.sleep(pause)
                 waited = time.perf_counter() - started
                 pause = 0.0 if waited < 1e-4 else min(5e-4, waited / 8)
@@ -74,12 +77,14 @@ class Waiter:
         finally:
             if is_long:
                 self._stall.end()
+        self._endpoint.flush()
 
     def poll(self, is_done: Callable[[], object]) -> None:
         """Call `is_done` until it returns something true, but no longer than some milliseconds."""
         started = time.perf_counter()
         pause = 0.0
         while not is_done() and time.perf_counter() - started < PEER_CHECK_SECONDS:
+            self._endpoint.flush()
             time.sleep(pause)
             pause = min(2e-4, pause + 1e-5)
 

@@ -20,6 +20,10 @@ partner's program; `publication.py` and `inbox.py` have the states of the words.
    that one.
 5. The partner, in a later step of its own, finds the inbox word READY (`Inbox.receive`), adds the
    delta to its model, and swaps the word READY -> FREE (`Inbox.free`).
+
+Where the codec works on a device that is behind the host, the swaps of 3, 4 and 5 wait in
+`Endpoint.release` until the device has passed the work that was asked for before them; those of
+`begin_exchange` and `abort_exchange` are made at once.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from typing import Protocol
 import numpy as np
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.device.run_ahead import RunAhead
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox, Reservation
 from mpi_dasgd.transport.publication import Claim, Publication
+from mpi_dasgd.transport.release import Release
 
 __all__ = [
     "Endpoint",
@@ -135,7 +141,7 @@ def claim_and_reserve(
         return None
     reservation = inbox.reserve(rank)
     if reservation is None:
-        publication.release(claim)
+        publication.give_back(claim)
         return None
     return claim, reservation
 
@@ -150,6 +156,8 @@ class Endpoint(ABC):
         inbox: own inbox, and access to those of ranks in reach.
         topology: graph of the ranks that may communicate, dead ranks included.
         counters: counts of the compute thread; `total_counters` adds those of other threads.
+        release: makes the swaps of the compute thread that give memory away.
+        run_ahead: how far this rank's program may be ahead of its device.
     """
 
     rank: int
@@ -158,6 +166,28 @@ class Endpoint(ABC):
     inbox: Inbox
     topology: Topology
     counters: Counters
+    release: Release
+    run_ahead: RunAhead
+
+    def flush(self) -> None:
+        """Have what was given away so far reach the others once the device is done with it.
+
+        Drivers call it at the end of a step, and before they wait. In host memory all has reached
+        them already.
+
+        Raises:
+            DeviceFailed: the device has failed.
+            RuntimeError: a control word was not what the protocol makes it.
+        """
+        self.release.flush()
+
+    def catch_up(self) -> None:
+        """Wait until the device is near enough for this rank to claim a model; see `RunAhead`.
+
+        Raises:
+            DeviceFailed: the device has failed.
+        """
+        self.run_ahead.catch_up()
 
     @abstractmethod
     def neighbours(self) -> Sequence[int]:
@@ -225,7 +255,11 @@ class Endpoint(ABC):
 
     @abstractmethod
     def is_flushed(self) -> bool:
-        """Return whether all that was sent, committed or aborted has reached the other ranks."""
+        """Return whether all that was sent, committed, aborted or published has reached others.
+
+        Raises:
+            DeviceFailed: the device has failed, so that it never will.
+        """
 
     @abstractmethod
     def time_ns(self) -> int:

@@ -4,6 +4,9 @@ All senders, however many, share a few slots. A sender claims a free slot by a s
 message and marks the slot ready; if no slot is free, it learns so at once and does something else.
 
 Words of a slot: FREE -> CLAIMED(sender) -> READY(sender) -> FREE.
+
+The swaps to READY and back to FREE go through a `Release`, and may be made later than they are
+asked for, in their order.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from mpi_dasgd.transport.control_words import (
 )
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.payload_slots import Slots
+from mpi_dasgd.transport.release import Immediate, Release
 
 __all__ = ["Inbox", "ReceivedMessage", "Reservation"]
 
@@ -55,6 +59,7 @@ class Inbox:
         counters: where messages, bytes and full inboxes are counted.
         sent: number of messages sent to each rank so far, shared by all inbox objects of this rank
             that send to the same ranks; None: a count of its own.
+        release: makes the swaps that give memory away; None: at once.
     """
 
     def __init__(
@@ -65,8 +70,10 @@ class Inbox:
         rank: int,
         counters: Counters,
         sent: defaultdict[int, int] | None = None,
+        release: Release | None = None,
     ) -> None:
         self._words = words
+        self._release = Immediate(words) if release is None else release
         self._slots = slots
         self._word_indices = word_map.inbox
         # payload slots of the inbox follow those of the publication
@@ -75,6 +82,9 @@ class Inbox:
         self._counters = counters
         self._sent = defaultdict(int) if sent is None else sent
         self._received: defaultdict[int, int] = defaultdict(int)
+        # messages whose slots are still to be freed, by slot: sender and number
+        self._freeing: dict[int, tuple[int, int]] = {}
+        self._interrupted: set[int] = set()  # senders that may leave out numbers from now on
 
     def reserve(self, rank: int) -> Reservation | None:
         """Claim a slot in the inbox of `rank`, or return None (counted) if it is full."""
@@ -106,13 +116,13 @@ class Inbox:
         if self._slots.view(rank, self._first_slot + slot) is not message:
             self._slots.put(rank, self._first_slot + slot, message)
         self._slots.fence()  # the payload must be complete before the word says so
-        delivered = self._words.swap(
+        delivered = self._release.swap(
             rank,
             self._word_indices[slot],
             pack_slot_word(CLAIMED, self._rank),
             pack_slot_word(READY, self._rank),
         )
-        if delivered:  # else the receiver took this rank for dead and reclaimed the slot
+        if delivered is not False:  # the receiver took this rank for dead and reclaimed the slot
             self._sent[rank] += 1
             self._counters.messages += 1
             self._counters.bytes_sent += message.layout.nbytes
@@ -126,15 +136,9 @@ class Inbox:
 
     def receive(self) -> list[ReceivedMessage]:
         """Return the messages that have arrived, in order per sender; `free` each after use."""
-        ready: dict[tuple[int, int], ReceivedMessage] = {}
-        for slot, index in enumerate(self._word_indices):
-            value = self._words.read(self._rank, index)
-            if value & 3 == READY:
-                self._slots.fence()
-                message = self._slots.view(self._rank, self._first_slot + slot)
-                assert message is not None, "own slots are in place"
-                received = ReceivedMessage(holder_of(value), slot, message)
-                ready[received.sender, message.sequence] = received
+        ready = self._ready()
+        if self._interrupted:
+            ready = self._skip_lost(ready)
         in_order = []
         for sender, sequence in sorted(ready):
             # The scan may see a message and have missed an earlier one: the next call returns both.
@@ -144,20 +148,74 @@ class Inbox:
         self._counters.absorbed += len(in_order)
         return in_order
 
+    def _ready(self) -> dict[tuple[int, int], ReceivedMessage]:
+        """Return what is in the slots that are READY, by sender and number."""
+        ready: dict[tuple[int, int], ReceivedMessage] = {}
+        for slot, index in enumerate(self._word_indices):
+            value = self._words.read(self._rank, index)
+            if value & 3 == READY:
+                self._slots.fence()
+                message = self._slots.view(self._rank, self._first_slot + slot)
+                assert message is not None, "own slots are in place"
+                received = ReceivedMessage(holder_of(value), slot, message)
+                ready[received.sender, message.sequence] = received
+        return ready
+
+    def _skip_lost(
+        self, seen: dict[tuple[int, int], ReceivedMessage]
+    ) -> dict[tuple[int, int], ReceivedMessage]:
+        """Scan again, and do not wait for numbers that senders taken for dead have left out.
+
+        A message was numbered before the swap that would have delivered it, and that found the slot
+        reclaimed. Numbers are READY in order: one that is missing in a scan which began after a
+        later one was seen is lost.
+        """
+        ready = self._ready()
+        for sender in self._interrupted:
+            due = [n for rank, n in ready if rank == sender and n >= self._received[sender]]
+            if any((sender, number) in seen for number in due):
+                self._received[sender] = min(due)
+        return ready
+
     @property
     def has_messages(self) -> bool:
-        """Whether a message has arrived that is not freed yet."""
-        return any(self._words.read(self._rank, index) & 3 == READY for index in self._word_indices)
+        """Whether a message has arrived for which `free` was not called yet."""
+        for slot, index in enumerate(self._word_indices):
+            value = self._words.read(self._rank, index)
+            if value & 3 == READY and not (self._freeing and self._is_freeing(slot, value)):
+                return True
+        return False
+
+    def _is_freeing(self, slot: int, value: int) -> bool:
+        """Return whether the message in a slot with that word is only still to be freed."""
+        if slot not in self._freeing:
+            return False
+        self._slots.fence()
+        message = self._slots.view(self._rank, self._first_slot + slot)
+        assert message is not None, "own slots are in place"
+        if self._freeing[slot] == (holder_of(value), message.sequence):
+            return True
+        del self._freeing[slot]  # the slot was freed, and the message is another one
+        return False
 
     def free(self, received: ReceivedMessage) -> None:
         """Free the slot of a message for the next sender."""
         ready = pack_slot_word(READY, received.sender)
-        freed = self._words.swap(
-            self._rank, self._word_indices[received.slot], ready, pack_slot_word(FREE)
+        freed = self._release.swap(
+            self._rank,
+            self._word_indices[received.slot],
+            ready,
+            pack_slot_word(FREE),
+            required=True,
         )
-        assert freed, "only the owner frees a message"
+        assert freed is not False, "only the owner frees a message"
+        if freed is None:
+            self._freeing[received.slot] = received.sender, received.message.sequence
 
     def reclaim_from(self, rank: int) -> None:
         """Free the slots that dead rank `rank` has reserved."""
         for index in self._word_indices:
-            self._words.swap(self._rank, index, pack_slot_word(CLAIMED, rank), pack_slot_word(FREE))
+            if self._words.swap(
+                self._rank, index, pack_slot_word(CLAIMED, rank), pack_slot_word(FREE)
+            ):
+                self._interrupted.add(rank)

@@ -6,6 +6,11 @@ or copies it unclaimed and reads the slot's word again to see whether the copy i
 
 Words of a slot: FREE -> READY(version) -> FREE, or READY -> CLAIMED(reader) -> FREE.
 The head word, ``version << 8 | slot``, names the newest version.
+
+Swaps that give memory away (publish, retire, release a claim) go through a `Release`, and may be
+made later than they are asked for, in their order; what this rank knows of its own slots is then
+ahead of their words. A word tells the version it is of, so that a slot that is FREE of an earlier
+version, to be published still, is not taken for one that is free again.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from mpi_dasgd.transport.control_words import (
 )
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.payload_slots import Slots
+from mpi_dasgd.transport.release import Immediate, Release
 
 __all__ = ["Claim", "Publication"]
 
@@ -51,6 +57,7 @@ class Publication:
         counters: where publications, skipped ones, lost claims and torn reads are counted.
         max_claims: number of versions that others may hold claimed; at that number this rank
             publishes nothing until one is released.
+        release: makes the swaps that give memory away; None: at once.
     """
 
     def __init__(
@@ -61,8 +68,10 @@ class Publication:
         rank: int,
         counters: Counters,
         max_claims: int = 2,
+        release: Release | None = None,
     ) -> None:
         self._words = words
+        self._release = Immediate(words) if release is None else release
         self._slots = slots
         self._word_indices = word_map.publication
         self._rank = rank
@@ -71,7 +80,8 @@ class Publication:
         self._free = list(range(len(self._word_indices)))
         # words of the slots in _free
         self._last_words = dict.fromkeys(self._free, pack_slot_word(FREE))
-        self._claimed: list[int] = []
+        # slots of earlier versions that are not known to be free, with their versions
+        self._replaced: dict[int, int] = {}
         self._newest: int | None = None
         self._version = 0
         self._reserved: int | None = None
@@ -92,16 +102,17 @@ class Publication:
         self._free.remove(slot)
         self._slots.fence()  # the payload must be complete before the word says so
         self._version += 1
-        swap = self._words.swap
+        swap = self._release.swap
         published = swap(
             self._rank,
             self._word_indices[slot],
             self._last_words[slot],
             pack_slot_word(READY, self._rank, self._version),
+            required=True,
         )
         old = 0 if self._newest is None else (self._version - 1) << 8 | self._newest
-        became_head = swap(self._rank, HEAD, old, self._version << 8 | slot)
-        assert published and became_head, "only the owner publishes"
+        became_head = swap(self._rank, HEAD, old, self._version << 8 | slot, required=True)
+        assert published is not False and became_head is not False, "only the owner publishes"
         if self._newest is not None:
             self._retire(self._newest, self._version - 1)
         self._newest = slot
@@ -125,6 +136,16 @@ class Publication:
     def release(self, claim: Claim) -> None:
         """Free a claimed slot for its owner."""
         mine = pack_slot_word(CLAIMED, self._rank, claim.version)
+        self._release.swap(
+            claim.rank,
+            self._word_indices[claim.slot],
+            mine,
+            pack_slot_word(FREE, version=claim.version),
+        )
+
+    def give_back(self, claim: Claim) -> None:
+        """Free a claimed slot at once: nobody has been asked to read it."""
+        mine = pack_slot_word(CLAIMED, self._rank, claim.version)
         self._words.swap(
             claim.rank,
             self._word_indices[claim.slot],
@@ -139,9 +160,10 @@ class Publication:
 
     def withdraw(self) -> bool:
         """Withdraw the newest version, so that no rank can claim it; return False if one has."""
+        assert not self._release.is_pending, "the newest version may not be published yet"
         claim = self.claim(self._rank)
         if claim is not None:
-            self.release(claim)
+            self.give_back(claim)
         return claim is not None
 
     @property
@@ -153,6 +175,8 @@ class Publication:
         if self._newest is None:
             return FREE, self._rank
         value = self._words.read(self._rank, self._word_indices[self._newest])
+        if value >> 22 != self._version:  # still to be published
+            return READY, self._rank
         return value & 3, holder_of(value)
 
     def read(self, rank: int, out: Message) -> bool:
@@ -197,7 +221,7 @@ class Publication:
 
     def reclaim_from(self, rank: int) -> None:
         """Free the slots that dead rank `rank` has claimed."""
-        slots = self._claimed if self._newest is None else [*self._claimed, self._newest]
+        slots = (*self._replaced, *(() if self._newest is None else (self._newest,)))
         for slot in slots:
             value = self._words.read(self._rank, self._word_indices[slot])
             if value & 3 == CLAIMED and holder_of(value) == rank:
@@ -211,27 +235,32 @@ class Publication:
     @property
     def claims(self) -> int:
         """Number of this rank's versions that others hold claimed."""
-        self._collect()
+        claimed = self._collect()
         if self._newest is None:
-            return len(self._claimed)
+            return claimed
         newest = self._words.read(self._rank, self._word_indices[self._newest])
-        return len(self._claimed) + (newest & 3 == CLAIMED)
+        return claimed + (newest & 3 == CLAIMED)
 
     def _retire(self, slot: int, version: int) -> None:
         ready, free = (
             pack_slot_word(READY, self._rank, version),
             pack_slot_word(FREE, version=version),
         )
-        if self._words.swap(self._rank, self._word_indices[slot], ready, free):
+        if self._release.swap(self._rank, self._word_indices[slot], ready, free):
             self._free.append(slot)
             self._last_words[slot] = free
         else:
-            self._claimed.append(slot)
+            self._replaced[slot] = version
 
-    def _collect(self) -> None:
-        for slot in tuple(self._claimed):
+    def _collect(self) -> int:
+        """Take back replaced slots that are free by now; return how many are still claimed."""
+        claimed = 0
+        for slot, version in tuple(self._replaced.items()):
             value = self._words.read(self._rank, self._word_indices[slot])
-            if value & 3 == FREE:
-                self._claimed.remove(slot)
+            if value & 3 == FREE and value >> 22 == version:
+                del self._replaced[slot]
                 self._free.append(slot)
                 self._last_words[slot] = value
+            else:
+                claimed += value & 3 == CLAIMED
+        return claimed

@@ -8,11 +8,16 @@ their order. In host memory all work is done when it returns, and a release swap
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.errors import DeviceFailed
 from mpi_dasgd.transport.control_words import Words
 
-__all__ = ["Immediate", "Release"]
+__all__ = ["Immediate", "Release", "Synced", "await_release"]
+
+_POLL_SECONDS = 1e-4
 
 
 class Release(Protocol):
@@ -29,7 +34,8 @@ class Release(Protocol):
             required: whether the word cannot be another one, unless the protocol is broken.
 
         Returns:
-            Whether the word was set; None if the swap is still to be made.
+            Whether the word was set, which the caller checks if it is required; None if the swap is
+            still to be made: then `flush` checks it.
 
         Raises:
             Unreachable: the rank is gone.
@@ -64,9 +70,55 @@ class Immediate:
         self, rank: int, index: int, expected: int, new: int, *, required: bool = False
     ) -> bool | None:
         """Set a word to `new` if it is `expected`; return whether it was."""
-        swapped = self._words.swap(rank, index, expected, new)
-        assert swapped or not required, "only the owner changes this word"
-        return swapped
+        return self._words.swap(rank, index, expected, new)
 
     def flush(self) -> None:
         """Do nothing: nothing is pending."""
+
+
+class Synced:
+    """Waits for the device, then swaps: for words that only MPI can change.
+
+    Args:
+        words: control words of all ranks.
+        device: device of this rank.
+    """
+
+    is_pending = False
+
+    def __init__(self, words: Words, device: Device) -> None:
+        self._words = words
+        self._device = device
+
+    def swap(
+        self, rank: int, index: int, expected: int, new: int, *, required: bool = False
+    ) -> bool | None:
+        """Wait, set a word to `new` if it is `expected`, and return whether it was.
+
+        Raises:
+            DeviceFailed: the device has failed; the word is as it was.
+        """
+        self._device.mark().wait()
+        return self._words.swap(rank, index, expected, new)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is pending."""
+
+
+def await_release(release: Release, timeout: float = 60.0) -> None:
+    """Wait until no swap is pending, and see what became of them.
+
+    Args:
+        release: release of this rank, flushed.
+        timeout: seconds to wait for the device.
+
+    Raises:
+        DeviceFailed: the device has failed, or is not done in time.
+        RuntimeError: a required swap has found another word.
+    """
+    deadline = time.monotonic() + timeout
+    while release.is_pending:
+        if time.monotonic() > deadline:
+            raise DeviceFailed(f"the device is not done with its work after {timeout:g} s")
+        time.sleep(_POLL_SECONDS)
+    release.flush()

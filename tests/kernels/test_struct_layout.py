@@ -15,6 +15,7 @@ import pytest
 
 from mpi_dasgd.kernels import cpu, cuda, native
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
+from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, RELEASE, SWAP
 from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
 
@@ -50,7 +51,9 @@ def test_cpu_structs_are_those_of_python() -> None:
     assert library is not None
     passes = {f"k{name.capitalize()}": (number,) for number, name in enumerate(cpu.PASSES)}
     step = mirror("MpdFusedStep", cpu.FusedStepStruct)
-    assert compiled(library) == {**SHARED, **step, **passes}
+    swaps = mirror("MpdSwap", SWAP) | mirror("MpdRelease", RELEASE)
+    swaps["MPD_MAX_SWAPS"] = (MAX_SWAPS,)
+    assert compiled(library) == {**SHARED, **step, **passes, **swaps}
 
 
 def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Rank:
             ),
             budget=SimpleNamespace(resume=lambda *counts: self._store("budget")(counts)),
             endpoint=SimpleNamespace(
+                flush=lambda: None,
                 report_gradients=self._store("gradients"),
                 membership=SimpleNamespace(
                     report_samples=self._store("samples"), gradients=[0, 0, 0]

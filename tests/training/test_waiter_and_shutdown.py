@@ -55,7 +55,7 @@ class Endpoint:
             check_failures=lambda: Membership.check_failures(self.membership),  # type: ignore[arg-type]
         )  # fmt: skip
         self.reported: list[Activity] = []
-        self.refreshed = 0
+        self.refreshed = self.flushed = 0
         self.unsent = 0
         self._on_refresh = on_refresh
 
@@ -69,6 +69,9 @@ class Endpoint:
 
     def refresh_progress(self) -> None:
         pass
+
+    def flush(self) -> None:
+        self.flushed += 1
 
     def refresh_membership(self) -> None:
         self.refreshed += 1

@@ -2,6 +2,7 @@
 #include "struct_layout.h"
 
 #include "fused_step.h"
+#include "release.h"
 #include "roofline.h"
 
 extern "C" const char* mpd_struct_layout() {
@@ -27,6 +28,17 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdFusedStep, weight_decay);
     MPD_FIELD(layout, MpdFusedStep, threads);
     MPD_FIELD(layout, MpdFusedStep, publication);
+    MPD_STRUCT(layout, MpdSwap);
+    MPD_FIELD(layout, MpdSwap, word);
+    MPD_FIELD(layout, MpdSwap, expected);
+    MPD_FIELD(layout, MpdSwap, desired);
+    MPD_FIELD(layout, MpdSwap, required);
+    MPD_STRUCT(layout, MpdRelease);
+    MPD_FIELD(layout, MpdRelease, count);
+    MPD_FIELD(layout, MpdRelease, failed);
+    MPD_FIELD(layout, MpdRelease, done);
+    MPD_FIELD(layout, MpdRelease, swaps);
+    MPD_VALUE(layout, MPD_MAX_SWAPS);
     MPD_VALUE(layout, kTrivial);
     MPD_VALUE(layout, kStreamed);
     MPD_VALUE(layout, kCopy);

@@ -15,6 +15,9 @@ from mpi4py import MPI
 
 from mpi_dasgd.codecs import Layout
 from mpi_dasgd.config.schema import TransportConfig
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
+from mpi_dasgd.device.run_ahead import RunAhead
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import WordMap
@@ -23,7 +26,9 @@ from mpi_dasgd.transport.endpoint import Endpoint, ExchangeRequest, ReadRequest,
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.release import Release, await_release
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
+from mpi_dasgd.transport.rma.launched_release import make_release
 from mpi_dasgd.transport.rma.node_peers import NodePeers
 from mpi_dasgd.transport.rma.peer_views import PeerViews
 from mpi_dasgd.transport.rma.progress_context import ProgressContext
@@ -50,6 +55,11 @@ class RmaEndpoint(Endpoint):
         config: section ``transport`` of the configuration: memory, slots and timing.
         publication_slots: slots of a publication per rank, 0 for none; None: those of `config`.
         inbox_slots: slots of an inbox per rank, 0 for none; None: those of `config`.
+        device: device of this rank; on all ranks of the same kind.
+        memory: memory of the payload slots, the same on all ranks: ``host``, or ``ipc``.
+
+    Raises:
+        UserError: the native kernels are older than the program, and cannot serve a device.
     """
 
     def __init__(
@@ -61,6 +71,8 @@ class RmaEndpoint(Endpoint):
         *,
         publication_slots: int | None = None,
         inbox_slots: int | None = None,
+        device: Device = HOST,
+        memory: str = "host",
     ) -> None:
         config = config or TransportConfig()
         if publication_slots is None:
@@ -75,15 +87,19 @@ class RmaEndpoint(Endpoint):
         slot_count = publication_slots + inbox_slots
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         self._words = allocate_words(comm, node, word_map.count, config.mode)
-        self._slots = WindowSlots(comm, node, layout, slot_count, config.mode)
+        self._slots = _allocate_slots(comm, node, layout, slot_count, config.mode, device, memory)
         node.Free()
+        self._device = device
+        self.release = make_release(comm, self._words, device)
+        self.run_ahead = RunAhead(device, config.ahead)
 
-        def new_views(sent: defaultdict[int, int]) -> PeerViews:
+        def new_views(sent: defaultdict[int, int], release: Release | None = None) -> PeerViews:
             counters = Counters()
             shared = self._words, self._slots, word_map, self.rank, counters
-            return PeerViews(Publication(*shared), Inbox(*shared, sent), counters)
+            publication = Publication(*shared, release=release)
+            return PeerViews(publication, Inbox(*shared, sent, release), counters)
 
-        views = new_views(defaultdict(int))
+        views = new_views(defaultdict(int), self.release)
         self.publication, self.inbox, self.counters = views
         self._node = NodePeers(views, self._slots)
         self.membership = Membership(self._words, self.rank, self.size, config.heartbeat_timeout)
@@ -210,7 +226,7 @@ class RmaEndpoint(Endpoint):
         self.membership.report_gradients(gradients)
 
     def is_flushed(self) -> bool:
-        return self._remote.is_flushed()
+        return self._remote.is_flushed() and not self.release.is_pending
 
     def time_ns(self) -> int:
         return time.time_ns()
@@ -228,10 +244,15 @@ class RmaEndpoint(Endpoint):
             PeerFailed: a rank has failed.
             PeerLost: ranks have died, or have given this one up, so that the windows cannot be
                 freed, and others may still read them; the process must end by `os._exit`.
+            DeviceFailed: the device has failed.
         """
         if self._closed:
             return
         self._closed = True
+        # No word and no slot may be freed that work of this rank still uses.
+        self.flush()
+        self._device.close()
+        await_release(self.release)
         all_came = _await_all(
             self._comm, self.membership, self.refresh_membership, self._heartbeat_timeout
         )
@@ -267,6 +288,21 @@ class RmaEndpoint(Endpoint):
         if thread.is_alive() or failures:
             reason = failures[0] if failures else f"no end in {timeout:g} s"
             raise PeerLost(f"a rank has ended inside close(): windows cannot be freed ({reason})")
+
+
+def _allocate_slots(
+    comm: MPI.Intracomm,
+    node: MPI.Intracomm,
+    layout: Layout,
+    count: int,
+    mode: str,
+    device: Device,
+    memory: str,
+) -> WindowSlots:
+    """Allocate the payload slots of this rank in memory of that kind. Collective."""
+    if memory == "host":
+        return WindowSlots(comm, node, layout, count, mode)
+    raise NotImplementedError(f"slots in memory {memory!r}")
 
 
 def _await_all(

@@ -51,7 +51,7 @@ class NodePeers:
         """Free what a settled request has claimed."""
         assert request.claim is not None and request.reservation is not None
         self._inbox.cancel(request.reservation)
-        self._publication.release(request.claim)
+        self._publication.give_back(request.claim)
 
     def read(self, rank: int, version: int | None) -> ReadRequest:
         """Read a publication: copy the newest now, or return a request that polls for a version."""

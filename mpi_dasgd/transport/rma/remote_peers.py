@@ -193,4 +193,4 @@ class RemotePeers:
 def _release(claim: Claim, reservation: Reservation, context: ProgressContext) -> None:
     """Free a claimed publication and a reserved slot of an inbox."""
     context.inbox.cancel(reservation)
-    context.publication.release(claim)
+    context.publication.give_back(claim)

@@ -48,6 +48,10 @@ class NodeWords:
         """Set a word to `new` if it is `expected`, atomically; return whether it was."""
         return self._swap(self._addresses[rank] + 8 * index, expected, new) != 0
 
+    def address(self, rank: int, index: int) -> int:
+        """Return where word `index` of `rank` is, in this process."""
+        return self._addresses[rank] + 8 * index
+
     def close(self) -> None:
         """Free the memory."""
         if self._window is not None:

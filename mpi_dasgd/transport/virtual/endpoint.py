@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
+from mpi_dasgd.device.run_ahead import RunAhead
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.endpoint import (
     Endpoint,
@@ -18,6 +21,7 @@ from mpi_dasgd.transport.endpoint import (
 )
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.release import Immediate, Release
 from mpi_dasgd.transport.virtual.network import Delays, Network, VirtualCondition
 
 __all__ = ["VirtualEndpoint"]
@@ -30,15 +34,28 @@ class VirtualEndpoint(Endpoint):
         network: clock, memory and delays of all ranks.
         rank: this rank.
         delays: delays of this rank's operations; None: those of the network.
+        device: device of this rank.
+        release: makes the swaps that give memory away; None: at once.
     """
 
-    def __init__(self, network: Network, rank: int, delays: Delays | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        rank: int,
+        delays: Delays | None = None,
+        *,
+        device: Device = HOST,
+        release: Release | None = None,
+    ) -> None:
         self.rank, self.size = rank, network.topology.size
         self.topology = network.topology
         self.counters = Counters()
         memory = network.memory
-        self.publication = Publication(memory, memory, memory.word_map, rank, self.counters)
-        self.inbox = Inbox(memory, memory, memory.word_map, rank, self.counters)
+        self.release = Immediate(memory) if release is None else release
+        self.run_ahead = RunAhead(device)
+        shared = memory, memory, memory.word_map, rank, self.counters
+        self.publication = Publication(*shared, release=self.release)
+        self.inbox = Inbox(*shared, release=self.release)
         self._network = network
         self._clock = network.clock
         self._memory = memory
@@ -108,7 +125,7 @@ class VirtualEndpoint(Endpoint):
         if request.claim is None or request.reservation is None:
             return
         self.inbox.cancel(request.reservation)
-        self.publication.release(request.claim)
+        self.publication.give_back(request.claim)
 
     def _after_transfer(self, event: Callable[[], None]) -> None:
         """Let `event` happen when a message sent now has arrived."""
@@ -124,7 +141,7 @@ class VirtualEndpoint(Endpoint):
         self._clock.after(self._delays.message_delay(self._clock.now), arrive)
 
     def is_flushed(self) -> bool:
-        return self._in_flight == 0
+        return self._in_flight == 0 and not self.release.is_pending
 
     def time_ns(self) -> int:
         return int(self._clock.now * 1e9)
