@@ -112,7 +112,7 @@ def build_rank(
     local = TorchLocalOptimizer(
         optimizer, parameters, environment.rank, check_finite=config.run.check_finite
     )
-    endpoint = _make_endpoint(environment, codec.layout, run)
+    endpoint = _make_endpoint(environment, codec.layout, run, choice)
     record = record or (lambda exchange: None)
     algorithm = run.make_algorithm(endpoint, codec, parameters.vector, record)
     algorithm.local = local
@@ -131,7 +131,9 @@ def _make_codec(run: RunParts, rank: int, parameters: FlatParameters, device: De
         ) from None
 
 
-def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> RmaEndpoint:
+def _make_endpoint(
+    environment: world.World, layout: Layout, run: RunParts, choice: DeviceChoice
+) -> RmaEndpoint:
     # not before: it starts MPI
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
@@ -142,6 +144,8 @@ def _make_endpoint(environment: world.World, layout: Layout, run: RunParts) -> R
         run.config.transport,
         publication_slots=run.publication_slots,
         inbox_slots=run.inbox_slots,
+        device=choice.device,
+        memory=choice.memory,
     )
 
 
