@@ -16,16 +16,16 @@ class DeviceScale:
     """`AdaptiveScale` in the memory of a GPU. It only asks for work: nothing waits.
 
     Args:
-        buckets: number of buckets of the model.
+        elements: number of model elements.
         bits, margin, decay: see `AdaptiveScale`.
 
     Raises:
         UserError: `margin` is too large for so few bits.
     """
 
-    def __init__(self, buckets: int, bits: int, margin: float | None, decay: float) -> None:
+    def __init__(self, elements: int, bits: int, margin: float | None, decay: float) -> None:
         self._scales = BucketScales(
-            buckets,
+            elements,
             float(scale_per_distance(bits, margin)),
             float(np.float32(decay)),
             doubles_estimate=bits > 4,
