@@ -25,6 +25,7 @@ class LateFiniteCheck:
     def __init__(self, vector: torch.Tensor, device: Device) -> None:
         self._vector, self._device = vector, device
         self._largest = torch.zeros((), dtype=vector.dtype, pin_memory=vector.is_cuda)
+        self._answer = self._largest.numpy()
         self._mark: Mark | None = None
         self._step = 0
 
@@ -51,4 +52,4 @@ class LateFiniteCheck:
         elif not self._mark.is_done:
             return None
         self._mark = None
-        return None if math.isfinite(self._largest.item()) else self._step
+        return None if math.isfinite(self._answer) else self._step

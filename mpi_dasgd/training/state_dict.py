@@ -50,7 +50,7 @@ def state_dict(training: Decentralized) -> tuple[dict[str, np.ndarray], dict[str
         for key, value in values.items():
             name = f"optimizer/{index}/{key}"
             if isinstance(value, torch.Tensor):
-                arrays[name] = value.detach().cpu().numpy()
+                arrays[name] = _numbers(value)
             else:
                 scalars[name] = value
     meta = {
@@ -83,8 +83,7 @@ def load_checkpoint(training: Decentralized, directory: Path) -> int:
             raise UserError(f"{directory}: no checkpoint is whole for all ranks")
         if meta["index"] != max(common):
             arrays, meta = load(directory, training.rank, index=max(common), size=training.size)
-        with training.parameters.device.current_stream():
-            _load_state(training, arrays, meta)
+        _load_state(training, arrays, meta)
     local_steps = world.comm.allgather(training.local.local_step)
     with world.collective_errors():
         _count_seen_gradients(training, local_steps)
@@ -103,13 +102,14 @@ def _load_state(
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
     _set_random_states(training.parameters, arrays)
-    _load_codec(training.codec, _part(arrays, "codec/"))
-    training.parameters.set(arrays["model"])
-    training.algorithm.load_state(_of_device(training.parameters, _part(arrays, "algorithm/")))
-    training.buffers.unpack(arrays["buffers"])
     version, numbers, gauss = meta["rng"]  # JSON has made lists of tuples
     training.algorithm.rng.setstate((version, tuple(numbers), gauss))
-    _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])
+    training.buffers.unpack(arrays["buffers"])
+    with training.parameters.device.current_stream():
+        _load_codec(training.codec, _part(arrays, "codec/"))
+        training.parameters.set(arrays["model"])
+        training.algorithm.load_state(_of_device(training.parameters, _part(arrays, "algorithm/")))
+        _resume(training, meta["local_step"], meta["samples"], meta["elapsed"])
 
 
 def _random_states(parameters: FlatParameters) -> dict[str, np.ndarray]:
@@ -126,6 +126,16 @@ def _set_random_states(parameters: FlatParameters, arrays: Mapping[str, np.ndarr
     if parameters.flat.is_cuda and "torch_cuda_rng" in arrays:
         state = torch.from_numpy(arrays["torch_cuda_rng"].copy())
         torch.cuda.set_rng_state(state, parameters.flat.device)
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor of an optimizer's state in host memory.
+
+    NumPy has no bf16: float32 holds it exactly, and `load_state_dict` returns it to its type.
+    """
+    values = tensor.detach().cpu()
+    array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return array
 
 
 def _to_host(parameters: FlatParameters, array: Array) -> np.ndarray:
