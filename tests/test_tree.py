@@ -58,7 +58,7 @@ TESTED_BY = {
     "training/test_budget": "training: learning_rate",
     "model/test_parameter_attachment": "model: flat_memory parameter_ties",
     "training/test_join": "training: shadow_optimizer step_refusals",
-    "training/test_train": ": __main__ cli errors / training: decentralized rank_parts "
+    "training/test_train": ": __main__ cli errors / training: decentralized "
     "trainer / storage: run_directory",
     "training/test_trainer_step": "training: device_stream",
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",

@@ -105,3 +105,51 @@ def test_ranks_in_lockstep_must_resume_at_one_step() -> None:
     module._count_seen_gradients(rank.training, [4, 4, 4])
     with pytest.raises(UserError, match=r"ranks of 'easgd' are in lockstep.* steps \[3, 5, 4\]"):
         module._count_seen_gradients(rank.training, [3, 5, 4])
+
+
+def test_the_state_of_an_optimizer_in_bf16_comes_back_exactly() -> None:
+    def rank() -> Any:
+        model = torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+        made = Rank(1)
+        made.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        made.training.optimizer, made.training.parameters = made.optimizer, FlatParameters(model)
+        return made, model
+
+    (first, model), (second, other) = rank(), rank()
+    model(torch.randn(8, 8, dtype=torch.bfloat16)).square().mean().backward()
+    first.optimizer.step()
+    arrays, meta = module.state_dict(first.training)
+    module._load_state(second.training, arrays, json.loads(json.dumps(meta)))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        buffer = second.optimizer.state[q]["momentum_buffer"]
+        assert torch.equal(buffer, first.optimizer.state[p]["momentum_buffer"])
+        assert buffer.dtype == torch.bfloat16 and torch.equal(p, q)
+
+
+def test_estimates_of_a_vector_of_another_length_are_made_anew() -> None:
+    loaded: dict[str, np.ndarray] = {}
+    codec: Any = SimpleNamespace(
+        state=lambda: {"estimate": np.ones(3, np.float32), "messages": np.array([2])},
+        load_state=loaded.update,
+    )
+    module._load_codec(codec, {"estimate": np.full(2, 7, np.float32), "messages": np.array([5])})
+    assert loaded["messages"].tolist() == [5]
+    assert loaded["estimate"].tolist() == [0, 0, 0]
+    module._load_codec(codec, {"estimate": np.full(3, 7, np.float32), "messages": np.array([5])})
+    assert loaded["estimate"].tolist() == [7, 7, 7]
+
+
+def test_a_checkpoint_has_the_random_generator_of_the_gpu(monkeypatch: Any) -> None:
+    state = torch.arange(16, dtype=torch.uint8)
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: seen.append(args))
+    on_gpu: Any = SimpleNamespace(flat=SimpleNamespace(is_cuda=True, device="cuda:1"))
+    on_cpu: Any = SimpleNamespace(flat=SimpleNamespace(is_cuda=False))
+    arrays = module._random_states(on_gpu)
+    module._set_random_states(on_cpu, arrays)
+    assert not seen
+    module._set_random_states(on_gpu, module._random_states(on_cpu))  # one of a CPU has none
+    assert not seen
+    module._set_random_states(on_gpu, arrays)
+    assert torch.equal(seen[0][0], state) and seen[0][1] == "cuda:1"
