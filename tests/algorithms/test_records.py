@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mpi_dasgd import config
 from mpi_dasgd.algorithms.records import (
     ABSORBED,
     INITIATED,
@@ -17,6 +18,8 @@ from mpi_dasgd.algorithms.records import (
 )
 from mpi_dasgd.codecs import ExchangeOutcome, Header
 from mpi_dasgd.errors import DeviceFailed
+from mpi_dasgd.simulation.simulator import Simulator
+from tests.support.virtual_ranks import JOB
 
 
 @pytest.fixture
@@ -138,3 +141,48 @@ def test_a_device_that_fails_leaves_no_record_behind(recorder: Any) -> None:
     assert [record.step for record in records] == [1, 10, 2, 11, 3]
     assert records[0].distance == 1.0 and math.isnan(records[2].distance)
     exchange_records.flush()
+
+
+class _LateCodec:
+    """Makes the outcomes of a codec known only some exchanges later."""
+
+    def __init__(self, codec: Any) -> None:
+        self._average_pair, self._outcomes = codec.average_pair, []  # type: ignore[var-annotated]
+
+    def average_pair(self, x: Any, buffers: Any) -> Any:
+        """Exchange; the outcome before the last four is known then."""
+        outcome = _Late(math.nan, [])
+        measured = self._average_pair(x, buffers)
+        outcome.value = lambda: measured  # type: ignore[method-assign]
+        self._outcomes.append(outcome)
+        for earlier in self._outcomes[:-4]:
+            earlier.known = True
+        return outcome
+
+
+@pytest.mark.parametrize("algorithm", ["adpsgd", "swarm"])
+def test_an_algorithm_on_a_late_device_has_the_same_records(algorithm: str) -> None:
+    def run(is_late: bool) -> list[list[ExchangeRecord]]:
+        settings = [
+            f"algorithm.name={algorithm}", "codec.name=lattice8", "simulation.dtype=float32",
+            "simulation.dimension=1100", "simulation.ranks=4", "simulation.latency=0.2",
+            "budget.samples=400",
+        ]  # fmt: skip
+        simulator = Simulator(config.load(JOB, settings))
+        records: list[list[ExchangeRecord]] = [[] for _ in simulator.algorithms]
+        for rank, own in zip(simulator.algorithms, records, strict=True):
+            inner = rank.records.record
+            rank.records.record = lambda r, own=own, inner=inner: (own.append(r), inner(r))  # type: ignore[misc]
+            if is_late:
+                rank.codec.average_pair = _LateCodec(rank.codec).average_pair  # type: ignore[method-assign]
+        simulator.run()
+        for rank in simulator.algorithms:
+            rank.settle()
+        return records
+
+    punctual, late = run(is_late=False), run(is_late=True)
+    assert sum(map(len, punctual)) > 50
+    lateness = [record.late_s for rank in late for record in rank]
+    assert max(lateness) > 0 and not any(record.late_s for rank in punctual for record in rank)
+    for expected, found in zip(punctual, late, strict=True):
+        assert repr(expected) == repr([record._replace(late_s=0.0) for record in found])
