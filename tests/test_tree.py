@@ -24,6 +24,7 @@ TESTED_BY = {
     "push_sum sgp",
     "analysis/test_report": "analysis: load page page_template panels plots run style "
     "table verdict",
+    "device/test_cuda": "device: cuda_calls cuda_events cuda_memory",
     "device/test_ipc_probe": "device: ipc_probe_child probe_process",
     "device/test_host": "device: base / training: device_choice",
     "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report "
