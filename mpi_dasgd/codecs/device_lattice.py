@@ -53,7 +53,9 @@ class DeviceLatticeCodec(LatticeMessages):
     ) -> None:
         self._device = device
         super().__init__(elements, dtype, bits, settings, seeds)
-        self.scale = DeviceScale(elements, bits, settings.scale_margin, settings.scale_decay)
+        self.scale = DeviceScale(
+            self.layout.scales, bits, settings.scale_margin, settings.scale_decay
+        )
         self._totals = LateTotals(device, TOTALS)
 
     def average_pair(self, x: Array, buffers: ExchangeBuffers) -> Outcome:

@@ -16,18 +16,18 @@ class DeviceScale:
     """`AdaptiveScale` in the memory of a GPU. It only asks for work: nothing waits.
 
     Args:
-        elements: number of model elements.
+        buckets: number of buckets of the model.
         bits, margin, decay: see `AdaptiveScale`.
 
     Raises:
         UserError: `margin` is too large for so few bits.
     """
 
-    def __init__(self, elements: int, bits: int, margin: float | None, decay: float) -> None:
+    def __init__(self, buckets: int, bits: int, margin: float | None, decay: float) -> None:
         self._scales = BucketScales(
-            elements,
-            float(scale_per_distance(bits, margin)),
-            float(np.float32(decay)),
+            buckets=buckets,
+            scale_per_distance=float(scale_per_distance(bits, margin)),
+            decay=float(np.float32(decay)),
             doubles_estimate=bits > 4,
         )
         self._encodings = 0
