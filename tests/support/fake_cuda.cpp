@@ -11,9 +11,10 @@
 typedef void (*HostFunction)(void*);
 
 namespace {
-std::deque<std::pair<HostFunction, void*>> queue;
-std::mutex mutex;
-std::condition_variable changed;
+// Never destroyed: the thread waits on them until the process is gone.
+auto& queue = *new std::deque<std::pair<HostFunction, void*>>;
+auto& mutex = *new std::mutex;
+auto& changed = *new std::condition_variable;
 bool running = false;
 std::atomic<int> status{0}, held{0}, delay_us{5000};
 
