@@ -36,6 +36,7 @@ class RunParts:
         codec_config: section ``codec``, with `auto` resolved.
         schedule: factor on the learning rate as a function of progress.
         step_rule: factor on the learning rate as a function of a gradient's delay, in gradients.
+        dtype: type of the models.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class RunParts:
     codec_config: CodecConfig
     schedule: Schedule
     step_rule: Callable[[int], float]
+    dtype: np.dtype = _FLOAT32
 
     @property
     def lockstep(self) -> bool:
@@ -59,11 +61,14 @@ class RunParts:
             and self.algorithm_cls.model_ranks(self.topology.size) == all_ranks
         )
 
-    @property
-    def publication_slots(self) -> int:
-        """Slots of a rank's publication; 0 for an algorithm that publishes no models."""
+    def publication_slots(self, memory: str = "host") -> int:
+        """Return the slots of a rank's publication; 0 for an algorithm that publishes no models.
+
+        Args:
+            memory: memory of the slots, ``host`` or ``ipc``.
+        """
         uses = self.algorithm_cls.capabilities.uses_publication
-        return self.config.transport.publication_slots if uses else 0
+        return self.config.transport.publication_slots_in(memory) if uses else 0
 
     @property
     def inbox_slots(self) -> int:
@@ -145,4 +150,5 @@ def build_run(config: Config, size: int, dtype: np.dtype = _FLOAT32) -> RunParts
         algorithm_cls.resolve_codec(config.codec, dtype),
         schedule,
         delay_rule(config.algorithm, size),
+        np.dtype(dtype),
     )

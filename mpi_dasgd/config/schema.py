@@ -23,6 +23,7 @@ from mpi_dasgd.config.deprecated import renamed
 __all__ = ["OWN_ALGORITHMS", "AlgorithmConfig", "CodecConfig", "Config", "Section"]
 
 Positive = Annotated[int, Field(gt=0)]
+_PUBLICATION_SLOTS = {"host": 4, "ipc": 6}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -275,7 +276,9 @@ class TransportConfig(Section):
         description="steps by which the host may be ahead of the GPU when it claims a model",
         ge=0,
     )
-    publication_slots: int = Field(4, description="slots of a publication", ge=3, le=64)
+    publication_slots: Annotated[int, Field(ge=3, le=64)] | None = Field(
+        None, description="slots of a publication; unset: 4, in memory of GPUs 6"
+    )
     inbox_slots: int = Field(4, description="messages that an inbox holds", ge=1, le=64)
     progress_interval: float = Field(
         0.0003,
@@ -291,6 +294,13 @@ class TransportConfig(Section):
         "the run ends",
         gt=0,
     )
+
+    def publication_slots_in(self, memory: str) -> int:
+        """Return the slots of a publication in `memory`, which is ``host`` or ``ipc``.
+
+        Where models are published when the GPU has passed, more of them are on their way.
+        """
+        return self.publication_slots or _PUBLICATION_SLOTS[memory]
 
 
 class DeviceConfig(Section):

@@ -234,7 +234,7 @@ def _build_network(parts: RunParts, layout: Layout) -> Network:
     memory = SharedMemory(
         layout,
         settings.ranks,
-        publication_slots=parts.publication_slots,
+        publication_slots=parts.publication_slots(),
         inbox_slots=parts.inbox_slots,
     )
     return Network(

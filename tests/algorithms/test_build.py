@@ -33,9 +33,12 @@ def test_parts_are_those_that_the_configuration_names() -> None:
 def test_only_the_slots_that_are_used_are_there_and_auto_is_the_first_codec(name: str) -> None:
     parts = _build(f"algorithm.name={name}")
     capabilities, transport = parts.algorithm_cls.capabilities, parts.config.transport
-    assert parts.publication_slots == (
-        transport.publication_slots if capabilities.uses_publication else 0
-    )
+    assert transport.publication_slots is None
+    published = capabilities.uses_publication
+    assert parts.publication_slots() == (4 if published else 0)
+    assert parts.publication_slots("ipc") == (6 if published else 0)
+    chosen = _build(f"algorithm.name={name}", "transport.publication_slots=5")
+    assert {chosen.publication_slots(memory) for memory in ("host", "ipc")} == {5 * published}
     assert parts.inbox_slots == (transport.inbox_slots if capabilities.uses_inbox else 0)
     assert parts.codec_config.name == parts.algorithm_cls.codecs[0]
     assert parts.config.codec.name == "auto"

@@ -76,7 +76,7 @@ class RmaEndpoint(Endpoint):
     ) -> None:
         config = config or TransportConfig()
         if publication_slots is None:
-            publication_slots = config.publication_slots
+            publication_slots = config.publication_slots_in("host")
         if inbox_slots is None:
             inbox_slots = config.inbox_slots
         self.rank, self.size = comm.rank, comm.size
