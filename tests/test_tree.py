@@ -26,7 +26,7 @@ TESTED_BY = {
     "table verdict",
     "device/test_cuda": "device: cuda_calls cuda_events cuda_memory",
     "device/test_ipc_probe": "device: ipc_probe_child probe_process",
-    "device/test_host": "device: base / training: device_choice",
+    "device/test_host": "device: base",
     "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report "
     "kernel_workload machine timed_operation",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",

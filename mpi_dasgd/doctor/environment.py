@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpi_dasgd import __version__
+from mpi_dasgd.doctor import gpu_checks
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 
 __all__ = ["checks"]
@@ -27,11 +28,12 @@ print(read_run_file(sys.argv[1]).counters["answer"])
 
 
 def checks() -> list[Check]:
-    """Return the findings; this takes about two seconds, mostly for the import of torch."""
+    """Return the findings; this takes about two seconds, mostly for torch, and ten with GPUs."""
     return [
         _check_versions(),
         _check_kernels(),
         _check_cuda(),
+        *gpu_checks.checks(),
         _check_shared_memory(),
         _check_hdf5(),
     ]

@@ -238,7 +238,7 @@ def _check_device_memory(library: str) -> Check:
         return Check("mpi and cuda", OK, text)
     aware = bool(query())
     text = "the library says that it is CUDA-aware" if aware else "the library is not CUDA-aware"
-    text += " (not needed: payload windows are in host memory)"
+    text += " (not needed: GPUs use each other's memory by CUDA IPC)"
     return Check("mpi and cuda", OK, text, {"cuda_aware": aware})
 
 

@@ -1,8 +1,8 @@
 """Implementation of `Slots` in memory of GPUs, which the kernels of all ranks use in place.
 
-A message has two parts. Header and trailer, which the host reads and writes, are in host memory that
-the ranks share; scales, checksums and payload are in a *region* of the owner's GPU, which it exports
-and the others open. All ranks are on one node.
+A message has two parts. Header and trailer, which the host reads and writes, are in host memory
+that the ranks share; scales, checksums and payload are in a *region* of the owner's GPU, which it
+exports and the others open. All ranks are on one node.
 
 Rules of CUDA IPC: a process opens a region once, and never its own; it is closed before its owner
 frees it; and all work on it is done before that. So the order of the end is: own work, opened
