@@ -142,7 +142,7 @@ def _make_endpoint(
         layout,
         run.topology,
         run.config.transport,
-        publication_slots=run.publication_slots(),
+        publication_slots=run.publication_slots(choice.memory),
         inbox_slots=run.inbox_slots,
         device=choice.device,
         memory=choice.memory,

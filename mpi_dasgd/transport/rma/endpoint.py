@@ -28,6 +28,7 @@ from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.release import Release, await_release
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
+from mpi_dasgd.transport.rma.device_slots import DeviceSlots
 from mpi_dasgd.transport.rma.launched_release import make_release
 from mpi_dasgd.transport.rma.node_peers import NodePeers
 from mpi_dasgd.transport.rma.peer_views import PeerViews
@@ -76,7 +77,7 @@ class RmaEndpoint(Endpoint):
     ) -> None:
         config = config or TransportConfig()
         if publication_slots is None:
-            publication_slots = config.publication_slots_in("host")
+            publication_slots = config.publication_slots_in(memory)
         if inbox_slots is None:
             inbox_slots = config.inbox_slots
         self.rank, self.size = comm.rank, comm.size
@@ -87,7 +88,10 @@ class RmaEndpoint(Endpoint):
         slot_count = publication_slots + inbox_slots
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         self._words = allocate_words(comm, node, word_map.count, config.mode)
-        self._slots = _allocate_slots(comm, node, layout, slot_count, config.mode, device, memory)
+        neighbours: Sequence[int] = topology.neighbours(self.rank)
+        self._slots = _allocate_slots(
+            comm, node, layout, slot_count, config.mode, device, memory, neighbours
+        )
         node.Free()
         self._device = device
         self.release = make_release(comm, self._words, device)
@@ -103,7 +107,7 @@ class RmaEndpoint(Endpoint):
         self.publication, self.inbox, self.counters = views
         self._node = NodePeers(views, self._slots)
         self.membership = Membership(self._words, self.rank, self.size, config.heartbeat_timeout)
-        self._neighbours: Sequence[int] = topology.neighbours(self.rank)
+        self._neighbours = neighbours
         self._reclaimed: set[int] = set()  # dead ranks
         self._closed = False
         self._remote_ranks = frozenset(range(self.size)).difference(self._slots.node_ranks)
@@ -298,11 +302,12 @@ def _allocate_slots(
     mode: str,
     device: Device,
     memory: str,
-) -> WindowSlots:
+    neighbours: Sequence[int],
+) -> WindowSlots | DeviceSlots:
     """Allocate the payload slots of this rank in memory of that kind. Collective."""
     if memory == "host":
         return WindowSlots(comm, node, layout, count, mode)
-    raise NotImplementedError(f"slots in memory {memory!r}")
+    return DeviceSlots(comm, layout, count, device, neighbours)
 
 
 def _await_all(
