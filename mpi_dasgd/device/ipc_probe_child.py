@@ -6,7 +6,6 @@ It allocates, exports and opens regions as a rank does, and answers requests: li
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import signal
 import sys
@@ -174,14 +173,15 @@ def serve(
 
 def main(index: int, bus_id: str) -> int:
     """Serve as a process on GPU `index`, which must have PCI bus id `bus_id` if that is not ""."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    _die_with_parent()
 
     def answer(values: dict) -> None:
         print(ANSWER_MARK + json.dumps(values), flush=True)
 
     try:
-        cuda: Any = importlib.import_module("mpi_dasgd.device.cuda")
-        device = cuda.CudaDevice(index)
+        from mpi_dasgd.device.cuda import CudaDevice
+
+        device = CudaDevice(index)
         seen = str(device.xp.cuda.runtime.deviceGetPCIBusId(index))
         if bus_id and seen.lower() != bus_id.lower():
             raise RuntimeError(f"number {index} is another GPU here, {seen}")
@@ -191,3 +191,8 @@ def main(index: int, bus_id: str) -> int:
         return 1
     serve(device, kernels, sys.stdin, answer)
     return 0
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process, whatever it does, when its parent has ended."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

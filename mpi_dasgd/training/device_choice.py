@@ -7,10 +7,9 @@ exchange must agree, so the choice is made once, by all ranks together.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -185,9 +184,9 @@ def open_device(index: int) -> Device:
     Raises:
         DeviceFailed: it cannot be used.
     """
-    cuda: Any = importlib.import_module("mpi_dasgd.device.cuda")
-    device: Device = cuda.CudaDevice(index)
-    return device
+    from mpi_dasgd.device.cuda import CudaDevice
+
+    return CudaDevice(index)
 
 
 def _announced(environment: World, choice: DeviceChoice, level: int) -> DeviceChoice:

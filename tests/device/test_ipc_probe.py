@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import subprocess
 import sys
 import time
@@ -11,8 +13,11 @@ from typing import Any
 
 import pytest
 
-from mpi_dasgd.device import ipc_probe
+from mpi_dasgd.device import ipc_probe, ipc_probe_child
 from mpi_dasgd.device.ipc_probe import ProbeDevice, Rates, Verdict, probe
+from mpi_dasgd.device.probe_process import ANSWER_MARK
+from tests.kernels.test_cuda_compile import _nvrtc
+from tests.support.fake_cuda import FakeCuda, build_libcuda
 from tests.support.mpi_ranks import ROOT
 
 CHILD = str(ROOT / "tests" / "programs" / "ipc_child.py")
@@ -83,10 +88,31 @@ def test_what_goes_wrong_is_a_verdict_with_its_reason(
 @pytest.mark.parametrize("mode", ["hang", "silent", "flood"])
 def test_what_does_not_answer_is_ended_in_time(tmp_path: Path, mode: str) -> None:
     begun = time.monotonic()
-    timeout = 5.0 if mode == "hang" else 1.0  # it hangs only once it runs
+    timeout = 2.0 if mode == "hang" else 1.0  # it hangs only once it runs
     verdict = _probe(tmp_path, mode, timeout=timeout)
     assert not verdict.works and "no answer in time" in verdict.reason
     assert time.monotonic() - begun < timeout + 5
+
+
+def test_every_line_of_a_process_runs_on_a_cuda_of_host_memory(tmp_path: Path) -> None:
+    """But those of the kernels, which NVRTC compiles (`test_the_kernels_compile`)."""
+    build_libcuda(tmp_path)
+    verdict = _probe(tmp_path, "cuda", timeout=60)
+    assert verdict.works, verdict.reason
+    rate = (1 << 16) / 1e-3 / 1e6
+    assert verdict.rates == Rates(rate, rate, rate)
+
+
+def test_a_gpu_that_is_another_one_than_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ipc_probe_child, "_die_with_parent", lambda: None)
+    with FakeCuda(build_libcuda(tmp_path)).installed() as fake:
+        fake.runtime.deviceGetPCIBusId = lambda index: "0000:01:00.0"  # type: ignore[attr-defined]
+        assert ipc_probe_child.main(0, "0000:02:00.0") == 1
+    answer = json.loads(capsys.readouterr().out.removeprefix(ANSWER_MARK))
+    assert answer == {"error": "RuntimeError: number 0 is another GPU here, 0000:01:00.0"}
+    assert "--gpus-per-node" in ipc_probe._hint(answer["error"])
 
 
 def test_a_program_that_is_not_there() -> None:
@@ -117,3 +143,13 @@ def test_as_a_program_without_a_gpu() -> None:
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 3 and last.startswith("IPC fails: the probe of CUDA IPC failed: ")
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile() -> None:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    source = ipc_probe_child._SOURCE.encode()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"probe.cu", 0, None, None)
+    options = (ctypes.c_char_p * 1)(b"--gpu-architecture=sm_80")
+    assert nvrtc.nvrtcCompileProgram(program, 1, options) == 0

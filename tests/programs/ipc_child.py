@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,38 @@ class HostKernels:
         return 40.0 if self._mode == "slow" else 1000.0
 
 
+def _serve_on_fake_cuda(folder: str, index: int, bus_id: str) -> int:
+    """Run the real process, on a CUDA of host memory: every line but the kernels."""
+    from tests.support.fake_cuda import FakeCuda
+
+    fake = FakeCuda(Path(folder, "libcuda.so.1"))
+    kernels = HostKernels("good")
+
+    def check(array: np.ndarray, vectors: int, key: int, wrong: np.ndarray) -> None:
+        assert array.size == 16 * vectors
+        wrong[0] += kernels.wrong(array, int(key))
+
+    functions: dict[str, Any] = {
+        "fill": lambda array, vectors, key: kernels.fill(array, int(key)),
+        "check": check,
+        "copy": lambda source, target, vectors: kernels.copy(source, target),
+    }
+
+    def compiled(code: str) -> Any:
+        def function(name: str) -> Any:
+            assert f'extern "C" __global__ void {name}(' in code
+            return lambda grid, block, arguments: functions[name](*arguments)
+
+        return SimpleNamespace(get_function=function)
+
+    fake.RawModule = compiled
+    fake.cuda.Event = lambda: SimpleNamespace(record=int, synchronize=int)
+    fake.cuda.get_elapsed_time = lambda begin, end: 1e-3
+    fake.runtime.deviceGetPCIBusId = lambda number: f"0000:0{number + 1}:00.0"
+    with fake.installed():
+        return ipc_probe_child.main(index, bus_id)
+
+
 def _answer(values: dict) -> None:
     print("a library says something", ANSWER_MARK + json.dumps(values), sep="\n", flush=True)
 
@@ -99,6 +132,8 @@ def main(mode: str, folder: str, index: str, bus_id: str) -> None:
     if mode == "garbage":
         print("{garbage", ANSWER_MARK + "{garbage", ANSWER_MARK + "[]", sep="\n", flush=True)
         sys.exit(0)
+    if mode == "cuda":
+        sys.exit(_serve_on_fake_cuda(folder, int(index), bus_id))
     while mode == "flood":
         print("more")
     if mode == "silent":
