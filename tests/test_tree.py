@@ -29,6 +29,8 @@ TESTED_BY = {
     "device/test_host": "device: base",
     "bench/test_kernel": "bench: cpu_timer gpu_timer kernel_models kernel_report "
     "kernel_workload machine timed_operation",
+    "bench/test_gpu_order": "bench: gpu",
+    "bench/test_gpu_overhead": "bench: gpu_models loopback",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",
     "bench/test_rma": "bench: rma_operations",
     "bench/test_training": "bench: ddp gpu_device measured_rank measurement "

@@ -43,7 +43,7 @@ class GpuModel:
         self.optimizer.zero_grad()
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             loss = self.compute_loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 def build_gpu_model(name: str, device: str) -> GpuModel:
@@ -94,12 +94,13 @@ def _gpt2(device: str) -> GpuModel:
 
 
 def _tiny(device: str) -> GpuModel:
-    """A network of two layers, which trains anywhere."""
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
-    x = torch.randn(32, 64, device=device)
+    """A network of two layers, which trains anywhere, in the memory format of `_resnet50`."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
+    model = model.to(device, memory_format=torch.channels_last)
+    x = torch.randn(32, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (32,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    return GpuModel(model, optimizer, "32 x 64", lambda: cross_entropy(model(x), y), device)
+    return GpuModel(model, optimizer, "32 x 3x8x8", lambda: cross_entropy(model(x), y), device)
 
 
 MODELS: dict[str, Any] = {"resnet50": _resnet50, "gpt2": _gpt2, "tiny": _tiny}

@@ -168,7 +168,8 @@ def measure(
         DeviceFailed: a word has not moved for 20 s.
     """
     words = HostWords(1, library)
-    launched, immediate = Launched(words, device, library), Immediate(words)
+    node_words: Any = words  # of which a release needs the addresses
+    launched, immediate = Launched(node_words, device, library), Immediate(words)
     plan: list[tuple[str, Release]] = [("launched", launched), ("idle", launched)]
     number = 0
     results = []

@@ -266,7 +266,8 @@ def _line(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return the line of the table."""
     parts = [
         f"OVERHEAD {settings['model']} ({settings['parameters']:,} parameters, "
-        f"{settings['codec']}, {settings['memory']}) on {settings['device']}: plain {summary['plain_ms']:.2f} ms"
+        f"{settings['codec']}, {settings['memory']}) on {settings['device']}: "
+        f"plain {summary['plain_ms']:.2f} ms"
     ]
     for every in INTERVALS[1:]:
         name = f"H{every}"
