@@ -70,7 +70,7 @@ def _resnet50(device: str) -> GpuModel:
     """ResNet-50, batch of 64 images in channels_last, SGD with momentum."""
     import torchvision
 
-    model = torchvision.models.resnet50().to(device, memory_format=torch.channels_last)
+    model = torchvision.models.resnet50().to(device).to(memory_format=torch.channels_last)
     x = torch.randn(64, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(1000, (64,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
@@ -96,7 +96,7 @@ def _gpt2(device: str) -> GpuModel:
 def _tiny(device: str) -> GpuModel:
     """A network of two layers, which trains anywhere, in the memory format of `_resnet50`."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
-    model = model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(32, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (32,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
