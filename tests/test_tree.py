@@ -41,7 +41,6 @@ TESTED_BY = {
     "config/test_declared_once": "config: schema",
     "doctor/test_doctor": "doctor: bandwidth check contention environment latency mpi_progress "
     "network_checks probe timing",
-    "kernels/test_cuda_shim": "kernels: scale",
     "kernels/test_lattice": "kernels: encoded reference",
     "kernels/test_native_build": "kernels: native",
     "launch/test_job": "launch: rank_status supervisor",

@@ -7,10 +7,10 @@ with that library, under the sanitizers.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import pytest
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import cuda, reference
-from mpi_dasgd.kernels.encoded import BITS, EncodedVector, FusedStep
-from tests.support.cuda_build import build
+from mpi_dasgd.kernels.encoded import BITS, BUCKET_STATS, EncodedVector, FusedStep
+from tests.support.average_cases import FORMATS, average_cases, expected_average, found_average
+from tests.support.cuda_build import build, shared_library
 from tests.support.fake_cupy import DeviceArray, FakeCupy, install
 from tests.support.lattice_cases import Case, cases, outcomes
 from tests.support.mpi_ranks import ROOT
+from tests.support.scale_cases import compare_scales
 
 pytestmark = pytest.mark.slow
 
@@ -36,26 +38,6 @@ def compare(case: Case, expected: dict[str, bytes]) -> None:
     results = outcomes(case, cuda.run, lambda array: array.copy().view(DeviceArray))
     assert list(results) == list(expected)
     assert not [name for name in results if results[name] != expected[name]], case
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "lattice.so"
-    build(library)
-    return library
-
-
-@pytest.fixture
-def fake(library: Path) -> Iterator[FakeCupy]:
-    before = sys.modules.get("cupy")
-    fake = FakeCupy(library)
-    install(fake)
-    yield fake
-    del sys.modules["cupy"]
-    if before is not None:
-        sys.modules["cupy"] = before
-    cuda._kernel.cache_clear()
-    cuda._module.cache_clear()
 
 
 @pytest.mark.parametrize("nearest", [False, True], ids=["dither", "nearest"])
@@ -122,9 +104,66 @@ def test_arrays_that_are_not_aligned_are_refused(fake: FakeCupy) -> None:
     assert not fake.launched
 
 
+@pytest.mark.parametrize("part", ["checksums", "scales"])
+@pytest.mark.parametrize("operation", ["apply", "exchange", "merge"])
+def test_a_word_that_is_written_meanwhile_does_not_part_the_lanes(
+    operation: str, part: str
+) -> None:
+    """Else some of them wait for the others for ever. In a process of its own, which may abort."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(shared_library()), operation, part],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "rejected"
+
+
+def _tear(fake: FakeCupy, operation: str, part: str) -> None:
+    """Do an operation while a word of its message changes between the loads of the lanes."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(1024, np.float32).view(DeviceArray)
+    message, delta = (EncodedVector.empty(1024, 8, seed, xp=fake) for seed in (1, 2))
+    message.scales[:] = 1e-2
+    lattice_step = FusedStep(x)
+    lattice_step.publication = message
+    cuda.run(lattice_step)
+    exchange = FusedStep(x.copy())
+    exchange.partner_model, exchange.reply_delta = message, delta
+    cuda.run(exchange)
+    y = x + np.float32(0.1)
+    step, before = FusedStep(y), y.copy()
+    step.stats = fake.zeros(1, BUCKET_STATS)
+    if operation == "apply":
+        step.deltas, step.delta_stats, torn = (delta,), (step.stats,), delta
+    else:
+        step.partner_model, step.merge, torn = message, int(operation == "merge"), message
+    fake.library.mpd_tear(ctypes.c_void_p(getattr(torn, part).data.ptr))
+    cuda.run(step)
+    fake.library.mpd_tear(None)
+    assert step.stats["rejected"][0] == 1
+    assert np.array_equal(y, before)
+    print("rejected")
+
+
 if __name__ == "__main__":
-    install(FakeCupy(Path(sys.argv[1])))
+    fake_cupy = FakeCupy(Path(sys.argv[1]))
+    install(fake_cupy)
+    if sys.argv[2:]:
+        _tear(fake_cupy, *sys.argv[2:])
+        sys.exit()
     for bits in BITS:
         for case in cases(bits, nearest=bits == 8, sizes=(1, 1023, 1025)):
             compare(case, outcomes(case, reference.run))
+    for _, in_numpy, in_shim in compare_scales(8, 8, fake_cupy.asarray, np.asarray):
+        assert in_numpy == in_shim
+    for codec in FORMATS:
+        for average in average_cases(codec):
+            if average.x.size < 5000:
+                found = found_average(average, fake_cupy.asarray, np.asarray)[0]
+                for name, value in expected_average(average)[0].items():
+                    np.testing.assert_array_equal(value, found[name], str(average))
     print("same bits")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mpi_dasgd.kernels import cpu, cuda, native
+from mpi_dasgd.kernels.cuda import pair_average, program, scale
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
 from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, RELEASE, SWAP
 from tests.support.cuda_build import build
@@ -58,10 +60,50 @@ def test_cpu_structs_are_those_of_python() -> None:
 
 def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:
     build(tmp_path / "layout.so", "-O0")
-    constants = {"MPD_MAX_DELTAS": (cuda.MAX_DELTAS,), "MPD_THREADS": (cuda.THREADS,)}
-    arguments = mirror("MpdKernelArguments", cuda.KERNEL_ARGUMENTS)
-    found = compiled(ctypes.CDLL(str(tmp_path / "layout.so")))
-    assert found == {**SHARED, **arguments, **constants}
+    expected = {
+        **SHARED,
+        "MPD_MAX_DELTAS": (cuda.MAX_DELTAS,),
+        "MPD_THREADS": (program.THREADS,),
+        "MpdRange": (8,),
+        **mirror("MpdKernelArguments", cuda.KERNEL_ARGUMENTS),
+        **mirror("MpdScaleArguments", scale.SCALE_ARGUMENTS),
+        **mirror("MpdAverageArguments", pair_average.AVERAGE_ARGUMENTS),
+    }
+    assert compiled(ctypes.CDLL(str(tmp_path / "layout.so"))) == expected
+    assert scale._MAX_DELTAS == pair_average._MAX_DELTAS == cuda.MAX_DELTAS
+
+
+@pytest.mark.parametrize("kernels", [cuda.LATTICE, scale.SCALE, pair_average.AVERAGE])
+def test_an_argument_is_packed_as_its_struct(kernels: program.Program) -> None:
+    """The format that packs it has the fields of the mirror: types, order and gaps."""
+    rng = np.random.default_rng(1)
+    expected = np.zeros(1, kernels.arguments)
+    values = [_fill(expected, path, rng) for path in _paths(kernels.arguments)]
+    assert kernels._packed.size == kernels.arguments.itemsize
+    assert kernels._packed.pack(*values) == expected.tobytes()
+
+
+def _paths(dtype: np.dtype) -> Iterator[tuple[str | int, ...]]:
+    """Yield the way to each number of a struct, in the order of its memory."""
+    if dtype.fields is not None:
+        for name, (field, *_) in dtype.fields.items():
+            yield from ((name, *path) for path in _paths(field))
+    elif dtype.subdtype is not None:
+        item, (count,) = dtype.subdtype
+        yield from ((i, *path) for i in range(count) for path in _paths(item))
+    else:
+        yield ()
+
+
+def _fill(struct: np.ndarray, path: tuple[str | int, ...], rng: np.random.Generator) -> float:
+    """Write a random value to a number of a struct, and return it."""
+    *way, last = path
+    for step in way:
+        struct = struct[step] if isinstance(step, str) else struct[0, step]
+    if isinstance(last, int):
+        struct = struct[0]
+    struct[last] = rng.integers(1, 1 << 20)
+    return np.ravel(struct[last])[0].item()
 
 
 @pytest.mark.parametrize("change", ["swapped", "missing", "wider"])
@@ -86,7 +128,7 @@ def test_no_two_structs_have_one_name() -> None:
         for path in sources
         for name in re.findall(r"^struct (\w+) \{", path.read_text(), re.MULTILINE)
     )
-    assert {"MpdEncodedVector", "MpdFusedStep", "MpdKernelArguments"} < set(structs)
+    assert {"MpdEncodedVector", "MpdFusedStep", "MpdScaleArguments"} < set(structs)
     assert {name for name, count in structs.items() if count > 1} == set()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from tests.support.mpi_ranks import ROOT, missing
 
-__all__ = ["build"]
+__all__ = ["build", "shared_library"]
 
 
 def build(library: Path, *flags: str) -> None:
@@ -24,3 +27,12 @@ def build(library: Path, *flags: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@cache
+def shared_library() -> Path:
+    """Return the library of this process, built at the first call."""
+    folder = Path(tempfile.mkdtemp(prefix="mpi_dasgd_shim_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(folder / "kernels.so")
+    return folder / "kernels.so"

@@ -1,4 +1,4 @@
-// Runs an unmodified .cu on the CPU, as far as lattice.cu needs it. The 32 lanes of a warp are
+// Runs unmodified .cu files on the CPU, as far as ours need it. The 32 lanes of a warp are
 // fibers that take turns: each runs up to the next collective or to its end. It aborts if lanes
 // wait at different collectives, or some have ended while others wait. Warps and blocks run one
 // after the other.
@@ -45,8 +45,11 @@ struct Lane {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool ended = false;
-  unsigned value = 0;           // what it brings to the collective
-  const void* place = nullptr;  // where that is in the program
+  unsigned value = 0;           // what it brings to a reduction,
+  double number = 0.0;          // or to a shuffle
+  double found = 0.0;           // what the shuffle gives it
+  unsigned distance = 0;        // to the lane that gives it
+  const void* place = nullptr;  // where the collective is in the program
 };
 
 static Lane lanes[kLanes];
@@ -55,6 +58,12 @@ static int current;
 static Combine combine;
 static unsigned result;
 static std::function<void()> kernel;
+static unsigned* torn;  // a word that another process writes meanwhile: odd lanes see it changed
+
+inline unsigned sum(unsigned a, unsigned b) { return a + b; }
+inline unsigned any(unsigned a, unsigned b) { return a | b; }
+inline unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned both(unsigned a, unsigned b) { return a & b; }
 
 inline void die(const char* reason) {
   std::fprintf(stderr, "cuda_shim: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, reason);
@@ -77,6 +86,24 @@ __attribute__((noinline)) unsigned collective(unsigned mask, unsigned value,
   return result;
 }
 
+// Of all lanes at a time: a lane that runs on may bring its next number before another has taken
+// this one.
+inline void shuffle() {
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = i + static_cast<int>(lanes[i].distance);
+    lanes[i].found = lanes[from < kLanes ? from : i].number;
+  }
+}
+
+inline __attribute__((always_inline)) double shuffle_down(unsigned mask, double number,
+                                                          unsigned distance) {
+  const int own = current;
+  lanes[own].number = number;
+  lanes[own].distance = distance;
+  collective(mask, 0, any);
+  return lanes[own].found;
+}
+
 inline void run_warp(unsigned first_thread) {
   for (Lane& lane : lanes) {
     lane.ended = false;
@@ -91,6 +118,7 @@ inline void run_warp(unsigned first_thread) {
     for (int turn = 0; turn < kLanes; ++turn) {
       current = forward ? turn : kLanes - 1 - turn;
       threadIdx.x = first_thread + static_cast<unsigned>(current);
+      if (torn != nullptr) *torn ^= 1u;
       swapcontext(&scheduler, &lanes[current].context);
       ended += lanes[current].ended;
     }
@@ -101,12 +129,9 @@ inline void run_warp(unsigned first_thread) {
       if (lanes[i].place != lanes[0].place) die("lanes of the warp wait at different collectives");
       result = combine(result, lanes[i].value);
     }
+    shuffle();
   }
 }
-
-inline unsigned sum(unsigned a, unsigned b) { return a + b; }
-inline unsigned any(unsigned a, unsigned b) { return a | b; }
-inline unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
 
 inline void launch(unsigned grid, unsigned block, std::function<void()> body) {
   if (block == 0 || block % kLanes != 0) die("a block that is not made of whole warps");
@@ -122,3 +147,5 @@ inline void launch(unsigned grid, unsigned block, std::function<void()> body) {
 #define __reduce_add_sync(mask, value) shim::collective(mask, value, shim::sum)
 #define __reduce_or_sync(mask, value) shim::collective(mask, value, shim::any)
 #define __reduce_max_sync(mask, value) shim::collective(mask, value, shim::larger)
+#define __shfl_down_sync(mask, value, distance) shim::shuffle_down(mask, value, distance)
+#define __all_sync(mask, value) shim::collective(mask, (value) ? 1u : 0u, shim::both)

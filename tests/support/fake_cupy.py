@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,12 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.kernels import cuda
+from mpi_dasgd.kernels.cuda import pair_average, program, scale
 
-__all__ = ["DeviceArray", "FakeCupy", "install"]
+__all__ = ["DeviceArray", "FakeCupy", "forget", "install"]
+
+
+ARGUMENTS = r"^struct (Mpd\w+Arguments) \{"
 
 
 class DeviceArray(np.ndarray):
@@ -33,35 +39,61 @@ class FakeCupy:
     Attributes:
         shape: grid and block of all launches; None: as requested.
         launched: names of the kernels that were launched, in order.
+        arguments: their arguments.
+        properties: those of the only device.
     """
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.shape: tuple[int, int] | None = None
         self.launched: list[str] = []
-        device = SimpleNamespace(attributes={"MultiProcessorCount": 1})
-        self.cuda = SimpleNamespace(Device=lambda: device)
+        self.arguments: list[bytes] = []
+        self.properties: dict[str, Any] = {
+            "name": b"the CPU", "major": 9, "minor": 0, "multiProcessorCount": 1,
+        }  # fmt: skip
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0, getDeviceProperties=lambda device: self.properties
+        )
+        stream = SimpleNamespace(ptr=0)
+        self.cuda = SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream)
 
-    def RawModule(self, code: str, options: tuple[str, ...]) -> FakeCupy:  # noqa: N802
+    def zeros(self, shape: Any, dtype: Any) -> DeviceArray:
+        return np.zeros(shape, dtype).view(DeviceArray)
+
+    def asarray(self, array: np.ndarray) -> DeviceArray:
+        return array.copy().view(DeviceArray)
+
+    def RawModule(self, code: str, options: tuple[str, ...]) -> SimpleNamespace:  # noqa: N802
         assert "--fmad=false" in options
         assert '#include "' not in code
-        return self
+        launch = getattr(self.library, f"launch_{re.findall(ARGUMENTS, code, re.MULTILINE)[-1]}")
+        return SimpleNamespace(get_function=partial(self._function, launch))
 
-    def get_function(self, name: str) -> Callable[..., None]:
+    def _function(self, launch: Any, name: str) -> Callable[..., None]:
         kernel = getattr(self.library, name)
 
-        def launch(grid: tuple[int], block: tuple[int], args: tuple[np.ndarray]) -> None:
-            (arguments,) = args
-            assert arguments.nbytes == cuda.KERNEL_ARGUMENTS.itemsize
+        def function(grid: tuple[int], block: tuple[int], args: tuple[np.ndarray]) -> None:
+            (argument,) = args
+            assert argument.size == 1
+            at, nbytes = argument.__array_interface__["data"][0], argument.nbytes
             self.launched.append(name)
+            self.arguments.append(argument.tobytes())
             shape = self.shape or (*grid, *block)
-            self.library.mpd_launch(kernel, ctypes.c_void_p(arguments.ctypes.data), *shape)
+            failed = launch(kernel, ctypes.c_void_p(at), ctypes.c_size_t(nbytes), *shape)
+            assert not failed, f"{name}: its argument has not {nbytes} bytes"
 
-        return launch
+        return function
 
 
 def install(fake: FakeCupy) -> None:
     """Replace CuPy by `fake`."""
     sys.modules["cupy"] = fake  # type: ignore[assignment]
-    cuda._kernel.cache_clear()
-    cuda._module.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Let go of the kernels of another CuPy."""
+    for kernels in (cuda.LATTICE, scale.SCALE, pair_average.AVERAGE):
+        kernels.forget()
+    program._multiprocessors.cache_clear()
+    pair_average._partial_of.cache_clear()

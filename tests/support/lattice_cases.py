@@ -76,8 +76,8 @@ def outcomes(
         host: copies it back.
     """
     results: dict[str, bytes] = {}
-    for name, step in _steps(case):
-        step = _map(step, device)
+    for name, step in steps(case):
+        step = map_arrays(step, device)
         step.validate()
         run(step)
         loose = bool(step.deltas) or step.velocity is not None
@@ -139,7 +139,7 @@ def _adversarial(rng: np.random.Generator, bits: int) -> tuple[np.ndarray, ...]:
     return x, y, s
 
 
-def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
+def steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
     """Yield all operations, with their names, in NumPy's memory."""
     buckets = buckets_of(case.x.size)
 
@@ -213,7 +213,7 @@ def _steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
 
 def _tampered(message: EncodedVector) -> EncodedVector:
     """Return a copy with wrong bits in codes and a checksum, and bad scales in buckets 1 to 3."""
-    copy = _map(message, np.copy)
+    copy = map_arrays(message, np.copy)
     if copy.checksums.size:
         copy.codes[(copy.codes.size - 1) * 7 // 10] ^= 1 << 3
         copy.checksums[-1] ^= np.uint32(1 << 31)
@@ -232,12 +232,12 @@ _ARRAYS = ("x", "velocity", "gradient", "stats")
 _MESSAGES = ("partner_model", "reply_delta", "publication")
 
 
-def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
+def map_arrays(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
     """Return a copy of a step, a message or an array, in another memory."""
     if isinstance(value, np.ndarray):
         return device(value)
     if isinstance(value, tuple):
-        return tuple(_map(item, device) for item in value)
+        return tuple(map_arrays(item, device) for item in value)
     if isinstance(value, EncodedVector):
         arrays = (device(a) for a in (value.codes, value.scales, value.checksums))
         return EncodedVector(value.elements, value.bits, *arrays, value.seed, value.nearest)
@@ -245,7 +245,7 @@ def _map(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
         step = FusedStep(device(value.x), value.threads)
         for name in FusedStep.__slots__:
             if name != "x":
-                setattr(step, name, _map(getattr(value, name), device))
+                setattr(step, name, map_arrays(getattr(value, name), device))
         return step
     return value
 

@@ -8,6 +8,8 @@
 
 #include "../lattice_math.h"
 
+#define MPD_THREADS 256  // per block
+
 #define MPD_DEVICE static __device__ __forceinline__
 
 typedef float Elements[8][4];
@@ -20,6 +22,38 @@ MPD_DEVICE mpd_u32 lane() { return threadIdx.x & 31u; }
 MPD_DEVICE mpd_u32 warp_sum(mpd_u32 a) { return __reduce_add_sync(0xffffffffu, a); }
 MPD_DEVICE mpd_u32 warp_or(mpd_u32 a) { return __reduce_or_sync(0xffffffffu, a); }
 MPD_DEVICE mpd_u32 warp_max(mpd_u32 a) { return __reduce_max_sync(0xffffffffu, a); }
+MPD_DEVICE bool warp_all(bool a) { return __all_sync(0xffffffffu, a); }
+
+// Exact. A cast would flush denormal numbers before (lattice_math.h).
+MPD_DEVICE double widen(float a) {
+#if defined(__CUDA_ARCH__)
+  double b;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(b) : "f"(a));
+  return b;
+#else
+  return a;
+#endif
+}
+
+// In a fixed order; lane 0 gets the result.
+MPD_DEVICE double warp_total(double a) {
+#pragma unroll
+  for (unsigned distance = 16; distance > 0; distance /= 2)
+    a += __shfl_down_sync(0xffffffffu, a, distance);
+  return a;
+}
+
+// The sum of every STEP-th of `count` STEP numbers that the warps of a launch have left; lane 0
+// gets it. One warp does it: it keeps 16 loads on their way.
+template <int STEP>
+MPD_DEVICE double total_of(const double* from, int count) {
+  double sum = 0.0;
+#pragma unroll 16
+  for (int i = static_cast<int>(lane()); i < count; i += 32) sum += from[i * STEP];
+  return warp_total(sum);
+}
+
+MPD_DEVICE mpd_u32 larger(mpd_u32 a, mpd_u32 b) { return a > b ? a : b; }
 
 // Factors of mpd_weight for the positions of this lane: low[i] for its elements, word[w % 4] for
 // its words. Word w of the lane is word 32 w + l of the bucket, or, where words are read in pairs,

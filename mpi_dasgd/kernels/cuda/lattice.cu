@@ -5,7 +5,6 @@
 #include "lane.h"
 
 #define MPD_MAX_DELTAS 4  // deltas that one launch can absorb
-#define MPD_THREADS 256   // per block
 
 // Argument of one launch, passed by value; mirrored in kernels/cuda/__init__.py. A fused step takes
 // one launch or several. Vectors without codes, and pointers that are null, leave their part of the
@@ -26,8 +25,6 @@ struct MpdKernelArguments {
 // Parts of a kernel; the others are not compiled into it. kApply is one delta, kAbsorb any number
 // of them.
 enum Part { kSgd = 1, kApply = 2, kAbsorb = 4, kExchange = 8, kMerge = 16, kPublish = 32 };
-
-MPD_DEVICE mpd_u32 larger(mpd_u32 a, mpd_u32 b) { return a > b ? a : b; }
 
 MPD_DEVICE mpd_u32 key_of(const MpdEncodedVector& vector, long long bucket) {
   return mpd_key(vector.seed, static_cast<mpd_u64>(bucket));
@@ -192,17 +189,19 @@ MPD_DEVICE bool apply(const MpdEncodedVector& delta, MpdBucketStats* stats, long
   const float unit = delta.scales[bucket];
   const mpd_u32 checksum =
       mpd_checksum(sum_of_words<BITS>(delta_codes, weights), unit, key_of(delta, bucket));
-  const bool valid = mpd_finite(unit) && checksum == delta.checksums[bucket];
+  const bool valid = warp_all(mpd_finite(unit) && checksum == delta.checksums[bucket]);
   write_stats<BITS>(stats, bucket, valid, delta_codes);
   if (valid) move<BITS>(y, unit, delta_codes);
   return valid;
 }
 
-// Whether the points that were decoded from a bucket are those that were published.
+// Whether the points that were decoded from a bucket are those that were published. The lanes vote,
+// as in apply: each has loaded scale and checksum itself, and if another process wrote there at that
+// moment, some of them would enter the reductions of write_stats and wait for the others for ever.
 MPD_DEVICE bool is_valid(const Rounded& rounded, const BucketLattice& lattice, mpd_u32 checksum) {
   const mpd_u32 sum = warp_sum(rounded.sum), range_bits = warp_or(rounded.range_bits);
-  return mpd_in_range(range_bits) && mpd_scale_ok(lattice.scale) &&
-         mpd_checksum(sum, lattice.scale, lattice.key) == checksum;
+  return warp_all(mpd_in_range(range_bits) && mpd_scale_ok(lattice.scale) &&
+                  mpd_checksum(sum, lattice.scale, lattice.key) == checksum);
 }
 
 template <int BITS>

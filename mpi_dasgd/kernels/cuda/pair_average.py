@@ -7,10 +7,41 @@ of `mpi_dasgd.codecs.elementwise` for the others. Nothing waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
+
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.cuda.program import THREADS, Program, address, aligned, multiprocessors
 from mpi_dasgd.kernels.encoded import Array
 
-__all__ = ["pair_average"]
+__all__ = ["AVERAGE", "AVERAGE_ARGUMENTS", "pair_average"]
+
+_MAX_DELTAS = 4  # of a launch, MPD_MAX_DELTAS of ``average.cu``
+# Per multiprocessor: 16 warps, each with 2 to 4 KiB on their way, keep the memory busy.
+_BLOCKS = 2
+_WARP_ELEMENTS = 512  # that a warp processes at a time
+_POINTER = np.uint64
+
+AVERAGE_ARGUMENTS = np.dtype(
+    [
+        ("x", _POINTER), ("elements", np.int64), ("partner_model", _POINTER),
+        ("deltas", _POINTER, _MAX_DELTAS),
+        *((name, _POINTER) for name in ("reply_delta", "publication", "partial", "square")),
+        ("minus_weight", np.float32), ("delta_count", np.int32), ("warps", np.int32),
+    ],
+    align=True,
+)  # fmt: skip
+"""Mirror of MpdAverageArguments of ``average.cu``."""
+
+AVERAGE = Program("average.cu", AVERAGE_ARGUMENTS, f"=Qq{1 + _MAX_DELTAS + 4}Qf2i4x")
+"""The kernels of ``average.cu``."""
+
+_FORMATS = {  # by the payload's type: kernel, and alignment in bytes
+    np.dtype(np.float32): ("mpd_average_none", 16),
+    np.dtype(np.uint16): ("mpd_average_bf16", 8),
+    np.dtype(np.float16): ("mpd_average_fp16", 8),
+}
 
 
 def pair_average(
@@ -30,19 +61,72 @@ def pair_average(
         x -= decode(r);  reply_delta = r;  publication = encode(x)
 
     Args:
-        x: own model, float32, shape (elements,); changed in place. It, and all payloads, are
-            aligned to 16 bytes.
+        x: own model, float32, shape (elements,), aligned to 16 bytes; changed in place.
         deltas: payloads of the deltas to absorb first, in this order, shape (elements,). All
-            payloads have one dtype: float32 (codec `none`), uint16 (`bf16`) or float16 (`fp16`).
+            payloads have one dtype, float32 (codec `none`), uint16 (`bf16`) or float16 (`fp16`),
+            and are aligned to 4 of their elements.
         partner_model: payload of the model that the partner published, or None without a partner.
         weight: share of the distance to move.
         reply_delta: receives the partner's delta, or None.
         publication: receives the new `x`, or None.
         square_out: receives the squared distance to the partner's model before it is averaged,
             float64, shape (1,), on the device or in memory that is mapped to it; None: it is not
-            measured. Without a partner it receives 0.
+            measured. Without a partner it receives 0. Unlike all else it depends on the device, by
+            the rounding of a sum.
 
     Raises:
-        UserError: an array is not aligned as the kernel accesses it, or has another size or dtype.
+        UserError: an array is not aligned as the kernel accesses it, or has another size or dtype,
+            or the device is too old for the kernels.
     """
-    raise NotImplementedError
+    payloads = [*deltas, partner_model, reply_delta, publication]
+    given = [payload for payload in payloads if payload is not None]
+    if x.size == 0 or not given:
+        return
+    dtype = given[0].dtype
+    if dtype not in _FORMATS:
+        raise UserError(f"payload: expected float32, uint16 (bf16) or float16, got {dtype}")
+    name, alignment = _FORMATS[dtype]
+    for payload in given:
+        if payload.dtype != dtype or payload.size != x.size:
+            raise UserError(
+                f"payload: expected {dtype} of shape ({x.size},), as its model and the others, "
+                f"got {payload.dtype} of shape {payload.shape}"
+            )
+    model = aligned("x", x, 16)
+    at = [aligned("payload", payload, alignment) for payload in payloads]
+    first, (partner, reply, published) = at[: len(deltas)], at[len(deltas) :]
+    warps = THREADS // 32
+    blocks = min(_BLOCKS * multiprocessors(), -(-x.size // (_WARP_ELEMENTS * warps)))
+    while len(first) > _MAX_DELTAS:
+        absorbed, first = first[:_MAX_DELTAS], first[_MAX_DELTAS:]
+        AVERAGE.launch(
+            name, "", blocks, model, x.size, 0, *absorbed, 0, 0, 0, 0, 0.0, _MAX_DELTAS, 0
+        )
+    missing = (0,) * (_MAX_DELTAS - len(first))
+    partial = square = 0
+    if square_out is not None:
+        partial, square = address(_partial(blocks * warps)), address(square_out)
+    AVERAGE.launch(
+        name, "", blocks, model, x.size, partner, *first, *missing, reply, published, partial, 0,
+        -weight, len(first), 0,
+    )  # fmt: skip
+    if square_out is not None:
+        AVERAGE.launch(
+            "mpd_square", "", 1, 0, 0, 0, *(0,) * _MAX_DELTAS, 0, 0, partial, square, 0.0, 0,
+            blocks * warps,
+        )  # fmt: skip
+
+
+def _partial(warps: int) -> Array:
+    """Return memory for a number of each warp, which launches on other streams do not use."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream().ptr
+    return _partial_of(warps, cupy.cuda.runtime.getDevice(), stream)
+
+
+@cache
+def _partial_of(warps: int, device: int, stream: int) -> Array:
+    import cupy
+
+    return cupy.zeros(warps, np.float64)

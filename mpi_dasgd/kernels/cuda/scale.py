@@ -9,13 +9,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from mpi_dasgd.kernels.cuda.program import (
+    THREADS,
+    Program,
+    address,
+    aligned,
+    multiprocessors,
+)
 from mpi_dasgd.kernels.encoded import Array
 
-__all__ = ["TOTALS", "BucketScales", "ScaleUpdate"]
+__all__ = ["SCALE", "SCALE_ARGUMENTS", "TOTALS", "BucketScales", "ScaleUpdate"]
 
 TOTALS = 3
 """Numbers that `BucketScales.learn` writes: buckets of the partner's publication that were
 rejected, buckets of deltas that were corrupt, and the squared distance to the partner's model."""
+
+_MAX_DELTAS = 4  # of a launch, MPD_MAX_DELTAS of ``scale.cu``
+# Blocks of a launch, at most. Each of their warps leaves a number, and one warp sums them all up.
+_BLOCKS = 128
+_WARPS = _BLOCKS * THREADS // 32
+_MAX_ESTIMATE = np.array([1e30], np.float32)  # before the first measurement
+_POINTER = np.uint64
+_STATE = ("estimate", "floor", "last", "max_estimate", "largest", "ranges", "partial")
+
+SCALE_ARGUMENTS = np.dtype(
+    [
+        ("x", _POINTER), ("elements", np.int64), ("buckets", np.int64),
+        *((name, _POINTER) for name in (*_STATE, "totals", "out")),
+        ("delta_stats", _POINTER, _MAX_DELTAS), ("delta_units", _POINTER, _MAX_DELTAS),
+        ("stats", _POINTER), ("partner_scales", _POINTER),
+        *((name, np.float32) for name in ("scale_per_distance", "decay", "inverse_weight")),
+        *((name, np.int32) for name in ("doubles_estimate", "delta_count", "adds", "warps")),
+    ],
+    align=True,
+)  # fmt: skip
+"""Mirror of MpdScaleArguments of ``scale.cu``."""
+
+SCALE = Program("scale.cu", SCALE_ARGUMENTS, f"=Q2q9Q{2 * _MAX_DELTAS}Q2Q3f4i4x")
+"""The kernels of ``scale.cu``."""
+
+_NO_DELTAS = (0,) * (2 * _MAX_DELTAS)
 
 
 @dataclass(slots=True)
@@ -57,6 +92,9 @@ class BucketScales:
     Attributes:
         estimate: estimated largest distances, float32, shape (buckets,); 0 before the first
             `measure`.
+        last: scales that `next_scales` wrote last, float32, shape (buckets,).
+        floor: smallest scales, float32, shape (buckets,).
+        max_estimate: to which a rejection may raise an estimate, float32, shape (1,).
     """
 
     def __init__(
@@ -64,9 +102,24 @@ class BucketScales:
     ) -> None:
         import cupy
 
-        self.estimate: Array = cupy.zeros(buckets, "f4")
-        self._scale_per_distance = scale_per_distance
-        self._decay = decay
+        self.estimate: Array = cupy.zeros(buckets, np.float32)
+        self.last: Array = cupy.zeros(buckets, np.float32)
+        self.floor: Array = cupy.zeros(buckets, np.float32)
+        self.max_estimate: Array = cupy.asarray(_MAX_ESTIMATE)
+        self._scratch = (
+            cupy.zeros(buckets, np.float32),
+            cupy.zeros(2 * _WARPS, np.uint32),
+            cupy.zeros(TOTALS * _WARPS, np.float64),
+        )
+        self._addresses = tuple(
+            address(array)
+            for array in (
+                self.estimate, self.floor, self.last, self.max_estimate, *self._scratch,
+            )
+        )  # fmt: skip
+        self._buckets = buckets
+        self._blocks = min(_BLOCKS, -(-buckets // THREADS))
+        self._parameters = scale_per_distance, decay
         self._doubles_estimate = doubles_estimate
 
     def measure(self, x: Array) -> None:
@@ -74,13 +127,56 @@ class BucketScales:
 
         Args:
             x: model, float32, shape (elements,), aligned to 16 bytes.
+
+        Raises:
+            UserError: it is not aligned, or the device is too old for the kernels.
         """
-        raise NotImplementedError
+        multiprocessors()  # refuses a device that is too old
+        blocks = min(_BLOCKS, -(-self._buckets // (THREADS // 32)))
+        self._launch("mpd_measure", blocks, x=aligned("x", x, 16), elements=x.size)
+        self._launch("mpd_guess_estimates", self._blocks, warps=blocks * (THREADS // 32))
 
     def next_scales(self, out: Array) -> None:
         """Write the scales for the next encoding to `out`, float32, shape (buckets,)."""
-        raise NotImplementedError
+        self._launch("mpd_next_scales", self._blocks, out=address(out))
 
     def learn(self, update: ScaleUpdate) -> None:
         """Update the estimates after an exchange: the deltas in their order, then the partner."""
-        raise NotImplementedError
+        stats, units = update.delta_stats, update.delta_units
+        inverse_weight = 1 / update.weight
+        adds = False
+        while len(stats) > _MAX_DELTAS:
+            deltas = _pointers(stats[:_MAX_DELTAS], units)
+            self._launch(
+                "mpd_learn", self._blocks, deltas=deltas, inverse_weight=inverse_weight,
+                delta_count=_MAX_DELTAS, adds=adds,
+            )  # fmt: skip
+            stats, units, adds = stats[_MAX_DELTAS:], units[_MAX_DELTAS:], True
+        self._launch(
+            "mpd_learn", self._blocks, deltas=_pointers(stats, units), stats=address(update.stats),
+            partner_scales=address(update.partner_scales), inverse_weight=inverse_weight,
+            delta_count=len(stats), adds=adds,
+        )  # fmt: skip
+        warps = self._blocks * (THREADS // 32)
+        self._launch("mpd_total", 1, totals=address(update.totals), warps=warps)
+
+    def _launch(
+        self, name: str, blocks: int, *,
+        x: int = 0, elements: int = 0, totals: int = 0, out: int = 0,
+        deltas: tuple[int, ...] = _NO_DELTAS, stats: int = 0, partner_scales: int = 0,
+        inverse_weight: float = 0.0, delta_count: int = 0, adds: bool = False, warps: int = 0,
+    ) -> None:  # fmt: skip
+        """Enqueue a kernel with these fields of its argument."""
+        if blocks:
+            SCALE.launch(
+                name, "", blocks,
+                x, elements, self._buckets, *self._addresses, totals, out, *deltas,
+                stats, partner_scales, *self._parameters, inverse_weight,
+                self._doubles_estimate, delta_count, adds, warps,
+            )  # fmt: skip
+
+
+def _pointers(stats: Sequence[Array], units: Sequence[Array]) -> tuple[int, ...]:
+    """Return the addresses of up to 4 statistics, and of as many units."""
+    missing = (0,) * (_MAX_DELTAS - len(stats))
+    return (*map(address, stats), *missing, *map(address, units[: len(stats)]), *missing)
