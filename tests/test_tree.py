@@ -62,7 +62,6 @@ TESTED_BY = {
     "training/test_join": "training: shadow_optimizer step_refusals",
     "training/test_train": ": __main__ cli errors / training: decentralized "
     "trainer / storage: run_directory",
-    "training/test_trainer_step": "training: device_stream",
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine "
     "remote_peers",

@@ -18,7 +18,7 @@ from mpi_dasgd.bench import machine
 from mpi_dasgd.bench.cpu_timer import CpuTimer
 from mpi_dasgd.bench.gpu_timer import GpuTimer, cuda_device
 from mpi_dasgd.bench.kernel_models import Models
-from mpi_dasgd.bench.kernel_report import WARM_UP, Timings, columns, table
+from mpi_dasgd.bench.kernel_report import WARM_UP, Timings, columns, gpu_lines, table
 from mpi_dasgd.bench.kernel_workload import OPERATIONS, KernelWorkload
 from mpi_dasgd.bench.options import add_output_options, parse_quantity, validate_names
 from mpi_dasgd.bench.sample_store import samples_path, write_samples
@@ -85,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({**settings, "samples": str(path), "rows": rows}), flush=True)
     else:
-        print("\n".join([*table(rows, settings), f"raw samples: {path}"]), flush=True)
+        lines = [*table(rows, settings), *gpu_lines(rows, device), f"raw samples: {path}"]
+        print("\n".join(lines), flush=True)
     return 0
 
 

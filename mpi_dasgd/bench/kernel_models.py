@@ -27,6 +27,7 @@ class Models:
     def __init__(self, origin: np.ndarray, gradient: np.ndarray, xp: ModuleType = np) -> None:
         self.origin, self.host_gradient, self.xp = origin, gradient, xp
         self.gradient = xp.asarray(gradient)
+        self._start = xp.asarray(origin)  # on the host no copy; from there it would take longest
         self.x, self.velocity = (xp.empty(origin.size, np.float32) for _ in range(2))
 
     @classmethod
@@ -37,7 +38,7 @@ class Models:
 
     def restore(self) -> None:
         """Reset the model to `origin`."""
-        self.x[:] = self.xp.asarray(self.origin)
+        self.x[:] = self._start
 
 
 def uniform(rng: np.random.Generator, elements: int, limit: float) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from mpi_dasgd.bench.sample_store import columns_of, quartiles
 from mpi_dasgd.bench.timed_operation import TimedOperation
 
-__all__ = ["WARM_UP", "Timings", "columns", "table"]
+__all__ = ["WARM_UP", "Timings", "columns", "gpu_lines", "table"]
 
 WARM_UP = 1
 """Rounds that do not count; the baselines were calibrated on the same arrays before."""
@@ -107,6 +107,29 @@ def columns(timings: Sequence[Timings]) -> dict[str, list[Any]]:
             zip(timing.seconds, timing.baseline_before, timing.baseline_after, strict=True)
         )
     )
+
+
+_PAIR_AVERAGING = ("encode", "apply", "exchange", "fused")
+
+
+def gpu_lines(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
+    """Return one line about each size on the GPU: its operations as shares of a copy's bandwidth.
+
+    Those of pair averaging come first: tables may cut the line.
+
+    Args:
+        rows: rows of `Timings.summary`.
+        device: name of the GPU.
+    """
+    lines: dict[tuple[int, int], list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["op"] not in _PAIR_AVERAGING):
+        if "percent_of_copy" in row:
+            share = f"{row['op']} {row['percent_of_copy'] / 100:.2f}"
+            lines.setdefault((row["elements"], row["bits"]), []).append(share)
+    return [
+        f"KERNEL {elements} elements, {bits} bits on {device}, of a copy: {', '.join(shares)}"
+        for (elements, bits), shares in lines.items()
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from mpi_dasgd.bench import cpu_timer, kernel
 from mpi_dasgd.bench.cpu_timer import UNFUSED
 from mpi_dasgd.bench.gpu_timer import GpuTimer, cuda_device
 from mpi_dasgd.bench.kernel_models import Models
+from mpi_dasgd.bench.kernel_report import gpu_lines
 from mpi_dasgd.bench.kernel_workload import OPERATIONS, POISON, KernelWorkload
 from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
@@ -308,6 +309,19 @@ def test_gpu_operations_on_a_fake_device(monkeypatch: pytest.MonkeyPatch) -> Non
     operation.run()
     with pytest.raises(MpiDasgdError, match="buckets were rejected while time was taken"):
         operation.check()
+
+
+def test_the_line_of_a_gpu_has_the_shares_of_each_size() -> None:
+    rows = [
+        {"op": op, "elements": elements, "bits": 8, "percent_of_copy": share}
+        for elements, share in ((25_000_000, 87.5), (100_000_000, 90.0))
+        for op in ("encode", "merge", "fused")
+    ]
+    assert gpu_lines([{"op": "triad", "elements": 1, "bits": 0}, *rows], "NVIDIA H100") == [
+        f"KERNEL {elements} elements, 8 bits on NVIDIA H100, of a copy: "
+        f"encode {share}, fused {share}, merge {share}"
+        for elements, share in ((25_000_000, "0.88"), (100_000_000, "0.90"))
+    ]
 
 
 # --- arguments ---
