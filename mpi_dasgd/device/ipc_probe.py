@@ -56,6 +56,13 @@ class ProbeDevice:
         """How messages call it."""
         return f"GPU {self.bus_id or self.index}"
 
+    @property
+    def identity(self) -> str:
+        """What other processes' numbers of the same GPU, or slice of one, have in common."""
+        entries = (self.visible or "").split(",")
+        part = entries[self.index] if self.index < len(entries) else ""
+        return f"{self.bus_id or self.index} {part if part.startswith('MIG-') else ''}"
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -125,26 +132,22 @@ def probe(
                 child.process.kill()
             return Verdict(False, f"the probe of CUDA IPC failed: {failure}{_hint(str(failure))}")
     slowest = Rates(*(min(rates) for rates in zip(*pairs, strict=True)))
-    way = "" if slowest.read >= _NVLINK_RATE else ", over PCIe: exchanges take longer there"
+    way = "" if slowest.read >= _NVLINK_RATE else "; that is over PCIe, where exchanges take longer"
     text = (
         f"kernels read the memory of other processes at {slowest.read:.0f} GB/s and write it at "
-        f"{slowest.write:.0f} GB/s (their own: {slowest.local:.0f} GB/s{way})"
+        f"{slowest.write:.0f} GB/s (their own: {slowest.local:.0f} GB/s){way}"
     )
     return Verdict(True, text, slowest, after_death)
 
 
 def _devices_of_children(devices: Sequence[ProbeDevice]) -> list[ProbeDevice]:
-    """Return one device for each process: those that several ranks share, or that are alone, twice.
-
-    The same GPU is known by its bus id.
-    """
+    """Return one device per process: twice those that several ranks share, or that are alone."""
     assert devices, "no device to probe"
     first: dict[str, ProbeDevice] = {}
     uses: Counter[str] = Counter()
     for device in devices:
-        key = device.bus_id or str(device.index)
-        first.setdefault(key, device)
-        uses[key] += 1
+        first.setdefault(device.identity, device)
+        uses[device.identity] += 1
     shared = [first[key] for key in first if uses[key] > 1 or len(first) == 1]
     return [*first.values(), *shared]
 

@@ -41,7 +41,10 @@ class ProbeProcess:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._name = name
         self._partial = b""
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads blocks
+        try:
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads blocks
+        except OSError as error:
+            raise ProbeFailure(f"{name} cannot be started: {error}") from error
         try:
             self._process = subprocess.Popen(
                 command,
@@ -98,10 +101,11 @@ class ProbeProcess:
     def _read_more(self, operation: str, deadline: float) -> None:
         assert self._process.stdout is not None
         output = self._process.stdout.fileno()
-        while not select.select([output], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            if time.monotonic() >= deadline:
-                raise ProbeFailure(f"{self._name}, {operation}: no answer in time")
-        if time.monotonic() >= deadline:  # it says something all the time, but no answer
+        poll = select.poll()  # `select` takes no numbers of files above 1023
+        poll.register(output, select.POLLIN | select.POLLHUP)
+        remaining = deadline - time.monotonic()
+        # It may say something all the time, but no answer.
+        if remaining <= 0 or not poll.poll(1000 * remaining):
             raise ProbeFailure(f"{self._name}, {operation}: no answer in time")
         data = os.read(output, 1 << 16)
         if not data:

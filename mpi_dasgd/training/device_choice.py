@@ -156,7 +156,11 @@ def _probe(environment: World, ranks: list[_Rank]) -> ipc_probe.Verdict:
     """Have one rank of the node probe for all. Collective."""
     verdict = None
     if environment.node_rank == 0:
-        verdict = ipc_probe.probe([told.gpu.probed for told in ranks if told.gpu is not None])
+        try:
+            verdict = ipc_probe.probe([told.gpu.probed for told in ranks if told.gpu is not None])
+        except Exception as error:  # it must not end a run that is possible without
+            problem = f"the probe of CUDA IPC failed: {type(error).__name__}: {error}"
+            verdict = ipc_probe.Verdict(False, problem)
     polled_barrier(environment.comm)  # it lasts seconds: leave the cores to its processes
     shared: ipc_probe.Verdict = environment.comm.bcast(verdict)
     return shared
@@ -172,7 +176,7 @@ def _open_devices(environment: World, gpu: GpuFacts | None) -> tuple[Device, str
     try:
         assert gpu is not None, "a rank without obstacles has looked at its GPU"
         device = open_device(gpu.index)
-    except (DeviceFailed, ImportError) as error:
+    except (DeviceFailed, ImportError, RuntimeError) as error:
         problem = f"rank {environment.rank}: {error}"
     problems = environment.comm.allgather(problem)
     return device, next(filter(None, problems), "")

@@ -128,6 +128,9 @@ def test_one_process_per_gpu_and_two_on_one_that_is_shared() -> None:
     # Ranks that see one GPU each may give it the same number.
     other = ProbeDevice(0, "0000:02:00.0", "1")
     assert ipc_probe._devices_of_children([a, other, a]) == [a, other, a]
+    # Slices of a card do not see each other's memory, whatever one of them may alone.
+    slices = [ProbeDevice(0, a.bus_id, f"MIG-{uuid}") for uuid in ("3f", "4e")]
+    assert ipc_probe._devices_of_children(slices) == slices
 
 
 def test_as_a_program_without_a_gpu() -> None:

@@ -36,6 +36,7 @@ CASES: dict[str, dict] = {
     "mode": {"set": ["transport.mode=rma"]},
     "gpu of rank 1": {"problem": "CuPy is not installed"},
     "probe": {"verdict": BAD},
+    "probe raises": {"verdict": OSError("no processes left")},
     "opening on rank 1": {"fails": True},
     "a model on the cpu": {"device": "cpu of rank 1"},
     "demanded on the cpu": {"device": "cpu", "set": ["transport.memory=ipc"]},
@@ -62,7 +63,10 @@ def _choose(environment: world.World, case: dict) -> dict:
 
     def probe(devices: list) -> Verdict:
         probes.append([device.bus_id for device in devices])
-        return case.get("verdict", GOOD)
+        verdict = case.get("verdict", GOOD)
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
 
     def open_device(index: int) -> LateDevice:
         if case.get("fails") and rank == 1:

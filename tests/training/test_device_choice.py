@@ -22,6 +22,7 @@ REASONS = {
     "mode": COPIED + "transport.mode=rma uses Get and Put",
     "gpu of rank 1": COPIED + "rank 1: CuPy is not installed",
     "probe": COPIED + "the probe of CUDA IPC failed: process 1, start: killed by SIGSEGV",
+    "probe raises": COPIED + "the probe of CUDA IPC failed: OSError: no processes left",
     "opening on rank 1": COPIED + "rank 1: cuda:1: out of memory",
     "a model on the cpu": COPIED + "the model of rank 1 is on the CPU",
 }
