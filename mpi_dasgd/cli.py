@@ -148,8 +148,10 @@ def _train(options: argparse.Namespace) -> int:
             raise
         refused = error  # perhaps on this rank alone: the others must hear of it
     from mpi_dasgd import launch, world
+    from mpi_dasgd.device import binding
 
     launch.enable_stack_dump()
+    binding.bind_before_mpi()
     environment = world.start()
     environment.abort_on_exception()
 

@@ -1,4 +1,4 @@
-"""MPI start-up: thread level, private communicator, device, errors of all ranks together."""
+"""MPI start-up: thread level, private communicator, errors of all ranks together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "World",
-    "choose_device",
     "expected_ranks",
     "log_to_stderr",
     "peers_by_node",
@@ -123,19 +122,6 @@ def expected_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, in
             rank = next((int(text) for text in texts if text.isdigit()), 0)
             return int(environment[size_name]), rank
     return 1, 0
-
-
-def choose_device(node_rank: int, visible: int) -> str:
-    """Return the torch device of a rank.
-
-    Args:
-        node_rank: this rank among the ranks of its node.
-        visible: number of CUDA devices visible to this process. 0: the rank uses the CPU. 1: the
-            launcher has bound the device to this rank. More: the ranks take the devices in turn.
-    """
-    if visible == 0:
-        return "cpu"
-    return f"cuda:{node_rank % visible}"
 
 
 def start() -> World:

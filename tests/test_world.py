@@ -1,4 +1,4 @@
-"""MPI start-up: devices, launchers of another MPI, and the failure of one rank."""
+"""MPI start-up: launchers of another MPI, and the failure of one rank."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ import sys
 
 import pytest
 
-from mpi_dasgd.world import choose_device, expected_ranks
+from mpi_dasgd.world import expected_ranks
 from tests.support.mpi_ranks import ROOT, mpi_library, rank_counts, run_ranks
-
-
-@pytest.mark.parametrize(
-    ("visible", "devices"),
-    [
-        (0, ["cpu", "cpu", "cpu"]),
-        (1, ["cuda:0", "cuda:0", "cuda:0"]),  # each process sees its own
-        (2, ["cuda:0", "cuda:1", "cuda:0"]),
-    ],
-)
-def test_device_of_a_rank(visible: int, devices: list[str]) -> None:
-    assert [choose_device(rank, visible) for rank in range(3)] == devices
 
 
 def test_number_of_ranks_that_the_launcher_started() -> None:

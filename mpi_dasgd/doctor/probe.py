@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from mpi_dasgd import launch, world
+from mpi_dasgd.device import binding
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 from mpi_dasgd.errors import UserError
 
@@ -80,6 +82,7 @@ def checks(environment: World, library: str) -> list[Check]:
     else:
         text = "one rank has no one to talk to: run the doctor with 2 ranks or more"
         findings.append(Check("exchange", WARNING, text))
+    findings += _check_gpus(environment)
     return [*findings, _check_device_memory(library)]
 
 
@@ -227,6 +230,25 @@ def _check_exchange(environment: World) -> Check:
         "MPI library does not keep its promises; try transport.mode=rma, or another MPI"
     )
     return Check("exchange", FAILS, text, values)
+
+
+def _check_gpus(environment: World) -> list[Check]:
+    """Check that each rank has a GPU of its own, and sees those of its node. Collective."""
+    own = binding.RankGpu(socket.gethostname())
+    with environment.collective_errors():
+        if binding.has_driver():
+            import torch
+
+            own = binding.read_rank_gpu(torch.device(binding.device_of_rank(environment)))
+    ranks = environment.comm.allgather(own)
+    devices = [rank.device for rank in ranks]
+    shared, hidden = binding.shared_gpu(ranks), binding.hidden_peers(ranks)
+    if shared or hidden:
+        return [Check("gpus of ranks", WARNING, shared or hidden, {"devices": devices})]
+    if set(devices) == {"cpu"}:
+        return []
+    text = f"each rank has its own: {', '.join(devices)}"
+    return [Check("gpus of ranks", OK, text, {"devices": devices})]
 
 
 def _check_device_memory(library: str) -> Check:

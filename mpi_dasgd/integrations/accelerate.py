@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from mpi_dasgd import world
+from mpi_dasgd.device import binding
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.integrations.collectives import Collectives, collectives
 
@@ -111,9 +112,7 @@ def _numbered(initialize: Callable[..., None]) -> Callable[..., None]:
 
 def device_of(ranks: world.World) -> torch.device:
     """Return the GPU of this rank, and make it the current one."""
-    device = torch.device(world.choose_device(ranks.node_rank, torch.cuda.device_count()))
-    torch.cuda.set_device(device)
-    return device
+    return torch.device(binding.device_of_rank(ranks))
 
 
 @contextlib.contextmanager

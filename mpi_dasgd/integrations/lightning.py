@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mpi_dasgd.device import binding
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.integrations.collectives import Collectives, collectives
 from mpi_dasgd.integrations.session import Session
@@ -140,7 +141,8 @@ class DecentralizedStrategy(ParallelStrategy):
     def root_device(self) -> torch.device:
         """Device of this rank."""
         devices = self.parallel_devices or [torch.device("cpu")]
-        return devices[self.local_rank % len(devices)]
+        number = binding.local_rank()
+        return devices[(self.local_rank if number is None else number) % len(devices)]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
 from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
+from mpi_dasgd.device import binding
 from mpi_dasgd.device.base import Device
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_parameters import FlatParameters
@@ -89,6 +90,7 @@ def build_rank(
     with environment.collective_errors():
         tensors = [p for _, p in select_parameters(model, optimizer)]
         run = build_run(config, environment.size, vector_type(tensors))
+    binding.require_own_device(environment, tensors[0].device, config.device.share)
     choice = choose_device(environment, tensors[0].device, config, run)
     with environment.collective_errors():
         parameters = FlatParameters(model, optimizer, choice.device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mpi_dasgd import algorithms, launch, world
 from mpi_dasgd.config.schema import Config
+from mpi_dasgd.device import binding
 from mpi_dasgd.errors import Diverged, PeerLost
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.provenance import provenance
@@ -59,7 +58,7 @@ class Trainer:
         require_agreement(environment.comm, facts_of_config(config))
         with environment.collective_errors():
             algorithm_cls = algorithms.find(config.algorithm.name)
-            self.device = world.choose_device(environment.node_rank, torch.cuda.device_count())
+            self.device = binding.device_of_rank(environment)
             self.workload = build_workload(
                 config,
                 rank,

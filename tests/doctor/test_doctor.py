@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from mpi_dasgd import doctor
-from mpi_dasgd.doctor import environment
+from mpi_dasgd.device import binding
+from mpi_dasgd.doctor import environment, probe
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 from tests.support.fake_hosts import Hosts
@@ -48,6 +50,39 @@ def findings(text: str) -> dict[str, dict[str, Any]]:
     assert all(check["verdict"] in ("ok", "warning") for check in checks.values()), text
     assert report["ok"] is True
     return checks
+
+
+class OneRank:
+    """The ranks of a job, of which one asks the others, and knows what they say."""
+
+    def __init__(self, *told: binding.RankGpu) -> None:
+        self.told = told
+        self.comm = self
+        self.collective_errors = contextlib.nullcontext
+
+    def allgather(self, own: binding.RankGpu) -> list[binding.RankGpu]:
+        """What the ranks told."""
+        assert isinstance(own, binding.RankGpu)
+        return list(self.told)
+
+
+@pytest.mark.parametrize(
+    ("identities", "settings", "verdict", "text"),
+    [
+        (["a", "b"], ["0,1", "0,1"], "ok", "each rank has its own: cuda:0, cuda:0"),
+        (["a", "a"], ["0", "0"], "warning", "ranks 0 and 1 have their models on one GPU"),
+        (["a", "b"], ["0", "0"], "warning", "ranks see a GPU each, and not those of the others"),
+    ],
+)
+def test_gpus_of_ranks(identities: list[str], settings: list[str], verdict: str, text: str) -> None:
+    gpus = [
+        binding.RankGpu("node", "cuda:0", identity, len(setting.split(",")), setting)
+        for identity, setting in zip(identities, settings, strict=True)
+    ]
+    (check,) = probe._check_gpus(OneRank(*gpus))
+    assert (check.verdict, check.values["devices"]) == (verdict, ["cuda:0", "cuda:0"])
+    assert text in check.text
+    assert probe._check_gpus(OneRank(binding.RankGpu("node"), binding.RankGpu("node"))) == []
 
 
 def test_no_check_fails_here(mpi: str, tmp_path: Path) -> None:
