@@ -6,7 +6,6 @@ their envelopes, but for CuPy and the device.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,19 +21,12 @@ from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, Message
 from mpi_dasgd.codecs.late_totals import LateTotals
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.kernels.cuda import pair_average, scale
 from tests.support.cuda_build import build
 from tests.support.exchange_worlds import FLOAT32, HostMemory, Memory, Turn, World, make
-from tests.support.fake_cupy import install
+from tests.support.fake_cupy import forget, install
 from tests.support.late_cuda_device import GuardedArray, LateCudaDevice, LateCupy, allocate
 
 pytestmark = pytest.mark.slow
-with_kernels = pytest.mark.skipif(  # until they are there
-    any(
-        "raise NotImplementedError" in inspect.getsource(module) for module in (scale, pair_average)
-    ),
-    reason="the kernels are not written yet",
-)
 
 NAMES = ("lattice4", "lattice8", "lattice16", "none", "bf16", "fp16")
 
@@ -55,6 +47,7 @@ def cupy(library: Path) -> Iterator[LateCupy]:
     del sys.modules["cupy"]
     if before is not None:
         sys.modules["cupy"] = before
+    forget()
 
 
 class FakeMemory:
@@ -123,7 +116,6 @@ def _compare(name: str, elements: int, memory: Memory) -> World:
     return device
 
 
-@with_kernels
 @pytest.mark.parametrize(("name", "elements"), [*((n, 5000) for n in NAMES), ("lattice8", 12_288)])
 def test_hundreds_of_exchanges_have_the_bits_of_the_host(
     cupy: LateCupy, name: str, elements: int
@@ -142,7 +134,6 @@ def test_hundreds_of_exchanges_have_the_bits_of_the_host_on_a_gpu(name: str, ele
     _compare(name, elements, GpuMemory())
 
 
-@with_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_deltas_are_those_of_the_host(cupy: LateCupy, name: str) -> None:
     results = []
@@ -158,7 +149,6 @@ def test_deltas_are_those_of_the_host(cupy: LateCupy, name: str) -> None:
     assert results[0] == results[1] and any(results[0])
 
 
-@with_kernels
 def test_state_goes_from_device_to_host_and_back(cupy: LateCupy) -> None:
     memory = FakeMemory(cupy)
     world = World("lattice8", 5000, memory)
@@ -180,7 +170,6 @@ def test_state_goes_from_device_to_host_and_back(cupy: LateCupy) -> None:
     assert apart.seed == whole.seed
 
 
-@with_kernels
 def test_messages_of_another_codec_are_refused(cupy: LateCupy) -> None:
     for name in ("lattice8", "bf16", "none"):
         world, other = (World(n, 3000, FakeMemory(cupy)) for n in (name, "fp16"))

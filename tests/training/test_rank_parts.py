@@ -1,4 +1,4 @@
-"""Models that are exchanged on a device: the bits of training on the host, and no copy in a step."""
+"""Models that are exchanged on a device: the bits of training on the host, no copy in a step."""
 
 from __future__ import annotations
 
