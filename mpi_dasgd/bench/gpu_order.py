@@ -149,6 +149,8 @@ def _cuda() -> tuple[Device, Work, np.ndarray]:
             target.fill(number)
 
     stream.keep_busy(_SLOW_SECONDS)  # the first call measures the clock
+    with device.current_stream():
+        target.fill(-1)  # the first call compiles
     return device, work, written
 
 
@@ -160,7 +162,7 @@ def measure(
     Args:
         device: the device.
         work: asks it for work.
-        written: what the work writes, (1,), int64, as the host sees it; 0 at the beginning.
+        written: what the work writes, (1,), int64, as the host sees it.
         library: the native library.
         rounds: swaps of each kind.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.release import Immediate
+from tests.support.fake_cuda import FakeCuda, build_libcuda
 from tests.support.late_device import LateDevice
 
 NATIVE = native.load()
@@ -66,6 +69,25 @@ def test_a_release_that_is_too_early_is_found(
     (path,) = tmp_path.iterdir()
     columns, attributes = read_samples(path)
     assert attributes["device"] == "a late device" and columns["early"].all()
+
+
+@needs_native
+def test_every_line_for_a_gpu_runs_on_a_cuda_of_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Work is done there when it is asked for, and host functions are late: no word is early."""
+    busy: list[float] = []
+    stream = SimpleNamespace(keep_busy=busy.append)
+    monkeypatch.setattr(gpu_order, "CudaStream", lambda device: stream)
+    monkeypatch.setattr(gpu_order, "require_gpu", lambda _: "a CUDA of host memory")
+    with FakeCuda(build_libcuda(tmp_path)).installed() as fake:
+        fake.runtime.libcuda.fake_cuda_delay(1000)
+        code = bench.run("gpu", ["order", "--rounds", "4", "--json", "--out", str(tmp_path)])
+        fake.runtime.libcuda.fake_cuda_drain()
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rounds"], report["early"], report["control_early"]) == (4, 0, 0)
+    assert code == 1, "the control proves nothing on such a device"
+    assert report["idle_median_us"] > 900 and len(busy) == 1 + 2 * 4
 
 
 def test_a_control_that_is_not_early_proves_nothing() -> None:
