@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_dasgd.config.schema import Config
+from mpi_dasgd.device import binding
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.model.model_buffers import ModelBuffers
 from mpi_dasgd.storage.runfile import RunFile, rank_path
@@ -64,9 +65,8 @@ class DdpTrainer:
             world_size=self.size,
             timeout=_TIMEOUT,
         )
-        gpus = torch.cuda.device_count()
-        self.device = f"cuda:{self.rank % gpus}" if gpus else "cpu"
-        if gpus:
+        self.device = binding.choose_device(self.rank, torch.cuda.device_count())
+        if self.device != "cpu":
             torch.cuda.set_device(self.device)
         self.workload = build_workload(
             config, self.rank, self.size, workers=range(self.size), device=self.device

@@ -102,8 +102,9 @@ def main(arguments: Sequence[str]) -> int:
         "batch": model.batch,
         "device": card,
         "codec": training.codec.name,
-        "memory": memory,
+        "memory": training.device.memory,
         "transport": training.endpoint.transfer_mode,
+        "device_choice": training.device.reason,
         "torch_version": str(torch.__version__),
         "cuda_version": torch.version.cuda or "",
     }
@@ -166,7 +167,7 @@ class _Loop:
         self._algorithm.every = every
         self._drain()
         exchanged, waited = training.exchange_seconds, self._waited
-        made = training.counters["publications"]
+        made = training.counters["messages"]
         started = time.perf_counter()
         for _ in range(steps):
             model.compute_gradient()
@@ -181,7 +182,7 @@ class _Loop:
             round=number,
             every=every,
             steps=steps,
-            exchanges=int(training.counters["publications"] - made),
+            exchanges=int(training.counters["messages"] - made),
             seconds=seconds,
             host_seconds=training.exchange_seconds - exchanged - waited,
             catch_up_seconds=waited,

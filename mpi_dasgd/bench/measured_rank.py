@@ -12,6 +12,7 @@ import numpy as np
 
 from mpi_dasgd import launch, world
 from mpi_dasgd.config.schema import Config
+from mpi_dasgd.device import binding
 
 __all__ = ["Meter", "cpu_path", "main"]
 
@@ -80,6 +81,7 @@ def main(algorithm: str, file: str) -> int:
         meter.save(cpu_path(config.run_directory, baseline.rank))
         return 0
     world.log_to_stderr()
+    binding.bind_before_mpi()
     environment = world.start()
     environment.abort_on_exception()
     return environment.run(lambda: _train(config, environment))
