@@ -7,7 +7,8 @@ delta is in flight: the models must add up to what they were plus all changes.
 
 Exact: models are multiples of 2^-8 and the codec rounds deltas to such, so that no addition rounds
 and the balance must be zero. Float: the codec `none`; the balance is rounding, as with the codecs
-that quantize. Rank 0 prints JSON.
+that quantize. With --late each rank has a `LateDevice`: what its exchanges write is there, and what
+they read is given back, some milliseconds later. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED, ExchangeRecord
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig, TransportConfig
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+from tests.support.late_codec import LateCodec, LateWork
+from tests.support.late_device import LateDevice
+from tests.support.late_faults import AT_ONCE, make_hasty
 
 GRID = np.float32(2.0**-8)
 
@@ -119,12 +124,19 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         if mode in MODES
         else codecs.make(CodecConfig(name=mode), x.size, x.dtype, seed=1, rank=comm.rank)  # type: ignore[arg-type]
     )
+    late = None
+    if options.late is not None:
+        late = LateDevice(tuple(options.late), seed=comm.rank)
+        codec = LateCodec(codec, late)
     endpoint = RmaEndpoint(
         comm,
         codec.layout,
         topology.build("complete", comm.size),
         TransportConfig(mode=options.path, heartbeat_timeout=60.0),
+        device=HOST if late is None else late,
     )
+    if options.at_once in AT_ONCE:
+        make_hasty(endpoint, options.at_once)
     kinds: list[int] = []
 
     def record(exchange: ExchangeRecord) -> None:
@@ -146,8 +158,10 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         membership.total_samples < options.exchanges and time.monotonic() - started < options.limit
     ):
         local.local_step += 1
+        endpoint.run_ahead.begin_step()
         waits += sum(1 for _ in algorithm.step(local))
         initiated = kinds.count(INITIATED) if local.local_step % 16 == 0 else initiated
+        endpoint.flush()
         membership.report_samples(initiated)
         endpoint.refresh_membership()
         # Stragglers of both kinds: higher ranks are slower, and all pause now and then.
@@ -157,16 +171,22 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     for pending in algorithm.finalize():
         while not pending.test():
             time.sleep(0.0002)
-    while not endpoint.is_flushed():
+    endpoint.flush()
+    while not endpoint.is_flushed() and options.at_once != "end":
         time.sleep(0.0002)
     membership.publish_status(FINISHED)
     while RUNNING in membership.status:
         endpoint.refresh_membership()
         algorithm.absorb(local.local_step)
+        endpoint.flush()
         time.sleep(0.001)
     algorithm.absorb(local.local_step)
+    endpoint.flush()
     path = endpoint.transfer_mode
     endpoint.close()
+    if late is not None:
+        late.close()
+    work = codec.work if isinstance(codec, LateCodec) else LateWork()
 
     error = x.astype(np.float64) - before - local.change
     total = np.zeros_like(error)
@@ -189,6 +209,8 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
         "seconds": time.monotonic() - started,
         "path": path,
+        "launches": comm.allreduce(work.launches),
+        "wrong": comm.allreduce(work.wrong),
     }
 
 
@@ -205,6 +227,12 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--late", type=float, nargs=2, help="shortest and longest delay of a device, seconds"
+    )
+    parser.add_argument(
+        "--at-once", choices=(*AT_ONCE, "end"), help="a mistake: swaps that do not wait for it"
+    )
     parser.add_argument("modes", nargs="+", choices=[*MODES, *codecs.CODECS])
     options = parser.parse_args()
     comm = MPI.COMM_WORLD

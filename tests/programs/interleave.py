@@ -1,24 +1,28 @@
 """Publication and Inbox under a scheduler: one thread per rank, one step at a time, in any order.
 
 A step is one operation on a word, or half a payload. So every interleaving of the protocols that
-the steps allow can be played, and a schedule repeats exactly.
+the steps allow can be played, and a schedule repeats exactly. If the ranks' devices are late, each
+is one more thread: what it is asked to write, read and give away, it does at steps of its own.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
 from mpi_dasgd.codecs import Message
+from mpi_dasgd.transport.control_words import WordMap, Words
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.release import Release
 from mpi_dasgd.transport.virtual.memory import SharedMemory
+from tests.programs.late_player import LatePlayer
 from tests.programs.ledger import Ledger, layout
 from tests.programs.player import Player
 
@@ -121,6 +125,29 @@ class Memory:
         self._stage.wait()
 
 
+class LateQueue:
+    """Work of a rank's device, which a thread of its own does at its steps.
+
+    Args:
+        stage: whose steps these are.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._work: deque[Callable[[], object]] = deque()
+        self.ended = False  # whether the rank asks for no more
+
+    def submit(self, work: Callable[[], object]) -> None:
+        self._work.append(work)
+
+    def act(self) -> None:
+        """Do all work, until the rank has ended."""
+        while self._work or not self.ended:
+            self._stage.wait()
+            if self._work:
+                self._work.popleft()()
+
+
 def play(
     scripts: Sequence[Sequence[str]],
     choices: Iterator[int],
@@ -130,6 +157,7 @@ def play(
     slots: int = 4,
     publication: type[Publication] = Publication,
     inbox: type[Inbox] = Inbox,
+    late: Callable[[Words, LateQueue, int, WordMap], Release] | None = None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Play a script for each rank, then let all receive what is left.
 
@@ -140,49 +168,61 @@ def play(
         in_place: see `Memory`.
         slots: of a publication and of an inbox.
         publication, inbox: the protocols to play.
+        late: makes the release of a rank whose device is late; None: no device.
 
     Returns:
         What was found, and what was done.
     """
     shared_memory = SharedMemory(layout(_ELEMENTS), RANKS, slots, slots)
     stage = Stage(choices)
-    players = []
+    players: list[Player] = []
+    queues: list[LateQueue] = []
     for rank in range(RANKS):
         memory = Memory(stage, shared_memory, rank, in_place)
         shared = memory, memory, shared_memory.word_map, rank, Counters()
-        players.append(
-            Player(
-                publication(*shared, max_claims=slots - 2),
-                inbox(*shared),
-                memory,
-                Ledger(rank, RANKS, 2 * max(map(len, scripts))),
-                _ELEMENTS,
-                random.Random(seed + rank),
-                stage.wait,
-            )
+        release = None
+        if late is not None:
+            queues.append(LateQueue(stage))
+            release = late(memory, queues[-1], rank, shared_memory.word_map)
+        parts = (
+            publication(*shared, max_claims=slots - 2, release=release),
+            inbox(*shared, release=release),
+            memory,
+            Ledger(rank, RANKS, 2 * max(map(len, scripts))),
+            _ELEMENTS,
+            random.Random(seed + rank),
+            stage.wait,
         )
+        players.append(LatePlayer(queues[-1], *parts) if late else Player(*parts))
 
-    def act(player: Player, script: Sequence[str]) -> None:
+    def act(rank: int) -> None:
+        player, script = players[rank], scripts[rank]
         for move in script:
             if move in ("publish", "release", "receive"):
                 getattr(player, move)()
             else:
                 getattr(player, move)(player.other())
+        if queues:
+            queues[rank].ended = True
 
-    stage.play(
-        [partial(act, player, script) for player, script in zip(players, scripts, strict=True)]
-    )
+    stage.play([*(partial(act, rank) for rank in range(RANKS)), *(q.act for q in queues)])
     ledgers = [player.ledger for player in players]
     for player in players:
         while player.claims:
             player.release()
-        while player.receive():
-            pass
+    moved = True
+    while moved:
+        for queue in queues:
+            queue.act()
+        moved = sum(player.receive() for player in players) > 0
     sent = np.array([ledger.sent for ledger in ledgers])
     found: Counter[str] = Counter()
     done: Counter[str] = Counter()
     served = np.sum([ledger.served for ledger in ledgers], axis=0)
     found["served twice"] = int((served > 1).sum())
+    for player in players:
+        if isinstance(player, LatePlayer):
+            found.update(player.late.found)
     for ledger in ledgers:
         ledger.lost(sent)
         found.update(ledger.found)

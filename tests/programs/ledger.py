@@ -19,7 +19,7 @@ from mpi_dasgd.transport.publication import Claim
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Ledger", "fill", "layout", "staging"]
+__all__ = ["Ledger", "fill", "layout", "number_of", "staging"]
 
 _PUBLICATION, _MESSAGE, _CANCELLED = 1, 2, 3
 
@@ -43,14 +43,15 @@ def fill(message: Message, rank: int, stamp: int, rest: Callable[[], None]) -> N
     message.payload[:middle] = stamp
     rest()
     message.payload[middle:] = stamp
-    message.stamp(rank=rank, step=_number(stamp), time_ns=0)
+    message.stamp(rank=rank, step=number_of(stamp), time_ns=0)
 
 
 def _stamp(kind: int, sender: int, receiver: int, number: int) -> int:
     return kind << 56 | sender << 48 | receiver << 40 | number
 
 
-def _number(stamp: int) -> int:
+def number_of(stamp: int) -> int:
+    """Return the number in a stamp."""
     return stamp & (1 << 40) - 1
 
 
@@ -148,13 +149,17 @@ class Ledger:
             header = message.header
         except MpiDasgdError:
             header = None
-        if low != high or header is None or (header.rank, header.step) != (sender, _number(low)):
+        if low != high or header is None or (header.rank, header.step) != (sender, number_of(low)):
             self.found["torn"] += 1
             return None
         if low >> 40 != _stamp(kind, sender, receiver, 0) >> 40:
             self.found["foreign"] += 1
             return None
-        return _number(low)
+        return number_of(low)
+
+    def check_received(self, sender: int, message: Message) -> None:
+        """Check that a message which was received has not changed."""
+        self._check(message, _MESSAGE, sender, self.rank)
 
     def lost(self, sent: np.ndarray) -> None:
         """Find messages that were sent to this rank and did not arrive.

@@ -55,7 +55,7 @@ class Player:
         """Publish the next version, if there is a slot."""
         message = self.publication.reserve()
         if message is not None:
-            fill(message, self.rank, self.ledger.version(), self.rest)
+            self._fill(message, self.ledger.version())
             self.publication.publish()
             self.ledger.publish()
 
@@ -95,11 +95,14 @@ class Player:
                 if self.dice.random() < 0.5:
                     self._deliver(second)
                 else:
-                    self._write(second, self.ledger.cancelled())
-                    self.inbox.cancel(second)
+                    self._cancel(second)
                     self.ledger.done["cancelled"] += 1
         self._deliver(first)
         return True
+
+    def _cancel(self, reservation: Reservation) -> None:
+        self._write(reservation, self.ledger.cancelled())
+        self.inbox.cancel(reservation)
 
     def _deliver(self, reservation: Reservation) -> None:
         message = self._write(reservation, self.ledger.message(reservation.rank))
@@ -108,8 +111,11 @@ class Player:
 
     def _write(self, reservation: Reservation, stamp: int) -> Message:
         message = self.inbox.view_of(reservation) or self._outgoing
-        fill(message, self.rank, stamp, self.rest)
+        self._fill(message, stamp)
         return message
+
+    def _fill(self, message: Message, stamp: int) -> None:
+        fill(message, self.rank, stamp, self.rest)
 
     def receive(self) -> bool:
         """Receive the messages that have arrived; return whether any have."""

@@ -4,7 +4,9 @@
 
 All ranks publish, read, claim, send, cancel and receive in a loop until their shares of the
 publications and messages are done. Owners rest in mid-slot, receivers let their inbox fill up, and
-the last rank makes no MPI call for a while. Rank 0 prints what was found and done as JSON.
+the last rank makes no MPI call for a while. With --late each rank has a `LateDevice`, which writes
+and reads the payload some milliseconds after it was asked to. Rank 0 prints what was found and done
+as JSON.
 """
 
 from __future__ import annotations
@@ -20,17 +22,23 @@ from typing import cast
 from mpi4py import MPI
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from mpi_dasgd.device.base import Device
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.release import await_release
+from mpi_dasgd.transport.rma.launched_release import make_release
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
 from tests.programs.faults import FAULTS
+from tests.programs.late_player import LatePlayer
 from tests.programs.ledger import Ledger, layout
 from tests.programs.player import Player
+from tests.support.late_device import LateDevice
 
 
 class Rank:
@@ -69,14 +77,23 @@ class Rank:
         )
         node.Free()
         shared = self.words, self.slots, where, self.rank, self.counters
-        self.player = Player(
-            publication(*shared, max_claims=options.slots - 2),
-            inbox(*shared),
+        self.device: Device = HOST
+        if options.late is not None:
+            self.device = LateDevice(tuple(options.late), seed=self.rank)
+        self.release = make_release(comm, self.words, self.device)
+        parts = (
+            publication(*shared, max_claims=options.slots - 2, release=self.release),
+            inbox(*shared, release=self.release),
             self.slots,
             self.ledger,
             options.elements,
             random.Random(1000 * options.seed + self.rank),
             self.rest,
+        )
+        self.player = (
+            LatePlayer(self.device, *parts)
+            if isinstance(self.device, LateDevice)
+            else Player(*parts)
         )
         self.deaf_turns = 0  # turns for which nothing is received
         self.asleep = (0.0, 0.0)
@@ -94,17 +111,20 @@ class Rank:
         deadline = start + self.options.limit
         while not self.is_done() and time.monotonic() < deadline:
             self.turn()
+            self.release.flush()
         self.ledger.found["stalled"] += not self.is_done()
         while self.player.claims:
             self.player.release()
+        self.settle()
         barrier = self.comm.Ibarrier()
         while not barrier.Test():
             self.player.receive()
+            self.release.flush()
             self.read(self.player.other())
             time.sleep(0.0005)
         seconds = time.monotonic() - start
         while self.player.receive():
-            pass
+            self.settle()
         for owner, version in enumerate(self.comm.allgather(self.ledger.published)):
             if owner != self.rank:
                 self.player.read(owner)
@@ -113,6 +133,9 @@ class Rank:
         if progress_thread is not None:
             progress_thread.check()
             progress_thread.close()
+        self.device.close()
+        if isinstance(self.player, LatePlayer):
+            self.ledger.found.update(self.player.late.found)
         found, done = self.ledger.balance(self.comm)
         sleeps = self.comm.bcast(self.asleep, root=self.size - 1)
         during = sum(sleeps[0] < moment < sleeps[1] for moment in self.touched)
@@ -132,6 +155,11 @@ class Rank:
         self.slots.close()
         self.words.close()
         return report
+
+    def settle(self) -> None:
+        """Wait until all that was given away has reached the others."""
+        self.release.flush()
+        await_release(self.release)
 
     def is_done(self) -> bool:
         """Whether this rank's share is done."""
@@ -199,6 +227,9 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--late", type=float, nargs=2, help="shortest and longest delay of a device, seconds"
+    )
     parser.add_argument("--fault", choices=FAULTS, action="append", default=[])
     options = parser.parse_args()
     comm = MPI.COMM_WORLD

@@ -1,12 +1,7 @@
 """A device of NumPy that is late: the order of control words, proved without a GPU.
 
 What is asked of `LateDevice` is done by a thread, in order, some milliseconds later, while the host
-runs on, and so are the swaps that wait behind it: as on a GPU. `LateCodec` makes the exchanges of
-any codec as late: its outputs hold nothing until they are due, and its inputs must not have changed
-by then. Who gives memory away too early is found by the counts of `LateWork`.
-
-Models are not late, and neither are an exchange's changes of them: torch is not late here, and the
-next gradient must see them.
+runs on, and so are the swaps that wait behind it: as on a GPU.
 """
 
 from __future__ import annotations
@@ -20,127 +15,20 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from mpi_dasgd.codecs import Codec, ExchangeBuffers, ExchangeOutcome, Message
 from mpi_dasgd.device.base import HANDLE_BYTES
 from mpi_dasgd.errors import DeviceFailed
 
-__all__ = ["LateCodec", "LateDevice", "LateWork", "Queue"]
+__all__ = ["LateDevice", "LateMark"]
 
-NOTHING = 0xA5  # bytes of an output that is not there yet
 _SHARED = Path("/dev/shm")
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Queue(Protocol):
-    """Does work later, in the order in which it is asked for."""
-
-    def submit(self, work: Callable[[], object]) -> None:
-        """Have `work` done when all work is that was asked for before, and a delay is over."""
-
-
-@dataclass
-class LateWork:
-    """What was found of the exchanges of a device.
-
-    Attributes:
-        launches: exchanges done.
-        given_back: exchanges of which an input had changed before it was due to be read.
-        taken_away: exchanges of which an output had changed before it was due to be written.
-        outside: exchanges that were asked for outside of `Device.current_stream`.
-    """
-
-    launches: int = 0
-    given_back: int = 0
-    taken_away: int = 0
-    outside: int = 0
-
-    @property
-    def wrong(self) -> int:
-        """Uses of memory that was given to others before."""
-        return self.given_back + self.taken_away
-
-
-class LateCodec(Codec):
-    """The codec of a rank, late: see the module.
-
-    Args:
-        inner: codec that computes, on the host.
-        queue: when it is due: a `LateDevice`, or the virtual clock.
-    """
-
-    runs_on_device = True
-
-    def __init__(self, inner: Codec, queue: Queue) -> None:
-        self.inner = inner
-        self.name, self.layout, self.counters = inner.name, inner.layout, inner.counters
-        self.work = LateWork()
-        self._queue = queue
-        self._spare: deque[Message] = deque()
-
-    def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> ExchangeOutcome:
-        """Change `x` now, and the messages later."""
-        partner_model = buffers.partner_model
-        inputs = [*buffers.deltas, *([] if partner_model is None else [partner_model])]
-        before = [message.body.copy() for message in inputs]
-        reply_delta, replies = self._temporary(buffers.reply_delta)
-        publication, publications = self._temporary(buffers.publication)
-        outputs = replies + publications
-        outcome = self.inner.average_pair(
-            x,
-            ExchangeBuffers(
-                buffers.deltas, partner_model, buffers.weight, reply_delta, publication
-            ),
-        )
-        for real, temporary in outputs:
-            real.seed = temporary.seed  # the envelope is the host's
-            real.body[:] = NOTHING
-        self.work.outside += not getattr(self._queue, "in_stream", True)
-
-        def finish() -> None:
-            work = self.work
-            work.launches += 1
-            work.given_back += any(
-                not np.array_equal(message.body, old)
-                for message, old in zip(inputs, before, strict=True)
-            )
-            work.taken_away += any((real.body != NOTHING).any() for real, _ in outputs)
-            for real, temporary in outputs:
-                real.body[:] = temporary.body
-                self._spare.append(temporary)
-
-        self._queue.submit(finish)
-        return outcome
-
-    def _temporary(self, real: Message | None) -> tuple[Message | None, list]:
-        """Return a message to write instead of `real`, and the pair of both in a list."""
-        if real is None:
-            return None, []
-        if self._spare:
-            temporary = self._spare.popleft()
-        else:
-            temporary = Message(np.zeros(self.layout.nbytes, np.uint8), self.layout)
-        return temporary, [(real, temporary)]
-
-    def delta(self, message: Message) -> np.ndarray:
-        """Return a delta as numbers."""
-        return self.inner.delta(message)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return the arrays of a checkpoint."""
-        return self.inner.state()
-
-    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Restore them."""
-        self.inner.load_state(arrays)
 
 
 class LateMark:
@@ -308,12 +196,17 @@ class LateDevice:
         self.submit(lambda: call(data))
 
     def close(self) -> None:
-        """Wait until all work is done, and end the thread."""
+        """Wait until all work is done, and end the thread.
+
+        Raises:
+            DeviceFailed: the device has failed.
+        """
         if self._thread is not None:
             with self._changed:
                 self._closing = True
                 self._changed.notify()
             self._thread.join()
+        self.check()
 
 
 class SharedRegion:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,25 @@ import torch
 from mpi_dasgd.codecs import ExchangeBuffers, Message, NoCodec
 from mpi_dasgd.device.base import HANDLE_BYTES
 from mpi_dasgd.errors import DeviceFailed
-from tests.support.late_device import LateCodec, LateDevice
+from mpi_dasgd.transport.publication import Publication
+from mpi_dasgd.transport.release import Immediate, Release
+from mpi_dasgd.transport.virtual.network import Network
+from tests.support.late_codec import LateCodec
+from tests.support.late_device import LateDevice
+from tests.support.late_faults import (
+    AT_ONCE,
+    Collects,
+    CountsSlots,
+    Hasty,
+    HeadFirst,
+    RetiresFirst,
+)
+from tests.support.late_release import QueuedRelease
+from tests.support.late_simulation import (
+    LateSimulation,
+    VirtualQueue,
+    simulate_late,
+)
 
 DELAYS = (2e-3, 5e-3)
 
@@ -54,10 +75,10 @@ def test_a_device_that_has_failed_does_nothing_more() -> None:
     device.submit(lambda: done.append(1))
     mark = device.mark()
     device.fail()
-    for call in (mark.wait, device.mark, lambda: mark.is_done, lambda: device.run_after(0, 0)):
+    run_after = functools.partial(device.run_after, 0, 0)
+    for call in (mark.wait, device.mark, lambda: mark.is_done, run_after, device.close):
         with pytest.raises(DeviceFailed):
             call()
-    device.close()
     assert not done
 
 
@@ -102,3 +123,90 @@ def test_memory_that_is_given_away_too_early_is_seen() -> None:
         (partner, reply, publication)[case].payload[5] = 1
     device.close()
     assert (codec.work.given_back, codec.work.taken_away, codec.work.outside) == (1, 2, 0)
+
+
+def faulty(
+    at_once: str = "", order: type[HeadFirst] | None = None
+) -> Callable[[int, Network, VirtualQueue], Release]:
+    """Return a release with one fault."""
+
+    def make(rank: int, network: Network, queue: VirtualQueue) -> Release:
+        inner, words = QueuedRelease(network.memory, queue), network.memory
+        if order is not None:
+            return order(inner, rank, words.word_map)
+        return Hasty(inner, words, AT_ONCE[at_once], rank, words.word_map.inbox)
+
+    return make
+
+
+def immediate(rank: int, network: Network, queue: VirtualQueue) -> Release:
+    return Immediate(network.memory)
+
+
+SWARM = ("algorithm.name=swarm", "algorithm.local_steps=4")
+EQUAL = ("simulation.compute_time=constant",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "delay"),
+    [
+        *[((), delay) for delay in (0.0, 0.02, 0.25, 1.0, 1.5)],
+        *[(("codec.name=none",), 0.25), (EQUAL, 0.0), (EQUAL, 0.9)],
+        *[(SWARM, 0.05), (SWARM, 1.0), ((*SWARM, "codec.name=none"), 0.25)],
+    ],
+)
+def test_what_is_given_away_late_is_never_used_too_early(
+    settings: tuple[str, ...], delay: float
+) -> None:
+    found = simulate_late(*settings, delay=delay)
+    assert found["launches"] > 300 and found["exchanges"] > (100 if delay < 0.9 else 50)
+    assert found["given back"] == found["taken away"] == found["failed"] == 0
+    assert found["head before ready"] == found["freed before the head moved"] == 0
+    assert found["sum off"] < 2e-5 and found["corrupt"] == found["pending"] == 0
+    assert found["rejected"] < 0.1
+    if delay < 0.5:
+        assert found["unpublished"] < 0.1 * found["publications"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "sign", "least"),
+    [
+        ({"release": immediate}, "given back", 100),
+        ({"release": immediate}, "sum off", 0.1),
+        ({"release": faulty("all")}, "given back", 100),
+        ({"release": faulty("publish")}, "given back", 50),
+        ({"release": faulty("publish")}, "rejected", 0.3),
+        ({"release": faulty("send")}, "sum off", 0.1),
+        ({"release": faulty("release")}, "given back", 10),
+        ({"release": faulty("free")}, "given back", 3),
+        ({"release": faulty(order=HeadFirst)}, "head before ready", 100),
+        ({"release": faulty(order=RetiresFirst)}, "freed before the head moved", 30),
+        ({"publication": Collects}, "failed", 5),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_each_fault_is_seen(faults: dict[str, Any], sign: str, least: float) -> None:
+    """The test above can fail."""
+    assert simulate_late(delay=0.25, **faults)[sign] >= least
+
+
+def test_slots_whose_swap_is_pending_are_not_claims() -> None:
+    right, wrong = (
+        simulate_late(delay=1.0, publication=cls)["unpublished"]
+        for cls in (Publication, CountsSlots)
+    )
+    assert wrong > 1.5 * right
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_rank_has_finished_once_its_swaps_are_made(flush: bool) -> None:
+    """Else the others absorb for the last time before its last delta is there."""
+    late = LateSimulation(delay=0.25)
+    late.run()
+    for _ in range(2):
+        while late.simulator.clock.advance():
+            pass
+        late.step()
+    assert not all(endpoint.is_flushed() for endpoint in late.simulator.endpoints)
+    late.end(flush=flush)
+    assert (late.sum_off(in_flight=False) < 2e-5) == flush
