@@ -158,8 +158,29 @@ class Inbox:
                 message = self._slots.view(self._rank, self._first_slot + slot)
                 assert message is not None, "own slots are in place"
                 received = ReceivedMessage(holder_of(value), slot, message)
-                ready[received.sender, message.sequence] = received
+                sequence = message.sequence
+                if slot not in self._freeing or self._is_another(slot, value, sequence):
+                    ready[received.sender, sequence] = received
         return ready
+
+    def _is_another(self, slot: int, value: int, sequence: int) -> bool:
+        """Return whether a slot that is still to be freed holds another message by now.
+
+        The next sender may have reserved the slot and numbered its message after the word was read,
+        which was READY for the message before; so the word must be READY after that, too.
+
+        Args:
+            slot: the slot.
+            value: its word, READY, read before `sequence`.
+            sequence: number that was read.
+        """
+        if self._freeing[slot] == (holder_of(value), sequence):
+            return False
+        self._slots.fence()
+        if self._words.read(self._rank, self._word_indices[slot]) != value:
+            return False
+        del self._freeing[slot]
+        return True
 
     def _skip_lost(
         self, seen: dict[tuple[int, int], ReceivedMessage]
@@ -182,21 +203,16 @@ class Inbox:
         """Whether a message has arrived for which `free` was not called yet."""
         for slot, index in enumerate(self._word_indices):
             value = self._words.read(self._rank, index)
-            if value & 3 == READY and not (self._freeing and self._is_freeing(slot, value)):
+            if value & 3 == READY and not (slot in self._freeing and self._is_freeing(slot, value)):
                 return True
         return False
 
     def _is_freeing(self, slot: int, value: int) -> bool:
         """Return whether the message in a slot with that word is only still to be freed."""
-        if slot not in self._freeing:
-            return False
         self._slots.fence()
         message = self._slots.view(self._rank, self._first_slot + slot)
         assert message is not None, "own slots are in place"
-        if self._freeing[slot] == (holder_of(value), message.sequence):
-            return True
-        del self._freeing[slot]  # the slot was freed, and the message is another one
-        return False
+        return not self._is_another(slot, value, message.sequence)
 
     def free(self, received: ReceivedMessage) -> None:
         """Free the slot of a message for the next sender."""

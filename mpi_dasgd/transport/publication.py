@@ -257,10 +257,18 @@ class Publication:
         claimed = 0
         for slot, version in tuple(self._replaced.items()):
             value = self._words.read(self._rank, self._word_indices[slot])
-            if value & 3 == FREE and value >> 22 == version:
+            if value & 3 == FREE and value >> 22 == version and self._is_replaced(version):
                 del self._replaced[slot]
                 self._free.append(slot)
                 self._last_words[slot] = value
             else:
                 claimed += value & 3 == CLAIMED
         return claimed
+
+    def _is_replaced(self, version: int) -> bool:
+        """Return whether the head names a later version than `version`, as all readers see it.
+
+        A slot that a reader has claimed and released is FREE before the head has moved on: until
+        then it may still be read without a claim.
+        """
+        return not self._release.is_pending or self._words.read(self._rank, HEAD) >> 8 > version

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpi_dasgd.transport.control_words import FREE, HEAD, READY, WordMap, Words
+from mpi_dasgd.transport.control_words import FREE, HEAD, READY, WordMap, Words, holder_of
+from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.release import Release
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:  # its import starts MPI
     from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 
 __all__ = [
-    "AT_ONCE", "Collects", "CountsSlots", "Hasty", "HeadFirst", "RetiresFirst", "make_hasty",
+    "AT_ONCE", "Collects", "CountsSlots", "Hasty", "HeadFirst", "RetiresFirst", "TrustsOldWord",
+    "WritesNewest", "make_hasty",
 ]  # fmt: skip
 
 
@@ -148,6 +150,20 @@ class Collects(Publication):
                 self._free.append(slot)
                 self._last_words[slot] = value
         return super()._collect()
+
+
+class WritesNewest(Publication):
+    """Takes a slot that a reader has freed while the head still names it."""
+
+    def _is_replaced(self, version: int) -> bool:
+        return True
+
+
+class TrustsOldWord(Inbox):
+    """Takes a number for that of a message whose slot was READY when it was looked at before."""
+
+    def _is_another(self, slot: int, value: int, sequence: int) -> bool:
+        return self._freeing[slot] != (holder_of(value), sequence)
 
 
 def make_hasty(endpoint: RmaEndpoint, name: str) -> None:

@@ -15,7 +15,7 @@ from mpi_dasgd.transport.control_words import WordMap, Words
 from mpi_dasgd.transport.release import Release
 from tests.programs.faults import FAULTS
 from tests.programs.interleave import MOVES, RANKS, LateQueue, play
-from tests.support.late_faults import AT_ONCE, Collects, Hasty, RetiresFirst
+from tests.support.late_faults import AT_ONCE, Collects, Hasty, TrustsOldWord, WritesNewest
 from tests.support.late_release import QueuedRelease
 
 SCRIPTS = st.tuples(*[st.lists(st.sampled_from(MOVES), min_size=8, max_size=12)] * RANKS)
@@ -77,13 +77,10 @@ def hasty(name: str) -> Callable[[Words, LateQueue, int, WordMap], Release]:
     return make
 
 
-def retires_first(words: Words, queue: LateQueue, rank: int, word_map: WordMap) -> Release:
-    return RetiresFirst(QueuedRelease(words, queue), rank, word_map)
-
-
 LATE_FAULTS: dict[str, dict[str, Any]] = {
     **{f"{name} at once": {"late": hasty(name)} for name in AT_ONCE},
-    "retires first": {"late": retires_first},
+    "writes the newest": {"late": queued, "publication": WritesNewest},
+    "trusts an old word": {"late": queued, "inbox": TrustsOldWord},
     "collects": {"late": queued, "publication": Collects},
 }
 
@@ -93,12 +90,14 @@ def test_some_interleaving_shows_each_fault_of_a_late_device(fault: str | None) 
     """Nothing is found of the right order in 100 plays, and any fault in 1000 at most."""
     for seed in range(100 if fault is None else 1000):
         dice = random.Random(seed)
-        scripts = [dice.choices(MOVES, k=12) for _ in range(RANKS)]
+        moves = dice.choice([MOVES, ("publish", "claim", "release", "read"), ("send", "receive")])
+        scripts = [dice.choices(moves, k=20) for _ in range(RANKS)]
         options = {"late": queued} if fault is None else LATE_FAULTS[fault]
         choices = endless_choices(dice, 2 * RANKS)
         found, done = play(scripts, choices, seed, in_place=True, **options)
         if fault is None:
-            assert not found and done["published"] and done["received"] == done["sent"]
+            assert not found and done["published"] + done["sent"]
+            assert done["received"] == done["sent"]
         elif found:
             return
     assert fault is None, f"{fault}: not found"

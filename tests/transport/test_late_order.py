@@ -26,6 +26,7 @@ from tests.support.late_faults import (
     Hasty,
     HeadFirst,
     RetiresFirst,
+    WritesNewest,
 )
 from tests.support.late_release import QueuedRelease
 from tests.support.late_simulation import (
@@ -161,7 +162,12 @@ def test_what_is_given_away_late_is_never_used_too_early(
     found = simulate_late(*settings, delay=delay)
     assert found["launches"] > 300 and found["exchanges"] > (100 if delay < 0.9 else 50)
     assert found["given back"] == found["taken away"] == found["failed"] == 0
-    assert found["head before ready"] == found["freed before the head moved"] == 0
+    assert (
+        found["overwritten"]
+        == found["head before ready"]
+        == found["freed before the head moved"]
+        == 0
+    )
     assert found["sum off"] < 2e-5 and found["corrupt"] == found["pending"] == 0
     assert found["rejected"] < 0.1
     if delay < 0.5:
@@ -182,6 +188,7 @@ def test_what_is_given_away_late_is_never_used_too_early(
         ({"release": faulty(order=HeadFirst)}, "head before ready", 100),
         ({"release": faulty(order=RetiresFirst)}, "freed before the head moved", 30),
         ({"publication": Collects}, "failed", 5),
+        ({"publication": WritesNewest}, "overwritten", 30),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 
+from mpi_dasgd.codecs import Message
 from mpi_dasgd.errors import DeviceFailed
 from mpi_dasgd.transport.control_words import CLAIMED, FREE, HEAD, READY, pack_slot_word
 from mpi_dasgd.transport.counters import Counters
@@ -171,11 +172,59 @@ def test_a_version_released_before_it_is_retired_serves_again(ranks: list[LateRa
     reader.release.make()
     owner.publish(3.0)
     owner.publish(4.0)
+    owner.release.make(2)
     owner.publish(5.0)  # into the slot of version 1, whose retirement is still pending
     owner.release.make()
     newest = reader.publication.claim(0)
     assert newest is not None and newest.version == 5
     assert sum(word & 3 == FREE for word in owner.slot_words()) == SLOTS - 1
+
+
+def test_a_slot_that_the_head_still_names_is_not_written(ranks: list[LateRank]) -> None:
+    """Fails if what a reader has claimed and released is free before a later version is out."""
+    owner, reader, other = ranks
+    owner.publish(1.0)
+    owner.release.make()
+    for value in (2.0, 3.0, 4.0):
+        assert owner.publish(value)
+    claim = reader.publication.claim(0)
+    assert claim is not None
+    reader.publication.release(claim)
+    reader.release.make()
+    assert not owner.publish(5.0), "the head still names version 1"
+    copy = Message(np.zeros(LAYOUT.nbytes, np.uint8), LAYOUT)
+    assert other.publication.read(0, copy) and copy.payload[0] == 1.0
+    owner.release.make(2)
+    assert owner.publish(5.0)
+    assert other.publication.read(0, copy) and copy.payload[0] == 2.0
+
+
+def test_a_message_that_is_being_written_is_not_the_one_before(
+    ranks: list[LateRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a word that was READY for a message before says so of the next one, too."""
+    receiver, sender, _ = ranks
+    for number in range(SLOTS):
+        assert sender.send(0, float(number))
+    sender.release.make()
+    assert len(receiver.receive()) == SLOTS
+    real = SharedMemory.read
+
+    def read(self: SharedMemory, rank: int, index: int) -> int:
+        value = real(self, rank, index)
+        if rank == 0 and value & 3 == READY:  # the slot is freed, and reserved for the next
+            monkeypatch.setattr(SharedMemory, "read", real)
+            receiver.release.make()
+            for number in range(SLOTS):
+                assert sender.send(0, 10.0 + number)
+        return value
+
+    for look in (receiver.receive, lambda: receiver.inbox.has_messages):
+        monkeypatch.setattr(SharedMemory, "read", read)
+        assert not look()
+        sender.release.make()
+        assert receiver.inbox.has_messages
+        assert receiver.receive() == [(1, 10.0 + number) for number in range(SLOTS)]
 
 
 def test_what_was_not_read_is_given_back_at_once(ranks: list[LateRank]) -> None:
