@@ -3,6 +3,9 @@
 ``device_loops.py CASE...`` on 2 ranks, which step in turn, so that a run always makes the same
 exchanges. The device is `LateDevice` without a delay: what is exchanged there is torch's memory,
 and host memory is another one, so that whoever reads or writes that and forgets to copy is found.
+
+``device_loops.py count-CASE...`` counts what a step copies to host memory, and
+``device_loops.py train JOB KEY=VALUE...`` is the command, with models on such a device.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpi_dasgd
+from mpi_dasgd.cli import main
 from mpi_dasgd.model.host_mirror import HostMirror
 from mpi_dasgd.model.working_copy import WorkingCopy
 from mpi_dasgd.training import rank_parts
@@ -250,6 +254,9 @@ def count(case: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        with _exchanged_on(LateDevice((0, 0))):
+            sys.exit(main(sys.argv[1:]))
     for name in sys.argv[1:]:
         if name.startswith("count-"):
             count(name.removeprefix("count-"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import h5py
 import pytest
 
 from tests.support.mpi_ranks import ROOT
 from tests.support.rank_pool import run_pooled
+from tests.support.training import JOB, train
 
 PROGRAM = ROOT / "tests" / "programs" / "device_loops.py"
 
@@ -20,3 +24,25 @@ def test_training_on_a_device_has_the_bits_of_training_on_the_host() -> None:
 @pytest.mark.mpi
 def test_no_step_on_a_device_copies_a_model_to_the_host_or_waits() -> None:
     run_pooled(2, PROGRAM, "count-adpsgd", "count-swarm-bf16")
+
+
+@pytest.mark.mpi
+def test_a_run_on_a_device_is_resumed_on_the_host_and_the_other_way_round(tmp_path: Path) -> None:
+    settings = ["evaluation.count=3", "evaluation.live=true", "checkpoint.count=2"]
+    directory = [f"run.directory={tmp_path}", "run.name=run"]
+
+    def accuracies() -> tuple[float, float]:
+        with h5py.File(tmp_path / "run" / "results.h5") as file:
+            table = file["consensus"]
+            return table["mean_test_accuracy"][-1], table["consensus_relative"][-1]
+
+    def train_on_device(*overrides: str) -> None:
+        run_pooled(2, PROGRAM, "train", str(JOB), *directory, *settings, *overrides, timeout=120)
+
+    train_on_device("budget.epochs=8")
+    accuracy, distance = accuracies()
+    assert accuracy > 0.9 and 0 < distance < 0.05
+    train(2, tmp_path, *settings, "budget.epochs=9", "run.resume=true")
+    assert accuracies()[0] > accuracy - 0.02
+    train_on_device("budget.epochs=10", "run.resume=true")
+    assert accuracies()[0] > accuracy - 0.02 and accuracies()[1] < 0.05
