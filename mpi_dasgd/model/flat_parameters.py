@@ -95,7 +95,7 @@ class FlatParameters:
     def host_view(self) -> np.ndarray:
         """The vector in host memory, (padded,), `dtype`, without gaps.
 
-        If the vector is exchanged on a device this is what `copy_to_host` has copied.
+        If the vector is exchanged on a device: what `copy_to_host` has copied.
         """
         return self._mirror.view
 
@@ -147,11 +147,7 @@ class FlatParameters:
             self._attachment.push()
 
     def copy_to_host(self) -> None:
-        """Have `host_view` hold what the parameters hold, wherever they are; waits for a device.
-
-        Raises:
-            UserError: see `gather`.
-        """
+        """Have `host_view` hold what the parameters hold: `gather`, and wait for a device."""
         self.gather()
         if self.device.is_asynchronous:
             self._mirror.fetch()
@@ -163,12 +159,9 @@ class FlatParameters:
         self.scatter()
 
     def to_host(self, vector: Array) -> np.ndarray:
-        """Return `vector`, of the layout of this one, as `host_view` has it; waits for a device.
+        """Return an array like `vector` as `host_view` has it; waits for a device.
 
-        On the host it is `vector` itself, on a device a copy without gaps.
-
-        Args:
-            vector: (padded,), an array of `device`.
+        On the host it is the array itself, on a device a copy without gaps.
         """
         array = self.device.to_host(vector)
         if not self.device.is_asynchronous:
@@ -177,7 +170,7 @@ class FlatParameters:
         return dense
 
     def to_device(self, vector: np.ndarray) -> Array:
-        """Return `vector`, (padded,), as `to_host` has made it, as a new array of `device`."""
+        """Return what `to_host` has made, (padded,), as a new array of `device`."""
         source = self._mirror.with_gaps(torch.from_numpy(vector)).numpy()
         array = self.device.xp.empty(source.shape, source.dtype)
         self.device.assign(array, source)

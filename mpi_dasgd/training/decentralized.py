@@ -210,6 +210,8 @@ class Decentralized:
             UserError: this rank only serves others, training has ended (the budget was spent
                 before, or `finish` or `close` was called), or the model can no longer be averaged.
             Diverged: the gradient, or the model after it, is not finite; no other rank has seen it.
+                If models are exchanged on a GPU: the model of the step before, which others may
+                have averaged with, as the host does not wait for the GPU.
             PeerLost: a rank has failed, or one that this algorithm cannot do without is gone, or
                 none makes progress for `transport.stall_timeout` seconds.
         """

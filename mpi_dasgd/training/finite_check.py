@@ -1,14 +1,18 @@
-"""Whether a model on a device is finite, asked in every step without waiting for the answer."""
+"""Models that are not finite: found on a device without waiting, and refused by name."""
 
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
+import numpy as np
 import torch
 
-from mpi_dasgd.device.base import Device, Mark
+from mpi_dasgd.device.base import Array, Device, Mark
+from mpi_dasgd.errors import Diverged
+from mpi_dasgd.model.flat_parameters import FlatParameters
 
-__all__ = ["LateFiniteCheck"]
+__all__ = ["LateFiniteCheck", "refuse_nonfinite"]
 
 
 class LateFiniteCheck:
@@ -53,3 +57,28 @@ class LateFiniteCheck:
             return None
         self._mark = None
         return None if math.isfinite(self._answer) else self._step
+
+
+def refuse_nonfinite(parameters: FlatParameters, vector: Array, what: str, seen: str) -> NoReturn:
+    """Refuse a vector that is not finite, or was not a step ago.
+
+    Args:
+        parameters: parameters of the model.
+        vector: a vector of their layout.
+        what: where it was found, and of what it is the vector: "parameter", "gradient of".
+        seen: who has seen it.
+
+    Raises:
+        Diverged: always; says which parameter.
+    """
+    numbers = parameters.to_host(vector)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if bad.size:
+        what = f"{what} {parameters.name_of(int(bad[0]))} became {numbers[bad[0]]}"
+    else:  # it has been set anew since
+        what = f"{what} became infinite or NaN"
+    raise Diverged(
+        f"{what} ({bad.size} elements of the model are not finite); {seen}. Lower the learning "
+        "rate, clip the gradients, or skip such batches; with GradScaler use mpi_dasgd.attach and "
+        "scaler.step(optimizer)"
+    )

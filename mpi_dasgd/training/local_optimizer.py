@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from mpi_dasgd.device.base import Array
-from mpi_dasgd.errors import Diverged, UserError
+from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.finite import prepare_all_finite
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
-from mpi_dasgd.training.finite_check import LateFiniteCheck
+from mpi_dasgd.training.finite_check import LateFiniteCheck, refuse_nonfinite
 
 __all__ = ["TorchLocalOptimizer"]
 
@@ -122,7 +121,7 @@ class TorchLocalOptimizer:
         if self.device.is_asynchronous:
             self._gradient_is_finite = lambda: bool(torch.isfinite(tensor).all())
             return self.device.vector(tensor)
-        gradient: np.ndarray = tensor.cpu().numpy()
+        gradient = tensor.cpu().numpy()
         self._gradient_is_finite = prepare_all_finite(gradient)
         return gradient
 
@@ -221,14 +220,5 @@ class TorchLocalOptimizer:
             self._refuse(self._parameters.vector, "parameter", _LATE, step)
 
     def _refuse(self, vector: Array, what: str, seen: str, step: int | None = None) -> NoReturn:
-        numbers = self._parameters.to_host(vector)
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        # What was not finite a step ago may have been set anew since.
-        which = f"{what} {self._parameters.name_of(int(bad[0]))}" if bad.size else what
-        became = numbers[bad[0]] if bad.size else "infinite or NaN"
-        raise Diverged(
-            f"rank {self._rank}, step {step or self.local_step}: {which} became {became} "
-            f"({bad.size} elements of the model are not finite); {seen}. Lower the learning rate, "
-            "clip the gradients, or skip such batches; with GradScaler use mpi_dasgd.attach and "
-            "scaler.step(optimizer)"
-        )
+        step = step or self.local_step
+        refuse_nonfinite(self._parameters, vector, f"rank {self._rank}, step {step}: {what}", seen)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mpi_dasgd.errors import PeerLost
-from mpi_dasgd.training.shutdown import drain
+from mpi_dasgd.errors import Diverged, PeerLost
+from mpi_dasgd.training.shutdown import drain, leave
 from mpi_dasgd.training.waiter import PEER_CHECK_SECONDS, Waiter
 from mpi_dasgd.transport.activity import Activity, ReportedActivity
 from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING, Membership
@@ -265,3 +265,17 @@ def test_draining_goes_on_until_the_algorithm_is_drained() -> None:
     endpoint._on_refresh = arrive
     drain(transport, algorithm, waiter, 7)
     assert endpoint.refreshed == 4
+
+
+def test_a_rank_whose_last_update_was_not_finite_fails_before_others_absorb() -> None:
+    """On a device it is known a step later, and after the last step there is none."""
+    endpoint = Endpoint()
+
+    def refuse() -> None:
+        raise Diverged("rank 0, step 7")
+
+    local: Any = SimpleNamespace(require_finite_updates=refuse)
+    never: Any = None
+    with pytest.raises(Diverged):
+        leave(endpoint, never, never, SimpleNamespace(in_lockstep=False), local)  # type: ignore[arg-type]
+    assert endpoint.membership.status[0] == FAILED and not endpoint.reported
