@@ -16,6 +16,8 @@ from mpi_dasgd.bench.sample_store import read_samples
 from mpi_dasgd.errors import UserError
 from tests.support.mpi_ranks import ROOT, missing, mpi_library
 
+LATE = "tests.programs.late_overhead"
+
 
 def _block(number: int, every: int, seconds: float, **values: float) -> Block:
     made = 20 // every if every else 0
@@ -48,14 +50,17 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.mpi
-def test_a_tiny_model_on_the_cpu(tmp_path: Path) -> None:
-    """In a process of its own, which starts MPI."""
+@pytest.mark.parametrize(
+    ("program", "memory"), [("mpi_dasgd bench gpu overhead", "host"), (LATE, "ipc")]
+)
+def test_a_tiny_model_on_the_cpu(tmp_path: Path, program: str, memory: str) -> None:
+    """In a process of its own, which starts MPI; on the host, and on a device that is late."""
     library = mpi_library("mpich")
     if library is None:
         missing("no library of MPICH: `make test` installs it")
-    arguments = "bench gpu overhead --model tiny --device cpu --steps 4 --rounds 2 --json"
+    arguments = f"-m {program} --model tiny --device cpu --steps 4 --rounds 2 --json"
     done = subprocess.run(
-        [sys.executable, "-m", "mpi_dasgd", *arguments.split(), "--out", str(tmp_path)],
+        [sys.executable, *arguments.split(), "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -70,7 +75,7 @@ def test_a_tiny_model_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["H1_made"] == report["H4_made"] == 1.0, "it always finds itself"
-    assert (report["parameters"], report["memory"], report["rounds"]) == (12426, "host", 2)
+    assert (report["parameters"], report["memory"], report["rounds"]) == (12426, memory, 2)
     columns, attributes = read_samples(report["samples"])
     assert attributes["device"] == "cpu" and attributes["model"] == "tiny"
     blocks = [

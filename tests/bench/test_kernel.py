@@ -21,8 +21,10 @@ from mpi_dasgd.bench.kernel_report import gpu_lines
 from mpi_dasgd.bench.kernel_workload import OPERATIONS, POISON, KernelWorkload
 from mpi_dasgd.bench.sample_store import quartiles, read_samples
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from mpi_dasgd.kernels import cpu, native
+from mpi_dasgd.kernels import cpu, cuda, lattice, native
 from mpi_dasgd.kernels.encoded import BITS, FusedStep
+from tests.support.cuda_build import shared_library
+from tests.support.fake_cupy import DeviceArray, FakeCupy, forget
 from tests.support.mpi_ranks import ROOT
 
 NATIVE = native.load() is not None
@@ -309,6 +311,45 @@ def test_gpu_operations_on_a_fake_device(monkeypatch: pytest.MonkeyPatch) -> Non
     operation.run()
     with pytest.raises(MpiDasgdError, match="buckets were rejected while time was taken"):
         operation.check()
+
+
+class ShimCupy(FakeCupy):
+    """What the benchmark uses of CuPy, over memory of the host; its kernels run in the shim."""
+
+    def __init__(self) -> None:
+        super().__init__(shared_library())
+        attributes = {"L2CacheSize": 10_000}
+        vars(self.cuda).update(
+            Device=lambda: SimpleNamespace(attributes=attributes, id=0),
+            Event=Event,
+            alloc=Pointer,
+            get_elapsed_time=lambda begin, end: 4.0,
+        )
+        self.properties["name"] = b"the shim"
+
+    def empty(self, size: int, dtype: Any) -> DeviceArray:
+        return np.empty(size, dtype).view(DeviceArray)
+
+
+@pytest.mark.slow
+@needs_native
+def test_all_of_it_on_kernels_in_the_shim(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, whose kernels must have the reference's bits."""
+    cupy = ShimCupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(GpuTimer, "_BUSY_BYTES", 1000)
+    choice = {True: cuda, False: cpu}
+    monkeypatch.setattr(lattice, "backend_of", lambda array: choice[isinstance(array, DeviceArray)])
+    forget()
+    command = ["--backend", "cuda", "--sizes", "3000", "5000", "--bits", "8", "--rounds", "1"]
+    assert bench.run("kernel", [*command, "--out", str(tmp_path)]) == 0
+    forget()
+    assert {name.removesuffix("_8") for name in cupy.launched} >= {"mpd_encode", "mpd_fused"}
+    first, second, path = capsys.readouterr().out.splitlines()[-3:]
+    assert first.startswith("KERNEL 3000 elements, 8 bits on the shim, of a copy: encode ")
+    assert second.startswith("KERNEL 5000 elements") and path.startswith("raw samples: ")
 
 
 def test_the_line_of_a_gpu_has_the_shares_of_each_size() -> None:
