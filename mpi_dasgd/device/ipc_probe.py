@@ -227,6 +227,11 @@ def _hint(failure: str) -> str:
     """Return what to do about a failure, if it is a known one."""
     if "no module named" in failure.lower():
         return "; install CuPy for your CUDA (`pip install cupy-cuda13x`)"
+    if "busy or unavailable" in failure:
+        return (
+            "; the GPU is in exclusive mode, in which no process but the rank can use it, and so "
+            "not try it: `nvidia-smi -c DEFAULT`"
+        )
     if "another GPU" in failure or "invalid device ordinal" in failure.lower():
         return (
             "; the GPUs are hidden from the other ranks, as by --gpus-per-task: ask for "

@@ -148,6 +148,21 @@ def test_as_a_program_without_a_gpu() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("failure", "hint"),
+    [
+        ("start: DeviceFailed: all CUDA-capable devices are busy or unavailable", "nvidia-smi -c"),
+        ("start: AcceleratorError: CUDA error: invalid device ordinal", "--gpus-per-node"),
+        ("use: opening another rank's region (cudaIpcOpenMemHandle) failed", "--ipc=host"),
+        ("start: No module named 'cupy'", "pip install cupy"),
+        ("check: no answer in time", ""),
+    ],
+)
+def test_known_failures_have_a_remedy(failure: str, hint: str) -> None:
+    said = ipc_probe._hint(failure)
+    assert hint in said and bool(hint) == bool(said)
+
+
 @pytest.mark.slow
 def test_the_kernels_compile() -> None:
     nvrtc = _nvrtc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,26 @@ def test_all_ranks_choose_the_same_and_one_says_why() -> None:
             assert told["on_all_ranks"] and told["said"] == []
             assert f"not possible here: {obstacle}. Change that, or set" in told["error"]
     assert found == {}
+
+
+TRAIN = """
+import sys
+from unittest import mock
+from mpi_dasgd.cli import main
+with mock.patch("torch.cuda.device_count", lambda: 0):
+    code = main(["train", *sys.argv[1:]])
+sys.exit(code)
+"""
+
+
+def test_a_program_that_demands_what_is_not_possible_ends_with_one_message(tmp_path: Path) -> None:
+    job = str(ROOT / "jobs" / "train.toml")
+    settings = ["transport.memory=ipc", f"run.directory={tmp_path}"]
+    done = run_pooled(2, TRAIN, job, *settings, check=False)
+    assert done.codes == [2, 2]
+    assert done.stderr.count("mpi-dasgd: error: transport.memory: 'ipc'") == 1
+    assert "the model of rank 0 is on the CPU" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
