@@ -177,8 +177,8 @@ class LatticeCodec(LatticeMessages):
             self.counters["buckets_corrupt"] += int(corrupt.sum())
             units = np.where(corrupt, np.float32(0), units)
         distance = np.sqrt(stats["max_d2"], dtype=np.float32)
-        distance *= units
-        distance *= np.float32(-1 / weight)
+        distance *= np.abs(units)  # so that no zero is negative: scale.h has the same bits
+        distance *= np.float32(1 / weight)
         self.scale.observe(distance, None if units.all() else units == 0)
 
     def delta(self, message: Message) -> np.ndarray:

@@ -53,8 +53,9 @@ def compare_scales(
     )
     x = _model(rng, elements)
     for number in range(rounds):
-        if number == 2:  # a delta and a partner may come before the first encoding
-            scale._encodings = 0
+        if number == 2:  # the first encoding; deltas and partners may come before, as above
+            scale.estimate[:] = 0
+            found.estimate.fill(0)
         if number >= 2:
             if number % 5 == 2:  # a measurement
                 x = np.zeros_like(x) if number == 2 and bits == 16 else _model(rng, elements)
@@ -135,7 +136,7 @@ def _stats(rng: np.random.Generator, buckets: int, rejected: np.ndarray) -> np.n
 
 def _delta(rng: np.random.Generator, buckets: int) -> tuple[np.ndarray, np.ndarray]:
     """Return statistics and units of a delta, of which some are corrupt, or rejected by others."""
-    units = (-(10.0 ** rng.uniform(-44, 38, buckets))).astype(F32)
+    units = (rng.choice([-1, -1, 1], buckets) * 10.0 ** rng.uniform(-44, 38, buckets)).astype(F32)
     units[rng.random(buckets) < 0.1] = 0
     corrupt = rng.random(buckets) < rng.choice([0, 0.1])
     units[corrupt] = rng.choice(np.append(BAD_SCALES, np.float32(7)), corrupt.sum())
