@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,8 +10,19 @@ import numpy as np
 import pytest
 
 from mpi_dasgd.kernels import cuda, lattice, reference
-from mpi_dasgd.kernels.encoded import BITS, BUCKET_STATS, EncodedVector, buckets_of
+from mpi_dasgd.kernels.cuda.pair_average import pair_average
+from mpi_dasgd.kernels.cuda.scale import BucketScales
+from mpi_dasgd.kernels.encoded import BITS, BUCKET, BUCKET_STATS, EncodedVector, buckets_of
+from tests.support.average_cases import (
+    FORMATS,
+    AverageCase,
+    average_cases,
+    expected_average,
+    found_average,
+    plain,
+)
 from tests.support.lattice_cases import cases, outcomes
+from tests.support.scale_cases import compare_scales
 
 pytestmark = pytest.mark.gpu
 
@@ -23,19 +35,81 @@ def cupy() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def device(cupy: ModuleType) -> Callable[[np.ndarray], Any]:
+    """Copies an array to the device; structures, too."""
+    return lambda array: cupy.asarray(array.view(np.uint8)).view(array.dtype)
+
+
+@pytest.fixture(scope="module")
+def host(cupy: ModuleType) -> Callable[[Any], np.ndarray]:
+    """Copies it back."""
+    return lambda array: cupy.asnumpy(array.view(np.uint8)).view(array.dtype)
+
+
 @pytest.mark.parametrize("nearest", [False, True], ids=["dither", "nearest"])
 @pytest.mark.parametrize("bits", BITS)
-def test_same_bits_as_the_reference(cupy: ModuleType, bits: int, nearest: bool) -> None:
-    def device(array: np.ndarray) -> Any:
-        return cupy.asarray(array.view(np.uint8)).view(array.dtype)  # works for BUCKET_STATS, too
-
-    def host(array: Any) -> np.ndarray:
-        return cupy.asnumpy(array.view(np.uint8)).view(array.dtype)
-
+def test_same_bits_as_the_reference(device: Any, host: Any, bits: int, nearest: bool) -> None:
     for case in cases(bits, nearest):
         expected = outcomes(case, reference.run)
         results = outcomes(case, cuda.run, device, host)
         assert not [name for name in results if results[name] != expected[name]], case
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scales_are_those_of_the_host(device: Any, host: Any, bits: int) -> None:
+    for elements, rounds in ((300 * BUCKET - 37, 25), (15 * BUCKET, 60), (40_000 * BUCKET, 8)):
+        for name, expected, found in compare_scales(bits, rounds, device, host, elements):
+            assert expected == found, (elements, name)
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+def test_averages_are_those_of_the_host(device: Any, host: Any, codec: str) -> None:
+    for case in average_cases(codec):
+        (expected, distance), (found, square) = (
+            expected_average(case),
+            found_average(case, device, host),
+        )
+        for name in expected:
+            np.testing.assert_array_equal(expected[name], found[name], f"{case}: {name}")
+        if case.x.size and case.partner_model is not None and np.isfinite(distance):
+            assert square**0.5 == pytest.approx(distance, rel=1e-4), case
+
+
+@pytest.mark.parametrize("codec", ["none", "bf16"])
+@pytest.mark.parametrize("size", [25_000_000, 2**31 + 5])  # the second needs 64-bit indices
+def test_averages_and_ranges_of_large_models(cupy: ModuleType, size: int, codec: str) -> None:
+    block = cupy.random.default_rng(1).standard_normal(min(size, 1 << 24), dtype=np.float32)
+    x = cupy.zeros(size, np.float32)
+    partner, reply, publication = (cupy.zeros(size, FORMATS[codec]) for _ in range(3))
+    places = [slice(0, 5000), slice(size // 2, size // 2 + 5000), slice(size - 5000, size)]
+    _repeat(block, x)
+    theirs = [cupy.asnumpy(x[place]) for place in places]
+    pair_average(x, publication=partner)
+    _repeat(block * np.float32(1.25), x)
+    before = [cupy.asnumpy(x[place]) for place in places]
+    scales = BucketScales(buckets_of(size), 0.02, 0.9, True)
+    scales.measure(x)
+    last = before[-1][-((size - 1) % BUCKET + 1) :]  # of the last bucket
+    floor = np.abs(last).max() * np.float32(2.0**-21)
+    assert float(scales.floor[-1]) == max(floor, np.float32(1e-30))
+    square = cupy.zeros(1, np.float64)
+    pair_average(x, (), partner, 0.5, reply, publication, square)
+    for place, own, other in zip(places, before, theirs, strict=True):
+        case = AverageCase(codec, own, (), other, True, True, 0.5)
+        expected = expected_average(case)[0]
+        for name, array in (("x", x), ("reply", reply), ("publication", publication)):
+            found = plain(cupy.asnumpy(array[place]), codec)
+            np.testing.assert_array_equal(expected[name], found, name)
+    assert float(square[0]) == pytest.approx(size / 16, rel=0.01)  # of N(0, 1) / 4
+    del x, partner, reply, publication
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _repeat(block: Any, target: Any) -> None:
+    for start in range(0, target.size, block.size):
+        part = target[start : start + block.size]
+        part[:] = block[: part.size]
 
 
 @pytest.mark.parametrize("size", [25_000_000, 2**29 + 5])  # the second exceeds 2 GiB
@@ -89,7 +163,8 @@ def test_torch_tensors_in_place_on_torchs_stream(cupy: ModuleType, way: str) -> 
         partner_model.seed,
     )
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+    in_cupy = cupy.cuda.Stream.from_external(_CudaStream(stream.cuda_stream))
+    with torch.cuda.stream(stream), in_cupy:
         torch.cuda._sleep(100_000_000)  # a kernel on another stream would overtake this
         with torch.no_grad():
             tensor.copy_(source)
@@ -101,3 +176,13 @@ def test_torch_tensors_in_place_on_torchs_stream(cupy: ModuleType, way: str) -> 
     stream.synchronize()
     lattice.exchange(y, partner_model, 0.5)
     assert np.array_equal(result.cpu().numpy().view(np.uint32), y.view(np.uint32))
+
+
+class _CudaStream:
+    """A stream in CUDA's stream protocol, which not all versions of torch speak."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
