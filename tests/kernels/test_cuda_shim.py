@@ -104,22 +104,18 @@ def test_arrays_that_are_not_aligned_are_refused(fake: FakeCupy) -> None:
     assert not fake.launched
 
 
-@pytest.mark.parametrize("part", ["checksums", "scales"])
-@pytest.mark.parametrize("operation", ["apply", "exchange", "merge"])
-def test_a_word_that_is_written_meanwhile_does_not_part_the_lanes(
-    operation: str, part: str
-) -> None:
+def test_a_word_that_is_written_meanwhile_does_not_part_the_lanes() -> None:
     """Else some of them wait for the others for ever. In a process of its own, which may abort."""
     done = subprocess.run(
-        [sys.executable, __file__, str(shared_library()), operation, part],
+        [sys.executable, __file__, str(shared_library()), "torn"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "rejected"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": rejected") == 6
 
 
 def _tear(fake: FakeCupy, operation: str, part: str) -> None:
@@ -146,14 +142,16 @@ def _tear(fake: FakeCupy, operation: str, part: str) -> None:
     fake.library.mpd_tear(None)
     assert step.stats["rejected"][0] == 1
     assert np.array_equal(y, before)
-    print("rejected")
+    print(f"{operation}, {part}: rejected", flush=True)
 
 
 if __name__ == "__main__":
     fake_cupy = FakeCupy(Path(sys.argv[1]))
     install(fake_cupy)
     if sys.argv[2:]:
-        _tear(fake_cupy, *sys.argv[2:])
+        for operation in ("apply", "exchange", "merge"):
+            for part in ("checksums", "scales"):
+                _tear(fake_cupy, operation, part)
         sys.exit()
     for bits in BITS:
         for case in cases(bits, nearest=bits == 8, sizes=(1, 1023, 1025)):

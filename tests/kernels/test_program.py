@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import timeit
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +32,33 @@ def test_arguments_have_the_bytes_of_a_fill_field_by_field(fake: FakeCupy) -> No
         assert [_filled(step, launch) for launch in launches] == fake.arguments
         count += len(launches)
     assert count > 30
+
+
+def test_a_launch_costs_less_than_half_of_a_fill_field_by_field(
+    fake: FakeCupy, record_property: Callable[[str, object], None]
+) -> None:
+    """In Python, without CuPy's part; measured 8 us, and 46 us before."""
+    fake.RawModule = lambda **_: SimpleNamespace(get_function=lambda _: _noop)  # type: ignore[method-assign]
+    case = next(case for case in cases(8, False) if case.x.size == 5000)
+    step = map_arrays(dict(steps(case))["fused, 1 deltas"], fake.asarray)
+    (launch,) = cuda._launches(step)
+    before = np.zeros(1, cuda.KERNEL_ARGUMENTS)
+
+    def fill() -> None:
+        _filled(step, launch)
+        _noop((), (), (before,))
+
+    packed, filled = (
+        min(timeit.repeat(function, number=50, repeat=60)) / 50
+        for function in (lambda: cuda.run(step), fill)
+    )
+    record_property("microseconds", round(packed * 1e6, 1))
+    assert packed < filled / 2
+
+
+def _noop(_grid: object, _block: object, arguments: tuple[np.ndarray, ...]) -> None:
+    """Look for the address of the argument, as CuPy does."""
+    _ = arguments[0].__array_interface__["data"][0]
 
 
 def _filled(step: FusedStep, launch: cuda._Launch) -> bytes:
