@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, Message
 from mpi_dasgd.codecs.late_totals import LateTotals
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.errors import MpiDasgdError, UserError
-from tests.support.cuda_build import build
+from tests.support.cuda_build import shared_library
 from tests.support.exchange_worlds import FLOAT32, HostMemory, Memory, Turn, World, make
 from tests.support.fake_cupy import forget, install
 from tests.support.late_cuda_device import GuardedArray, LateCudaDevice, LateCupy, allocate
@@ -31,17 +30,10 @@ pytestmark = pytest.mark.slow
 NAMES = ("lattice4", "lattice8", "lattice16", "none", "bf16", "fp16")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "kernels.so"
-    build(library)
-    return library
-
-
 @pytest.fixture
-def cupy(library: Path) -> Iterator[LateCupy]:
+def cupy() -> Iterator[LateCupy]:
     before = sys.modules.get("cupy")
-    fake = LateCupy(library)
+    fake = LateCupy(shared_library())
     install(fake)
     yield fake
     del sys.modules["cupy"]
