@@ -24,7 +24,8 @@ from mpi_dasgd.codecs import ExchangeBuffers, NoCodec
 from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.errors import DeviceFailed, PeerLost, UserError
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
-from tests.support.late_device import LateCodec, LateDevice, SharedRegion
+from tests.support.late_codec import LateCodec
+from tests.support.late_device import LateDevice, SharedRegion
 
 ELEMENTS = 1000
 
