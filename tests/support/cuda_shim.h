@@ -11,6 +11,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 
@@ -140,6 +141,37 @@ inline void launch(unsigned grid, unsigned block, std::function<void()> body) {
   kernel = std::move(body);
   for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
     for (unsigned thread = 0; thread < block; thread += kLanes) run_warp(thread);
+}
+
+inline unsigned bits_of(float a) {
+  unsigned bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+
+inline float from_bits(unsigned bits) {
+  float a;
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
+}
+
+// cvt.rn.f16.f32, up to the largest number of half precision: to nearest, ties to even.
+inline unsigned half_of(float a) {
+  const unsigned sign = bits_of(a) >> 16 & 0x8000u, magnitude = bits_of(a) & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7fffu;  // NaN
+  if (magnitude < 0x38800000u)  // denormal, in units of 2^-24: those of a float from 1/2 on
+    return sign | (bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f));
+  return sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) - (112u << 23)) >> 13;
+}
+
+// cvt.f32.f16.
+inline float float_of(unsigned half) {
+  const unsigned sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude < 0x0400u) {
+    const float a = static_cast<float>(magnitude) * 0x1p-24f;
+    return from_bits(sign | bits_of(a));
+  }
+  return from_bits(sign | ((magnitude << 13) + (magnitude < 0x7c00u ? 112u : 224u) * 0x800000u));
 }
 
 }  // namespace shim

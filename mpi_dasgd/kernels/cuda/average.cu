@@ -106,24 +106,19 @@ struct Float16 : Halves<Float16> {
 #if defined(__CUDA_ARCH__)
     unsigned short code;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(code) : "f"(a));
-#else
-    const _Float16 half = static_cast<_Float16>(a);
-    unsigned short code;
-    __builtin_memcpy(&code, &half, 2);
-#endif
     return code;
-  }
-  MPD_DEVICE float decode(mpd_u32 bits) {
-    const unsigned short code = static_cast<unsigned short>(bits);
-    float a;
-#if defined(__CUDA_ARCH__)
-    asm("cvt.f32.f16 %0, %1;" : "=f"(a) : "h"(code));
 #else
-    _Float16 half;
-    __builtin_memcpy(&half, &code, 2);
-    a = static_cast<float>(half);
+    return shim::half_of(a);  // tests/support/cuda_shim.h
 #endif
+  }
+  MPD_DEVICE float decode(mpd_u32 code) {
+#if defined(__CUDA_ARCH__)
+    float a;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(a) : "h"(static_cast<unsigned short>(code)));
     return a;
+#else
+    return shim::float_of(code);
+#endif
   }
 };
 
