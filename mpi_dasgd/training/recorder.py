@@ -155,7 +155,7 @@ class Recorder:
             f"{training.algorithm.name} {100 * training.progress:3.0f} %",
             f"{speed:,.0f} samples/s",
         ]
-        if training.computes_gradients:
+        if training.computes_gradients and not math.isnan(self.loss):  # a GPU's comes later
             parts.append(f"loss {self.loss:.4f}")
         if self._accuracy is not None:
             parts.append(f"accuracy {100 * self._accuracy:.1f} % (rank {training.rank})")

@@ -121,6 +121,7 @@ def test_the_progress_line_has_what_there_is_to_tell(
     training: SimpleNamespace, recorder: Recorder
 ) -> None:
     assert math.isnan(recorder.loss)
+    assert recorder.progress_text() == "adpsgd  25 %  100 samples/s", "a GPU's loss comes later"
     _step(recorder, 0.75)
     assert recorder.progress_text() == "adpsgd  25 %  100 samples/s  loss 0.7500"
     recorder.record_exchange(_exchange(10, 8))

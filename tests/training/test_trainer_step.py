@@ -127,7 +127,7 @@ def test_a_rank_sleeps_when_its_gradient_is_there(monkeypatch: pytest.MonkeyPatc
 def test_a_run_on_a_late_stream_is_that_of_the_host(tmp_path: Path) -> None:
     """With evaluations and checkpoints in its midst, each of which is as late as the host's."""
     run_pooled(
-        2, PROGRAM, str(tmp_path), "host,late", "algorithm.name=alone",
+        2, PROGRAM, str(tmp_path), "host,late,exchange", "algorithm.name=alone",
         "schedule.name=constant", "schedule.warmup=0", "budget.epochs=2", "evaluation.count=3",
         "checkpoint.count=2", timeout=120,
     )  # fmt: skip
@@ -142,6 +142,12 @@ def test_a_run_on_a_late_stream_is_that_of_the_host(tmp_path: Path) -> None:
         assert common > 10
         assert (np.diff(ours["time_s"]) >= 0).all()
         assert (ours["compute_s"] >= 0).all() and (ours["exchange_s"] >= 0).all()
+        both = read_run_file(rank_path(tmp_path / "exchange", rank))
+        assert both.status == "finished"
+        steps = both.tables["train"]["step"].tolist()
+        assert steps == list(range(1, int(both.counters["steps"]) + 1))
+        exchanges = both.tables["exchange"]
+        assert len(exchanges["step"]) > 10 and (np.diff(exchanges["time_s"]) >= 0).all()
 
 
 @pytest.mark.mpi
