@@ -30,7 +30,8 @@ from mpi_dasgd.model.working_copy import WorkingCopy
 from mpi_dasgd.training import rank_parts
 from mpi_dasgd.training.device_choice import DeviceChoice
 from mpi_dasgd.training.state_dict import _load_state, state_dict
-from tests.support.late_device import LateCodec, LateDevice
+from tests.support.late_codec import LateCodec
+from tests.support.late_device import LateDevice
 
 F32, BF16 = torch.float32, torch.bfloat16
 

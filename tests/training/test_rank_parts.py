@@ -19,6 +19,7 @@ def test_training_on_a_device_has_the_bits_of_training_on_the_host() -> None:
     run_pooled(
         2, PROGRAM, "adpsgd", "combine", "bf16", "swarm", "swarm-bf16", "allreduce", timeout=120
     )
+    run_pooled(1, PROGRAM, "allreduce")
 
 
 @pytest.mark.mpi
