@@ -134,7 +134,8 @@ def run(mode: str) -> None:
     files = list(Path("/dev/shm").glob(f"mpi-dasgd-late-{os.getpid()}-*"))
     found["left"] = comm.gather(len(files))
     if comm.rank == 0:
-        print(json.dumps(found), flush=True)
+        sys.stdout.write(json.dumps(found) + "\n")  # in one piece, among those of others
+        sys.stdout.flush()
     comm.Free()
 
 
@@ -153,7 +154,9 @@ def _die(comm: MPI.Intracomm, endpoint: RmaEndpoint, device: WatchedDevice) -> N
     except PeerLost as lost:
         files = list(Path("/dev/shm").glob(f"mpi-dasgd-late-{os.getpid()}-*"))
         events = [kind for kind, _ in device.events]
-        print(json.dumps({"lost": str(lost), "events": events, "left": len(files)}), flush=True)
+        found = {"lost": str(lost), "events": events, "left": len(files)}
+        sys.stdout.write(json.dumps(found) + "\n")  # in one piece, among those of others
+        sys.stdout.flush()
         for file in files:
             file.unlink()
         os._exit(lost.exit_code)
