@@ -85,6 +85,7 @@ class Publication:
         self._newest: int | None = None
         self._version = 0
         self._reserved: int | None = None
+        self._is_late = False  # whether swaps are made later than they are asked for
 
     def reserve(self) -> Message | None:
         """Return a free slot to encode the next version into, or None (counted). Never waits."""
@@ -113,6 +114,7 @@ class Publication:
         old = 0 if self._newest is None else (self._version - 1) << 8 | self._newest
         became_head = swap(self._rank, HEAD, old, self._version << 8 | slot, required=True)
         assert published is not False and became_head is not False, "only the owner publishes"
+        self._is_late = became_head is None
         if self._newest is not None:
             self._retire(self._newest, self._version - 1)
         self._newest = slot
@@ -271,4 +273,4 @@ class Publication:
         A slot that a reader has claimed and released is FREE before the head has moved on: until
         then it may still be read without a claim.
         """
-        return not self._release.is_pending or self._words.read(self._rank, HEAD) >> 8 > version
+        return not self._is_late or self._words.read(self._rank, HEAD) >> 8 > version

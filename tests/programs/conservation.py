@@ -183,6 +183,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
     algorithm.absorb(local.local_step)
     endpoint.flush()
     path = endpoint.transfer_mode
+    algorithm.settle()
     endpoint.close()
     if late is not None:
         late.close()

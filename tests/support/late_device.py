@@ -119,7 +119,8 @@ class LateDevice:
                 if not self._work:
                     return
                 due, work = self._work[0]
-            time.sleep(max(0.0, due - time.monotonic()))
+            if (seconds := due - time.monotonic()) > 0:
+                time.sleep(seconds)
             if self._failure is not None:
                 return
             try:
