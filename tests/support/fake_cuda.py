@@ -1,7 +1,7 @@
 """CUDA without a GPU: runtime, streams, events and memory of CuPy in host memory, and a libcuda.
 
 All work is done when its call returns, except host functions, which a thread of the fake libcuda
-runs late. Memory of devices is in files in /dev/shm, so that other processes can open it. Every
+runs late. Memory of devices is in files beside the libcuda, so that other processes can open it. Every
 call of the runtime is kept in `calls`.
 """
 
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from mpi_dasgd.device.cuda import _launch_host_function
+from tests.support import fake_cupy
+from tests.support.fake_cupy import FakeCupy, forget
 from tests.support.mpi_ranks import ROOT, missing
 
 NOT_READY = 600
@@ -34,7 +36,6 @@ _NAMES = {
     700: "cudaErrorIllegalAddress: an illegal memory access was encountered",
     719: "cudaErrorLaunchFailure: unspecified launch failure",
 }
-_SHARED = Path("/dev/shm")
 
 
 class CUDARuntimeError(RuntimeError):
@@ -53,7 +54,7 @@ class CUDADriverError(RuntimeError):
         self.status = status
 
 
-class DeviceArray(np.ndarray):
+class DeviceArray(fake_cupy.DeviceArray):
     """A NumPy array that has of CuPy's arrays what the package uses."""
 
     def __new__(cls, shape: Any, dtype: Any = float, memory: Any = None) -> DeviceArray:
@@ -64,11 +65,6 @@ class DeviceArray(np.ndarray):
         assert nbytes <= memory.size
         bytes_at = (ctypes.c_byte * nbytes).from_address(memory.address)
         return np.ndarray.__new__(cls, shape, dtype, bytes_at)
-
-    @property
-    def data(self) -> Any:
-        """Where it lies."""
-        return SimpleNamespace(ptr=self.__array_interface__["data"][0])
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
@@ -115,6 +111,7 @@ class FakeRuntime:
 
     def __init__(self, libcuda: Path) -> None:
         self.libcuda = ctypes.CDLL(str(libcuda))
+        self._folder = libcuda.parent
         self.calls: list[tuple[Any, ...]] = []
         self.status = 0
         self.not_ready = 0
@@ -142,6 +139,24 @@ class FakeRuntime:
         self._called("setDevice", index)
         self.device = index
 
+    def getDevice(self) -> int:  # noqa: N802
+        return self.device
+
+    def getDeviceProperties(self, device: int) -> dict[str, Any]:  # noqa: N802
+        return {"name": b"the CPU", "major": 9, "minor": 0, "multiProcessorCount": 1}
+
+    def deviceGetPCIBusId(self, device: int) -> str:  # noqa: N802
+        return f"0000:{device:02x}:00.0"
+
+    def driverGetVersion(self) -> int:  # noqa: N802
+        return 13000
+
+    @property
+    def in_use(self) -> list[int]:
+        """Addresses of device memory that is allocated or open."""
+        own = [address for address, (_, path) in self._memory.items() if path is not None]
+        return [*own, *self._opened]
+
     def close(self) -> None:
         """Remove what was not freed."""
         for _, path in self._memory.values():
@@ -156,7 +171,7 @@ class FakeRuntime:
         if size > self.free_bytes:
             raise CUDARuntimeError(2)
         self.free_bytes -= size
-        path = _SHARED / f"mpi_dasgd_fake_cuda.{uuid.uuid4().hex[:20]}"
+        path = self._folder / f"region.{uuid.uuid4().hex}"
         with path.open("xb") as file:
             file.truncate(size)
         return self._map(path, path)
@@ -199,7 +214,7 @@ class FakeRuntime:
     def ipcOpenMemHandle(self, handle: bytes) -> int:  # noqa: N802
         self._called("ipcOpenMemHandle", handle)
         assert len(handle) == 64
-        path = _SHARED / handle.rstrip(b"\0").decode()
+        path = self._folder / handle.rstrip(b"\0").decode()
         if any(owned == path for _, owned in self._memory.values()) or not path.exists():
             raise CUDARuntimeError(1)
         if path in self._opened.values():
@@ -270,10 +285,11 @@ class FakeStream:
 
 
 class FakeCuda:
-    """The module `cupy`, less its kernels: what it does not have is NumPy's.
+    """The module `cupy`: what it does not have is NumPy's.
 
     Args:
         libcuda: the fake libcuda.
+        kernels: kernels that were compiled for the CPU (`tests.support.cuda_build`); None: none.
 
     Attributes:
         runtime: its `cuda.runtime`.
@@ -286,14 +302,18 @@ class FakeCuda:
     __version__ = "14.2.0"
     ndarray = DeviceArray
 
-    def __init__(self, libcuda: Path) -> None:
+    def __init__(self, libcuda: Path, kernels: Path | None = None) -> None:
         self.runtime = FakeRuntime(libcuda)
+        if kernels is not None:
+            self.shim = FakeCupy(kernels)
+            self.RawModule = self.shim.RawModule
         self.stream, self.is_capturing, self.emptied, self.kept_bytes = 77, False, 0, 0
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             Stream=FakeStream,
             Device=self._device,
+            get_current_stream=lambda: FakeStream.current[-1],
             UnownedMemory=lambda address, size, owner, device: SimpleNamespace(
                 address=address, size=size, owner=owner, device=device
             ),
@@ -304,10 +324,7 @@ class FakeCuda:
 
     def _device(self, index: int | None = None) -> Any:
         index = self.runtime.device if index is None else index
-        attributes = {"MultiProcessorCount": 1}
-        return SimpleNamespace(
-            id=index, attributes=attributes, use=lambda: self.runtime.set_device(index)
-        )
+        return SimpleNamespace(id=index, use=lambda: self.runtime.set_device(index))
 
     def _forget_free_memory(self) -> None:
         self.emptied += 1
@@ -322,6 +339,10 @@ class FakeCuda:
         """The memory of a tensor; CuPy's current stream must be torch's."""
         assert FakeStream.current[-1].ptr == self.stream
         return tensor.numpy().view(DeviceArray)
+
+    def asarray(self, array: np.ndarray) -> DeviceArray:
+        """A copy on the device."""
+        return np.array(array).view(DeviceArray)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(np, name)
@@ -344,15 +365,23 @@ class FakeCuda:
             "current_device": lambda: self.runtime.device,
             "device_count": lambda: 1,
             "is_available": lambda: True,
+            "get_device_name": lambda index: "the CPU",
+            "get_device_capability": lambda index: (9, 0),
+            "get_device_properties": lambda index: SimpleNamespace(uuid=f"uuid-{index}"),
         }
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[FakeCuda]:
         """In the ``with`` block, it is `cupy`, and torch has a GPU."""
         _launch_host_function.cache_clear()
-        with (
-            mock.patch.dict(sys.modules, cupy=self),
-            mock.patch.multiple(torch.cuda, **self.of_torch()),
-        ):
-            yield self
+        forget()
+        before = sys.modules.get("cupy")
+        sys.modules["cupy"] = self  # type: ignore[assignment]
+        try:
+            with mock.patch.multiple(torch.cuda, **self.of_torch()):
+                yield self
+        finally:
+            del sys.modules["cupy"]
+            if before is not None:
+                sys.modules["cupy"] = before
         self.runtime.close()
