@@ -34,6 +34,7 @@ DEMANDED = {
 }
 
 
+@pytest.mark.mpi
 def test_all_ranks_choose_the_same_and_one_says_why() -> None:
     found: dict[str, list[dict[str, Any]]] = json.loads(
         run_pooled(2, ROOT / "tests" / "programs" / "device_choice.py").stdout
@@ -74,6 +75,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.mpi
 def test_a_program_that_demands_what_is_not_possible_ends_with_one_message(tmp_path: Path) -> None:
     job = str(ROOT / "jobs" / "train.toml")
     settings = ["transport.memory=ipc", f"run.directory={tmp_path}"]
