@@ -55,7 +55,7 @@ TESTED_BY = {
     "tasks/test_tasks": "tasks: data idx models tables",
     "topology/test_topology": "topology: graphs spanning_tree spectrum",
     "test_process_end": ": messages",
-    "training/test_attach": "training: optimizer_attachment stepper",
+    "training/test_attach": "training: optimizer_attachment",
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
     "model/test_parameter_attachment": "model: flat_memory parameter_ties",

@@ -338,7 +338,6 @@ class Pauses:
         """Leave the call, with all ranks; one that has ended training ends its exchanges anew."""
         if self._status not in (RUNNING, FINISHED):
             return
-        self._endpoint.flush()
         if self._is_leaving and wait and self._status == FINISHED:
             for request in self._algorithm.finalize():
                 self._waiter.poll_until(request.test)

@@ -43,7 +43,7 @@ class Rank:
             ),
             budget=SimpleNamespace(resume=lambda *counts: self._store("budget")(counts)),
             endpoint=SimpleNamespace(
-                flush=lambda: None,
+                flush=self._flush,
                 report_gradients=self._store("gradients"),
                 membership=SimpleNamespace(
                     report_samples=self._store("samples"), gradients=[0, 0, 0]
@@ -51,6 +51,9 @@ class Rank:
             ),
             learning_rate=SimpleNamespace(gradients_seen=0),
         )  # fmt: skip
+
+    def _flush(self) -> None:
+        self.flushed_after = list(self.restored)
 
     def _store(self, name: str) -> Any:
         return lambda value: self.restored.__setitem__(name, value)
@@ -80,6 +83,7 @@ def test_a_rank_goes_on_as_if_it_had_not_stopped() -> None:
     assert second.training.local.local_step == 17
     np.testing.assert_array_equal(second.restored.pop("algorithm")["center"], first.center)
     np.testing.assert_array_equal(second.restored.pop("codec")["seeds"], [0, 1])
+    assert second.flushed_after[-1] == "restarted at", "what it publishes must reach the others"
     assert second.restored == {
         "budget": (41, 1.5), "samples": 41, "gradients": 17, "restarted at": 17,
     }  # fmt: skip
@@ -90,6 +94,7 @@ def test_what_has_arrived_is_absorbed_first() -> None:
     rank.training.local.local_step = 3
     module.state_dict(rank.training)
     assert rank.restored == {"absorbed": 3}
+    assert rank.flushed_after == ["absorbed"]
 
 
 def test_gradients_of_the_earlier_part_are_seen() -> None:

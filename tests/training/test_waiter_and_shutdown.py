@@ -56,6 +56,7 @@ class Endpoint:
         )  # fmt: skip
         self.reported: list[Activity] = []
         self.refreshed = self.flushed = 0
+        self.absorbed = self.flushed_after = 0  # calls, and how many were made before a flush
         self.unsent = 0
         self._on_refresh = on_refresh
 
@@ -72,6 +73,7 @@ class Endpoint:
 
     def flush(self) -> None:
         self.flushed += 1
+        self.flushed_after = self.absorbed
 
     def refresh_membership(self) -> None:
         self.refreshed += 1
@@ -95,6 +97,7 @@ class Algorithm:
 
     def absorb(self, step: int) -> None:
         self.absorbed.append(step)
+        self._endpoint.absorbed += 1
         self._endpoint.unsent = max(0, self._endpoint.unsent - 1)
 
     def finalize(self) -> Iterator[Any]:
@@ -236,6 +239,26 @@ def test_a_poll_ends_by_itself() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("call", ["wait", "poll_until", "poll"])
+def test_what_is_given_away_reaches_the_others_before_each_pause_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, call: str
+) -> None:
+    endpoint = Endpoint()
+    _, _, waiter = _parts(endpoint)
+    answers = iter([False, False, True])
+    flushed: list[int] = []
+
+    def is_done() -> bool:
+        endpoint.flushed = 0  # something is given away
+        return next(answers)
+
+    monkeypatch.setattr(clock, "sleep", lambda seconds: flushed.append(endpoint.flushed))
+    getattr(waiter, call)(is_done)
+    assert flushed == [1, 1]
+    if call != "poll":  # its caller goes on in the same step
+        assert endpoint.flushed == 1
+
+
 def test_draining_sends_all_then_absorbs_until_the_others_have_stopped() -> None:
     def stop(endpoint: Endpoint) -> None:
         assert endpoint.membership.status[0] == FINISHED
@@ -251,6 +274,7 @@ def test_draining_sends_all_then_absorbs_until_the_others_have_stopped() -> None
     assert algorithm.released
     assert endpoint.refreshed == 5
     assert algorithm.absorbed == [7] * (2 + 5 + 1)  # the last one after all have stopped
+    assert endpoint.flushed_after == 2 + 5 + 1
 
 
 def test_draining_goes_on_until_the_algorithm_is_drained() -> None:
