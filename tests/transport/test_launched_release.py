@@ -17,6 +17,8 @@ from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.release import Immediate, await_release
 from mpi_dasgd.transport.rma import launched_release
 from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, Launched, make_release
+from tests.support.mpi_ranks import ROOT, run_ranks
+from tests.support.rank_pool import run_pooled
 
 LIBRARY = native.load()
 pytestmark = pytest.mark.skipif(
@@ -220,3 +222,48 @@ def test_an_older_library_is_refused_on_all_ranks(
     monkeypatch.setattr(native, "load", lambda: SimpleNamespace(mpd_word_read=None))
     with pytest.raises(UserError, match="older"):
         make_release(Comm(), words, device)  # type: ignore[arg-type]
+
+
+def test_windows_are_freed_when_all_swaps_are_made() -> None:
+    """Fails if `close` does not wait for the device: native code would write to freed words."""
+    run_pooled(
+        2,
+        """
+        import numpy as np
+        from mpi4py import MPI
+        from mpi_dasgd import topology
+        from mpi_dasgd.codecs import Layout
+        from mpi_dasgd.config.schema import TransportConfig
+        from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
+        from mpi_dasgd.transport.rma.launched_release import Launched
+        from tests.support.late_device import LateDevice
+
+        comm = MPI.COMM_WORLD
+        layout = Layout(codec=0, elements=8, payload_dtype=np.dtype("f4"), payload_items=8)
+        graph = topology.build("complete", 2)
+        device = LateDevice((0.1, 0.1))
+        endpoint = RmaEndpoint(comm, layout, graph, TransportConfig(), device=device)
+        release, words = endpoint.release, endpoint._words
+        assert isinstance(release, Launched)
+        endpoint.publication.reserve()
+        endpoint.publication.publish()
+        assert not endpoint.is_flushed()
+        found = []
+        free = words.close
+        words.close = lambda: (found.append(release.is_pending), free())
+        endpoint.close()
+        assert found == [False], found
+        """,
+    )
+
+
+@pytest.mark.parametrize("end", ["killed", "fails", "fails in close"])
+def test_no_rank_waits_for_the_swaps_of_one_that_has_ended(end: str) -> None:
+    """Fails if what is pending counts as given away, or a device that has failed is waited for."""
+    program = ROOT / "tests" / "programs" / "late_death.py"
+    job = run_ranks(3, program, end, check=False, timeout=60)
+    if end == "killed":
+        assert job.codes == [0, 0, 137], job.report()
+        assert job.stdout.count("has finished") == 2
+    else:
+        assert job.code == 1 and "DeviceFailed: late:0" in job.stderr, job.report()
