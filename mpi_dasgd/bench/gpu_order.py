@@ -2,7 +2,7 @@
 
 Each round asks the device for slow work that ends with a number in memory of the host, and then for
 a swap of a word. A word that has moved before the number is there has moved too early. A release
-that swaps at once is the control: all its words must be seen to be early, or nothing is proved.
+that swaps at once is the control: its words must be seen to be early, or nothing is proved.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Work = Callable[[int, bool], None]
 _ROUNDS = 200
 _SLOW_SECONDS = 2e-3  # of the work of a round: hundreds of times a swap
 _TIMEOUT_SECONDS = 20.0  # for one word
+_CONTROL_SHARE = 0.95  # of the control's words that must be early: a host may be interrupted
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
         "rounds": count,
         "early": early["launched"] + early["idle"],
         "control_early": early["immediate"],
-        "in_order": early["launched"] + early["idle"] == 0 and early["immediate"] == count,
+        "in_order": early["launched"] + early["idle"] == 0
+        and early["immediate"] >= _CONTROL_SHARE * count,
         "latency_median_us": float(np.median(latency)),
         "latency_p99_us": float(np.percentile(latency, 99)),
         "idle_median_us": float(np.median(idle)),

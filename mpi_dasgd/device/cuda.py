@@ -51,7 +51,7 @@ class CudaDevice:
         self._calls = CudaCalls(cupy, self.name)
         self._events = CudaEvents(self._calls)
         self._memory = CudaMemory(cupy, self._calls, index)
-        self._last_stream: Any = None
+        self._streams: dict[int, Any] = {}  # of torch, by their handles
         self.bind()
         with self._calls.checked("creating a stream"):
             # A blocking one would wait for torch's default stream, and that for it.
@@ -86,11 +86,16 @@ class CudaDevice:
             yield
 
     def _stream(self, handle: int) -> Any:
-        """Return CuPy's stream for a handle; mostly the one of the last call."""
-        last = self._last_stream  # of any thread
-        if last is None or last.ptr != handle:
-            last = self._last_stream = self.xp.cuda.Stream.from_external(_TorchStream(handle))
-        return last
+        """Return CuPy's stream for a handle.
+
+        It is kept: CuPy 14.0 destroys the stream itself, torch's, when its object is deleted. Torch
+        has a few streams in a pool, which it never destroys.
+        """
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self.xp.cuda.Stream.from_external(_TorchStream(handle))
+            self._streams[handle] = stream
+        return stream
 
     def _torch_stream(self) -> int:
         """Return the handle of torch's current stream of this thread."""

@@ -90,8 +90,10 @@ class CudaStream:
         device: torch's name of the device.
     """
 
-    # Clock cycles of the launch that tells how long a cycle is: some milliseconds.
+    # Clock cycles of a launch that tells how long a cycle is: some milliseconds.
     _CALIBRATION = 10_000_000
+    # Seconds of such launches until the clock counts: an idle GPU's is a fifth of a busy one's.
+    _WARM_UP_SECONDS = 0.2
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -113,12 +115,21 @@ class CudaStream:
     def keep_busy(self, seconds: float) -> None:
         """Launch a kernel that counts clock cycles; the first call measures how long they are."""
         if not self._cycles_per_second:
+            self._cycles_per_second = self._measure_clock()
+        torch.cuda._sleep(int(seconds * self._cycles_per_second))
+
+    def _measure_clock(self) -> float:
+        """Return the clock cycles in a second, once the device has been busy for a while. Waits."""
+        busy = 0.0
+        while True:
             begin = self.mark()
             torch.cuda._sleep(self._CALIBRATION)
             end = self.mark()
             end.wait()
-            self._cycles_per_second = self._CALIBRATION / end.seconds_since(begin)
-        torch.cuda._sleep(int(seconds * self._cycles_per_second))
+            seconds = end.seconds_since(begin)
+            busy += seconds
+            if busy >= self._WARM_UP_SECONDS:
+                return self._CALIBRATION / seconds
 
 
 def device_stream(device: str) -> DeviceStream | None:

@@ -95,6 +95,16 @@ def test_a_control_that_is_not_early_proves_nothing() -> None:
     assert summarize(rounds)["in_order"] is False
 
 
+@pytest.mark.parametrize(("late", "in_order"), [(1, True), (2, False)])
+def test_the_control_may_be_interrupted_once_in_twenty_words(late: int, in_order: bool) -> None:
+    rounds = [
+        Round(name, name == "immediate" and number >= late, 1e-5, 1e-6, 2e-5)
+        for name in ("launched", "idle", "immediate")
+        for number in range(20)
+    ]
+    assert summarize(rounds)["in_order"] is in_order
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

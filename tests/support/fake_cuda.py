@@ -1,20 +1,23 @@
 """CUDA without a GPU: runtime, streams, events and memory of CuPy in host memory, and a libcuda.
 
 All work is done when its call returns, except host functions, which a thread of the fake libcuda
-runs late. Memory of devices is in files beside the libcuda, so that other processes can open it. Every
-call of the runtime is kept in `calls`.
+runs late. Memory of devices is in files beside the libcuda, so that other processes can open it.
+Every call of the runtime is kept in `calls`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import mmap
 import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,9 +82,24 @@ class DeviceArray(fake_cupy.DeviceArray):
 
 
 def build_libcuda(directory: Path) -> Path:
-    """Compile the fake libcuda."""
+    """Return the fake libcuda of this process, compiled at the first call.
+
+    There is one: another one of the same name would be loaded beside it, but never found by it.
+
+    Args:
+        directory: where the test also finds it, as a process of its own does.
+    """
+    library = directory / "libcuda.so.1"
+    library.symlink_to(_compile_libcuda())
+    return library
+
+
+@cache
+def _compile_libcuda() -> Path:
     if shutil.which("g++") is None:
         missing("no g++")
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
     library = directory / "libcuda.so.1"
     command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", "-fPIC"]
     command += ["-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library)]

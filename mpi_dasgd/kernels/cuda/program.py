@@ -97,9 +97,9 @@ class _Memory(threading.local):
     """Memory of the argument of a thread's launches."""
 
     def __init__(self, nbytes: int) -> None:
-        argument = np.zeros(1, f"V{nbytes}").view(_Argument)
-        self.arguments = (argument,)
-        self.view = memoryview(argument).cast("B")
+        memory = np.zeros(nbytes, np.uint8)
+        self.arguments = (memory.view(f"V{nbytes}").view(_Argument),)
+        self.view = memoryview(memory)
 
 
 class _Argument(np.ndarray):
