@@ -197,7 +197,7 @@ def hidden_peers(ranks: Sequence[RankGpu]) -> str:
                 f"on {host} ranks see a GPU each, and not those of the others: a cgroup of Slurm "
                 "(--gpus-per-task, --gpu-bind) or a container hides them, and with them their "
                 "memory. Give the GPUs to the node, and each rank takes its own: --gpus-per-node=4 "
-                "--ntasks-per-node=4 --gpu-bind=none"
+                "--ntasks-per-node=4, without --gpu-bind"
             )
     return ""
 
