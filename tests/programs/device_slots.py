@@ -1,6 +1,6 @@
 """Exchanges of models through payload slots on a device, `LateDevice`, by real ranks.
 
-    device_slots.py exchange|allocation|opening|death
+    device_slots.py exchange|allocation|opening|failure|death
 
 Rank 0 prints what it found as JSON.
 """
@@ -46,7 +46,7 @@ class WatchedDevice(LateDevice):
     """A device that notes in which order it is closed; told to, it fails where it is asked to.
 
     Args:
-        fails: "allocation", "opening", or "".
+        fails: "allocation", "opening", "failure" (in an allocation, and for good), or "".
     """
 
     def __init__(self, fails: str) -> None:
@@ -63,12 +63,19 @@ class WatchedDevice(LateDevice):
     def allocate(self, nbytes: int) -> SharedRegion:
         if self._fails == "allocation":
             raise UserError(f"{self.name}: no room for {nbytes} bytes")
+        if self._fails == "failure":
+            self.fail()
+            self.check()
         return self._watch(super().allocate(nbytes), "own region")
 
     def open_region(self, handle: bytes, nbytes: int) -> SharedRegion:
         if self._fails == "opening":
             raise DeviceFailed(f"{self.name}: cudaIpcOpenMemHandle: invalid argument")
         return self._watch(super().open_region(handle, nbytes), "opened region")
+
+    def bind(self) -> None:
+        super().bind()
+        self.check()
 
     def close(self) -> None:
         super().close()

@@ -33,6 +33,7 @@ def test_models_are_exchanged_in_place_and_all_is_freed_in_order(mpi: str, defau
     [
         ("allocation", "rank 1: late:0: no room for 2097152 bytes"),
         ("opening", "rank 1: that of rank 0, late:0: late:0: cudaIpcOpenMemHandle: invalid"),
+        ("failure", "rank 1: late:0: the late device was told to fail"),
     ],
 )
 def test_what_one_rank_cannot_have_is_an_error_of_all(mpi: str, mode: str, reason: str) -> None:

@@ -192,18 +192,22 @@ class DeviceSlots:
         Raises:
             DeviceFailed: the device has failed.
         """
-        self._device.bind()
         self._messages.clear()
-        while self._opened:
-            self._opened.popitem()[1].close()
-        self._comm.Barrier()
-        own, self._own = self._own, None
-        if own is not None:
-            own.close()
-        window, self._window = self._window, None
-        if window is not None:
-            window.Unlock_all()
-            window.Free()
+        try:
+            try:
+                self._device.bind()
+                while self._opened:
+                    self._opened.popitem()[1].close()
+            finally:  # the others wait here, and in `Free`, whatever has failed
+                self._comm.Barrier()
+            own, self._own = self._own, None
+            if own is not None:
+                own.close()
+        finally:
+            window, self._window = self._window, None
+            if window is not None:
+                window.Unlock_all()
+                window.Free()
 
 
 def _rounded_up(nbytes: int, multiple: int) -> int:
