@@ -13,6 +13,7 @@ __all__ = [
     "PeerLost",
     "Unreachable",
     "UserError",
+    "first_line",
     "nearest",
 ]
 
@@ -106,3 +107,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -88,9 +88,6 @@ class Codec(ABC):
         counters: decoded and rejected buckets so far, by name; empty if decoding cannot fail. Those
             of an exchange whose outcome is late are counted when it is known; see `settle`.
     """
-
-    runs_on_device: ClassVar[bool] = False
-    """Whether it can work on a GPU, on float32 models."""
 
     name: str
     layout: Layout

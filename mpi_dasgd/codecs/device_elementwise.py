@@ -52,7 +52,7 @@ class _DevicePairAverage(Codec):
         )
         return self._totals.add(_distance) if is_measured else ExchangeOutcome()
 
-    def encode(self, x: Array, out: Message) -> None:
+    def encode(self, x: Array, out: Message) -> None:  # that of `NoCodec` is of the host
         """Write the model `x`, shape (elements,), to `out`."""
         self.average_pair(x, ExchangeBuffers(publication=out))
 

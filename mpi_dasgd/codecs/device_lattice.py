@@ -40,8 +40,6 @@ class DeviceLatticeCodec(LatticeMessages):
         scale: scales of its messages.
     """
 
-    runs_on_device = True
-
     def __init__(
         self,
         elements: int,

@@ -93,7 +93,6 @@ class BFloat16Codec(ElementwiseCodec):
     """Upper 16 bits of float32, rounded to nearest, ties to even."""
 
     name = "bf16"
-    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         items = np.dtype(np.uint16)
@@ -114,7 +113,6 @@ class Float16Codec(ElementwiseCodec):
     """IEEE half precision, rounded to nearest; beyond 65,504 it saturates."""
 
     name = "fp16"
-    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         items = np.dtype(np.float16)

@@ -125,8 +125,6 @@ class LatticeCodec(LatticeMessages):
     Args, raises: see `LatticeMessages`.
     """
 
-    runs_on_device = True
-
     def __init__(
         self, elements: int, dtype: np.dtype, bits: int, settings: CodecConfig, seeds: Seeds
     ) -> None:

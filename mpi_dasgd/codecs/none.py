@@ -20,7 +20,6 @@ class NoCodec(Codec):
     """
 
     name = "none"
-    runs_on_device = True
 
     def __init__(self, elements: int, dtype: np.dtype) -> None:
         self.layout = Layout(

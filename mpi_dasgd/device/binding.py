@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ __all__ = [
     "read_rank_gpu",
     "require_own_device",
     "shared_gpu",
+    "slice_of",
 ]
 
 # Variables in which launchers pass a process its number on the node. Launchers of MPI come before
@@ -119,7 +120,7 @@ def _bind(number: int) -> str:
             torch.cuda.set_device(device)
         except RuntimeError as error:
             raise UserError(
-                f"{device} cannot be used ({_first_line(error)}): free it, or choose others by "
+                f"{device} cannot be used ({first_line(error)}): free it, or choose others by "
                 "CUDA_VISIBLE_DEVICES; CUDA_VISIBLE_DEVICES= trains on the CPU"
             ) from error
     return device
@@ -161,11 +162,21 @@ def read_rank_gpu(device: torch.device, may_share: bool = False) -> RankGpu:
         identity = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
     except (RuntimeError, AssertionError):  # whoever uses the GPU reports it
         identity = ""
-    entries = (setting or "").split(",")
-    if index < len(entries) and entries[index].startswith("MIG-"):
-        identity += f" {entries[index]}"
+    identity = f"{identity} {slice_of(setting, index)}".strip()
     visible = torch.cuda.device_count()
     return RankGpu(host, f"cuda:{index}", identity, visible, setting, may_share)
+
+
+def slice_of(setting: str | None, index: int) -> str:
+    """Return the name of the slice (MIG) of a card that GPU `index` is; "" for a whole card.
+
+    Args:
+        setting: CUDA_VISIBLE_DEVICES; None if that is not set.
+        index: number of the GPU among those that it makes visible.
+    """
+    entries = (setting or "").split(",")
+    entry = entries[index] if index < len(entries) else ""
+    return entry if entry.startswith("MIG-") else ""
 
 
 def shared_gpu(ranks: Sequence[RankGpu]) -> str:
@@ -219,7 +230,3 @@ def _grouped(ranks: Sequence[RankGpu], key: Callable[[RankGpu], str]) -> dict[st
 def _listed(ranks: Sequence[int]) -> str:
     *most, last = map(str, ranks)
     return f"{', '.join(most)} and {last}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpi_dasgd.device.ipc_probe import ProbeDevice
+from mpi_dasgd.errors import first_line
 
 __all__ = ["MIN_CAPABILITY", "MIN_CUPY", "GpuFacts", "import_cupy", "read_gpu"]
 
@@ -14,7 +15,7 @@ MIN_CUPY = 14
 """Oldest major version of CuPy whose streams and arrays are used as they are here."""
 
 MIN_CAPABILITY = (8, 0)
-"""Oldest compute capability with the instructions of the kernels: that of the A100."""
+"""Oldest compute capability with the instructions of the kernels: theirs, which a test compares."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def import_cupy() -> Any:
         import cupy
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
-        reason = "is not installed" if missing else f"cannot be imported ({_first_line(error)})"
+        reason = "is not installed" if missing else f"cannot be imported ({first_line(error)})"
         return f"CuPy {reason}: `pip install cupy-cuda13x`, or cupy-cuda12x for CUDA 12"
     except Exception as error:  # such as a home directory without room for its cache
-        return f"CuPy cannot be imported ({_first_line(error)})"
+        return f"CuPy cannot be imported ({first_line(error)})"
     return cupy
 
 
@@ -66,7 +67,7 @@ def read_gpu(index: int) -> GpuFacts:
         name = torch.cuda.get_device_name(index)
         capability = torch.cuda.get_device_capability(index)
     except (RuntimeError, AssertionError) as error:  # no driver, or no such GPU
-        return GpuFacts(index, problem=f"torch cannot use cuda:{index} ({_first_line(error)})")
+        return GpuFacts(index, problem=f"torch cannot use cuda:{index} ({first_line(error)})")
     cupy = import_cupy()
     if isinstance(cupy, str):
         return GpuFacts(index, name, capability=capability, problem=cupy)
@@ -76,7 +77,7 @@ def read_gpu(index: int) -> GpuFacts:
         number = int(cupy.cuda.runtime.driverGetVersion())
     except Exception as error:
         bus_id, number = "", 0
-        problem = f"CuPy {version} cannot use cuda:{index} ({_first_line(error)})"
+        problem = f"CuPy {version} cannot use cuda:{index} ({first_line(error)})"
     driver = f"{number // 1000}.{number % 1000 // 10}" if number else ""
     if int(version.partition(".")[0]) < MIN_CUPY:
         problem = f"CuPy {MIN_CUPY} or newer is needed, and this is {version}: upgrade it"
@@ -90,7 +91,3 @@ def read_gpu(index: int) -> GpuFacts:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

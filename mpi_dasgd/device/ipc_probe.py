@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mpi_dasgd
+from mpi_dasgd.device.binding import slice_of
 from mpi_dasgd.device.probe_process import ProbeFailure, ProbeProcess
 
 __all__ = ["ProbeDevice", "Rates", "Verdict", "main", "probe"]
@@ -59,9 +60,7 @@ class ProbeDevice:
     @property
     def identity(self) -> str:
         """What other processes' numbers of the same GPU, or slice of one, have in common."""
-        entries = (self.visible or "").split(",")
-        part = entries[self.index] if self.index < len(entries) else ""
-        return f"{self.bus_id or self.index} {part if part.startswith('MIG-') else ''}"
+        return f"{self.bus_id or self.index} {slice_of(self.visible, self.index)}"
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,14 @@ from typing import Any, Protocol
 
 import torch
 
+from mpi_dasgd.device.base import Mark
 from mpi_dasgd.errors import DeviceFailed
 
 __all__ = ["CudaStream", "DeviceStream", "TimedMark", "device_stream"]
 
 
-class TimedMark(Protocol):
+class TimedMark(Mark, Protocol):
     """A point in the order of a stream's work, and the time at which the device passed it."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the device has passed it. Never waits.
-
-        Raises:
-            DeviceFailed: the device has failed, and will not pass it.
-        """
-
-    def wait(self) -> None:
-        """Wait until the device has passed it, without the GIL.
-
-        Raises:
-            DeviceFailed: the device has failed.
-        """
 
     def seconds_since(self, earlier: Any) -> float:
         """Return the seconds from an earlier mark of the stream to this one; both are done."""

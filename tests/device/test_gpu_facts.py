@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpi_dasgd.device.gpu_facts import GpuFacts, read_gpu
+from mpi_dasgd.device.gpu_facts import MIN_CAPABILITY, GpuFacts, read_gpu
 from mpi_dasgd.device.ipc_probe import ProbeDevice
+from mpi_dasgd.kernels.cuda import program
 
 
 def _cupy(version: str, error: Exception | None = None) -> Any:
@@ -67,3 +68,7 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_card() -> None:
     if not torch.cuda.is_available():
         assert read_gpu(0).problem.startswith("torch cannot use cuda:0 (")
+
+
+def test_the_least_capability_is_that_of_the_kernels() -> None:
+    assert MIN_CAPABILITY == program.MIN_CAPABILITY

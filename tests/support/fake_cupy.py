@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import numpy as np
 from mpi_dasgd.kernels import cuda
 from mpi_dasgd.kernels.cuda import pair_average, program, scale
 
-__all__ = ["DeviceArray", "FakeCupy", "forget", "install"]
+__all__ = ["DeviceArray", "FakeCupy", "forget", "install", "installed"]
 
 
 ARGUMENTS = r"^struct (Mpd\w+Arguments) \{"
@@ -83,6 +84,20 @@ class FakeCupy:
             assert not failed, f"{name}: its argument has not {nbytes} bytes"
 
         return function
+
+
+@contextmanager
+def installed(fake: FakeCupy) -> Iterator[None]:
+    """Replace CuPy by `fake` in the ``with`` block."""
+    before = sys.modules.get("cupy")
+    install(fake)
+    try:
+        yield
+    finally:
+        del sys.modules["cupy"]
+        if before is not None:
+            sys.modules["cupy"] = before
+        forget()
 
 
 def install(fake: FakeCupy) -> None:

@@ -59,8 +59,6 @@ class LateCodec(Codec):
         queue: when it is due: a `LateDevice`, or the virtual clock.
     """
 
-    runs_on_device = True
-
     def __init__(self, inner: Codec, queue: Queue) -> None:
         self.inner = inner
         self.name, self.layout, self.counters = inner.name, inner.layout, inner.counters

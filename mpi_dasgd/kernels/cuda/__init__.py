@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_dasgd.kernels.cuda.program import (
-    MIN_CAPABILITY,
-    OPTIONS,
+    MAX_DELTAS,
+    POINTER,
     THREADS,
     Program,
     address,
@@ -30,20 +30,16 @@ from mpi_dasgd.kernels.encoded import (
     buckets_of,
 )
 
-__all__ = ["KERNEL_ARGUMENTS", "LATTICE", "MAX_DELTAS", "MIN_CAPABILITY", "OPTIONS", "run"]
-
-MAX_DELTAS = 4
-"""Deltas that one launch can absorb, MPD_MAX_DELTAS of ``lattice.cu``."""
+__all__ = ["KERNEL_ARGUMENTS", "LATTICE", "run"]
 
 _BLOCKS = 8  # per multiprocessor, if there are enough buckets; 2 to 4 of them are resident at once
-_POINTER = np.uint64
 _VECTOR = np.dtype(EncodedVectorStruct)
 KERNEL_ARGUMENTS = np.dtype(
     [
-        ("x", _POINTER), ("elements", np.int64),
+        ("x", POINTER), ("elements", np.int64),
         *((name, _VECTOR) for name in ("partner_model", "reply_delta", "publication")),
-        ("deltas", _VECTOR, MAX_DELTAS), ("delta_stats", _POINTER, MAX_DELTAS),
-        *((name, _POINTER) for name in ("stats", "velocity", "gradient")),
+        ("deltas", _VECTOR, MAX_DELTAS), ("delta_stats", POINTER, MAX_DELTAS),
+        *((name, POINTER) for name in ("stats", "velocity", "gradient")),
         *((name, np.float32) for name in ("weight", "lr", "momentum", "weight_decay")),
         ("delta_count", np.int32), ("subtract_dither", np.int32),
     ],

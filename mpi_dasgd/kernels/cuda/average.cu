@@ -10,8 +10,6 @@
 // another order.
 #include "lane.h"
 
-#define MPD_MAX_DELTAS 4  // deltas that one launch can absorb
-
 // Argument of a launch, passed by value; mirrored in kernels/cuda/pair_average.py. Null pointers
 // leave their part of the work out. Payloads are of the kernel's format.
 struct MpdAverageArguments {

@@ -8,7 +8,8 @@
 
 #include "../lattice_math.h"
 
-#define MPD_THREADS 256  // per block
+#define MPD_THREADS 256   // per block
+#define MPD_MAX_DELTAS 4  // that one launch can absorb, or learn from
 
 #define MPD_DEVICE static __device__ __forceinline__
 

@@ -4,8 +4,6 @@
 // on the size of the grid.
 #include "lane.h"
 
-#define MPD_MAX_DELTAS 4  // deltas that one launch can absorb
-
 // Argument of one launch, passed by value; mirrored in kernels/cuda/__init__.py. A fused step takes
 // one launch or several. Vectors without codes, and pointers that are null, leave their part of the
 // work out.

@@ -12,29 +12,35 @@ from functools import cache
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.cuda.program import THREADS, Program, address, aligned, multiprocessors
+from mpi_dasgd.kernels.cuda.program import (
+    MAX_DELTAS,
+    POINTER,
+    THREADS,
+    Program,
+    address,
+    aligned,
+    multiprocessors,
+)
 from mpi_dasgd.kernels.encoded import Array
 
 __all__ = ["AVERAGE", "AVERAGE_ARGUMENTS", "pair_average"]
 
-_MAX_DELTAS = 4  # of a launch, MPD_MAX_DELTAS of ``average.cu``
 # Per multiprocessor: 16 warps, each with 2 to 4 KiB on their way, keep the memory busy.
 _BLOCKS = 2
 _WARP_ELEMENTS = 512  # that a warp processes at a time
-_POINTER = np.uint64
 
 AVERAGE_ARGUMENTS = np.dtype(
     [
-        ("x", _POINTER), ("elements", np.int64), ("partner_model", _POINTER),
-        ("deltas", _POINTER, _MAX_DELTAS),
-        *((name, _POINTER) for name in ("reply_delta", "publication", "partial", "square")),
+        ("x", POINTER), ("elements", np.int64), ("partner_model", POINTER),
+        ("deltas", POINTER, MAX_DELTAS),
+        *((name, POINTER) for name in ("reply_delta", "publication", "partial", "square")),
         ("minus_weight", np.float32), ("delta_count", np.int32), ("warps", np.int32),
     ],
     align=True,
 )  # fmt: skip
 """Mirror of MpdAverageArguments of ``average.cu``."""
 
-AVERAGE = Program("average.cu", AVERAGE_ARGUMENTS, f"=Qq{1 + _MAX_DELTAS + 4}Qf2i4x")
+AVERAGE = Program("average.cu", AVERAGE_ARGUMENTS, f"=Qq{1 + MAX_DELTAS + 4}Qf2i4x")
 """The kernels of ``average.cu``."""
 
 _FORMATS = {  # by the payload's type: kernel, and alignment in bytes
@@ -97,12 +103,12 @@ def pair_average(
     first, (partner, reply, published) = at[: len(deltas)], at[len(deltas) :]
     warps = THREADS // 32
     blocks = min(_BLOCKS * multiprocessors(), -(-x.size // (_WARP_ELEMENTS * warps)))
-    while len(first) > _MAX_DELTAS:
-        absorbed, first = first[:_MAX_DELTAS], first[_MAX_DELTAS:]
+    while len(first) > MAX_DELTAS:
+        absorbed, first = first[:MAX_DELTAS], first[MAX_DELTAS:]
         AVERAGE.launch(
-            name, "", blocks, model, x.size, 0, *absorbed, 0, 0, 0, 0, 0.0, _MAX_DELTAS, 0
+            name, "", blocks, model, x.size, 0, *absorbed, 0, 0, 0, 0, 0.0, MAX_DELTAS, 0
         )
-    missing = (0,) * (_MAX_DELTAS - len(first))
+    missing = (0,) * (MAX_DELTAS - len(first))
     partial = square = 0
     if square_out is not None:
         partial, square = address(_partial(blocks * warps)), address(square_out)
@@ -112,7 +118,7 @@ def pair_average(
     )  # fmt: skip
     if square_out is not None:
         AVERAGE.launch(
-            "mpd_square", "", 1, 0, 0, 0, *(0,) * _MAX_DELTAS, 0, 0, partial, square, 0.0, 0,
+            "mpd_square", "", 1, 0, 0, 0, *(0,) * MAX_DELTAS, 0, 0, partial, square, 0.0, 0,
             blocks * warps,
         )  # fmt: skip
 

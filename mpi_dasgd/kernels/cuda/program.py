@@ -21,8 +21,10 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.encoded import Array
 
 __all__ = [
+    "MAX_DELTAS",
     "MIN_CAPABILITY",
     "OPTIONS",
+    "POINTER",
     "THREADS",
     "Program",
     "address",
@@ -33,6 +35,10 @@ __all__ = [
 OPTIONS = ("--std=c++17", "--fmad=false")  # a contracted operation is rounded differently
 THREADS = 256
 """Threads per block, MPD_THREADS of ``lane.h``: 8 warps."""
+MAX_DELTAS = 4
+"""Deltas that one launch can absorb, or learn from: MPD_MAX_DELTAS of ``lane.h``."""
+POINTER = np.uint64
+"""An address in the argument of a kernel."""
 MIN_CAPABILITY = (8, 0)
 """Lowest compute capability: before it a warp cannot sum in one instruction."""
 

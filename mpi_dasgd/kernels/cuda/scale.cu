@@ -2,10 +2,8 @@
 // stay there. Warps do not work together within a launch: what a launch sums or maximizes it leaves
 // as one value per warp, and the next launch combines them, in a fixed order.
 #include "lane.h"
-//
+// after it
 #include "scale.h"
-
-#define MPD_MAX_DELTAS 4  // deltas that one launch can learn from
 
 // The largest |x| that a warp has seen, as bits, and whether it has seen an estimate.
 struct MpdRange {

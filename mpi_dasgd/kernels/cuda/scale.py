@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpi_dasgd.kernels.cuda.program import (
+    MAX_DELTAS,
+    POINTER,
     THREADS,
     Program,
     address,
@@ -26,20 +28,18 @@ TOTALS = 3
 """Numbers that `BucketScales.learn` writes: buckets of the partner's publication that were
 rejected, buckets of deltas that were corrupt, and the squared distance to the partner's model."""
 
-_MAX_DELTAS = 4  # of a launch, MPD_MAX_DELTAS of ``scale.cu``
 # Blocks of a launch, at most. Each of their warps leaves a number, and one warp sums them all up.
 _BLOCKS = 128
 _WARPS = _BLOCKS * THREADS // 32
 _MAX_ESTIMATE = np.array([1e30], np.float32)  # before the first measurement
-_POINTER = np.uint64
 _STATE = ("estimate", "floor", "last", "max_estimate", "largest", "ranges", "partial")
 
 SCALE_ARGUMENTS = np.dtype(
     [
-        ("x", _POINTER), ("elements", np.int64), ("buckets", np.int64),
-        *((name, _POINTER) for name in (*_STATE, "totals", "out")),
-        ("delta_stats", _POINTER, _MAX_DELTAS), ("delta_units", _POINTER, _MAX_DELTAS),
-        ("stats", _POINTER), ("partner_scales", _POINTER),
+        ("x", POINTER), ("elements", np.int64), ("buckets", np.int64),
+        *((name, POINTER) for name in (*_STATE, "totals", "out")),
+        ("delta_stats", POINTER, MAX_DELTAS), ("delta_units", POINTER, MAX_DELTAS),
+        ("stats", POINTER), ("partner_scales", POINTER),
         *((name, np.float32) for name in ("scale_per_distance", "decay", "inverse_weight")),
         *((name, np.int32) for name in ("doubles_estimate", "delta_count", "adds", "warps")),
     ],
@@ -47,10 +47,10 @@ SCALE_ARGUMENTS = np.dtype(
 )  # fmt: skip
 """Mirror of MpdScaleArguments of ``scale.cu``."""
 
-SCALE = Program("scale.cu", SCALE_ARGUMENTS, f"=Q2q9Q{2 * _MAX_DELTAS}Q2Q3f4i4x")
+SCALE = Program("scale.cu", SCALE_ARGUMENTS, f"=Q2q9Q{2 * MAX_DELTAS}Q2Q3f4i4x")
 """The kernels of ``scale.cu``."""
 
-_NO_DELTAS = (0,) * (2 * _MAX_DELTAS)
+_NO_DELTAS = (0,) * (2 * MAX_DELTAS)
 
 
 @dataclass(slots=True)
@@ -145,13 +145,13 @@ class BucketScales:
         stats, units = update.delta_stats, update.delta_units
         inverse_weight = 1 / update.weight
         adds = False
-        while len(stats) > _MAX_DELTAS:
-            deltas = _pointers(stats[:_MAX_DELTAS], units)
+        while len(stats) > MAX_DELTAS:
+            deltas = _pointers(stats[:MAX_DELTAS], units)
             self._launch(
                 "mpd_learn", self._blocks, deltas=deltas, inverse_weight=inverse_weight,
-                delta_count=_MAX_DELTAS, adds=adds,
+                delta_count=MAX_DELTAS, adds=adds,
             )  # fmt: skip
-            stats, units, adds = stats[_MAX_DELTAS:], units[_MAX_DELTAS:], True
+            stats, units, adds = stats[MAX_DELTAS:], units[MAX_DELTAS:], True
         self._launch(
             "mpd_learn", self._blocks, deltas=_pointers(stats, units), stats=address(update.stats),
             partner_scales=address(update.partner_scales), inverse_weight=inverse_weight,
@@ -178,5 +178,5 @@ class BucketScales:
 
 def _pointers(stats: Sequence[Array], units: Sequence[Array]) -> tuple[int, ...]:
     """Return the addresses of up to 4 statistics, and of as many units."""
-    missing = (0,) * (_MAX_DELTAS - len(stats))
+    missing = (0,) * (MAX_DELTAS - len(stats))
     return (*map(address, stats), *missing, *map(address, units[: len(stats)]), *missing)
