@@ -64,7 +64,7 @@ TESTED_BY = {
     "trainer / storage: run_directory",
     "training/test_waiter_and_shutdown": "training: shutdown stall waiter",
     "transport/test_failures": "transport: peer_views progress_context progress_engine "
-    "remote_peers",
+    "remote_peers teardown",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
     "transport/test_membership": "transport: activity",

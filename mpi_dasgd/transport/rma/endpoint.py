@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,7 @@ from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.release import Release, await_release
+from mpi_dasgd.transport.rma import teardown
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
 from mpi_dasgd.transport.rma.device_slots import DeviceSlots
 from mpi_dasgd.transport.rma.launched_release import make_release
@@ -41,7 +41,6 @@ from mpi_dasgd.transport.rma.windows import WindowSlots, allocate_words
 __all__ = ["RmaEndpoint"]
 
 _HEARTBEAT_SECONDS = 0.05  # between heartbeats, and between polls of ranks of other nodes
-_BARRIER_POLL_SECONDS = 0.001  # between tests of the last barrier
 _SWITCH_INTERVAL = 0.0005  # seconds by which a GIL holder delays the progress thread's answer
 _MANY_RANKS = 128  # of a node, above which their gradients are not read at every step
 
@@ -89,8 +88,10 @@ class RmaEndpoint(Endpoint):
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         self._words = allocate_words(comm, node, word_map.count, config.mode)
         neighbours: Sequence[int] = topology.neighbours(self.rank)
-        self._slots = _allocate_slots(
-            comm, node, layout, slot_count, config.mode, device, memory, neighbours
+        self._slots: WindowSlots | DeviceSlots = (
+            WindowSlots(comm, node, layout, slot_count, config.mode)
+            if memory == "host"
+            else DeviceSlots(comm, layout, slot_count, device, neighbours)
         )
         node.Free()
         self._device = device
@@ -257,7 +258,7 @@ class RmaEndpoint(Endpoint):
         self.flush()
         self._device.close()
         await_release(self.release)
-        all_came = _await_all(
+        all_came = teardown.await_all(
             self._comm, self.membership, self.refresh_membership, self._heartbeat_timeout
         )
         self.membership.publish_status(DEPARTED)
@@ -267,73 +268,7 @@ class RmaEndpoint(Endpoint):
             raise PeerLost(
                 f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
             )
-        self._free_windows(max(timeout, self._heartbeat_timeout))
-
-    def _free_windows(self, timeout: float) -> None:
-        """Free the windows, in a thread: there MPI waits for all ranks, also for one that has died.
-
-        Raises:
-            PeerLost: it does for longer than `timeout` seconds.
-        """
-        failures: list[BaseException] = []
-
-        def free() -> None:
-            try:
-                self._slots.close()
-                self._words.close()
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=free, name="mpi_dasgd: end of windows", daemon=True)
-        thread.start()
-        thread.join(timeout)
-        if failures and not isinstance(failures[0], MPI.Exception):
-            raise failures[0]
-        if thread.is_alive() or failures:
-            reason = failures[0] if failures else f"no end in {timeout:g} s"
-            raise PeerLost(f"a rank has ended inside close(): windows cannot be freed ({reason})")
-
-
-def _allocate_slots(
-    comm: MPI.Intracomm,
-    node: MPI.Intracomm,
-    layout: Layout,
-    count: int,
-    mode: str,
-    device: Device,
-    memory: str,
-    neighbours: Sequence[int],
-) -> WindowSlots | DeviceSlots:
-    """Allocate the payload slots of this rank in memory of that kind. Collective."""
-    if memory == "host":
-        return WindowSlots(comm, node, layout, count, mode)
-    return DeviceSlots(comm, layout, count, device, neighbours)
-
-
-def _await_all(
-    comm: MPI.Intracomm,
-    membership: Membership,
-    refresh: Callable[[], None],
-    heartbeat_timeout: float,
-) -> bool:
-    """Wait until all ranks come or one is dead; return False if others left without this rank.
-
-    Raises:
-        PeerFailed: a rank has failed.
-        PeerLost: the other ranks cannot be reached.
-    """
-    seconds_alone = 0.0
-    try:
-        barrier = comm.Ibarrier()
-        while not (barrier.Test() or membership.dead or seconds_alone > heartbeat_timeout):
-            time.sleep(_BARRIER_POLL_SECONDS)
-            refresh()
-            membership.check_failures()
-            if DEPARTED in membership.status:
-                seconds_alone += _BARRIER_POLL_SECONDS
-    except MPI.Exception as error:
-        raise PeerLost(f"the other ranks cannot be reached: {error}") from error
-    return seconds_alone <= heartbeat_timeout
+        teardown.free(self._slots, self._words, timeout=max(timeout, self._heartbeat_timeout))
 
 
 class _PolledCondition:
