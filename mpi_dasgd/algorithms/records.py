@@ -158,11 +158,8 @@ class ExchangeRecorder:
 
     def _defer(self, record: ExchangeRecord, outcome: Outcome, now_ns: int) -> None:
         """Record all whose outcomes are known by now, and this one once it is its turn."""
-        self._late.append((record, outcome, now_ns))
-        self._record_known()
-
-    def _record_known(self) -> None:
         late = self._late
+        late.append((record, outcome, now_ns))
         while late and late[0][1].is_ready:
             self._record_first(late[0][1].value())
 

@@ -45,12 +45,12 @@ class ProbeDevice:
         index: its number among those that the process sees.
         bus_id: its PCI bus id, by which a child makes sure that it sees the same one; "" if that is
             not known.
-        visible: the process's CUDA_VISIBLE_DEVICES; None if that is not set.
+        setting: the process's CUDA_VISIBLE_DEVICES; None if that is not set.
     """
 
     index: int
     bus_id: str = ""
-    visible: str | None = None
+    setting: str | None = None
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class ProbeDevice:
     @property
     def identity(self) -> str:
         """What other processes' numbers of the same GPU, or slice of one, have in common."""
-        return f"{self.bus_id or self.index} {slice_of(self.visible, self.index)}"
+        return f"{self.bus_id or self.index} {slice_of(self.setting, self.index)}"
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class _Child:
         self.handle = ""
         environment = dict(os.environ)
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-        if device.visible is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device.visible
+        if device.setting is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device.setting
         # The package as this process has found it, wherever that was.
         here = str(Path(mpi_dasgd.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -253,8 +253,8 @@ def main(arguments: Sequence[str]) -> int:
         "--kill-owner", action="store_true", help="also look at the memory of a process that died"
     )
     options = parser.parse_args(arguments)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [ProbeDevice(index, visible=visible) for index in options.devices or [0]]
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [ProbeDevice(index, setting=setting) for index in options.devices or [0]]
     verdict = probe(devices, options.timeout, kill_owner=options.kill_owner)
     after_death = f"; owner killed: memory {verdict.after_death}" if verdict.after_death else ""
     print(f"IPC {'ok' if verdict.works else 'fails'}: {verdict.reason}{after_death}", flush=True)

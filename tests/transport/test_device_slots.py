@@ -31,7 +31,7 @@ def test_models_are_exchanged_in_place_and_all_is_freed_in_order(mpi: str, defau
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("allocation", "rank 1: late:0: no room for 2097152 bytes"),
+        ("allocation", "rank 1: late:0: no room for 40960 bytes"),
         ("opening", "rank 1: that of rank 0, late:0: late:0: cudaIpcOpenMemHandle: invalid"),
         ("failure", "rank 1: late:0: the late device was told to fail"),
     ],

@@ -26,7 +26,6 @@ from mpi_dasgd.errors import DeviceFailed, UserError
 __all__ = ["DeviceSlots"]
 
 _BODY_ALIGNMENT = 256  # bytes; that of the driver's allocations
-_REGION_GRANULARITY = 2 << 20  # CUDA exports whole blocks of this size
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ERROR_BYTES = 400
 _RECORD = np.dtype(
@@ -76,8 +75,8 @@ class DeviceSlots:
         self._messages: dict[int, list[Message]] = {}
         if count == 0:
             return
-        pitch = _rounded_up(layout.body_nbytes, _BODY_ALIGNMENT)
-        records = self._allocate(_rounded_up(pitch * count, _REGION_GRANULARITY))
+        pitch = -(-layout.body_nbytes // _BODY_ALIGNMENT) * _BODY_ALIGNMENT
+        records = self._allocate(pitch * count)
         self._open(records, set(reachable) - {comm.rank})
         envelopes = self._allocate_envelopes(count)
         for rank, region in {comm.rank: self._own, **self._opened}.items():
@@ -208,7 +207,3 @@ class DeviceSlots:
             if window is not None:
                 window.Unlock_all()
                 window.Free()
-
-
-def _rounded_up(nbytes: int, multiple: int) -> int:
-    return -(-nbytes // multiple) * multiple
