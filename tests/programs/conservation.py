@@ -132,7 +132,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         comm,
         codec.layout,
         topology.build("complete", comm.size),
-        TransportConfig(mode=options.path, heartbeat_timeout=60.0),
+        TransportConfig(mode=options.path, heartbeat_timeout=60.0, inbox_slots=options.inbox_slots),
         device=HOST if late is None else late,
     )
     if options.at_once in AT_ONCE:
@@ -227,6 +227,7 @@ def main() -> None:
         "--max-attempts", type=int, default=4, help="neighbours tried for one exchange"
     )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
+    parser.add_argument("--inbox-slots", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--late", type=float, nargs=2, help="shortest and longest delay of a device, seconds"

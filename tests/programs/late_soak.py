@@ -11,6 +11,7 @@ program. Rank 0 prints JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -40,9 +41,21 @@ class Vector(torch.nn.Module):
 
 
 def soak(
-    environment: world.World, options: argparse.Namespace, algorithm: str, codec: str
+    environment: world.World,
+    options: argparse.Namespace,
+    algorithm: str,
+    codec: str,
+    memory: str,
+    longest: float,
 ) -> dict[str, Any]:
-    """Train, and return what all ranks found. Collective."""
+    """Train, and return what all ranks found. Collective.
+
+    Args:
+        environment: the ranks.
+        options: of the program; `seconds` are those of this case.
+        algorithm, codec, memory: what is trained with.
+        longest: longest delay of a device, seconds.
+    """
     comm, rank = environment.comm, environment.rank
     model = Vector(options.elements, seed=1)
     optimizer = GridSteps([model.x], seed=100 * options.seed + rank)
@@ -62,7 +75,7 @@ def soak(
         settings |= {"algorithm.local_steps": 3}
     make_codec = grid if codec == "grid" else None
     with late_training(
-        tuple(options.delays), rank, memory=options.memory, make_codec=make_codec
+        (longest / 20, longest), rank, memory=memory, make_codec=make_codec
     ) as codecs:
         training = Decentralized(model, optimizer, config=settings, environment=environment)
     if options.at_once:
@@ -86,7 +99,9 @@ def soak(
     return {
         "algorithm": algorithm,
         "codec": codec,
-        "memory": training.endpoint.transfer_mode,
+        "memory": memory,
+        "path": training.endpoint.transfer_mode,
+        "longest": longest,
         "seconds": round(seconds, 1),
         "steps": steps,
         "launches": comm.allreduce(late.work.launches),
@@ -112,8 +127,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="in all")
     parser.add_argument("--algorithms", nargs="+", default=["adpsgd", "swarm"])
     parser.add_argument("--codecs", nargs="+", default=["grid", "lattice8", "none"])
-    parser.add_argument("--delays", type=float, nargs=2, default=(1e-3, 20e-3), help="seconds")
-    parser.add_argument("--memory", default="host", choices=("host", "ipc"))
+    parser.add_argument("--memories", nargs="+", default=["host", "ipc"])
+    parser.add_argument(
+        "--longest", type=float, nargs="+", default=[3e-3, 20e-3], help="delays, seconds"
+    )
     parser.add_argument("--elements", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", choices=AT_ONCE, help="a mistake: see late_faults.py")
@@ -122,7 +139,8 @@ def main() -> None:
     launch.setting_up()
     environment = world.start()
     launch.ready()
-    cases = [(algorithm, codec) for algorithm in options.algorithms for codec in options.codecs]
+    choices = options.algorithms, options.codecs, options.memories, options.longest
+    cases = list(itertools.product(*choices))
     options.seconds /= len(cases)
     reports = [soak(environment, options, *case) for case in cases]
     if environment.rank == 0:
