@@ -28,7 +28,8 @@ def train(environment: world.World, settings: dict[str, Any], delays: Any) -> li
     """Train in turn; return the parameters after each step, after the end, and their mean."""
     comm, rank = environment.comm, environment.rank
     torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Tanh(), torch.nn.Linear(50, 9))
+    # Parameters of other lengths lie elsewhere on a device, where they begin at multiples of 4.
+    model = torch.nn.Sequential(torch.nn.Linear(40, 52), torch.nn.Tanh(), torch.nn.Linear(52, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     batches = torch.Generator().manual_seed(100 + rank)
     rows: list[np.ndarray] = []
