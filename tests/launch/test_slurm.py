@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -105,6 +106,30 @@ def test_srun_of_another_mpi_is_detected(user: Cluster, tmp_path: Path) -> None:
     assert (job.state, job.code) == ("FAILED", 2), job.output
     assert job.output.count("the launcher started 4 ranks, but this process sees 1") == 1
     assert "srun --mpi=pmi2" in job.output
+
+
+def test_each_rank_takes_a_gpu(user: Cluster, tmp_path: Path) -> None:
+    """As many as the job has for a node; files play the GPUs, and the program plays a cgroup."""
+    python = tmp_path / "python"
+    program = ROOT / "tests" / "programs" / "visible_gpus.py"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {program}\n")
+    python.chmod(0o755)
+    own = [["0", "cuda:0"], ["1", "cuda:0"]]
+    expected = {
+        ("--gpus-per-node=2",): ([["0", "cuda:0"], ["1", "cuda:1"]], ""),
+        ("--gpus-per-task=1",): (own, ""),
+        ("--gpus-per-task=1", "--export=ALL,FAKE_CGROUP=1"): (own, "a cgroup of Slurm"),
+        ("--gpus-per-node=1",): ([["0", "cuda:0"]] * 2, "have their models on one GPU"),
+    }
+    cluster = user.with_variables(MPI_DASGD_PYTHON=str(python))
+    numbers = [cluster.submit(tmp_path, *options, *ONE_NODE) for options in expected]
+    for number, (gpus, message) in zip(numbers, expected.values(), strict=True):
+        job = cluster.wait(number)
+        ends = ("FAILED", 2) if "one GPU" in message else ("COMPLETED", 0)
+        assert (job.state, job.code) == ends, job.output
+        assert json.dumps(gpus) in job.output
+        for text in ("a cgroup of Slurm", "have their models on one GPU"):
+            assert job.output.count(text) == (text == message), job.output
 
 
 def test_job_that_loses_a_rank_finishes_and_counts_as_failed(user: Cluster, tmp_path: Path) -> None:

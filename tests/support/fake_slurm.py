@@ -1,7 +1,8 @@
 """A real Slurm cluster on fake hosts, to run job scripts as they are; see `hosts.py` for the hosts.
 
 The controller runs on the first host, which is a compute node like the others. Nothing is left
-behind, as the hosts end all processes in their namespaces. Needs Debian's `slurmctld`, `slurmd` and
+behind, as the hosts end all processes in their namespaces. Each node has two GPUs, which are files
+like /dev/null. Needs Debian's `slurmctld`, `slurmd` and
 `slurm-client`; no munge, cgroups or systemd.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -52,7 +54,8 @@ MinJobAge=3600
 CompleteWait=0
 KillWait=5
 PropagateResourceLimitsExcept=MEMLOCK
-NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName={nodes} CPUs={cpus} RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -146,6 +149,9 @@ def slurm_cluster(hosts: Hosts, cpus: int) -> Iterator[Cluster]:
             )
         )
         (directory / "cgroup.conf").write_text(_CGROUP_CONF)
+        for number in range(2):  # Slurm reads the numbers of GPUs from the names of their files
+            os.mknod(directory / f"nvidia{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        (directory / "gres.conf").write_text(f"Name=gpu File={directory}/nvidia[0-1]\n")
         environment = _environment() | {"SLURM_CONF": str(directory / "slurm.conf")}
         daemons = [["slurmctld", "-D", "-c"]] + [
             ["slurmd", "-D", "-N", node] for node in hosts.names
