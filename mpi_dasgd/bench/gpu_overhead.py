@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpi_dasgd import world
+from mpi_dasgd import algorithms, world
 from mpi_dasgd.bench.gpu_device import DEVICES, require_gpu
 from mpi_dasgd.bench.gpu_models import MODELS, GpuModel, build_gpu_model
 from mpi_dasgd.bench.loopback import Loopback
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     device = "cpu" if options.device == "cpu" else "cuda:0"
     memory = options.memory or ("host" if device == "cpu" else "ipc")
     path = samples_path("gpu-overhead", options.out)
+    algorithms.register(Loopback)
     environment = world.start()
     model = build_gpu_model(options.model, device)
     config = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mpi_dasgd import algorithms
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.algorithms.base import LocalOptimizer
 from mpi_dasgd.algorithms.description import Capabilities
@@ -18,7 +17,6 @@ class _OwnExchange(PairExchange):
         return [self._endpoint.rank]
 
 
-@algorithms.register
 class Loopback(ADPSGD):
     """AD-PSGD whose only neighbour is the rank itself.
 

@@ -194,6 +194,7 @@ def test_the_last_checkpoint_is_saved_after_the_last_step(
         ),
         checkpoints=SimpleNamespace(save=lambda index, now, _: saved.append((index, now))),
         progress_line=SimpleNamespace(due=False),
+        step=SimpleNamespace(flush=lambda: None),
     )
     rank._train()
     assert saved == [(1, 0.6), (2, last)]

@@ -224,6 +224,7 @@ def test_an_older_library_is_refused_on_all_ranks(
         make_release(Comm(), words, device)  # type: ignore[arg-type]
 
 
+@pytest.mark.mpi
 def test_windows_are_freed_when_all_swaps_are_made() -> None:
     """Fails if `close` does not wait for the device: native code would write to freed words."""
     run_pooled(
@@ -257,6 +258,7 @@ def test_windows_are_freed_when_all_swaps_are_made() -> None:
     )
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("end", ["killed", "fails", "fails in close"])
 def test_no_rank_waits_for_the_swaps_of_one_that_has_ended(end: str) -> None:
     """Fails if what is pending counts as given away, or a device that has failed is waited for."""
