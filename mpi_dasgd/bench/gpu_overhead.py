@@ -103,9 +103,9 @@ def main(arguments: Sequence[str]) -> int:
         "batch": model.batch,
         "device": card,
         "codec": training.codec.name,
-        "memory": training.device.memory,
+        "memory": training.device_choice.memory,
         "transport": training.endpoint.transfer_mode,
-        "device_choice": training.device.reason,
+        "device_choice": training.device_choice.reason,
         "torch_version": str(torch.__version__),
         "cuda_version": torch.version.cuda or "",
     }
@@ -151,23 +151,13 @@ class _Loop:
         assert isinstance(training.algorithm, Loopback), training.algorithm.name
         self._model, self._training, self._stream = model, training, stream
         self._algorithm = training.algorithm
-        self._waited = 0.0
-        endpoint = training.endpoint
-        catch_up = endpoint.catch_up
-
-        def timed_catch_up() -> None:
-            started = time.perf_counter()
-            catch_up()
-            self._waited += time.perf_counter() - started
-
-        endpoint.catch_up = timed_catch_up  # type: ignore[method-assign]
 
     def run(self, number: int, every: int, steps: int) -> Block:
         """Run a block of round `number`, from an idle device to an idle device."""
-        model, training = self._model, self._training
-        self._algorithm.every = every
+        model, training, algorithm = self._model, self._training, self._algorithm
+        algorithm.every = every
         self._drain()
-        exchanged, waited = training.exchange_seconds, self._waited
+        exchanged, waited = training.exchange_seconds, algorithm.catch_up_seconds
         made = training.counters["messages"]
         started = time.perf_counter()
         for _ in range(steps):
@@ -178,7 +168,7 @@ class _Loop:
                 training.step()
         self._drain()
         seconds = time.perf_counter() - started
-        waited = self._waited - waited
+        waited = algorithm.catch_up_seconds - waited
         return Block(
             round=number,
             every=every,

@@ -23,8 +23,9 @@ from mpi_dasgd.config.deprecated import renamed
 __all__ = ["OWN_ALGORITHMS", "AlgorithmConfig", "CodecConfig", "Config", "Section"]
 
 Positive = Annotated[int, Field(gt=0)]
-_PUBLICATION_SLOTS = {"host": 4, "ipc": 6}
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_PUBLICATION_SLOTS = {"host": 4, "ipc": 6}
 
 
 class Section(BaseModel):

@@ -29,7 +29,7 @@ class RunAhead:
         self._marks: deque[Mark] = deque(maxlen=steps + 1)
 
     def begin_step(self) -> None:
-        """Mark the beginning of a step on torch's current stream."""
+        """Mark the beginning of a step, its gradient, on torch's current stream."""
         if self._device.is_asynchronous:
             self._marks.append(self._device.mark())
 

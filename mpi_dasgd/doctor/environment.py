@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mpi_dasgd import __version__
+from mpi_dasgd.device import binding
 from mpi_dasgd.doctor import gpu_checks
 from mpi_dasgd.doctor.check import FAILS, OK, WARNING, Check
 
@@ -75,7 +76,7 @@ def _check_cuda() -> Check:
         text = f"CUDA {built}, {len(names)} visible: {', '.join(names)}; models are on the device"
         return Check("torch", OK, text, {"cuda": True, "devices": names})
     values = {"cuda": False, "devices": []}
-    if Path("/dev/nvidiactl").exists():
+    if binding.has_driver():
         reason = (
             f"the driver is too old for CUDA {built}" if built else "torch is built without CUDA"
         )

@@ -101,7 +101,7 @@ class FlatParameters:
 
     @property
     def flat(self) -> torch.Tensor:
-        """The vector where the parameters are, (padded,); for meters, which only read it."""
+        """The vector where the parameters are, (padded,); to be read, not written."""
         return self._memory.tensor
 
     @property

@@ -23,6 +23,9 @@ class Closure:
         function: clears the gradients, computes loss and gradients, and returns the loss.
         reader: name of what needs the gradient early, for the message.
 
+    Attributes:
+        on_gradient: called when a gradient was computed, or asked of a device.
+
     Raises:
         UserError: at its second call after an early evaluation, as of LBFGS: the optimizer would
             go on with a gradient of this rank alone.
@@ -34,6 +37,7 @@ class Closure:
         self._is_early = False
         self._calls = 0
         self._loss: Any = None
+        self.on_gradient: Callable[[], object] = _ignore
 
     def evaluate_early(self) -> None:
         """Compute the gradient now, if it has not been computed."""
@@ -41,10 +45,13 @@ class Closure:
             self._is_early = True
             with torch.enable_grad():
                 self._loss = self._function()
+            self.on_gradient()
 
     def __call__(self) -> Any:
         if not self._is_early:
-            return self._function()
+            loss = self._function()
+            self.on_gradient()
+            return loss
         self._calls += 1
         if self._calls > 1:
             raise UserError(
@@ -53,6 +60,10 @@ class Closure:
                 "exchanges models, such as adpsgd or local_sgd"
             )
         return self._loss
+
+
+def _ignore() -> None:
+    pass
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -78,7 +78,7 @@ class Decentralized:
         buffers: its buffers, and parameters that are not in the vector.
         local: optimizer of this rank, with the number of its steps.
         codec: codec of the messages, with its counters.
-        device: where the models are exchanged, and why.
+        device_choice: where the models are exchanged, and why.
         lockstep: whether all ranks make the same number of steps.
         samples_per_step: samples that a step counts, where `optimizer.step` is called; may be set.
     """
@@ -118,7 +118,7 @@ class Decentralized:
         self.config = config
         parts = build_rank(config, environment, model, optimizer, record, buffer_rules)
         self.parameters, self.local, self.optimizer = parts.parameters, parts.local, optimizer
-        self.buffers, self.device = parts.buffers, parts.device
+        self.buffers, self.device_choice = parts.buffers, parts.device_choice
         self.codec, self.endpoint, self.algorithm = parts.codec, parts.endpoint, parts.algorithm
         self.lockstep = parts.run.lockstep
         self.budget = Budget(parts.run, self.endpoint.membership, self.rank)
@@ -134,7 +134,7 @@ class Decentralized:
         self._closed = False
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
-        with self.device.device.current_stream():
+        with self.parameters.device.current_stream():
             self.algorithm.start()
             self.endpoint.flush()
         await_release(self.endpoint.release)
@@ -252,7 +252,7 @@ class Decentralized:
         self._pauses.refuse_inside("finish()")
         if self._is_running:
             self._stepper.may_step = False
-            with self.device.device.current_stream():
+            with self.parameters.device.current_stream():
                 self.parameters.gather()
                 leave(
                     self.endpoint,

@@ -68,7 +68,7 @@ class Pauses:
         self._membership = parts.endpoint.membership
         self._algorithm = parts.algorithm
         self._parameters, self._buffers = parts.parameters, parts.buffers
-        self._device = parts.device.device
+        self._device = parts.parameters.device
         self._local = parts.local
         self._check_finite = parts.run.config.run.check_finite
         self._learning_rate = learning_rate

@@ -52,7 +52,7 @@ class RankParts:
         codec: codec of the messages.
         endpoint: transport on MPI windows.
         algorithm: algorithm on all of these, not started.
-        device: where the model is exchanged.
+        device_choice: where the model is exchanged, and why.
     """
 
     run: RunParts
@@ -62,7 +62,7 @@ class RankParts:
     codec: Codec
     endpoint: RmaEndpoint
     algorithm: Algorithm
-    device: DeviceChoice
+    device_choice: DeviceChoice
 
 
 def build_rank(

@@ -49,7 +49,7 @@ class Stepper:
         self.exchange_seconds = 0.0
         self.may_step = parts.algorithm.computes_gradients
         self._parameters, self._local = parts.parameters, parts.local
-        self._device = parts.device.device
+        self._device = parts.parameters.device
         self._endpoint, self._algorithm = parts.endpoint, parts.algorithm
         self._membership = parts.endpoint.membership
         self._budget = budget
@@ -71,7 +71,7 @@ class Stepper:
 
     def step(self, samples: int, closure: Closure | None) -> Any:
         """Make a step of the algorithm; see `Decentralized.step`."""
-        if not self._device.is_asynchronous:
+        if not self._device.is_asynchronous:  # where a `with` costs a microsecond for nothing
             return self._step(samples, closure)
         with self._device.current_stream():
             return self._step(samples, closure)
@@ -87,7 +87,11 @@ class Stepper:
         self._parameters.gather()
         budget.samples += _count(samples)
         local.begin_step(closure)
-        self._endpoint.run_ahead.begin_step()  # the gradient is complete here, a closure's as well
+        run_ahead = self._endpoint.run_ahead
+        if closure is None:
+            run_ahead.begin_step()
+        else:
+            closure.on_gradient = run_ahead.begin_step
         self._endpoint.report_gradients(local.local_step)
         local.lr_scale = self._learning_rate.of_gradient(budget.progress)
         budget.declare_last_step(local.local_step)

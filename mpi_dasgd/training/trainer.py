@@ -75,8 +75,8 @@ class Trainer:
             environment=environment,
             record=lambda exchange: self.recorder.record_exchange(exchange),
         )
-        if rank == 0 and training.device.memory == "ipc":  # of the others a warning has told
-            world.print_message(training.device.reason)
+        if rank == 0 and training.device_choice.memory == "ipc":  # of the others a warning has told
+            world.print_message(training.device_choice.reason)
         directory = config.run_directory
         with environment.collective_errors():
             if rank == 0:
@@ -127,7 +127,7 @@ class Trainer:
             "nodes": environment.nodes,
             "mpi_library": environment.library,
             "transport": self.training.endpoint.transfer_mode,
-            "device_choice": self.training.device.reason,
+            "device_choice": self.training.device_choice.reason,
             "parameters": self.training.parameters.size,
             "resumed_from_checkpoint": resumed or 0,
             **provenance(),
