@@ -164,6 +164,7 @@ class LateDevice:
 
     def allocate(self, nbytes: int) -> SharedRegion:
         """Allocate a file in /dev/shm."""
+        _remove_left_over()
         path = _SHARED / f"mpi-dasgd-late-{os.getpid()}-{next(self._regions)}"
         with path.open("xb") as file:
             file.truncate(nbytes)
@@ -208,6 +209,15 @@ class LateDevice:
                 self._changed.notify()
             self._thread.join()
         self.check()
+
+
+def _remove_left_over() -> None:
+    """Remove the files of processes that were killed, or whose windows could not be freed."""
+    for path in _SHARED.glob("mpi-dasgd-late-*-*"):
+        try:
+            os.kill(int(path.name.split("-")[3]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
 
 
 class SharedRegion:

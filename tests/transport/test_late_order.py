@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,10 @@ def test_a_device_that_has_failed_does_nothing_more() -> None:
 
 def test_regions_are_shared_by_their_handles() -> None:
     device = LateDevice((0.0, 0.0))
+    left_over = Path("/dev/shm/mpi-dasgd-late-999999999-0")
+    left_over.touch()
     region = device.allocate(4096)
+    assert not left_over.exists(), "of a process that was killed"
     handle = region.export()
     assert len(handle) == HANDLE_BYTES
     other = device.open_region(handle, 4096)
