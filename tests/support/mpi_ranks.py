@@ -193,8 +193,8 @@ def _rank(file: str, *args: str) -> None:
     try:
         runpy.run_path(file, run_name="__main__")
     except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
+        print(traceback.format_exc(), end="", file=sys.stderr, flush=True)
+        time.sleep(0.2)  # a launcher drops what it has not forwarded when the job is aborted
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(1)
