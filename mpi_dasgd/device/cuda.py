@@ -1,7 +1,7 @@
 """An NVIDIA GPU as a device: CuPy's arrays in torch's memory, and the order of torch's stream.
 
-Only this module and `mpi_dasgd.kernels.cuda` import CuPy, and not before a GPU is used. Torch and
-CuPy have a CUDA runtime each; what both must know, as the current device, is told to both.
+CuPy is imported in functions only, and not before a GPU is used. Torch and CuPy have a CUDA runtime
+each; what both must know, as the current device, is told to both.
 """
 
 from __future__ import annotations
