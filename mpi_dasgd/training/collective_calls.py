@@ -145,6 +145,7 @@ class CollectiveCalls:
         return Call.NONE
 
     def _publish(self, phase: Phase) -> None:
+        self._endpoint.flush()  # others go on when they see it, and look for what was given away
         call = self._word_of_call if phase else 0
         self._membership.publish_call(self._completed << 8 | phase << 4 | call)
 

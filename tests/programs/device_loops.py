@@ -4,8 +4,10 @@
 exchanges. The device is `LateDevice` without a delay: what is exchanged there is torch's memory,
 and host memory is another one, so that whoever reads or writes that and forgets to copy is found.
 
-``device_loops.py count-CASE...`` counts what a step copies to host memory, and
-``device_loops.py train JOB KEY=VALUE...`` is the command, with models on such a device.
+``device_loops.py late-CASE...`` is the same with a rank that is slow to give memory away: no other
+may go on from a collective call before it has. ``device_loops.py count-CASE...`` counts what a step
+copies to host memory, and ``device_loops.py train JOB KEY=VALUE...`` is the command, with models on
+such a device.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -208,11 +211,26 @@ def play(run: Run) -> dict[str, np.ndarray]:
     return arrays
 
 
-def compare(case: str) -> None:
+def flush_late(endpoint: Any) -> None:
+    """Have an endpoint give memory away some milliseconds after it was told to."""
+    release = endpoint.release
+    flush = release.flush
+
+    def late() -> None:
+        if release.is_pending:
+            time.sleep(0.02)
+        flush()
+
+    release.flush = late
+
+
+def compare(case: str, *, is_late: bool = False) -> None:
     """Train on the host and on a device, and compare."""
     host, device = Run(case, None), Counting()
     expected = play(host)
     run = Run(case, device)
+    if is_late and run.comm.rank == 1:
+        flush_late(run.training.endpoint)
     arrays = play(run)
     assert [name for name, _ in run.rows] == [name for name, _ in host.rows]
     for index, ((name, row), (_, other)) in enumerate(zip(run.rows, host.rows, strict=True)):
@@ -262,4 +280,4 @@ if __name__ == "__main__":
         if name.startswith("count-"):
             count(name.removeprefix("count-"))
         else:
-            compare(name)
+            compare(name.removeprefix("late-"), is_late=name.startswith("late-"))

@@ -23,6 +23,11 @@ def test_training_on_a_device_has_the_bits_of_training_on_the_host() -> None:
 
 
 @pytest.mark.mpi
+def test_no_rank_leaves_a_collective_call_before_the_others_have_given_memory_away() -> None:
+    run_pooled(2, PROGRAM, "late-combine")
+
+
+@pytest.mark.mpi
 def test_no_step_on_a_device_copies_a_model_to_the_host_or_waits() -> None:
     run_pooled(2, PROGRAM, "count-adpsgd", "count-swarm-bf16")
 
