@@ -145,7 +145,9 @@ class CollectiveCalls:
         return Call.NONE
 
     def _publish(self, phase: Phase) -> None:
-        self._endpoint.flush()  # others go on when they see it, and look for what was given away
+        release = self._endpoint.release
+        if release.is_pending:  # others go on when they see the word, and claim what is there then
+            self._waiter.poll_until(lambda: not release.is_pending)
         call = self._word_of_call if phase else 0
         self._membership.publish_call(self._completed << 8 | phase << 4 | call)
 

@@ -15,6 +15,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.storage.checkpoint import good_indices, load
 from mpi_dasgd.training.decentralized import Decentralized
+from mpi_dasgd.transport.release import await_release
 
 __all__ = ["load_checkpoint", "state_dict"]
 
@@ -179,6 +180,7 @@ def _resume(training: Decentralized, local_step: int, samples: int, elapsed: flo
     training.endpoint.report_gradients(local_step)
     training.algorithm.restart(local_step)
     training.endpoint.flush()
+    await_release(training.endpoint.release)  # the other ranks go on once they know the step
 
 
 def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -> None:

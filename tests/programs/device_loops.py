@@ -4,10 +4,10 @@
 exchanges. The device is `LateDevice` without a delay: what is exchanged there is torch's memory,
 and host memory is another one, so that whoever reads or writes that and forgets to copy is found.
 
-``device_loops.py late-CASE...`` is the same with a rank that is slow to give memory away: no other
-may go on from a collective call before it has. ``device_loops.py count-CASE...`` counts what a step
-copies to host memory, and ``device_loops.py train JOB KEY=VALUE...`` is the command, with models on
-such a device.
+``device_loops.py late-CASE...`` is the same with a rank whose device is late: no other may go on
+from a collective call before it has given memory away. ``device_loops.py count-CASE...`` counts
+what a step copies to host memory, and ``device_loops.py train JOB KEY=VALUE...`` is the command,
+with models on such a device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +32,7 @@ from mpi_dasgd.model.working_copy import WorkingCopy
 from mpi_dasgd.training import rank_parts
 from mpi_dasgd.training.device_choice import DeviceChoice
 from mpi_dasgd.training.state_dict import _load_state, state_dict
+from mpi_dasgd.transport.release import await_release
 from tests.support.late_codec import LateCodec
 from tests.support.late_device import LateDevice
 
@@ -67,10 +67,14 @@ LOCKSTEP = ("allreduce",)
 
 
 class Counting(LateDevice):
-    """Counts what crosses between the device and host memory."""
+    """Counts what crosses between the device and host memory.
 
-    def __init__(self) -> None:
-        super().__init__((0, 0))
+    Args:
+        delay: time from the request to the work, seconds.
+    """
+
+    def __init__(self, delay: float = 0) -> None:
+        super().__init__((delay, delay))
         self.copies = 0
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
@@ -144,6 +148,7 @@ class Run:
         def step() -> None:
             self.gradient()
             self.training.step(8)
+            await_release(self.training.endpoint.release)
             self.note("step")
 
         for _ in range(count):
@@ -211,26 +216,11 @@ def play(run: Run) -> dict[str, np.ndarray]:
     return arrays
 
 
-def flush_late(endpoint: Any) -> None:
-    """Have an endpoint give memory away some milliseconds after it was told to."""
-    release = endpoint.release
-    flush = release.flush
-
-    def late() -> None:
-        if release.is_pending:
-            time.sleep(0.02)
-        flush()
-
-    release.flush = late
-
-
 def compare(case: str, *, is_late: bool = False) -> None:
     """Train on the host and on a device, and compare."""
-    host, device = Run(case, None), Counting()
+    host = Run(case, None)
     expected = play(host)
-    run = Run(case, device)
-    if is_late and run.comm.rank == 1:
-        flush_late(run.training.endpoint)
+    run = Run(case, Counting(0.02 if is_late and host.comm.rank == 1 else 0))
     arrays = play(run)
     assert [name for name, _ in run.rows] == [name for name, _ in host.rows]
     for index, ((name, row), (_, other)) in enumerate(zip(run.rows, host.rows, strict=True)):

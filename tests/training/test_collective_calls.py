@@ -28,8 +28,10 @@ class Ranks:
             publish_call=self._publish,
         )
         self._on_look = on_look
+        self.release = SimpleNamespace(is_pending=False)  # of rank 0
 
     def _publish(self, word: int) -> None:
+        assert not self.release.is_pending, "others go on, and look for what was given away"
         assert word >> 4 >= self.membership.calls[0] >> 4, "others may have read the newer word"
         self.membership.calls[0] = word
 
@@ -47,6 +49,7 @@ class Ranks:
         while not is_done():
             refuse: Any = self
             refuse_mismatch(refuse)
+            self.release.is_pending = False  # the device passes
 
 
 def _calls(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> CollectiveCalls:
@@ -54,6 +57,23 @@ def _calls(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> CollectiveCalls:
     monkeypatch.setattr("mpi_dasgd.training.collective_calls.time", clock)
     transport: Any = ranks
     return CollectiveCalls(transport, transport)
+
+
+def test_no_phase_is_told_before_memory_was_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def come(ranks: Ranks) -> None:
+        for rank in (1, 2):
+            ranks.put(rank, Call.PAUSED, Phase.OUTSIDE, completed=1)
+
+    ranks = Ranks(come)
+    calls = _calls(ranks, monkeypatch)
+    for call in (
+        lambda: calls.enter(Call.PAUSED),
+        lambda: calls.reach(Phase.LEFT, lambda: None),
+        lambda: calls.leave(lambda: None),
+    ):
+        ranks.release.is_pending = True
+        call()
+        assert not ranks.release.is_pending
 
 
 def _refuse(ranks: Ranks) -> None:
