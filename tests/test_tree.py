@@ -58,7 +58,7 @@ TESTED_BY = {
     "training/test_attach": "training: optimizer_attachment",
     "training/test_step_hooks": "training: closure",
     "training/test_budget": "training: learning_rate",
-    "model/test_parameter_attachment": "model: flat_memory parameter_ties",
+    "model/test_parameter_attachment": "model: parameter_ties",
     "training/test_join": "training: shadow_optimizer step_refusals",
     "training/test_train": ": __main__ cli errors / training: decentralized "
     "trainer / storage: run_directory",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.utils import dlpack
 
 from mpi_dasgd.errors import UserError
 
@@ -15,7 +16,7 @@ __all__ = [
     "byte_range",
     "group_overlapping",
     "holders",
-    "move_to_shared_memory",
+    "move_elsewhere",
     "same_format",
     "storage_id",
 ]
@@ -26,9 +27,13 @@ _ALIGNMENT = 64  # bytes: a line of the cache
 class FlatMemory:
     """Real numbers in one piece, of which parts are given away as tensors.
 
-    On the CPU the memory is NumPy's, and each part has a storage of its own: what others do with
-    the storage of a part (`share_memory_` moves it elsewhere, for example) neither frees nor moves
-    this memory, and `torch.save` of a part writes that part alone.
+    Each part has a storage of its own: what others do with the storage of a part (`share_memory_`
+    moves it elsewhere, for example) neither frees nor moves this memory, `torch.save` of a part
+    writes that part alone, and who tells tensors apart by their storages, as accelerate and
+    safetensors do, takes no two parameters for one.
+
+    On the CPU the memory is NumPy's; elsewhere it is torch's, and its parts come by way of DLPack,
+    of which torch makes a storage for each [CPU and CUDA; `aten/src/ATen/DLConvertor.cpp`].
 
     Args:
         elements: number of elements; all are 0.
@@ -53,12 +58,25 @@ class FlatMemory:
             self.tensor = torch.zeros(elements, dtype=dtype, device=device)
 
     def part(self, start: int, stop: int) -> torch.Tensor:
-        """Return the elements from `start` to `stop`, in place."""
+        """Return the elements from `start` to `stop`, in place.
+
+        Raises:
+            UserError: torch has no DLPack for the device.
+        """
         if self._bytes is None:
-            return self.tensor[start:stop].data
+            return _with_own_storage(self.tensor[start:stop])
         size = self.dtype.itemsize
         part = torch.from_numpy(self._bytes[start * size : stop * size]).view(self.dtype)
         return part.data  # without a base, which would hold the storage too
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return dlpack.from_dlpack(dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
+    except (RuntimeError, BufferError) as error:
+        raise UserError(
+            f"model: parameters are on {tensor.device}, expected the CPU or an NVIDIA GPU: {error}"
+        ) from error
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
@@ -103,26 +121,33 @@ def same_format(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(mine == other for n, mine, other in strides if n > 1)
 
 
-def move_to_shared_memory(tensor: torch.Tensor, name: str) -> None:
-    """Move the storage of `tensor` elsewhere, with its values: nothing else can replace one.
+def move_elsewhere(tensor: torch.Tensor, name: str) -> None:
+    """Move the storage of `tensor` to shared memory, with its values: nothing else replaces one.
 
     Args:
         tensor: a tensor; all that have its storage go along.
         name: name of the parameter, for the message.
 
     Raises:
-        UserError: there is not enough shared memory.
+        UserError: there is not enough shared memory, or the tensor is not on the CPU.
     """
-    storage = tensor.untyped_storage()
-    try:
-        status = os.statvfs("/dev/shm")
-        free = status.f_bavail * status.f_frsize
-    except OSError:
-        free = 0
-    if free < 2 * storage.nbytes():
+    storage, problem = tensor.untyped_storage(), ""
+    if storage.device.type != "cpu":
+        problem = f"it cannot be moved elsewhere on {storage.device}"
+    elif _free_shared_memory() < 2 * storage.nbytes():
+        problem = f"/dev/shm has no room for {storage.nbytes()} bytes to keep the values"
+    if problem:
         raise UserError(
-            f"model: parameter {name} was given other memory (p.data = ...) while its own is still "
-            f"in use elsewhere, and /dev/shm has no room for {storage.nbytes()} bytes to keep the "
-            "values; keep a copy instead, as in backup = p.detach().clone()"
+            f"model: parameter {name} was given other memory (p.data = ...) while its own, which "
+            f"exchanges change, is still in use elsewhere, and {problem}; keep a copy instead, as "
+            "in backup = p.detach().clone()"
         )
     storage.share_memory_()
+
+
+def _free_shared_memory() -> int:
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize

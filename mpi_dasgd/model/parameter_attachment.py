@@ -13,7 +13,7 @@ from mpi_dasgd.model.flat_memory import (
     FlatMemory,
     group_overlapping,
     holders,
-    move_to_shared_memory,
+    move_elsewhere,
     same_format,
     storage_id,
 )
@@ -122,7 +122,7 @@ class ParameterAttachment:
             self._require_fitting(self._placements[index])
             self._storages[index] = storage_id(self._parameters[index])
         require_same_ties(self._segments, self._storages, moved)
-        retyped = self._retype()
+        retyped = self._retyped()
         if retyped:
             moved = [*range(len(self._parameters))]
         homes, shares = Counter(map(storage_id, self._homes)), Counter(self._storages)
@@ -132,8 +132,9 @@ class ParameterAttachment:
             value.clone() if self._storages[index] in homes else value
             for index, value in zip(moved, values, strict=True)
         ]
-        self._leave_old_homes(moved, homes, shares)
+        self._leave_old_homes(moved, homes, shares)  # the last that may refuse
         if retyped:
+            self._retype(retyped)
             self._make_homes()
         else:
             self._renew_homes()
@@ -184,20 +185,22 @@ class ParameterAttachment:
                 self._homes[index] = placement.view(part).data  # as a parameter, without a base
                 self._home_pointers[index] = self._homes[index].data_ptr()
 
-    def _retype(self) -> set[int]:
-        """Give segments the types that their parameters have now; return those of a new type."""
+    def _retyped(self) -> set[int]:
+        """Return the parameters that are of another type than their segments."""
         members = [(s, p) for s in self._segments for p in s.placements]
-        changed = {
+        return {
             index
             for index, (segment, placement) in enumerate(members)
             if placement.parameter.dtype.to_real() != segment.dtype
         }
-        if changed:
-            for copy in self._working_copies:  # what those that have stayed hold
-                copy.take_writes()
-            for index in changed:
-                members[index][0].dtype = members[index][1].parameter.dtype.to_real()
-        return changed
+
+    def _retype(self, changed: Iterable[int]) -> None:
+        """Give the segments of some parameters the types that these have now."""
+        for copy in self._working_copies:  # what those that have stayed hold
+            copy.take_writes()
+        segments = [segment for segment in self._segments for _ in segment.placements]
+        for index in changed:
+            segments[index].dtype = self._parameters[index].dtype.to_real()
 
     def _keeps_its_memory(
         self, index: int, homes: Mapping[int, int], shares: Mapping[int, int]
@@ -231,14 +234,15 @@ class ParameterAttachment:
         """Have tensors of the user's that are still in the home of a parameter keep their values.
 
         ``backup = p.data; p.data = other`` leaves `backup` in memory that exchanges change.
+
+        Raises:
+            UserError: they cannot keep them; see `move_elsewhere`.
         """
-        if self._vector.tensor.device.type != "cpu":
-            return  # all parts have one storage there
         for index in moved:
             home = self._homes[index]
             storage = storage_id(home)
             if holders(home) > homes[storage] + shares.get(storage, 0):
-                move_to_shared_memory(home, self._placements[index].name)
+                move_elsewhere(home, self._placements[index].name)
 
     def _require_fitting(self, placement: Placement) -> None:
         """Refuse a parameter for which its segment has no room.

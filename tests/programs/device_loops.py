@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpi_dasgd
 from mpi_dasgd.cli import main
+from mpi_dasgd.model import flat_parameters, working_copy
 from mpi_dasgd.model.host_mirror import HostMirror
-from mpi_dasgd.model.working_copy import WorkingCopy
 from mpi_dasgd.training import rank_parts
 from mpi_dasgd.training.device_choice import DeviceChoice
 from mpi_dasgd.training.state_dict import _load_state, state_dict
 from mpi_dasgd.transport.release import await_release
+from tests.support.device_memory import DeviceMemory
 from tests.support.late_codec import LateCodec
 from tests.support.late_device import LateDevice
 
@@ -169,6 +170,8 @@ def _exchanged_on(device: LateDevice) -> Iterator[None]:
     make_codec = rank_parts._make_codec
     with (
         mock.patch.object(rank_parts, "choose_device", lambda *_: DeviceChoice(device)),
+        mock.patch.object(flat_parameters, "FlatMemory", DeviceMemory),
+        mock.patch.object(working_copy, "FlatMemory", DeviceMemory),
         mock.patch.object(
             rank_parts, "_make_codec", lambda *args: LateCodec(make_codec(*args), device)
         ),
@@ -240,7 +243,7 @@ def count(case: str) -> None:
     run = Run(case, device)
     run.steps(3)
     device.copies = 0
-    copy: WorkingCopy
+    copy: working_copy.WorkingCopy
     for copy in run.training.parameters._attachment._working_copies:
         copy._on_host = False  # as on a GPU
     waits = Waits()
