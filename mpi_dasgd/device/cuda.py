@@ -24,6 +24,10 @@ from mpi_dasgd.errors import DeviceFailed, UserError
 
 __all__ = ["CudaDevice"]
 
+# cudaStreamLegacy, torch's default stream, which torch calls 0. CuPy takes 0 for that of the thread
+# if CUPY_CUDA_PER_THREAD_DEFAULT_STREAM is set.
+_DEFAULT_STREAM = 1
+
 
 class CudaDevice:
     """A GPU; see `Device`.
@@ -76,14 +80,29 @@ class CudaDevice:
             UserError: that stream is being captured into a graph.
             DeviceFailed: the device has failed, in the block or before.
         """
-        if torch.cuda.is_current_stream_capturing():
-            raise UserError(
-                "the current stream is being captured into a CUDA graph, of which an exchange "
-                "cannot be a part: capture forward, backward and optimizer if you like, and call "
-                "step() outside of the graph"
-            )
-        with self._calls.checked("work on the device"), self._stream(self._torch_stream()):
+        with self._calls.checked("work on the device"), self._current():
+            if torch.cuda.is_current_stream_capturing():
+                raise UserError(
+                    "the current stream is being captured into a CUDA graph, of which an exchange "
+                    "cannot be a part: capture forward, backward and optimizer if you like, and "
+                    "call step() outside of the graph"
+                )
+            with self._stream(self._torch_stream()):
+                yield
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make it the current device in the ``with`` block.
+
+        A thread begins with device 0, and the program may have chosen another one. Launches, events
+        and the default stream would be those of that one.
+        """
+        index, runtime = self._index, self._calls.runtime
+        if torch.cuda.current_device() == index == runtime.getDevice():
             yield
+        else:
+            with torch.cuda.device(index), self.xp.cuda.Device(index):
+                yield
 
     def _stream(self, handle: int) -> Any:
         """Return CuPy's stream for a handle.
@@ -93,7 +112,7 @@ class CudaDevice:
         """
         stream = self._streams.get(handle)
         if stream is None:
-            stream = self.xp.cuda.Stream.from_external(_TorchStream(handle))
+            stream = self.xp.cuda.Stream.from_external(_TorchStream(handle or _DEFAULT_STREAM))
             self._streams[handle] = stream
         return stream
 
@@ -135,9 +154,10 @@ class CudaDevice:
         Raises:
             DeviceFailed: the device has failed.
         """
+        source = np.ascontiguousarray(source, target.dtype)
         with self.current_stream():
-            target.set(np.ascontiguousarray(source, target.dtype))
-            self.mark().wait()  # the source may change now
+            target.set(source)
+            self.mark().wait()  # the source may change, or be freed, now
 
     def allocate(self, nbytes: int) -> Region:
         """Allocate memory for payload slots, filled with zeros.
@@ -200,7 +220,7 @@ class CudaDevice:
         Raises:
             DeviceFailed: the device has failed.
         """
-        with self._calls.checked("the work on the device"):
+        with self._calls.checked("the work on the device"), self._current():
             self._calls.runtime.deviceSynchronize()
 
 

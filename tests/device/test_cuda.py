@@ -72,9 +72,9 @@ def test_work_joins_torchs_current_stream(cuda: FakeCuda, device: CudaDevice) ->
     for handle in (77, 78, 78, 0):
         cuda.stream = handle
         with device.current_stream():
-            assert FakeStream.current[-1].ptr == handle
+            assert FakeStream.current[-1].ptr == (handle or 1)  # that of no thread
             with device.current_stream():  # as within a step
-                assert FakeStream.current[-1].ptr == handle
+                assert FakeStream.current[-1].ptr == (handle or 1)
         assert not FakeStream.current
     made = FakeStream.made
     for handle in (78, 77):  # kept: CuPy 14.0 destroys torch's stream with its object
@@ -82,6 +82,29 @@ def test_work_joins_torchs_current_stream(cuda: FakeCuda, device: CudaDevice) ->
         with device.current_stream():
             assert FakeStream.current[-1].ptr == handle
     assert made == FakeStream.made
+
+
+def test_a_thread_with_another_device_works_on_this_one(cuda: FakeCuda) -> None:
+    device, function = CudaDevice(2), HostFunction()
+    found: list[int] = []
+
+    def work() -> None:
+        before = cuda.runtime.device
+        with device.current_stream():
+            device.run_after(function.address, DATA)
+            found.append(cuda.runtime.device)
+        device.assign(device.vector(torch.zeros(3)), np.ones(3))
+        device.close()
+        found.extend((cuda.runtime.device, before))
+
+    with device.current_stream():  # its stream is kept
+        pass
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [2, 0, 0]
+    assert cuda.runtime.synchronized == [2]
+    assert function.called == [DATA]
 
 
 def test_a_stream_that_is_captured_is_refused(cuda: FakeCuda, device: CudaDevice) -> None:

@@ -15,12 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -58,7 +60,13 @@ class CUDADriverError(RuntimeError):
 
 
 class DeviceArray(fake_cupy.DeviceArray):
-    """A NumPy array that has of CuPy's arrays what the package uses."""
+    """A NumPy array that has of CuPy's arrays what the package uses.
+
+    Attributes:
+        sources: arrays that are copied to a device until the host waits for an event.
+    """
+
+    sources: ClassVar[list[weakref.ref[np.ndarray]]] = []
 
     def __new__(cls, shape: Any, dtype: Any = float, memory: Any = None) -> DeviceArray:
         """As `cupy.ndarray`: over the memory at a pointer, or of its own."""
@@ -79,6 +87,7 @@ class DeviceArray(fake_cupy.DeviceArray):
         if source.shape != self.shape or source.dtype != self.dtype:
             raise ValueError(f"{source.shape} {source.dtype}, not {self.shape} {self.dtype}")
         self[...] = source
+        DeviceArray.sources.append(weakref.ref(source))
 
 
 def build_libcuda(directory: Path) -> Path:
@@ -120,7 +129,7 @@ class FakeRuntime:
         status: status of all further calls that can fail by a failed device.
         not_ready: number of queries of events that find them not done.
         free_bytes: memory that is left.
-        device: the current device.
+        synchronized: devices whose work was waited for.
     """
 
     CUDARuntimeError = CUDARuntimeError
@@ -134,7 +143,9 @@ class FakeRuntime:
         self.status = 0
         self.not_ready = 0
         self.free_bytes = 1 << 30
-        self.device = 0
+        self.synchronized: list[int] = []
+        self._of_thread = threading.local()
+        self._events_on: dict[int, int] = {}  # their devices
         self._memory: dict[int, tuple[mmap.mmap, Path | None]] = {}
         self._opened: dict[int, Path] = {}
         self._events = 0
@@ -152,6 +163,15 @@ class FakeRuntime:
     def of(self, name: str) -> list[tuple[Any, ...]]:
         """Arguments of all calls of a function."""
         return [arguments for called, *arguments in self.calls if called == name]
+
+    @property
+    def device(self) -> int:
+        """The current device of this thread."""
+        return getattr(self._of_thread, "device", 0)
+
+    @device.setter
+    def device(self, index: int) -> None:
+        self._of_thread.device = index
 
     def set_device(self, index: int) -> None:
         self._called("setDevice", index)
@@ -249,15 +269,18 @@ class FakeRuntime:
 
     def deviceSynchronize(self) -> None:  # noqa: N802
         self._called("deviceSynchronize")
+        self.synchronized.append(self.device)
         self.libcuda.fake_cuda_drain()
 
     def eventCreateWithFlags(self, flags: int) -> int:  # noqa: N802
         self._called("eventCreateWithFlags", flags)
         self._events += 1
+        self._events_on[self._events] = self.device
         return self._events
 
     def eventRecord(self, event: int, stream: int) -> None:  # noqa: N802
         self._called("eventRecord", event, stream)
+        assert self._events_on[event] == self.device, "the default stream is of another device"
 
     def eventQuery(self, event: int) -> int:  # noqa: N802
         self.calls.append(("eventQuery", event))
@@ -268,6 +291,8 @@ class FakeRuntime:
 
     def eventSynchronize(self, event: int) -> None:  # noqa: N802
         self._called("eventSynchronize", event)
+        assert all(source() is not None for source in DeviceArray.sources), "freed while copied"
+        DeviceArray.sources.clear()
 
     def streamWaitEvent(self, stream: int, event: int) -> None:  # noqa: N802
         self._called("streamWaitEvent", stream, event)
@@ -277,9 +302,11 @@ class FakeStream:
     """`cupy.cuda.Stream`; entered and left as it is."""
 
     made = 1000
+    runtime: FakeRuntime
 
     def __init__(self, *, non_blocking: bool = False) -> None:
         self.is_non_blocking = non_blocking
+        self.device = self.runtime.device
         FakeStream.made += 1
         self.ptr = FakeStream.made
 
@@ -295,11 +322,33 @@ class FakeStream:
     current: list[FakeStream] = []  # noqa: RUF012
 
     def __enter__(self) -> FakeStream:
+        assert self.device == self.runtime.device, "a stream of another device"
         FakeStream.current.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert FakeStream.current.pop() is self
+
+
+class FakeDevice:
+    """`cupy.cuda.Device`, and `torch.cuda.device`."""
+
+    def __init__(self, runtime: FakeRuntime, index: int) -> None:
+        self.id = index
+        self._runtime = runtime
+        self._before: list[int] = []
+
+    def use(self) -> None:
+        """Make it the current device of this thread."""
+        self._runtime.set_device(self.id)
+
+    def __enter__(self) -> FakeDevice:
+        self._before.append(self._runtime.device)
+        self._runtime.device = self.id
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runtime.device = self._before.pop()
 
 
 class FakeCuda:
@@ -329,7 +378,7 @@ class FakeCuda:
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
-            Stream=FakeStream,
+            Stream=type("Stream", (FakeStream,), {"runtime": self.runtime}),
             Device=self._device,
             get_current_stream=lambda: FakeStream.current[-1],
             UnownedMemory=lambda address, size, owner, device: SimpleNamespace(
@@ -340,9 +389,8 @@ class FakeCuda:
             ),
         )
 
-    def _device(self, index: int | None = None) -> Any:
-        index = self.runtime.device if index is None else index
-        return SimpleNamespace(id=index, use=lambda: self.runtime.set_device(index))
+    def _device(self, index: int | None = None) -> FakeDevice:
+        return FakeDevice(self.runtime, self.runtime.device if index is None else index)
 
     def _forget_free_memory(self) -> None:
         self.emptied += 1
@@ -376,6 +424,7 @@ class FakeCuda:
     def of_torch(self) -> dict[str, Any]:
         """Functions of `torch.cuda` as they are with this GPU."""
         return {
+            "device": self._device,
             "set_device": lambda index: self.runtime.calls.append(("torch.set_device", index)),
             "current_stream": lambda device=None: SimpleNamespace(cuda_stream=self.stream),
             "is_current_stream_capturing": lambda: self.is_capturing,

@@ -255,9 +255,10 @@ class RmaEndpoint(Endpoint):
             return
         self._closed = True
         # No word and no slot may be freed that work of this rank still uses.
-        self.flush()
-        self._device.close()
-        await_release(self.release)
+        with self._device.current_stream():
+            self.flush()
+            self._device.close()
+            await_release(self.release)
         all_came = teardown.await_all(
             self._comm, self.membership, self.refresh_membership, self._heartbeat_timeout
         )
