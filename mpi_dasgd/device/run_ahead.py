@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from mpi_dasgd.device.base import Device, Mark
 
@@ -20,6 +21,9 @@ class RunAhead:
     Args:
         device: device of this rank.
         steps: steps by which the host may be ahead beyond that, `transport.ahead`.
+
+    Attributes:
+        on_caught_up: called when the host has waited, before it claims.
     """
 
     def __init__(self, device: Device, steps: int = 0) -> None:
@@ -27,6 +31,7 @@ class RunAhead:
         self._steps = steps
         # an earlier mark is passed when a later one is
         self._marks: deque[Mark] = deque(maxlen=steps + 1)
+        self.on_caught_up: Callable[[], object] = _ignore
 
     def begin_step(self) -> None:
         """Mark the beginning of a step, its gradient, on torch's current stream."""
@@ -41,3 +46,8 @@ class RunAhead:
         """
         if len(self._marks) > self._steps:
             self._marks.popleft().wait()
+            self.on_caught_up()
+
+
+def _ignore() -> None:
+    pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import NoReturn
 
 import numpy as np
@@ -18,45 +19,55 @@ __all__ = ["LateFiniteCheck", "refuse_nonfinite"]
 class LateFiniteCheck:
     """Looks at a model on torch's current stream; the answer is read one step later.
 
-    If the device has not come so far by then, the next step's check is left out: what is not finite
-    stays so.
+    If the device has not come so far by then, steps in between are left out, but neither the newest
+    nor the one before it: what is not finite stays so.
 
     Args:
         vector: the model, (elements,), on the device.
         device: the device.
     """
 
+    _PLACES = 3  # for the answers that the device will give first, last but one, and last
+
     def __init__(self, vector: torch.Tensor, device: Device) -> None:
         self._vector, self._device = vector, device
-        self._largest = torch.zeros((), dtype=vector.dtype, pin_memory=vector.is_cuda)
-        self._answer = self._largest.numpy()
-        self._mark: Mark | None = None
-        self._step = 0
+        largest = torch.zeros(self._PLACES, dtype=vector.dtype, pin_memory=vector.is_cuda)
+        self._largest, self._answers = largest.unbind(), largest.numpy()
+        self._asked: deque[tuple[int, int, Mark]] = deque()  # step, where the answer will be, when
+        self._free = [*range(self._PLACES)]
 
     def begin(self, step: int) -> None:
-        """Look at the model as it is after step `step`, unless an answer is still to come."""
-        if self._mark is None:
-            largest = torch.linalg.vector_norm(self._vector, math.inf)  # NaN if an element is
-            self._largest.copy_(largest, non_blocking=True)
-            self._mark, self._step = self._device.mark(), step
+        """Look at the model as it is after step `step`."""
+        if not self._free:
+            self._free.append(self._asked[1][1])
+            del self._asked[1]
+        place = self._free.pop()
+        largest = torch.linalg.vector_norm(self._vector, math.inf)  # NaN if an element is
+        self._largest[place].copy_(largest, non_blocking=True)
+        self._asked.append((step, place, self._device.mark()))
 
     def failed_step(self, *, wait: bool = False) -> int | None:
         """Return the step after which the model was not finite; None if it was, or is not known.
 
         Args:
-            wait: whether to wait for the answer.
+            wait: whether to wait for the answers of all steps.
 
         Raises:
             DeviceFailed: the device has failed.
         """
-        if self._mark is None:
-            return None
-        if wait:
-            self._mark.wait()
-        elif not self._mark.is_done:
-            return None
-        self._mark = None
-        return None if math.isfinite(self._answer) else self._step
+        while self._asked:
+            step, place, mark = self._asked[0]
+            if wait:
+                mark.wait()
+            elif not mark.is_done:
+                return None
+            self._asked.popleft()
+            self._free.append(place)
+            if not math.isfinite(self._answers[place]):
+                self._free += [place for _, place, _ in self._asked]
+                self._asked.clear()
+                return step
+        return None
 
 
 def refuse_nonfinite(parameters: FlatParameters, vector: Array, what: str, seen: str) -> NoReturn:

@@ -133,8 +133,8 @@ class TorchLocalOptimizer:
                 after the step before, and others may have.
         """
         started = time.perf_counter()
-        if self._late_check is not None and self._check_finite:
-            self._refuse_late(self._late_check.failed_step())
+        if self._late_check is not None:
+            self.refuse_known_updates()
         tensor, gradient = self._gradient_tensor, self._gradient
         if tensor is not None and gradient is not None:
             if self._parameters.is_mirrored:
@@ -205,6 +205,15 @@ class TorchLocalOptimizer:
             is_finite = self._model_is_finite()
         if not is_finite:
             self._refuse(self._parameters.vector, "parameter", _UNSEEN)
+
+    def refuse_known_updates(self) -> None:
+        """Refuse a model of which a device has told that it was not finite. Never waits.
+
+        Raises:
+            Diverged: see `apply`.
+        """
+        if self._late_check is not None and self._check_finite:
+            self._refuse_late(self._late_check.failed_step())
 
     def require_finite_updates(self) -> None:
         """Refuse a model that was not finite after an update, if that is not known yet.

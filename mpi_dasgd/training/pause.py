@@ -195,12 +195,16 @@ class Pauses:
         """Do 1.
 
         Raises:
-            Diverged: this rank's model is not finite, and would make the mean so.
+            Diverged: this rank's model is not finite, and would make the mean so, or has become so
+                by its last step.
         """
         self._parameters.gather()
-        if call != Call.PAUSED and self._status == RUNNING:
+        if self._status == RUNNING:
             try:
-                self._local.require_finite_model()
+                if call == Call.PAUSED:  # the user may write to it
+                    self._local.require_finite_updates()
+                else:
+                    self._local.require_finite_model()
             except Diverged:
                 self._membership.publish_status(FAILED)
                 raise

@@ -57,6 +57,7 @@ class Stepper:
         self._waiter = waiter
         self._shadow = shadow
         self._pauses = pauses
+        parts.endpoint.run_ahead.on_caught_up = parts.local.refuse_known_updates
         self._replicas = (
             ReplicaCheck(
                 parts.endpoint, parts.parameters.vector, parts.algorithm.name, self._device

@@ -27,10 +27,10 @@ class TrainerStep(Protocol):
         """
 
     def flush(self) -> None:
-        """Wait until all steps that were made are recorded.
+        """Wait until all steps that were made are recorded, and the model is known to be finite.
 
         Raises:
-            Diverged: the loss of one is not finite.
+            Diverged: the loss of one, or the model after it, is not finite.
         """
 
     def salvage(self) -> None:
@@ -137,8 +137,9 @@ class DeviceStep:
         rows.end(self._recorder.describe_step(training.wait_seconds - waited))
 
     def flush(self) -> None:
-        """Wait until all steps that were made are recorded."""
+        """Wait until all steps that were made are recorded, and the model is known to be finite."""
         self._rows.flush()
+        self._training.local.require_finite_updates()
 
     def salvage(self) -> None:
         """Record what the device has still computed."""

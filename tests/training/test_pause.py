@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 
+from mpi_dasgd.errors import Diverged
+from mpi_dasgd.training.collective_calls import Call
+from mpi_dasgd.training.pause import Pauses
+from mpi_dasgd.transport.membership import FAILED, RUNNING
 from tests.support.rank_pool import run_pooled
-
-pytestmark = pytest.mark.mpi
 
 # After an average() in mid-run the models stay at the mean, to the rounding of the codec.
 _CASES = (
@@ -120,6 +123,7 @@ for case in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_models_stay_at_the_mean_after_an_average_in_mid_run(ranks: int) -> None:
     cases = [*_CASES, *(_TWO_RANKS if ranks == 2 else _MORE_RANKS)]
@@ -190,6 +194,7 @@ print("all", flush=True)
 """
 
 
+@pytest.mark.mpi
 def test_ranks_meet_after_different_numbers_of_steps_and_after_one_has_left() -> None:
     cases = [
         "allreduce", "dpsgd topology.graph=ring", "sgp topology.graph=exponential", "adpsgd",
@@ -199,3 +204,18 @@ def test_ranks_meet_after_different_numbers_of_steps_and_after_one_has_left() ->
     done = run_pooled(2, _UNEVEN, json.dumps(cases), timeout=120)
     assert done.stdout.count("all") == 2
     assert "rank 1 has left training, and takes part in average()" in done.stderr
+
+
+@pytest.mark.parametrize("call", [Call.PAUSED, Call.AVERAGE, Call.MEAN_MODEL])
+def test_no_call_begins_with_a_model_that_a_gpu_has_found_not_to_be_finite(call: Call) -> None:
+    """On the host its step would have refused it; a device tells of the last one when asked."""
+    parts, calls = mock.MagicMock(), mock.MagicMock()
+    parts.endpoint.rank, parts.endpoint.membership.status = 0, [RUNNING]
+    parts.local.require_finite_updates.side_effect = Diverged("update")
+    parts.local.require_finite_model.side_effect = Diverged("update")
+    with mock.patch("mpi_dasgd.training.pause.CollectiveCalls", calls):
+        pauses = Pauses(mock.MagicMock(), parts, *(mock.MagicMock() for _ in range(3)))
+        with pytest.raises(Diverged, match="update"):
+            pauses._enter(call)
+    parts.endpoint.membership.publish_status.assert_called_once_with(FAILED)
+    calls().enter.assert_not_called()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpi_dasgd import config
 from mpi_dasgd.errors import Diverged
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
 from mpi_dasgd.storage.schema import TrainRow
+from mpi_dasgd.training.finite_check import LateFiniteCheck
 from mpi_dasgd.training.trainer_step import DeviceStep, HostStep, TrainerStep
 from mpi_dasgd.training.workload import build_workload
+from tests.support.late_device import LateDevice
 from tests.support.late_stream import LateStream
 from tests.support.mpi_ranks import ROOT, run_ranks
 from tests.support.rank_pool import run_pooled
@@ -29,7 +33,7 @@ class Steps:
     def __init__(self, stream: LateStream | None, *overrides: str) -> None:
         settings = config.load(None, [*BASE, *overrides])
         self.workload = build_workload(settings, 0, 1, workers=range(1))
-        self.local = SimpleNamespace(local_step=0)
+        self.local = SimpleNamespace(local_step=0, require_finite_updates=lambda: None)
         self.training: Any = SimpleNamespace(
             local=self.local, rank=0, config=settings, step=self._step, exchange_seconds=0.0,
             wait_seconds=0.0,
@@ -79,6 +83,26 @@ def test_a_loss_that_is_not_finite_ends_the_training(stream: LateStream | None) 
     ):
         steps.make(20)
     assert steps.rows and all(np.isfinite(row.loss) for row in steps.rows)
+
+
+def test_a_model_that_is_not_finite_is_in_no_checkpoint() -> None:
+    """On the host its step would have refused it; a device tells of the last step when asked."""
+    steps = Steps(LateStream())
+    vector = torch.ones(4)
+    device = LateDevice((0.01, 0.01))
+    check = LateFiniteCheck(vector, device)
+
+    def require_finite_updates() -> None:
+        if (step := check.failed_step(wait=True)) is not None:
+            raise Diverged(f"step {step}")
+
+    steps.local.require_finite_updates = require_finite_updates
+    assert len(steps.make(2)) == 2
+    vector[1] = math.nan
+    check.begin(2)
+    with pytest.raises(Diverged, match="step 2"):
+        steps.step.flush()
+    device.close()
 
 
 SLOW = ["straggler.distribution=constant", "straggler.ranks=[0]", "straggler.factor=3.5"]
