@@ -43,7 +43,7 @@ class Rank:
             ),
             budget=SimpleNamespace(resume=lambda *counts: self._store("budget")(counts)),
             endpoint=SimpleNamespace(
-                flush=self._flush,
+                flush=self._flush, release=SimpleNamespace(is_pending=False, flush=self._flush),
                 report_gradients=self._store("gradients"),
                 membership=SimpleNamespace(
                     report_samples=self._store("samples"), gradients=[0, 0, 0]
