@@ -78,6 +78,8 @@ class Device(Protocol):
     def current_stream(self) -> AbstractContextManager[None]:
         """In the ``with`` block, work of `xp` joins torch's current stream of this thread.
 
+        It comes behind the work of earlier blocks, on whatever stream that was.
+
         Raises:
             UserError: that stream is being captured into a graph.
         """

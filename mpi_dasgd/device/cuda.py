@@ -56,6 +56,7 @@ class CudaDevice:
         self._events = CudaEvents(self._calls)
         self._memory = CudaMemory(cupy, self._calls, index)
         self._streams: dict[int, Any] = {}  # of torch, by their handles
+        self._newest: int | None = None  # the stream of the newest work
         self.bind()
         with self._calls.checked("creating a stream"):
             # A blocking one would wait for torch's default stream, and that for it.
@@ -76,6 +77,8 @@ class CudaDevice:
     def current_stream(self) -> Iterator[None]:
         """In the ``with`` block, work of CuPy joins torch's current stream of this thread.
 
+        It comes behind the work of earlier blocks, on whatever stream that was.
+
         Raises:
             UserError: that stream is being captured into a graph.
             DeviceFailed: the device has failed, in the block or before.
@@ -87,8 +90,22 @@ class CudaDevice:
                     "cannot be a part: capture forward, backward and optimizer if you like, and "
                     "call step() outside of the graph"
                 )
-            with self._stream(self._torch_stream()):
+            handle = self._torch_stream()
+            if handle != self._newest:
+                self._go_on_with(handle)
+            with self._stream(handle):
                 yield
+
+    def _go_on_with(self, handle: int) -> None:
+        """Have work on stream `handle` come behind what was asked for on another one.
+
+        A loop on a stream of the user's may be followed by `close` on the default one: the user
+        knows of no work there that would have to wait.
+        """
+        if self._newest is not None:
+            mark = self._events.mark(self._newest)
+            self._calls.runtime.streamWaitEvent(handle, mark.event)
+        self._newest = handle
 
     @contextmanager
     def _current(self) -> Iterator[None]:

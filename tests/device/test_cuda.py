@@ -84,6 +84,23 @@ def test_work_joins_torchs_current_stream(cuda: FakeCuda, device: CudaDevice) ->
     assert made == FakeStream.made
 
 
+def test_work_comes_behind_that_of_another_stream(cuda: FakeCuda, device: CudaDevice) -> None:
+    """As of a loop on a stream of the user's, and of `close` on the default one."""
+    for handle in (77, 77, 0, 78, 78):
+        cuda.stream = handle
+        with device.current_stream():
+            cuda.runtime.calls.append(("work", handle))
+    names = ("eventRecord", "streamWaitEvent", "work")
+    calls = [call for call in cuda.runtime.calls if call[0] in names]
+    events = [call[1] for call in calls if call[0] == "eventRecord"]
+    assert calls == [
+        ("work", 77), ("work", 77),
+        ("eventRecord", events[0], 77), ("streamWaitEvent", 0, events[0]), ("work", 0),
+        ("eventRecord", events[1], 0), ("streamWaitEvent", 78, events[1]), ("work", 78),
+        ("work", 78),
+    ]  # fmt: skip
+
+
 def test_a_thread_with_another_device_works_on_this_one(cuda: FakeCuda) -> None:
     device, function = CudaDevice(2), HostFunction()
     found: list[int] = []
