@@ -13,7 +13,7 @@ import torch
 from mpi_dasgd import world
 from mpi_dasgd.algorithms import ExchangeRecord
 from mpi_dasgd.config import Config, load
-from mpi_dasgd.errors import UserError
+from mpi_dasgd.errors import DeviceFailed, UserError
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.training.construction import collective_construction
 from mpi_dasgd.training.deprecated import renamed_arguments, renamed_attribute
@@ -62,7 +62,8 @@ class Decentralized:
             of a TOML file, or a mapping of keys (``{"algorithm.name": "swarm"}``).
         environment: what `mpi_dasgd.world.start` returned, if it was called before.
         record: called with every exchange, in their order; for a model on a GPU when the GPU has
-            done it (`ExchangeRecord.late_s`), and for the last ones in `finish`.
+            done it (`ExchangeRecord.late_s`), and for the last ones in `finish`, or when an error
+            leaves the ``with`` block.
         buffer_rules: what becomes of buffers that differ between ranks, by patterns of their names,
             as in ``{"*.cos_cached": "keep"}``: ``mean``, ``max``, ``rank0`` or ``keep``; by default
             the mean of floating-point ones, and the maximum of integers. See `ModelBuffers`.
@@ -370,6 +371,8 @@ class Decentralized:
             self.close()
         else:
             self._participation.fail_by(exc_value)
+            with contextlib.suppress(DeviceFailed):  # its last exchanges are recorded all the same
+                self.algorithm.settle()
 
 
 def _load_config(config: object, settings: Mapping[str, Any]) -> Config:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from mpi_dasgd.errors import DeviceFailed
+from mpi_dasgd.training.decentralized import Decentralized
 from tests.support.mpi_ranks import ROOT
 from tests.support.rank_pool import run_pooled
 
@@ -69,3 +73,18 @@ def test_pairs_of_ranks_learn_as_one_process_does(
     expected = json.loads(one.stdout)[seed]
     for line in two.stdout.splitlines():
         assert json.loads(line)[seed] <= expected + tolerance
+
+
+@pytest.mark.parametrize("failure", [None, DeviceFailed("cuda:0")])
+def test_an_error_in_a_with_block_loses_no_record_of_an_exchange(
+    failure: DeviceFailed | None,
+) -> None:
+    """Those of a GPU are late; the other ranks are told before it is waited for."""
+    training: Any = object.__new__(Decentralized)
+    done = mock.MagicMock()
+    training._participation, training.algorithm = done, done
+    done.settle.side_effect = failure
+    error = ValueError("of the user")
+    with pytest.raises(ValueError, match="of the user"), training:
+        raise error
+    assert done.mock_calls == [mock.call.fail_by(error), mock.call.settle()]
