@@ -87,10 +87,14 @@ def test_sleep_lasts_and_leaves_the_core_idle() -> None:
 
 def test_work_without_repeat_keeps_the_core_busy() -> None:
     settings = StragglerConfig(distribution="constant", ranks=(0,), factor=4.0, mode="busy")
-    wall, cpu = timed(Straggler(settings, 0, 2, 0), 0.05)
-    assert 0.15 <= wall < 3.0
-    # Other processes may hold the core for a while, but sleeping would use almost nothing.
-    assert cpu > 0.02
+    most = 0.0
+    for _ in range(10):  # other processes may hold the core, but sleeping would never use it
+        wall, cpu = timed(Straggler(settings, 0, 2, 0), 0.05)
+        assert 0.15 <= wall < 3.0
+        most = max(most, cpu)
+        if most > 0.02:
+            break
+    assert most > 0.02
 
 
 def test_work_repeats_the_gradient() -> None:

@@ -98,6 +98,17 @@ class LateDevice:
             self._work.append((time.monotonic() + self._dice.uniform(*self._delays), work))
             self._changed.notify()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """In the ``with`` block the device, if it is late at all, comes to no further work."""
+        gate = threading.Event()
+        if self._thread is not None:
+            self.submit(gate.wait)
+        try:
+            yield
+        finally:
+            gate.set()
+
     def fail(self) -> None:
         """Fail: nothing that was asked for and is not done yet will be done."""
         self._failure = DeviceFailed("the late device was told to fail")

@@ -241,13 +241,15 @@ def test_a_pause_kills_no_rank_and_the_own_heartbeat_goes_on(remote: Remote) -> 
     remote.wire.stop(1)
     remote.replace()
     heartbeat = remote.membership._own_values[0]
-    deadline = time.monotonic() + HEARTBEAT_TIMEOUT / 3
-    while time.monotonic() < deadline:
+    ends = time.monotonic() + HEARTBEAT_TIMEOUT / 3
+
+    def has_paused() -> bool:
         remote.memberships[2].send_heartbeat(remote.memory)
         remote.peers.check(0.1)
         assert remote.membership.dead == set() and remote.engine._context.quarantined == {1}
-        time.sleep(0.01)
-    assert remote.membership._own_values[0] > heartbeat + 3
+        return time.monotonic() > ends and remote.membership._own_values[0] > heartbeat + 3
+
+    wait_for(has_paused)
     remote.memberships[1].report_samples(33)
     remote.memberships[1].send_heartbeat(remote.memory)
     remote.wire.resume()
@@ -258,15 +260,18 @@ def test_a_pause_kills_no_rank_and_the_own_heartbeat_goes_on(remote: Remote) -> 
 @polled
 def test_a_quarantined_rank_is_dead_after_the_heartbeat_timeout(remote: Remote) -> None:
     remote.wire.stop(1)
-    start = time.monotonic()
+    moments = [time.monotonic()]
 
     def dead() -> bool:
+        moments.append(time.monotonic())
         remote.memberships[2].send_heartbeat(remote.memory)
         remote.peers.check(STALL_TIMEOUT)
         return remote.membership.dead == {1}
 
     wait_for(dead)
-    assert HEARTBEAT_TIMEOUT - 0.1 < time.monotonic() - start < HEARTBEAT_TIMEOUT + 0.25
+    stood_still = sum(pause for pause in np.diff(moments) if pause > 0.05)  # this process itself
+    seconds = time.monotonic() - moments[0]
+    assert HEARTBEAT_TIMEOUT - 0.1 < seconds < HEARTBEAT_TIMEOUT + 0.25 + stood_still
 
 
 def test_no_request_is_sent_to_a_quarantined_rank(remote: Remote) -> None:

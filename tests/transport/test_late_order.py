@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,20 @@ def messages(codec: NoCodec, count: int) -> list[Message]:
 def test_the_device_does_its_work_late_and_in_order(delays: tuple[float, float]) -> None:
     device = LateDevice(delays)
     done: list[int] = []
-    for number in range(20):
-        device.submit(lambda number=number: done.append(number))
     callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(done.append)
-    mark = device.mark()
     address = ctypes.cast(callback, ctypes.c_void_p).value
     assert address is not None
-    device.run_after(address, 20)
-    assert mark.is_done == (max(delays) == 0)
+    with device.held():
+        for number in range(20):
+            device.submit(lambda number=number: done.append(number))
+        mark = device.mark()
+        device.run_after(address, 20)
+        assert mark.is_done == bool(done) == (max(delays) == 0)
     mark.wait()
     assert mark.is_done and done[:20] == list(range(20))
+    asked = time.monotonic()
+    device.mark().wait()
+    assert time.monotonic() - asked >= min(delays)
     device.close()
     assert done == list(range(21))
     tensor = torch.arange(3.0)
@@ -74,9 +79,10 @@ def test_the_device_does_its_work_late_and_in_order(delays: tuple[float, float])
 def test_a_device_that_has_failed_does_nothing_more() -> None:
     device = LateDevice(DELAYS)
     done: list[int] = []
-    device.submit(lambda: done.append(1))
-    mark = device.mark()
-    device.fail()
+    with device.held():
+        device.submit(lambda: done.append(1))
+        mark = device.mark()
+        device.fail()
     run_after = functools.partial(device.run_after, 0, 0)
     for call in (mark.wait, device.mark, lambda: mark.is_done, run_after, device.close):
         with pytest.raises(DeviceFailed):
@@ -110,9 +116,10 @@ def test_outputs_are_there_when_they_are_due() -> None:
         partner, reply, publication, delta = messages(inner, 4)
         partner.payload[:], delta.payload[:] = 3, 1
         x = np.zeros(64, np.float32)
-        codec.average_pair(x, ExchangeBuffers([delta], partner, 0.5, reply, publication))
-        assert (x == 2).all()
-        assert (publication.payload == 2).all() == (max(delays) == 0)
+        with device.held():
+            codec.average_pair(x, ExchangeBuffers([delta], partner, 0.5, reply, publication))
+            assert (x == 2).all()
+            assert (publication.payload == 2).all() == (max(delays) == 0)
         device.close()
         assert (publication.payload == 2).all() and (reply.payload == -1).all()
         assert (codec.work.launches, codec.work.wrong, codec.work.outside) == (1, 0, 1)
@@ -121,11 +128,12 @@ def test_outputs_are_there_when_they_are_due() -> None:
 def test_memory_that_is_given_away_too_early_is_seen() -> None:
     codec = LateCodec(NoCodec(64, np.dtype(np.float32)), device := LateDevice(DELAYS))
     x = np.zeros(64, np.float32)
-    for case in range(3):
-        partner, reply, publication = messages(codec.inner, 3)
-        with device.current_stream():
-            codec.average_pair(x, ExchangeBuffers((), partner, 0.5, reply, publication))
-        (partner, reply, publication)[case].payload[5] = 1
+    with device.held():
+        for case in range(3):
+            partner, reply, publication = messages(codec.inner, 3)
+            with device.current_stream():
+                codec.average_pair(x, ExchangeBuffers((), partner, 0.5, reply, publication))
+            (partner, reply, publication)[case].payload[5] = 1
     device.close()
     assert (codec.work.given_back, codec.work.taken_away, codec.work.outside) == (1, 2, 0)
 
