@@ -33,6 +33,7 @@ from mpi_dasgd.device.ipc_probe import Verdict
 from mpi_dasgd.training import rank_parts, trainer
 from tests.support.fake_cuda import FakeCuda
 from tests.support.mpi_ranks import ROOT
+from tests.support.pace import in_pace
 
 CONFIG = {"algorithm.name": "adpsgd", "codec.name": "lattice8", "device.share": True}
 EXCHANGES = 200  # that each rank must have made
@@ -134,7 +135,7 @@ def train(world: Any, folder: Path, name: str) -> dict[str, Any]:
     overrides += ["codec.name=lattice8", "evaluation.count=2", "checkpoint.count=2"]
     overrides += ["device.share=true"]
     config = load(str(ROOT / "jobs" / "train.toml"), overrides)
-    with mock.patch.object(binding, "device_of_rank", lambda _: "cpu"):
+    with mock.patch.object(binding, "device_of_rank", lambda _: "cpu"), in_pace():
         assert trainer.train(config, world) == 0
     world.comm.Barrier()
     with h5py.File(folder / name / "results.h5") as file:

@@ -15,6 +15,7 @@ from mpi_dasgd import config, world
 from mpi_dasgd.training import trainer, trainer_step
 from tests.support.late_stream import LateStream
 from tests.support.late_training import late_training
+from tests.support.pace import in_pace
 from tests.support.training import JOB
 
 LAG = 5  # marks: more than a step asks for
@@ -35,6 +36,7 @@ def main() -> None:
                 codecs = stack.enter_context(
                     late_training((1e-4, 1e-3), environment.rank, memory="ipc")
                 )
+            stack.enter_context(in_pace())
             code = trainer.train(config.load(JOB, keys), environment)
         assert code == 0, f"{name}: exit code {code}"
         if name == "exchange":

@@ -9,10 +9,23 @@ from tests.support.rank_pool import run_pooled
 
 JOB = ROOT / "jobs" / "train.toml"
 MAIN = "import sys; from mpi_dasgd.cli import main; sys.exit(main(sys.argv[1:]))"
+IN_PACE = """
+import sys
+from mpi_dasgd.cli import main
+from tests.support.pace import in_pace
+with in_pace():
+    code = main(sys.argv[1:])
+sys.exit(code)
+"""
 
 
 def train(
-    ranks: int, directory: Path, *overrides: str, mpi: str = "mpich", code: int = 0
+    ranks: int,
+    directory: Path,
+    *overrides: str,
+    mpi: str = "mpich",
+    code: int = 0,
+    together: bool = False,
 ) -> Completed:
     """Train as `JOB` says, on ranks that stay; the results come into ``directory/run``.
 
@@ -22,10 +35,11 @@ def train(
         overrides: of the job.
         mpi: one of `MPIS`.
         code: expected exit code of every rank.
+        together: whether no rank may be some steps ahead of another (`tests.support.pace`).
     """
     done = run_pooled(
-        ranks, MAIN, "train", str(JOB), f"run.directory={directory}", "run.name=run", *overrides,
-        mpi=mpi, timeout=120, check=False,
+        ranks, IN_PACE if together else MAIN, "train", str(JOB), f"run.directory={directory}",
+        "run.name=run", *overrides, mpi=mpi, timeout=120, check=False,
     )  # fmt: skip
     assert done.codes == [code] * ranks, done.report()
     return done

@@ -78,22 +78,27 @@ def test_no_rank_is_farther_ahead_than_the_last_step_is_declared(
 def test_all_stop_at_the_same_step_by_the_clock(
     algorithm: str, extra: list[str], tmp_path: Path
 ) -> None:
-    train(
-        4, tmp_path, f"algorithm.name={algorithm}", "budget.seconds=1", "schedule.name=constant",
-        "schedule.warmup=0", "straggler.distribution=constant", "straggler.ranks=[0]",
-        "straggler.factor=5", "evaluation.count=1", "evaluation.live=false", *extra,
-    )  # fmt: skip
-    results = load_run(tmp_path / "run").results
-    assert results.attributes["status"] == "finished"
-    steps = results.n_records["train"]
-    assert steps.min() == steps.max() > 10
+    for seconds in (1, 8, 40):  # as many as a busy machine needs for some steps
+        train(
+            4, tmp_path, f"algorithm.name={algorithm}", f"budget.seconds={seconds}",
+            "schedule.name=constant", "schedule.warmup=0", "straggler.distribution=constant",
+            "straggler.ranks=[0]", "straggler.factor=5", "evaluation.count=1",
+            "evaluation.live=false", "run.overwrite=true", *extra,
+        )  # fmt: skip
+        results = load_run(tmp_path / "run").results
+        assert results.attributes["status"] == "finished"
+        steps = results.n_records["train"]
+        assert steps.min() == steps.max()
+        if steps.max() > 10:
+            break
+    assert steps.max() > 10
 
 
 @pytest.mark.mpi
 def test_a_resumed_run_does_not_take_its_past_for_delays(tmp_path: Path) -> None:
     settings = ["checkpoint.count=2", "evaluation.count=1", "evaluation.live=false"]
-    train(3, tmp_path, *settings, "budget.epochs=4")
-    train(3, tmp_path, *settings, "budget.epochs=6", "run.resume=true")
+    train(3, tmp_path, *settings, "budget.epochs=4", together=True)
+    train(3, tmp_path, *settings, "budget.epochs=6", "run.resume=true", together=True)
     resumed = load_run(tmp_path / "run")
     assert resumed.results.attributes["status"] == "finished"
     assert resumed.column("train", "step").min() > 20  # else this is not the resumed part

@@ -106,7 +106,8 @@ def test_four_ranks_learn_the_digits(
 @pytest.mark.parametrize("ranks", rank_counts(2, 3))
 @pytest.mark.parametrize("path", ["shared_memory", "rma"])
 def test_exchanges_are_recorded_and_counted(tmp_path: Path, ranks: int, path: str) -> None:
-    train(ranks, tmp_path, f"transport.mode={path}", "budget.epochs=6", "evaluation.live=false")
+    settings = [f"transport.mode={path}", "budget.epochs=6", "evaluation.live=false"]
+    train(ranks, tmp_path, *settings, together=True)
     exchange = xarray.open_dataset(
         tmp_path / "run" / "results.h5", engine="h5netcdf", group="exchange"
     ).to_dataframe()
@@ -150,7 +151,7 @@ def test_the_digits_are_learned_with_codecs(tmp_path: Path, codec: str) -> None:
 
 def test_an_asynchronous_run_resumes_with_the_scales_of_its_codec(tmp_path: Path) -> None:
     settings = ["codec.name=lattice8", "checkpoint.count=3", "evaluation.count=2"]
-    train(2, tmp_path, *settings, "budget.epochs=8")
+    train(2, tmp_path, *settings, "budget.epochs=8", together=True)
     saved = sorted((tmp_path / "run" / "checkpoints").glob("*rank00000*"))[-1]
     with h5py.File(saved) as file:
         assert file["arrays/codec/estimate"].shape == (10,)
