@@ -131,7 +131,7 @@ def test_one_rank_says_why_it_fails_and_all_end_with_its_exit_code(
     assert job.err.count("Traceback") == message.count("Traceback")
     assert job.err.count("mpi-dasgd: ") == 1, job.err
     assert job.err.splitlines()[-1].startswith("mpi-dasgd launch: ranks ") or code == 2
-    assert job.seconds < 15
+    assert job.seconds < 40  # a rank sleeps for 50 s
     # Exit handlers run, and files that are open are written; but a thread's failure is sudden.
     ended_well = 3 - (how == "thread")
     assert job.out.count("early handler\n") == job.out.count("late handler\n") == ended_well

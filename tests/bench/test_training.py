@@ -49,6 +49,7 @@ from tests.support.mpi_ranks import ROOT, missing, mpi_library
 # Parameters of the model of T1.
 PARAMETERS = 9_930
 SCENARIO = Scenario("T1", 2, "s10")
+ENOUGH_SECONDS = (0.5, 4.0, 20.0)  # of training, until a busy machine has made some steps
 
 
 @pytest.fixture
@@ -209,19 +210,22 @@ def test_a_gpu_that_is_missing_is_refused_before_anything_runs(tmp_path: Path) -
 def test_ddp_on_a_late_stream_has_the_losses_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses, times = [], []
-    for stream in (None, LateStream(4)):
-        monkeypatch.setattr(ddp, "device_stream", lambda device, stream=stream: stream)
-        directory = tmp_path / ("host" if stream is None else "late")
-        directory.mkdir()
-        config = Measurement(Scenario("T1", 2, "c2"), "ddp", 0, 0.3).config(directory)
-        trainer = DdpTrainer(config)  # one rank: there is no launcher
-        trainer.run()
-        record = read_run_file(rank_path(config.run_directory, 0))
-        assert record.tables["train"]["step"].tolist() == list(range(1, trainer.step + 1))
-        losses.append(record.tables["train"]["loss"])
-        times.append(record.tables["train"]["time_s"])
-    compared = min(map(len, losses))
+    for seconds in ENOUGH_SECONDS:
+        losses, times = [], []
+        for stream in (None, LateStream(4)):
+            monkeypatch.setattr(ddp, "device_stream", lambda device, stream=stream: stream)
+            directory = tmp_path / f"{stream} {seconds}"
+            directory.mkdir()
+            config = Measurement(Scenario("T1", 2, "c2"), "ddp", 0, seconds).config(directory)
+            trainer = DdpTrainer(config)  # one rank: there is no launcher
+            trainer.run()
+            record = read_run_file(rank_path(config.run_directory, 0))
+            assert record.tables["train"]["step"].tolist() == list(range(1, trainer.step + 1))
+            losses.append(record.tables["train"]["loss"])
+            times.append(record.tables["train"]["time_s"])
+        compared = min(map(len, losses))
+        if compared > 5:
+            break
     assert compared > 5
     np.testing.assert_array_equal(losses[0][:compared], losses[1][:compared])
     assert all((np.diff(time) >= 0).all() for time in times)
@@ -328,20 +332,23 @@ def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
 
     The straggler computes, so that its additional gradients would show if they were applied.
     """
-    losses = []
-    for algorithm in ("allreduce", "ddp"):
-        directory = tmp_path / algorithm
-        directory.mkdir()
-        config = Measurement(Scenario("T1", 2, "c4"), algorithm, 0, 1.0).config(directory)
-        file = directory / "config.json"
-        file.write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank", algorithm, str(file)]
-        assert launch.run(command, 2, timeout=120, env={"OMP_NUM_THREADS": "1"}).code == 0
-        records = [read_run_file(rank_path(config.run_directory, rank)) for rank in range(2)]
-        steps = {record.counters["steps"] for record in records}
-        assert len(steps) == 1, "ranks in lockstep"
-        losses.append([record.tables["train"]["loss"] for record in records])
-    compared = min(30, *(len(rank) for ranks in losses for rank in ranks))
+    for seconds in ENOUGH_SECONDS:
+        losses = []
+        for algorithm in ("allreduce", "ddp"):
+            directory = tmp_path / f"{algorithm} {seconds}"
+            directory.mkdir()
+            config = Measurement(Scenario("T1", 2, "c4"), algorithm, 0, seconds).config(directory)
+            file = directory / "config.json"
+            file.write_text(config.model_dump_json())
+            command = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank", algorithm, str(file)]
+            assert launch.run(command, 2, timeout=120, env={"OMP_NUM_THREADS": "1"}).code == 0
+            records = [read_run_file(rank_path(config.run_directory, rank)) for rank in range(2)]
+            steps = {record.counters["steps"] for record in records}
+            assert len(steps) == 1, "ranks in lockstep"
+            losses.append([record.tables["train"]["loss"] for record in records])
+        compared = min(30, *(len(rank) for ranks in losses for rank in ranks))
+        if compared > 5:
+            break
     assert compared > 5
     allreduce, ddp = (np.array([rank[:compared] for rank in ranks]) for ranks in losses)
     np.testing.assert_allclose(ddp, allreduce, rtol=1e-3)

@@ -21,6 +21,7 @@ from tests.support.mpi_ranks import ROOT, mpi_library, run_ranks
 
 pytestmark = pytest.mark.concurrent
 
+LIMITS = (6, 40)  # seconds until ranks are where they stay: here, and on a busy machine
 START = """
 import os, signal, sys, time
 from mpi4py import MPI
@@ -73,38 +74,42 @@ def test_survivors_of_a_killed_rank_finish(mpi):
 
 def test_exception_ends_all_ranks_within_seconds(mpi):
     program = START + "if rank == 1: raise ValueError('this one')\ntime.sleep(50)"
-    done = run_ranks(3, program, mpi=mpi, timeout=40, check=False)
+    done = run_ranks(3, program, mpi=mpi, timeout=60, check=False)
     assert done.code == 1
     assert "ValueError: this one" in done.stderr
-    assert done.seconds < 15
+    assert done.seconds < 40
 
 
 def test_failure_before_mpi_starts_ends_the_others():
     """No rank calls MPI_Abort, and the others wait in MPI_Init."""
     program = "import os\nif os.environ['PMI_RANK'] == '1': os._exit(6)\n" + START
-    done = run_ranks(2, program, timeout=40, check=False)
+    done = run_ranks(2, program, timeout=60, check=False)
     assert done.code == 6
-    assert done.seconds < 15
+    assert done.seconds < 40
 
 
 def test_time_limit_shows_the_stacks_of_all_ranks(mpi):
     program = START + (
         "def stuck():\n    comm.Barrier()\n"
         "def stopped():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "def asleep():\n    time.sleep(50)\n"
+        "def asleep():\n    time.sleep(90)\n"
         "[stuck, asleep, stopped][rank]()\n"
     )
-    start = time.monotonic()
-    with pytest.raises(AssertionError) as failure:
-        run_ranks(3, program, mpi=mpi, timeout=6)
-    assert time.monotonic() - start < 15
-    text = str(failure.value)
-    stacks = text.split("--- stacks of rank ")[1:]
-    assert [stack[0] for stack in stacks] == ["0", "1", "2"]
-    assert "in stuck" in stacks[0]
-    assert "in asleep" in stacks[1]
-    assert "none" in stacks[2]  # a stopped process cannot dump its stacks, but it is killed
-    assert "ranks [137, 137, 137]" in text
+    # A stopped process cannot dump its stacks, but it is killed.
+    expected = ("in stuck", "in asleep", "none")
+    for limit in LIMITS:
+        start = time.monotonic()
+        with pytest.raises(AssertionError) as failure:
+            run_ranks(3, program, mpi=mpi, timeout=limit)
+        assert time.monotonic() - start < limit + 30
+        text = str(failure.value)
+        stacks = text.split("--- stacks of rank ")[1:]
+        assert [stack[0] for stack in stacks] == ["0", "1", "2"]
+        assert "ranks [137, 137, 137]" in text
+        found = [words in stack for words, stack in zip(expected, stacks, strict=True)]
+        if all(found):
+            break
+    assert all(found), text
 
 
 def _start(directory: Path, program: str, n: int) -> subprocess.Popen[str]:
@@ -150,7 +155,7 @@ def test_signal_is_passed_on(tmp_path, handler, codes, verdict):
         time.sleep(0.5)
         assert helper.poll() is None
         helper.send_signal(signal.SIGTERM)
-    assert helper.wait(timeout=8) == 0
+    assert helper.wait(timeout=30) == 0
     helper.stdout.close()
     answer = json.loads((tmp_path / "answer").read_text())
     assert answer["codes"] == codes
@@ -298,6 +303,10 @@ def test_killed_rank_on_another_host(two_hosts: Hosts):
 
 
 def test_time_limit_reaches_other_hosts(mpi, two_hosts: Hosts):
-    with pytest.raises(AssertionError, match=r"ranks \[137, 137\]") as failure:
-        run_ranks(2, START + "time.sleep(50)", mpi=mpi, hosts=two_hosts, timeout=6)
-    assert str(failure.value).count("program.py") == 2
+    for limit in LIMITS:
+        with pytest.raises(AssertionError, match=r"ranks \[137, 137\]") as failure:
+            run_ranks(2, START + "time.sleep(90)", mpi=mpi, hosts=two_hosts, timeout=limit)
+        found = str(failure.value).count("program.py")
+        if found == 2:
+            break
+    assert found == 2
