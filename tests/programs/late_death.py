@@ -5,10 +5,12 @@ Argument: how the last rank ends: `killed`, `fails` (its device does, in a step)
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -17,7 +19,16 @@ from mpi_dasgd import Decentralized
 from tests.support.late_training import late_training
 
 RANK, SIZE = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+LAST = Path(f"/proc/{MPI.COMM_WORLD.bcast(os.getpid(), root=SIZE - 1)}/stat")
 STEPS = 60
+
+
+def has_ended() -> bool:
+    """Return whether the process of the last rank has."""
+    try:
+        return LAST.read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def main(end: str) -> None:
@@ -27,11 +38,13 @@ def main(end: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with late_training((0.002, 0.004), RANK):
         training = Decentralized(
-            model, optimizer, config={"transport.heartbeat_timeout": 1, "codec.name": "none"}
+            model, optimizer, config={"transport.heartbeat_timeout": 2, "codec.name": "none"}
         )
     device, release = training.endpoint._device, training.endpoint.release
     claims = 0
-    for step in range(STEPS):
+    for step in itertools.count():
+        if RANK != SIZE - 1 and step >= STEPS and has_ended():
+            break
         if RANK == SIZE - 1 and step == STEPS // 2:
             device._delays = (600.0, 600.0)
             training.endpoint.run_ahead.begin_step = lambda: None  # it claims all the same

@@ -24,7 +24,7 @@ from tests.support.late_codec import LateCodec
 from tests.support.late_training import GridSteps, late_training
 
 DELAYS = (1e-3, 4e-3)
-STEPS_UNTIL_DEATH, STEPS_AFTER = 20, 40
+STEPS_UNTIL_DEATH, EXCHANGES_AFTER = 20, 10
 
 
 def kill_during(codec: LateCodec, launches: int) -> None:
@@ -50,22 +50,25 @@ def main() -> None:
     model = Vector(5000, seed=1)
     optimizer = GridSteps([model.x], seed=rank)
     model.x.grad = torch.zeros_like(model.x)
-    settings = {"algorithm.name": "adpsgd", "transport.heartbeat_timeout": 1.5}
+    settings = {"algorithm.name": "adpsgd", "transport.heartbeat_timeout": 2.5}
     with late_training(DELAYS, rank, memory=sys.argv[1]) as codecs:
         training = Decentralized(model, optimizer, config=settings, environment=environment)
     if rank == victim:
         kill_during(codecs[0], STEPS_UNTIL_DEATH)
+    membership = training.endpoint.membership
     deadline = time.monotonic() + 30
-    while not training.endpoint.membership.dead and time.monotonic() < deadline:
-        training.step()
+    while not membership.dead and time.monotonic() < deadline:
+        training.step(0)
     sent = training.counters["messages"]
-    for _ in range(STEPS_AFTER):
-        training.step()
+    # As samples they tell each other their exchanges: each goes on until all have made enough.
+    while min(membership.samples[:victim]) < EXCHANGES_AFTER and time.monotonic() < deadline:
+        training.step(training.counters["messages"] - sent - training.samples)
+        training.endpoint.refresh_membership()
     training.finish()
     report = {
-        "dead": sorted(training.endpoint.membership.dead),
+        "dead": sorted(membership.dead),
         "sent": training.counters["messages"] - sent,
-        "steps": STEPS_AFTER,
+        "enough": EXCHANGES_AFTER,
         "wrong": codecs[0].work.wrong,
         "launches": codecs[0].work.launches,
     }

@@ -59,7 +59,7 @@ class Part:
         self.local = Local(self.x, rng)
         made = codecs.make(CodecConfig(name=codec), ELEMENTS, self.x.dtype, seed=1, rank=comm.rank)
         self.endpoint = RmaEndpoint(
-            comm, made.layout, graph, TransportConfig(mode=path, heartbeat_timeout=1.0)
+            comm, made.layout, graph, TransportConfig(mode=path, heartbeat_timeout=2.0)
         )
         self.records: list[ExchangeRecord] = []
         settings = AlgorithmConfig(name=NAMES[variant], variant=variant)

@@ -16,7 +16,7 @@ algorithm, how = sys.argv[1:]
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-config = {"algorithm.name": algorithm, "transport.heartbeat_timeout": 1.0}
+config = {"algorithm.name": algorithm, "transport.heartbeat_timeout": 2.0}
 if how == "alone": config["transport.stall_timeout"] = 2.0
 training = mpi_dasgd.Decentralized(model, optimizer, config=config)
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)

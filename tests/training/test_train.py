@@ -415,7 +415,7 @@ def _train_with_deaths(
     return run_ranks(
         ranks, DIES_AT_THE_END, where, victims, str(JOB), f"run.directory={directory}",
         "run.name=run", "budget.epochs=2", "evaluation.count=2",
-        "transport.heartbeat_timeout=1", *overrides, check=False,
+        "transport.heartbeat_timeout=2", *overrides, check=False,
     )  # fmt: skip
 
 

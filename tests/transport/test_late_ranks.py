@@ -91,4 +91,4 @@ def test_the_others_go_on_when_a_rank_is_killed_while_its_device_writes() -> Non
     assert reports.keys() == {"0", "1"}, done.report()
     for report in reports.values():
         assert report["dead"] == [2] and report["wrong"] == 0
-        assert report["sent"] > report["steps"] / 4
+        assert report["sent"] >= report["enough"] > 0

@@ -230,6 +230,7 @@ def test_windows_are_freed_when_all_swaps_are_made() -> None:
     run_pooled(
         2,
         """
+        import contextlib, threading
         import numpy as np
         from mpi4py import MPI
         from mpi_dasgd import topology
@@ -242,7 +243,9 @@ def test_windows_are_freed_when_all_swaps_are_made() -> None:
         comm = MPI.COMM_WORLD
         layout = Layout(codec=0, elements=8, payload_dtype=np.dtype("f4"), payload_items=8)
         graph = topology.build("complete", 2)
-        device = LateDevice((0.1, 0.1))
+        device = LateDevice((0.001, 0.001))
+        held = contextlib.ExitStack()
+        held.enter_context(device.held())
         endpoint = RmaEndpoint(comm, layout, graph, TransportConfig(), device=device)
         release, words = endpoint.release, endpoint._words
         assert isinstance(release, Launched)
@@ -252,6 +255,7 @@ def test_windows_are_freed_when_all_swaps_are_made() -> None:
         found = []
         free = words.close
         words.close = lambda: (found.append(release.is_pending), free())
+        threading.Timer(0.1, held.close).start()
         endpoint.close()
         assert found == [False], found
         """,
