@@ -72,7 +72,7 @@ def test_script_without_main_guard_is_told_once(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode != 0 and "read" not in done.stdout

@@ -55,7 +55,7 @@ def test_the_exit_code_is_known_before_the_end(ending: str, seen: str, code: int
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert (done.stdout, done.returncode) == (f"seen {seen}\n", code), done.stderr
     assert (done.stderr == "no more disk quota\n") == ("quota" in ending)

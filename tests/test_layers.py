@@ -84,7 +84,7 @@ def _loaded_by(code: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
         cwd=ROOT,
     )
     return set(done.stdout.split())

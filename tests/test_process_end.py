@@ -27,7 +27,7 @@ class Job:
 
 
 def launch_script(
-    script: Path, n: int, *arguments: str, mpi: str = "mpich", timeout: int = 60
+    script: Path, n: int, *arguments: str, mpi: str = "mpich", timeout: int = 120
 ) -> Job:
     """Run a script on `n` ranks, as a user does."""
     started = time.monotonic()

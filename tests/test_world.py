@@ -54,7 +54,7 @@ def test_separate_one_rank_jobs_are_refused_once() -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 2
@@ -91,10 +91,9 @@ def test_an_uncaught_exception_ends_all_ranks_and_is_printed_once(where: str) ->
         """,
         where,
         check=False,
-        timeout=40,
     )
     assert done.code == 1
-    assert done.seconds < 20
+    assert done.seconds < 40
     assert done.stderr.count("ZeroDivisionError: on purpose") == 1
     assert "rank 1 failed and ends the job" in done.stderr
 

@@ -294,11 +294,13 @@ def test_tcp_bytes_are_counted() -> None:
 @pytest.mark.usefixtures("environment")
 def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Speeds are not compared: other programs may run."""
-    arguments = (
-        "--tasks T1 --ranks 2 --stragglers s10 --algorithms adpsgd,ddp --seconds 2 --repeats 1"
-    )
-    code = bench.run("training", [*arguments.split(), "--json", "--out", str(tmp_path)])
-    out, err = capsys.readouterr()
+    arguments = "--tasks T1 --ranks 2 --stragglers s10 --algorithms adpsgd,ddp --repeats 1"
+    for length in (2, 12):  # seconds; a busy machine may make too few steps in the first ones
+        given = [*arguments.split(), "--seconds", str(length), "--json", "--out", str(tmp_path)]
+        code = bench.run("training", given)
+        out, err = capsys.readouterr()
+        if "give more --seconds" not in err:
+            break
     assert code == 0, err
     assert "3 measurements, about" in err.splitlines()[0]
     report = json.loads(out)
@@ -313,7 +315,7 @@ def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["cpu_others"] >= 0
         for model in ("mean", "worst"):
             seconds = row[f"seconds_to_95_{model}"]
-            assert seconds is None or 0 < seconds < 5
+            assert seconds is None or 0 < seconds < length + 3
     assert rows["alone"]["bytes_per_step"] == 0
     assert 4 * PARAMETERS < rows["ddp"]["bytes_per_step"] < 1.1 * 4 * PARAMETERS
     assert 0 < rows["adpsgd"]["bytes_per_step"] < 2.2 * 4 * PARAMETERS

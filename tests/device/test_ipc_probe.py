@@ -139,7 +139,7 @@ def test_as_a_program_without_a_gpu() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         cwd=ROOT,
         env={"PATH": "/usr/bin", "CUDA_VISIBLE_DEVICES": ""},
     )

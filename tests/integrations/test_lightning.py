@@ -50,5 +50,5 @@ def test_trainer(tmp_path: Path) -> None:
 def test_an_exception_on_one_rank_ends_all() -> None:
     done = run_ranks(2, FAILS, check=False)
     assert done.code != 0
-    assert done.seconds < 40
+    assert done.seconds < 100
     assert "a fault of the user" in done.stderr or "rank 1 has failed" in done.stderr

@@ -41,7 +41,7 @@ def _check(tmp_path: Path, seconds: int, limits: str = "") -> tuple[int, dict[st
         env={**os.environ, "PYTHON": str(tmp_path / "python")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     lines = (out / "table.txt").read_text().splitlines()
     return done.returncode, dict(line.split(":", 1) for line in lines if ":" in line), out

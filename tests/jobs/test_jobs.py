@@ -17,6 +17,7 @@ from tests.support.rank_pool import run_pooled
 
 JOBS = sorted((ROOT / "jobs" / "digits").glob("*.toml"))
 PROGRAM = ROOT / "tests" / "programs" / "train_jobs.py"
+pytestmark = pytest.mark.timeout(600)  # the first test trains by all jobs
 
 
 @pytest.fixture(scope="module")

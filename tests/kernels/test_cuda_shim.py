@@ -112,7 +112,7 @@ def test_a_word_that_is_written_meanwhile_does_not_part_the_lanes() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": rejected") == 6

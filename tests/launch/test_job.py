@@ -65,7 +65,7 @@ def test_survivors_of_a_killed_rank_finish(mpi):
         "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "time.sleep(1); sys.stdout.write(f'{rank} finished\\n'); sys.stdout.flush(); os._exit(0)\n"
     )
-    done = run_ranks(3, program, mpi=mpi, timeout=30)
+    done = run_ranks(3, program, mpi=mpi)
     assert done.codes == [0, 137, 0]
     assert done.code == 0
     assert done.message.startswith("warning: rank 1 killed by SIGKILL")
@@ -74,7 +74,7 @@ def test_survivors_of_a_killed_rank_finish(mpi):
 
 def test_exception_ends_all_ranks_within_seconds(mpi):
     program = START + "if rank == 1: raise ValueError('this one')\ntime.sleep(50)"
-    done = run_ranks(3, program, mpi=mpi, timeout=60, check=False)
+    done = run_ranks(3, program, mpi=mpi, check=False)
     assert done.code == 1
     assert "ValueError: this one" in done.stderr
     assert done.seconds < 40
@@ -83,7 +83,7 @@ def test_exception_ends_all_ranks_within_seconds(mpi):
 def test_failure_before_mpi_starts_ends_the_others():
     """No rank calls MPI_Abort, and the others wait in MPI_Init."""
     program = "import os\nif os.environ['PMI_RANK'] == '1': os._exit(6)\n" + START
-    done = run_ranks(2, program, timeout=60, check=False)
+    done = run_ranks(2, program, check=False)
     assert done.code == 6
     assert done.seconds < 40
 
@@ -297,7 +297,7 @@ def test_killed_rank_on_another_host(two_hosts: Hosts):
         "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "time.sleep(1); os._exit(0)\n"
     )
-    done = run_ranks(2, program, hosts=two_hosts, timeout=30)
+    done = run_ranks(2, program, hosts=two_hosts)
     assert done.codes == [0, 137]
     assert done.code == 0
 

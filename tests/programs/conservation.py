@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument(
         "--max-attempts", type=int, default=4, help="neighbours tried for one exchange"
     )
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each mode")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each mode")
     parser.add_argument("--inbox-slots", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--sleep", type=float, default=0.0, help="seconds outside MPI of the last rank"
     )
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds in all")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
     comm = MPI.COMM_WORLD
     report = Rank(comm, parser.parse_args()).run()

@@ -334,6 +334,6 @@ def test_provenance_does_not_import_torch_or_mpi() -> None:
         "assert not {'torch', 'mpi4py', 'h5py', 'numpy'} & set(sys.modules); print(e['h5py'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == h5py.__version__

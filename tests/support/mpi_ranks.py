@@ -59,7 +59,7 @@ def run_ranks(
     program: str | Path,
     *args: str,
     mpi: str = "mpich",
-    timeout: float = 60,
+    timeout: float = 120,
     hosts: Hosts | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = True,

@@ -44,7 +44,7 @@ def run_pooled(
     program: str | Path,
     *args: str,
     mpi: str = "mpich",
-    timeout: float = 60,
+    timeout: float = 120,
     check: bool = True,
 ) -> Completed:
     """Run `program` on `n` ranks that other tests use as well; as `run_ranks` otherwise.

@@ -43,7 +43,7 @@ def test_a_rank_that_never_imports_the_package_is_waited_for_as_long_as_allowed(
     job = launch_script(script, 2)
     assert job.code == 2, job.err
     assert job.err.count(MESSAGE) == job.err.count("mpi-dasgd: ") == 1
-    assert job.seconds < 30
+    assert job.seconds < 60
 
 
 def test_so_it_is_under_the_launcher_of_the_library(mpi: str, script: Path) -> None:
@@ -57,7 +57,7 @@ def test_so_it_is_under_the_launcher_of_the_library(mpi: str, script: Path) -> N
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert job.returncode == 2, job.stderr
     assert job.stderr.count(MESSAGE) == 1

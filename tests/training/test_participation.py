@@ -70,14 +70,14 @@ def test_a_synchronous_algorithm_ends_with_one_message_when_a_rank_is_killed(scr
     assert job.code == 4, job.err
     assert job.err.count("rank 1 is gone, and allreduce needs it") == 1
     assert job.err.count("mpi-dasgd: ") == 1
-    assert job.seconds < 30
+    assert job.seconds < 60
 
 
 def test_a_collective_call_ends_if_a_rank_is_killed_inside(script: Path) -> None:
     job = launch_script(script, 3, "allreduce", "killed in pause")
     assert job.code == 4, job.err
     assert job.err.count("rank 1 is gone, and allreduce needs it") == 1
-    assert job.seconds < 30
+    assert job.seconds < 60
 
 
 def test_a_rank_that_is_killed_inside_close_is_not_waited_for(script: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_inside_close_is_not_waited_for(script: Path) -> N
     assert job.out == "goes on\n" * 2
     assert job.err.count("a rank has ended inside close()") == 1
     assert "mpi-dasgd launch: warning: rank 1 killed by SIGKILL" in job.err
-    assert job.seconds < 45
+    assert job.seconds < 90
 
 
 def test_a_rank_that_exits_with_code_0_is_no_failure(script: Path) -> None:

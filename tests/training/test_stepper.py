@@ -16,7 +16,7 @@ from tests.support.rank_pool import run_pooled
 @pytest.mark.mpi
 def test_nothing_is_left_unflushed_by_any_call_and_any_wait() -> None:
     """Fails, or never ends, without the flush of any one of them."""
-    run_pooled(2, ROOT / "tests" / "programs" / "withheld.py", timeout=60)
+    run_pooled(2, ROOT / "tests" / "programs" / "withheld.py")
 
 
 @pytest.mark.parametrize("evaluations", [1, 3])

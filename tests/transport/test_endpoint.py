@@ -253,9 +253,9 @@ def test_gradients_are_counted_over_all_ranks() -> None:
 
 def test_on_windows(mpi: str) -> None:
     """Every case of the program, in place and by Get and Put."""
-    run_ranks(*rank_counts(3), PROGRAM, "auto", "rma", mpi=mpi, timeout=90)
+    run_ranks(*rank_counts(3), PROGRAM, "auto", "rma", mpi=mpi)
 
 
 def test_between_hosts(two_hosts: Hosts) -> None:
     """With a neighbour on the own host and two on the other."""
-    run_ranks(4, PROGRAM, "auto", hosts=two_hosts, timeout=90)
+    run_ranks(4, PROGRAM, "auto", hosts=two_hosts)

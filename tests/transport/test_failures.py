@@ -449,7 +449,7 @@ while not all(s == FINISHED or r in membership.dead for r, s in enumerate(member
 assert 3 in endpoint.membership.dead
 os._exit(0)
 """
-    done = run_ranks(4, PROGRAM + program, hosts=two_hosts, check=False, timeout=40)
+    done = run_ranks(4, PROGRAM + program, hosts=two_hosts, check=False)
     assert done.codes[:3] == [0, 0, 0], done.report()
 
 
@@ -471,7 +471,7 @@ except PeerLost as error:
     print(rank, error, flush=True)
     os._exit(0)
 """
-    done = run_ranks(3, PROGRAM + program, timeout=20)
+    done = run_ranks(3, PROGRAM + program)
     assert done.stdout.count("ranks [2] are gone") == 2
     assert "2 the others have given this rank up" in done.stdout, done.report()
 
@@ -490,6 +490,6 @@ if rank == 2:  # has come to the barrier, and dies in the sum
     endpoint._allreduce._reduce = lambda array: os.kill(os.getpid(), signal.SIGKILL)
 add()
 """
-    done = run_ranks(3, PROGRAM + program, check=False, timeout=20)
+    done = run_ranks(3, PROGRAM + program, check=False)
     assert done.codes == [4, 4, 137], done.report()
     assert done.stderr.count("ranks [2] are gone, inside a sum over all ranks") == 2

@@ -83,7 +83,7 @@ def test_training_has_the_bits_of_the_host(mpi: str) -> None:
 
 
 def test_the_others_go_on_when_a_rank_is_killed_while_its_device_writes() -> None:
-    done = run_ranks(3, PROGRAMS / "late_kill.py", "ipc", timeout=60, check=False)
+    done = run_ranks(3, PROGRAMS / "late_kill.py", "ipc", check=False)
     assert done.codes == [0, 0, 137], done.report()
     reports: dict[str, Any] = {}
     for line in done.stdout.splitlines():

@@ -267,7 +267,7 @@ def test_windows_are_freed_when_all_swaps_are_made() -> None:
 def test_no_rank_waits_for_the_swaps_of_one_that_has_ended(end: str) -> None:
     """Fails if what is pending counts as given away, or a device that has failed is waited for."""
     program = ROOT / "tests" / "programs" / "late_death.py"
-    job = run_ranks(3, program, end, check=False, timeout=60)
+    job = run_ranks(3, program, end, check=False)
     if end == "killed":
         assert job.codes == [0, 0, 137], job.report()
         assert job.stdout.count("has finished") == 2

@@ -19,7 +19,7 @@ from tests.support.mpi_ranks import ROOT, missing, rank_counts, run_ranks
 
 PROGRAMS = ROOT / "tests" / "programs"
 BETWEEN_HOSTS = int(os.environ.get("MPI_DASGD_TEST_STRESS", 0))
-LIMIT = max(60, BETWEEN_HOSTS // 150)  # seconds: a few ms per operation
+LIMIT = max(150, BETWEEN_HOSTS // 150)  # seconds: a few ms per operation
 
 
 def report_of(n: int, program: str, *args: str, **options: Any) -> Any:
@@ -51,7 +51,7 @@ def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> 
     (n,) = rank_counts(default)
     count = count if mpi == "mpich" else min(count, 30_000)
     args = f"--path {path} --words {words} --publications {count} --messages {count} --sleep 2"
-    report = report_of(n, "stress.py", *args.split(), mpi=mpi, timeout=90)
+    report = report_of(n, "stress.py", *args.split(), mpi=mpi, timeout=200)
     assert_clean(report, count, count)
     assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
     assert report["words"] == {"node": "NodeWords", "window": "WindowWords"}[words]
@@ -65,7 +65,7 @@ def test_pairs_on_one_host(mpi: str, path: str) -> None:
     """The same through `RmaEndpoint`, its progress thread and its end without a barrier."""
     (n,) = rank_counts(3)
     args = ["--path", path, "--exchanges", "10000", "--sleep", "1"]
-    report = report_of(n, "pairs.py", *args, mpi=mpi, timeout=90)
+    report = report_of(n, "pairs.py", *args, mpi=mpi, timeout=200)
     assert_pairs(report, 10_000)
     assert report["touched"] > 20
 
@@ -96,7 +96,7 @@ def test_between_hosts(mpi: str, two_hosts: Hosts) -> None:
 def test_pairs_between_hosts(mpi: str, two_hosts: Hosts) -> None:
     n, count = {"mpich": (4, 1000), "openmpi": (2, 150)}[mpi]
     args = ["--exchanges", str(count), "--sleep", "1"]
-    report = report_of(n, "pairs.py", *args, mpi=mpi, hosts=two_hosts, timeout=90)
+    report = report_of(n, "pairs.py", *args, mpi=mpi, hosts=two_hosts, timeout=200)
     assert_pairs(report, count)
     assert report["touched"] > 0
 
@@ -106,7 +106,7 @@ def fault_reports(mpi: str) -> Any:
     """Reports of the stress for each faulty protocol."""
     args = ["--publications", "1000", "--messages", "1000", "--pause", "0.05", "--limit", "10"]
     names = [part for name in FAULTS for part in ("--fault", name)]
-    return report_of(2, "stress.py", *args, *names, mpi=mpi, timeout=110)
+    return report_of(2, "stress.py", *args, *names, mpi=mpi, timeout=200)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -118,12 +118,12 @@ def test_stress_finds_each_fault(mpi: str, fault: str) -> None:
 
 @pytest.mark.parametrize("cases", ["sizes pieces closed silent", "endpoint"])
 def test_windows(mpi: str, cases: str) -> None:
-    run_ranks(2, PROGRAMS / "windows.py", *cases.split(), mpi=mpi, timeout=30)
+    run_ranks(2, PROGRAMS / "windows.py", *cases.split(), mpi=mpi)
 
 
 def test_no_swap_is_lost_between_hosts(mpi: str, two_hosts: Hosts) -> None:
-    run_ranks(2, PROGRAMS / "windows.py", "contended", mpi=mpi, hosts=two_hosts, timeout=60)
+    run_ranks(2, PROGRAMS / "windows.py", "contended", mpi=mpi, hosts=two_hosts)
 
 
 def test_shared_memory_mode_needs_one_host(two_hosts: Hosts) -> None:
-    run_ranks(2, PROGRAMS / "windows.py", "shared_memory", hosts=two_hosts, timeout=30)
+    run_ranks(2, PROGRAMS / "windows.py", "shared_memory", hosts=two_hosts)
