@@ -28,6 +28,10 @@ __all__ = ["CudaDevice"]
 # if CUPY_CUDA_PER_THREAD_DEFAULT_STREAM is set.
 _DEFAULT_STREAM = 1
 
+# CuPy's streams by module, device and handle of torch. They are kept as long as the process: CuPy
+# 14.0 destroys the stream itself, torch's, when its object is deleted.
+_streams: dict[tuple[ModuleType, int, int], Any] = {}
+
 
 class CudaDevice:
     """A GPU; see `Device`.
@@ -55,7 +59,6 @@ class CudaDevice:
         self._calls = CudaCalls(cupy, self.name)
         self._events = CudaEvents(self._calls)
         self._memory = CudaMemory(cupy, self._calls, index)
-        self._streams: dict[int, Any] = {}  # of torch, by their handles
         self._newest: int | None = None  # the stream of the newest work
         self.bind()
         with self._calls.checked("creating a stream"):
@@ -122,15 +125,12 @@ class CudaDevice:
                 yield
 
     def _stream(self, handle: int) -> Any:
-        """Return CuPy's stream for a handle.
-
-        It is kept: CuPy 14.0 destroys the stream itself, torch's, when its object is deleted. Torch
-        has a few streams in a pool, which it never destroys.
-        """
-        stream = self._streams.get(handle)
+        """Return CuPy's stream for a handle; torch has a few, in a pool, and destroys none."""
+        key = self.xp, self._index, handle
+        stream = _streams.get(key)
         if stream is None:
             stream = self.xp.cuda.Stream.from_external(_TorchStream(handle or _DEFAULT_STREAM))
-            self._streams[handle] = stream
+            _streams[key] = stream
         return stream
 
     def _torch_stream(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -77,11 +78,22 @@ def test_work_joins_torchs_current_stream(cuda: FakeCuda, device: CudaDevice) ->
                 assert FakeStream.current[-1].ptr == (handle or 1)
         assert not FakeStream.current
     made = FakeStream.made
-    for handle in (78, 77):  # kept: CuPy 14.0 destroys torch's stream with its object
+    for handle in (78, 77):
         cuda.stream = handle
         with device.current_stream():
             assert FakeStream.current[-1].ptr == handle
     assert made == FakeStream.made
+
+
+def test_torchs_streams_outlive_a_device(cuda: FakeCuda) -> None:
+    FakeStream.destroyed.clear()
+    for _ in range(2):
+        device = CudaDevice(0)
+        with device.current_stream():
+            pass
+        del device
+        gc.collect()
+    assert not FakeStream.destroyed
 
 
 def test_work_comes_behind_that_of_another_stream(cuda: FakeCuda, device: CudaDevice) -> None:

@@ -299,9 +299,15 @@ class FakeRuntime:
 
 
 class FakeStream:
-    """`cupy.cuda.Stream`; entered and left as it is."""
+    """`cupy.cuda.Stream`; entered and left as it is.
+
+    Attributes:
+        made: number of the newest.
+        destroyed: handles of streams of other libraries whose objects were deleted.
+    """
 
     made = 1000
+    destroyed: ClassVar[list[int]] = []
     runtime: FakeRuntime
 
     def __init__(self, *, non_blocking: bool = False) -> None:
@@ -317,9 +323,10 @@ class FakeStream:
         assert version == 0
         made = cls()
         made.ptr = handle
+        weakref.finalize(made, cls.destroyed.append, handle)  # as CuPy 14.0
         return made
 
-    current: list[FakeStream] = []  # noqa: RUF012
+    current: ClassVar[list[FakeStream]] = []
 
     def __enter__(self) -> FakeStream:
         assert self.device == self.runtime.device, "a stream of another device"
