@@ -90,8 +90,8 @@ class CudaDevice:
             if torch.cuda.is_current_stream_capturing():
                 raise UserError(
                     "the current stream is being captured into a CUDA graph, of which an exchange "
-                    "cannot be a part: capture forward, backward and optimizer if you like, and "
-                    "call step() outside of the graph"
+                    "cannot be a part: capture forward and backward if you like, after the model "
+                    "was wrapped, and call step() outside of the graph"
                 )
             handle = self._torch_stream()
             if handle != self._newest:
