@@ -9,6 +9,7 @@ runs ``mpi_ranks.py rank``.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from tests.support.fake_hosts import Hosts
+    from tests.support.warm_start import WarmServer
 
 ROOT = Path(__file__).resolve().parents[2]
 CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -123,7 +125,20 @@ def launch_request(
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     environment |= {"MPI4PY_LIBMPI": str(library), "PYTHONPATH": path}
+    command = _server(path).command(command)
     return {"command": command, "n": n, "timeout": timeout, "env": environment}
+
+
+@functools.cache
+def _server(python_path: str) -> WarmServer:
+    """The server of this process, of which ranks are copies."""
+    from tests.support.warm_start import WarmServer
+
+    as_launch = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, **as_launch}
+    server = WarmServer({**os.environ, **environment})
+    atexit.register(server.close)
+    return server
 
 
 def start_launch(
