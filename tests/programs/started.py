@@ -44,7 +44,9 @@ def main() -> None:
         "namespaces": [str(Path(f"/proc/self/ns/{n}").readlink()) for n in ("net", "ipc", "mnt")],
         "on SIGINT": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
         "umask": os.umask(0o22),
-        "variables": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MPI_DASGD_R"))},
+        "variables": {
+            k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "MPI_DASGD_RANKS")
+        },
     }
     draws = [os.getpid(), random.random(), np.random.random(), os.urandom(4).hex()]
     everyone = MPI.COMM_WORLD.gather({"imported": imported, "state": state, "draws": draws})
