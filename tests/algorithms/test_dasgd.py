@@ -454,7 +454,7 @@ def test_on_the_complete_graph_the_others_go_on_without_a_dead_rank() -> None:
 def test_four_ranks_on_windows_end_with_the_same_bits(tmp_path: Path) -> None:
     train(
         4, tmp_path, "algorithm.name=dasgd", "codec.name=qsgd8", "optimizer.lr=0.015",
-        "budget.epochs=10", "evaluation.live=false", "evaluation.count=2",
+        "budget.epochs=10", "evaluation.live=false", "evaluation.count=2", together=True,
     )  # fmt: skip
     results = load_run(tmp_path / "run").results
     assert (

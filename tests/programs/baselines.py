@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 import mpi_dasgd
 from mpi_dasgd import config, launch, world
 from mpi_dasgd.tasks import data, models
+from tests.support.pace import keep_pace
 
 
 def main() -> None:
@@ -41,6 +42,8 @@ def _learn(environment: world.World, name: str, overrides: list[str]) -> dict[st
     training = mpi_dasgd.Decentralized(model, optimizer, config=settings, environment=environment)
     batches = data.Batches(task, 32, seed=1, rank=training.rank, ranks=training.size, sharded=False)
     while not training.finished:
+        if name in ("osgp", "osgp remote"):  # the others wait for each other
+            keep_pace(training)
         x, y = batches.batch(training.local.local_step)
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()

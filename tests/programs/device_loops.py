@@ -36,6 +36,7 @@ from mpi_dasgd.transport.release import await_release
 from tests.support.device_memory import DeviceMemory
 from tests.support.late_codec import LateCodec
 from tests.support.late_device import LateDevice
+from tests.support.pace import in_pace
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -267,7 +268,7 @@ def count(case: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "train":
-        with _exchanged_on(LateDevice((0, 0))):
+        with _exchanged_on(LateDevice((0, 0))), in_pace():
             sys.exit(main(sys.argv[1:]))
     for name in sys.argv[1:]:
         if name.startswith("count-"):

@@ -48,7 +48,7 @@ def test_a_run_on_a_device_is_resumed_on_the_host_and_the_other_way_round(tmp_pa
     train_on_device("budget.epochs=8")
     accuracy, distance = accuracies()
     assert accuracy > 0.9 and 0 < distance < 0.05
-    train(2, tmp_path, *settings, "budget.epochs=9", "run.resume=true")
+    train(2, tmp_path, *settings, "budget.epochs=9", "run.resume=true", together=True)
     assert accuracies()[0] > accuracy - 0.02
     train_on_device("budget.epochs=10", "run.resume=true")
     assert accuracies()[0] > accuracy - 0.02 and accuracies()[1] < 0.05
