@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from mpi4py import MPI
@@ -24,6 +25,7 @@ from mpi_dasgd.transport.endpoint import ExchangeRequest
 from mpi_dasgd.transport.membership import FINISHED, RUNNING
 from mpi_dasgd.transport.rma.endpoint import RmaEndpoint
 from tests.programs.ledger import Ledger, fill, layout, staging
+from tests.support.sleeping_rank import SleepingRank
 
 
 class Rank:
@@ -50,6 +52,7 @@ class Rank:
         self.request: ExchangeRequest | None = None
         self.out = staging(options.elements)
         self.slept = not (options.sleep and self.rank == self.size - 1)
+        self.sleeping = SleepingRank(options.until_read)
         self.asleep = (0.0, 0.0)
         self.touched: list[float] = []  # when a read of the last rank was complete
 
@@ -111,9 +114,7 @@ class Rank:
         endpoint.refresh_membership()
         if not self.slept and 4 * endpoint.membership.total_samples > self.options.exchanges:
             self.slept = True
-            start = time.monotonic()
-            time.sleep(self.options.sleep)
-            self.asleep = start, time.monotonic()
+            self.asleep = self.sleeping.sleep(self.options.sleep)
 
     def rest(self) -> None:
         """Rest in the middle of a slot, mostly not at all."""
@@ -156,10 +157,12 @@ class Rank:
     def read(self) -> None:
         """Copy the newest version of another rank, unclaimed."""
         other = self.random.choice([rank for rank in range(self.size) if rank != self.rank])
-        if self.endpoint.publication.read(other, self.out):
-            self.ledger.read(other, self.out)
-        if other == self.size - 1:
-            self.touched.append(time.monotonic())
+        is_last = other == self.size - 1
+        with self.sleeping.reading() if is_last else nullcontext():
+            if self.endpoint.publication.read(other, self.out):
+                self.ledger.read(other, self.out)
+            if is_last:
+                self.touched.append(time.monotonic())
 
 
 def main() -> None:
@@ -176,6 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--sleep", type=float, default=0.0, help="seconds outside MPI of the last rank"
     )
+    parser.add_argument("--until-read", help="folder; it sleeps on until others have read of it")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
     comm = MPI.COMM_WORLD

@@ -16,6 +16,7 @@ import json
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -39,6 +40,7 @@ from tests.programs.late_player import LatePlayer
 from tests.programs.ledger import Ledger, layout
 from tests.programs.player import Player
 from tests.support.late_device import LateDevice
+from tests.support.sleeping_rank import SleepingRank
 
 
 class Rank:
@@ -96,6 +98,7 @@ class Rank:
             else Player(*parts)
         )
         self.deaf_turns = 0  # turns for which nothing is received
+        self.sleeping = SleepingRank(options.until_read)
         self.asleep = (0.0, 0.0)
         self.touched: list[float] = []  # when a read of the last rank was complete
         self.longest = 0.0
@@ -187,9 +190,7 @@ class Rank:
             player.release()
         third = 3 * self.ledger.published > self.publications
         if third and self.rank == self.size - 1 and not self.asleep[1]:
-            start = time.monotonic()
-            time.sleep(self.options.sleep)
-            self.asleep = start, time.monotonic()
+            self.asleep = self.sleeping.sleep(self.options.sleep)
 
     def rest(self) -> None:
         """Rest in the middle of a slot, mostly not at all."""
@@ -198,12 +199,14 @@ class Rank:
 
     def read(self, other: int) -> None:
         """Copy the newest version of another rank, and record when."""
+        is_last = other == self.size - 1
         start = time.monotonic()
-        self.player.read(other)
-        ended = time.monotonic()
-        self.longest = max(self.longest, ended - start)
-        if other == self.size - 1:
-            self.touched.append(ended)
+        with self.sleeping.reading() if is_last else nullcontext():
+            self.player.read(other)
+            ended = time.monotonic()
+            self.longest = max(self.longest, ended - start)
+            if is_last:
+                self.touched.append(ended)
 
 
 def main() -> None:
@@ -225,6 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--sleep", type=float, default=0.0, help="seconds outside MPI of the last rank"
     )
+    parser.add_argument("--until-read", help="folder; it sleeps on until others have read of it")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

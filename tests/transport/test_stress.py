@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,20 +83,21 @@ def assert_pairs(report: Any, exchanges: int) -> None:
 
 
 @pytest.mark.timeout(LIMIT + 120)
-def test_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+def test_between_hosts(mpi: str, two_hosts: Hosts, tmp_path: Path) -> None:
     # With two ranks per host, Open MPI makes operations over TCP wait for seconds (not our fault).
     n = 4 if mpi == "mpich" else 2
     count = BETWEEN_HOSTS or 10_000
     args = f"--publications {count} --messages {count} --sleep 1 --limit {LIMIT}".split()
+    args += ["--until-read", str(tmp_path)]
     report = report_of(n, "stress.py", *args, mpi=mpi, hosts=two_hosts, timeout=LIMIT + 60)
     assert_clean(report, count, count)
     assert report["path"] == "in place within a node, Get and Put between nodes"
     assert report["touched"] > 0, "a rank outside MPI blocked the others"
 
 
-def test_pairs_between_hosts(mpi: str, two_hosts: Hosts) -> None:
+def test_pairs_between_hosts(mpi: str, two_hosts: Hosts, tmp_path: Path) -> None:
     n, count = {"mpich": (4, 1000), "openmpi": (2, 150)}[mpi]
-    args = ["--exchanges", str(count), "--sleep", "1"]
+    args = ["--exchanges", str(count), "--sleep", "1", "--until-read", str(tmp_path)]
     report = report_of(n, "pairs.py", *args, mpi=mpi, hosts=two_hosts, timeout=200)
     assert_pairs(report, count)
     assert report["touched"] > 0
