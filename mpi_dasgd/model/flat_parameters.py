@@ -74,7 +74,7 @@ class FlatParameters:
         of_parameters = self.parameters[0].device
         self._memory = FlatMemory(padded, dtype, of_parameters)
         self.device = device
-        self.is_mirrored = of_parameters.type != "cpu" and not device.is_asynchronous
+        self.is_mirrored = _is_elsewhere(of_parameters) and not device.is_asynchronous
         self._mirror = HostMirror(
             self._memory.tensor,
             self._segments,
@@ -224,3 +224,8 @@ class FlatParameters:
         """Return a hash, 32 hexadecimal digits, of `host_view` as the parameters are."""
         self.copy_to_host()
         return xxhash.xxh3_128_hexdigest(self.host_view.data)
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Return whether tensors of `device` are not in host memory."""
+    return device.type != "cpu"

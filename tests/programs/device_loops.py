@@ -4,7 +4,10 @@
 exchanges. The device is `LateDevice` without a delay: what is exchanged there is torch's memory,
 and host memory is another one, so that whoever reads or writes that and forgets to copy is found.
 
-``device_loops.py late-CASE...`` is the same with a rank whose device is late: no other may go on
+``device_loops.py mirror-CASE...`` is the same with models that are elsewhere, but exchanged as a
+copy in host memory.
+
+``device_loops.py late-CASE...`` is the first with a rank whose device is late: no other may go on
 from a collective call before it has given memory away. ``device_loops.py count-CASE...`` counts
 what a step copies to host memory, and ``device_loops.py train JOB KEY=VALUE...`` is the command,
 with models on such a device.
@@ -64,8 +67,9 @@ CASES = {
     "swarm": (5, F32, {"algorithm.name": "swarm", "algorithm.local_steps": 3, **NONE}),
     "swarm-bf16": (16, BF16, {"algorithm.name": "swarm", "algorithm.local_steps": 2}),
     "allreduce": (5, BF16, {"algorithm.name": "allreduce"}),
+    "dpsgd": (5, F32, {"algorithm.name": "dpsgd", "topology.graph": "ring"}),
 }  # fmt: skip
-LOCKSTEP = ("allreduce",)
+LOCKSTEP = ("allreduce", "dpsgd")
 
 
 class Counting(LateDevice):
@@ -180,6 +184,19 @@ def _exchanged_on(device: LateDevice) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def mirrored() -> Iterator[None]:
+    """Have models that are wrapped in the body be elsewhere, as on a GPU with memory=host."""
+    to_cpu = torch.Tensor.cpu
+    with (
+        mock.patch.object(flat_parameters, "_is_elsewhere", lambda _: True),
+        mock.patch.object(flat_parameters, "FlatMemory", DeviceMemory),
+        mock.patch.object(working_copy, "FlatMemory", DeviceMemory),
+        mock.patch.object(torch.Tensor, "cpu", lambda tensor: to_cpu(tensor).clone()),
+    ):
+        yield
+
+
 def play(run: Run) -> dict[str, np.ndarray]:
     """Do all that a program may do; return what a checkpoint in the midst of it holds."""
     training, model = run.training, run.model
@@ -225,7 +242,27 @@ def compare(case: str, *, is_late: bool = False) -> None:
     host = Run(case, None)
     expected = play(host)
     run = Run(case, Counting(0.02 if is_late and host.comm.rank == 1 else 0))
-    arrays = play(run)
+    _require_same(case, host, expected, run, play(run))
+    codec: Any = run.training.codec
+    assert codec.work.outside == 0, f"{case}: {codec.work.outside} exchanges on no stream"
+    assert codec.work.launches or run.in_lockstep
+
+
+def compare_mirrored(case: str) -> None:
+    """Train on the host and with a copy in host memory, and compare."""
+    host = Run(case, None)
+    expected = play(host)
+    with mirrored():
+        run = Run(case, None)
+        assert run.training.parameters.is_mirrored
+        _require_same(case, host, expected, run, play(run))
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def _require_same(case: str, host: Run, expected: Arrays, run: Run, arrays: Arrays) -> None:
+    """Compare all that was seen of two runs, and their checkpoints."""
     assert [name for name, _ in run.rows] == [name for name, _ in host.rows]
     for index, ((name, row), (_, other)) in enumerate(zip(run.rows, host.rows, strict=True)):
         differs = np.flatnonzero(row != other)
@@ -233,9 +270,6 @@ def compare(case: str, *, is_late: bool = False) -> None:
     assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected[name], f"{case}: {name}")
-    codec: Any = run.training.codec
-    assert codec.work.outside == 0, f"{case}: {codec.work.outside} exchanges on no stream"
-    assert codec.work.launches or run.in_lockstep
 
 
 def count(case: str) -> None:
@@ -273,5 +307,7 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         if name.startswith("count-"):
             count(name.removeprefix("count-"))
+        elif name.startswith("mirror-"):
+            compare_mirrored(name.removeprefix("mirror-"))
         else:
             compare(name.removeprefix("late-"), is_late=name.startswith("late-"))

@@ -23,6 +23,11 @@ def test_training_on_a_device_has_the_bits_of_training_on_the_host() -> None:
 
 
 @pytest.mark.mpi
+def test_training_with_a_copy_in_host_memory_has_the_bits_of_training_on_the_host() -> None:
+    run_pooled(2, PROGRAM, "mirror-swarm-bf16", "mirror-allreduce", "mirror-dpsgd", timeout=120)
+
+
+@pytest.mark.mpi
 def test_no_rank_leaves_a_collective_call_before_the_others_have_given_memory_away() -> None:
     run_pooled(2, PROGRAM, "late-combine")
 
