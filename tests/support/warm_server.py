@@ -171,7 +171,7 @@ def _show_environment() -> None:
 
 
 def _import_all() -> None:
-    """Import what every rank that trains does.
+    """Import what every rank that trains does, of other packages.
 
     Raises:
         RuntimeError: there are threads, which a copy would not have.
@@ -179,6 +179,9 @@ def _import_all() -> None:
     import gc
 
     import h5py  # noqa: F401
+    import pydantic  # noqa: F401
+    import scipy.sparse.csgraph
+    import scipy.sparse.linalg  # noqa: F401
     import torch
 
     torch.optim.SGD([torch.zeros(1)], lr=0.1)  # imports as much again
