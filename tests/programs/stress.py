@@ -199,7 +199,11 @@ class Rank:
 
     def read(self, other: int) -> None:
         """Copy the newest version of another rank, and record when."""
-        is_last = other == self.size - 1
+        # On another node, if there is one: there it takes the progress thread of the last rank.
+        node_ranks = self.slots.node_ranks
+        is_last = other == self.size - 1 and (
+            len(node_ranks) == self.size or other not in node_ranks
+        )
         start = time.monotonic()
         with self.sleeping.reading() if is_last else nullcontext():
             self.player.read(other)
