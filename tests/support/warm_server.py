@@ -131,8 +131,12 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.sched_setaffinity(0, request["cores"])
     for limit, values in zip(LIMITS, request["limits"], strict=True):
         resource.setrlimit(limit, values)
-    for signum in request["ignored"]:
-        signal.signal(signum, signal.SIG_IGN)
+    for signum in signal.valid_signals():
+        if signum in request["ignored"]:
+            signal.signal(signum, signal.SIG_IGN)
+        elif signal.getsignal(signum) is signal.SIG_IGN:  # pytest runs in the background
+            is_interrupt = signum == signal.SIGINT
+            signal.signal(signum, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
     # This process is killed when the other end is closed: when the proxy ends.
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, _F_SETSIG, signal.SIGKILL)
