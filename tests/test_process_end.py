@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.support.mpi_ranks import ROOT, mpi_library
+from tests.support.mpi_ranks import ROOT, launch_command, mpi_library
 
 pytestmark = pytest.mark.concurrent
 
@@ -31,9 +30,8 @@ def launch_script(
 ) -> Job:
     """Run a script on `n` ranks, as a user does."""
     started = time.monotonic()
-    launch = ["-m", "mpi_dasgd", "launch", "-n", str(n), f"--timeout={timeout}"]
     done = subprocess.run(
-        [sys.executable, *launch, str(script), *arguments],
+        launch_command("-n", str(n), f"--timeout={timeout}", str(script), *arguments),
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpi_dasgd
+from tests.support.pace import keep_pace
 
 BATCH = 64  # of all ranks together
 CONTEXT = 32  # characters
@@ -115,6 +116,7 @@ def train_transformer(algorithm: str, seed: int, samples: int) -> float:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        stay_together(training)
     assert model.head.weight is model.embedding.weight
     finish(training)
     return loss_of(model, *next(text_batches(test, 400, (0,))))
@@ -144,6 +146,7 @@ def train_resnet(algorithm: str, seed: int, samples: int) -> float:
             cross_entropy(model(images), labels).backward()
             optimizer.step()
             scheduler.step()
+            stay_together(training)
         before = loss_of(model, *test)
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -168,6 +171,12 @@ def attach(
         return None, 0, 1
     training = mpi_dasgd.attach(model, optimizer, algorithm)
     return training, training.rank, training.size
+
+
+def stay_together(training: mpi_dasgd.Decentralized | None) -> None:
+    """Keep the ranks together: of half a second of training one may miss the most."""
+    if training is not None and training.algorithm.description.never_waits:
+        keep_pace(training)
 
 
 def finish(training: mpi_dasgd.Decentralized | None) -> None:

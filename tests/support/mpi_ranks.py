@@ -20,6 +20,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,18 +126,37 @@ def launch_request(
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     environment |= {"MPI4PY_LIBMPI": str(library), "PYTHONPATH": path}
-    command = _server(path).command(command)
+    if (server := _server(path)) is not None:
+        command = server.command(command)
     return {"command": command, "n": n, "timeout": timeout, "env": environment}
 
 
+def launch_command(*arguments: str) -> list[str]:
+    """Return the command ``mpi-dasgd launch ARGUMENT...`` of a script of Python.
+
+    It needs PYTHONPATH to be that of `ROOT`, and OMP_NUM_THREADS to be 1.
+    """
+    server = _server(str(ROOT))
+    if server is None:
+        return [sys.executable, "-m", "mpi_dasgd", "launch", *arguments]
+    program = ROOT / "tests" / "support" / "warm_launch.py"
+    return [sys.executable, str(program), server.socket, "launch", *arguments]
+
+
 @functools.cache
-def _server(python_path: str) -> WarmServer:
-    """The server of this process, of which ranks are copies."""
+def _server(python_path: str) -> WarmServer | None:
+    """The server of this process, of which ranks are copies; None if it cannot be one."""
     from tests.support.warm_start import WarmServer
 
     as_launch = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, **as_launch}
-    server = WarmServer({**os.environ, **environment})
+    try:
+        server = WarmServer({**os.environ, **environment})
+    except RuntimeError as error:
+        if CI:
+            raise
+        warnings.warn(f"ranks start slowly: {error}", stacklevel=1)
+        return None
     atexit.register(server.close)
     return server
 
@@ -204,6 +224,8 @@ def _rank(file: str, *args: str) -> None:
     from mpi_dasgd.launch import enable_stack_dump
 
     enable_stack_dump()
+    # Unbuffered, a line and its end are written apart, and that of another rank comes in between.
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     sys.argv = [file, *args]
     try:
         runpy.run_path(file, run_name="__main__")

@@ -30,7 +30,7 @@ _OF_RANKS = (
 _OF_OTHERS = (
     *("PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", "TORCHINDUCTOR_CACHE_DIR"),
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
-    *("LINES", "COLUMNS"),
+    *("LINES", "COLUMNS", "CUDA_MODULE_LOADING"),
 )
 _environment = dict(os.environ)  # as it was: what is imported here sets some more
 _NAMESPACES = ("net", "uts", "ipc", "mnt")

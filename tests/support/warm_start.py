@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["LENGTH", "LIMITS", "NUMBER", "WarmServer", "receive"]
+__all__ = ["LENGTH", "LIMITS", "NUMBER", "WarmServer", "receive", "warm_command"]
 
 LIMITS = (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_STACK)
 LENGTH = struct.Struct("!I")
@@ -71,14 +71,19 @@ class WarmServer:
 
     def command(self, command: list[str]) -> list[str]:
         """Return what to start instead of ``[sys.executable, FILE, ARGUMENT...]``."""
-        python, *rest = command
-        assert python == sys.executable
-        return [python, "-IS", __file__, self.socket, *rest]
+        return warm_command(self.socket, command)
 
     def close(self) -> None:
         """End the server; what it has started goes on."""
         self._process.communicate()
         self._folder.cleanup()
+
+
+def warm_command(socket_name: str, command: list[str]) -> list[str]:
+    """Return what to start instead of ``[sys.executable, FILE, ARGUMENT...]``."""
+    python, *rest = command
+    assert python == sys.executable
+    return [python, "-IS", __file__, socket_name, *rest]
 
 
 # In the proxy
