@@ -91,7 +91,8 @@ def warm_command(socket_name: str, command: list[str]) -> list[str]:
 
 def _proxy(name: str, rest: list[str]) -> NoReturn:
     """Have the server run a file; end as it does. Run it here if the server refuses."""
-    copy, early = 0, []
+    copy = 0
+    early: list[int] = []
 
     def forward(signum: int, _: object) -> None:
         if copy:
@@ -100,7 +101,7 @@ def _proxy(name: str, rest: list[str]) -> NoReturn:
         else:
             early.append(signum)
 
-    ignored = [s for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN]
+    ignored = [int(s) for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN]
     numbers = [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_inherited(fd)]  # noqa: PTH208
     lifeline, _held_open = os.pipe()
     request = {
@@ -111,7 +112,7 @@ def _proxy(name: str, rest: list[str]) -> NoReturn:
         "umask": _umask(),
         "cores": sorted(os.sched_getaffinity(0)),
         "limits": [resource.getrlimit(limit) for limit in LIMITS],
-        "ignored": [int(s) for s in ignored],
+        "ignored": ignored,
         "pid": os.getpid(),
     }
     for signum in _FORWARDED:
@@ -122,19 +123,14 @@ def _proxy(name: str, rest: list[str]) -> NoReturn:
             server.connect(name)
             send(server, json.dumps(request).encode(), [*numbers, lifeline])
             copy = NUMBER.unpack(receive(server, NUMBER.size))[0]
-        except OSError:  # it has ended
-            copy = 0
+        except OSError:
+            pass  # the server has ended
         os.close(lifeline)
-        while early:
-            forward(early.pop(0), None)
-            if not copy:
-                break
-        status = NUMBER.unpack(receive(server, NUMBER.size))[0] if copy else 0
-    if not copy:
-        for signum in _FORWARDED:
-            if signum not in ignored:
-                signal.signal(signum, signal.SIG_DFL)
-        os.execv(sys.executable, [sys.executable, *rest])
+        if not copy:
+            _run_here(rest, ignored, early)
+        for signum in early:
+            forward(signum, None)
+        status = NUMBER.unpack(receive(server, NUMBER.size))[0]
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signum = os.WTERMSIG(status)
@@ -142,6 +138,16 @@ def _proxy(name: str, rest: list[str]) -> NoReturn:
             signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
     os._exit(os.WEXITSTATUS(status))
+
+
+def _run_here(rest: list[str], ignored: list[int], early: list[int]) -> NoReturn:
+    """Become a new process that runs the file, with the signals that have come."""
+    for signum in _FORWARDED:
+        if signum not in ignored:
+            signal.signal(signum, signal.SIG_DFL)
+    for signum in early:
+        os.kill(os.getpid(), signum)
+    os.execv(sys.executable, [sys.executable, *rest])
 
 
 def _is_inherited(fd: int) -> bool:
