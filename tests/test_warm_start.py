@@ -43,6 +43,15 @@ def test_a_copy_is_given_what_a_new_process_is(mpi: str) -> None:
         assert len(set(draws)) == 2, "ranks draw the same"
 
 
+@pytest.mark.parametrize(
+    ("variables", "is_copy"), [({"GLOO_SOCKET_IFNAME": "lo"}, True), ({"MKL_VERBOSE": "0"}, False)]
+)
+def test_only_what_is_heeded_early_takes_a_new_process(
+    variables: dict[str, str], is_copy: bool
+) -> None:
+    assert [bool(rank["imported"]["slow"]) for rank in started(env=variables)] == [is_copy] * 2
+
+
 def test_a_copy_joins_the_host() -> None:
     with isolated_hosts(2) as hosts:
         copies = started(hosts=hosts)

@@ -21,16 +21,12 @@ from typing import Any
 
 from tests.support.warm_start import LENGTH, LIMITS, NUMBER, receive
 
-# Variables that launchers and jobs give each rank; none is read by what is imported here.
-_OF_RANKS = (
-    *("MPI_DASGD_", "MPI4PY_", "PMI_", "PMIX_", "PRTE_", "OMPI_", "OPAL_", "HYDI_", "HYDRA_"),
-    *("MPI_LOCAL", "MPIR_", "MPIEXEC_", "MPICH_", "UCX_", "PYTEST_", "GFORTRAN_", "PALS_"),
-)
-# Of shells, of what pytest has imported, and of Open MPI, whose libraries are found without.
-_OF_OTHERS = (
-    *("PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", "TORCHINDUCTOR_CACHE_DIR"),
-    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
-    *("LINES", "COLUMNS", "CUDA_MODULE_LOADING"),
+# Beginnings of variables that are heeded when a process starts, or imports what is imported here.
+# Others are read when they are used: a copy takes them over, as those of launchers and of MPI.
+_HEEDED_EARLY = (
+    *("LD_PRELOAD", "LD_AUDIT", "LD_BIND", "GLIBC_", "MALLOC_", "LANG", "LC_ALL", "TZ", "PYTHON"),
+    *("OMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "TORCH_", "PYTORCH_JIT", "ATEN_"),
+    *("NPY_", "NUMPY_", "SCIPY_", "HDF5_", "PYDANTIC_"),
 )
 _environment = dict(os.environ)  # as it was: what is imported here sets some more
 _NAMESPACES = ("net", "uts", "ipc", "mnt")
@@ -107,9 +103,9 @@ class _Server:
 
 
 def _is_warm(environment: dict[str, str]) -> bool:
-    """Return whether a new process would have no variables but those that a copy can take over."""
-    names = {name for name, _ in _environment.items() ^ environment.items()}
-    return all(name.startswith(_OF_RANKS) or name in _OF_OTHERS for name in names)
+    """Return whether a copy can take over these variables."""
+    changed = {name for name, _ in _environment.items() ^ environment.items()}
+    return not any(name.startswith(_HEEDED_EARLY) for name in changed)
 
 
 def _become(request: dict[str, Any], files: list[int]) -> None:

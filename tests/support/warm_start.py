@@ -8,7 +8,7 @@ directory, namespaces, limits and ignored signals, and runs the file. The proxy 
 and ends as the copy does; if it is killed, the copy is. Neither MPI nor `mpi_dasgd` is imported in
 a copy before the file runs.
 
-A rank with other variables than the server, such as OMP_NUM_THREADS, is a process of its own.
+A rank with other variables that are heeded early, such as OMP_NUM_THREADS, is a process of its own.
 """
 
 from __future__ import annotations
