@@ -20,6 +20,7 @@ from mpi_dasgd.algorithms.validation import refuse_ignored_keys
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig, Config
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.endpoint import Endpoint, Request
 
@@ -56,6 +57,16 @@ class LocalOptimizer(Protocol):
         Args:
             lr_scale: factor on the learning rate, in addition to those of the schedule and of the
                 gradient's delay.
+        """
+
+    def fused_update(self, lr_scale: float = 1.0) -> OptimizerStep | None:
+        """Return the step that `apply` would make, for a codec to make in its pass.
+
+        Whoever has it made calls `OptimizerStep.on_made` afterwards. None: only `apply` can make
+        it.
+
+        Args:
+            lr_scale: as for `apply`.
         """
 
 

@@ -6,10 +6,12 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from mpi_dasgd.codecs import Codec, Message
+from mpi_dasgd.algorithms.base import LocalOptimizer
+from mpi_dasgd.codecs import Codec, ExchangeBuffers, Message
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from mpi_dasgd.transport.endpoint import Endpoint, Request, SendBuffer
 
-__all__ = ["publish", "publish_vector", "send", "wait", "wait_for_send_buffer"]
+__all__ = ["publish", "publish_vector", "send", "update_of", "wait", "wait_for_send_buffer"]
 
 
 def wait(request: Request) -> Iterator[Request]:
@@ -62,7 +64,11 @@ def publish(endpoint: Endpoint, slot: Message | None, step: int) -> None:
 
 
 def publish_vector(
-    endpoint: Endpoint, codec: Codec, vector: np.ndarray, step: int
+    endpoint: Endpoint,
+    codec: Codec,
+    vector: np.ndarray,
+    step: int,
+    update: OptimizerStep | None = None,
 ) -> Message | None:
     """Encode and publish a vector.
 
@@ -71,12 +77,27 @@ def publish_vector(
         codec: codec of this rank.
         vector: shape (elements,), contiguous.
         step: local step for the header.
+        update: step of the local optimizer on `vector`, to be made first, in the same pass.
 
     Returns:
         The slot that holds it, or None if no slot was free and nothing was published.
+
+    Raises:
+        Diverged: the vector is not finite after `update`; it was not published.
     """
     slot = endpoint.publication.reserve()
-    if slot is not None:
+    if update is not None:
+        codec.average_pair(vector, ExchangeBuffers(publication=slot, update=update))
+        update.on_made()
+    elif slot is not None:
         codec.encode(vector, slot)
-        publish(endpoint, slot, step)
+    publish(endpoint, slot, step)
     return slot
+
+
+def update_of(local: LocalOptimizer) -> OptimizerStep | None:
+    """Return the optimizer's step for a codec to make in its pass, or make it and return None."""
+    update = local.fused_update()
+    if update is None:
+        local.apply()
+    return update

@@ -6,6 +6,7 @@ import numpy as np
 
 from mpi_dasgd.algorithms.base import Algorithm
 from mpi_dasgd.algorithms.communication import publish_vector
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 
 __all__ = ["PAIR_CODECS", "NeighbourExchange"]
 
@@ -28,11 +29,15 @@ class NeighbourExchange:
         self._rng = algorithm.rng
         self._records = algorithm.records
 
-    def publish(self, y: np.ndarray, step: int) -> bool:
+    def publish(self, y: np.ndarray, step: int, update: OptimizerStep | None = None) -> bool:
         """Publish a vector outside of an average; return whether a slot was free.
 
         Args:
             y: own vector, shape (elements,), contiguous.
             step: own local step, for the header.
+            update: step of the local optimizer on `y`, to be made first, in the same pass.
+
+        Raises:
+            Diverged: `y` is not finite after `update`; no other rank has seen it.
         """
-        return publish_vector(self._endpoint, self._codec, y, step) is not None
+        return publish_vector(self._endpoint, self._codec, y, step, update) is not None

@@ -24,6 +24,7 @@ from mpi_dasgd.algorithms.communication import publish, wait
 from mpi_dasgd.algorithms.neighbour_exchange import NeighbourExchange
 from mpi_dasgd.algorithms.records import ABSORBED, INITIATED
 from mpi_dasgd.codecs import ExchangeBuffers, Outcome
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from mpi_dasgd.transport.endpoint import ExchangeRequest, Request
 from mpi_dasgd.transport.inbox import ReceivedMessage
 
@@ -38,7 +39,14 @@ class PairExchange(NeighbourExchange):
         self._request: ExchangeRequest | None = None  # started, and not settled when last tested
         self._candidates: list[int] = []  # candidates of the next exchange, if drawn already
 
-    def exchange(self, y: np.ndarray, step: int, *, publish_result: bool) -> None:
+    def exchange(
+        self,
+        y: np.ndarray,
+        step: int,
+        *,
+        publish_result: bool,
+        update: OptimizerStep | None = None,
+    ) -> None:
         """Absorb, average, and publish if wanted, in one pass over memory.
 
         Args:
@@ -46,6 +54,10 @@ class PairExchange(NeighbourExchange):
             step: own local step, for the record.
             publish_result: whether to publish `y`; otherwise the caller does so, when it has
                 changed `y` further.
+            update: step of the local optimizer on `y`, to be made first, in the same pass.
+
+        Raises:
+            Diverged: `y` is not finite after `update`; no other rank has seen it.
         """
         endpoint = self._endpoint
         endpoint.catch_up()
@@ -61,8 +73,11 @@ class PairExchange(NeighbourExchange):
                 weight=self._settings.mixing_weight,
                 reply_delta=request.partner_delta if settled else None,
                 publication=slot,
+                update=update,
             ),
         )
+        if update is not None:
+            self._complete(update, request if settled else None)
         self._free(received, step)
         if settled:
             self.commit(request, step, outcome)
@@ -73,6 +88,15 @@ class PairExchange(NeighbourExchange):
             self._candidates = self._draw()
             if self._candidates and not endpoint.is_local(self._candidates[0]):
                 self._request = endpoint.begin_exchange(self._draw())
+
+    def _complete(self, update: OptimizerStep, request: ExchangeRequest | None) -> None:
+        """Give away nothing that a diverged model has made."""
+        try:
+            update.on_made()
+        except BaseException:
+            if request is not None:
+                self._endpoint.abort_exchange(request)
+            raise
 
     def _draw(self) -> list[int]:
         """Return the candidates for one exchange, in the order in which they are tried."""

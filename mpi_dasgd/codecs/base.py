@@ -13,6 +13,7 @@ import numpy as np
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 
 __all__ = ["Codec", "ExchangeBuffers", "ExchangeOutcome", "Outcome", "Seeds", "require_float32"]
 
@@ -27,6 +28,7 @@ class ExchangeBuffers:
         weight: share of the distance to the partner to move, in (0, 1/2].
         reply_delta: receives the partner's delta; None if nothing is sent back.
         publication: receives the new model; None if it is not published.
+        update: step of the local optimizer, made before all else; None: there is none to make.
     """
 
     deltas: Sequence[Message] = ()
@@ -34,6 +36,7 @@ class ExchangeBuffers:
     weight: float = 0.5
     reply_delta: Message | None = None
     publication: Message | None = None
+    update: OptimizerStep | None = None
 
 
 class ExchangeOutcome(NamedTuple):

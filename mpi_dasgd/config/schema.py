@@ -81,6 +81,11 @@ class OptimizerConfig(Section):
         default_factory=lambda: {"momentum": 0.9},
         description="further keyword arguments of the class",
     )
+    fused: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: steps of SGD, Adam and AdamW are made in the same pass over memory as "
+        "an exchange; off: torch makes them",
+    )
 
 
 class ScheduleConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 
 __all__ = [
     "BITS",
@@ -143,6 +144,7 @@ class FusedStep:
         threads: number of CPU threads that share the buckets; the result does not depend on it.
 
     Attributes:
+        optimizer: step of an optimizer, made before all else.
         velocity, gradient: float32, shape (elements,): one SGD step with `lr`, `momentum` and
             `weight_decay`; the velocity is changed in place.
         deltas: deltas to apply, in this order.
@@ -157,13 +159,15 @@ class FusedStep:
     """
 
     __slots__ = (
-        "delta_stats", "deltas", "gradient", "lr", "merge", "momentum", "partner_model",
-        "publication", "reply_delta", "stats", "threads", "velocity", "weight", "weight_decay", "x",
+        "delta_stats", "deltas", "gradient", "lr", "merge", "momentum", "optimizer",
+        "partner_model", "publication", "reply_delta", "stats", "threads", "velocity", "weight",
+        "weight_decay", "x",
     )  # fmt: skip
 
     def __init__(self, x: Array, threads: int = 1) -> None:
         self.x = x
         self.threads = threads
+        self.optimizer: OptimizerStep | None = None
         self.velocity: Array | None = None
         self.gradient: Array | None = None
         self.lr = self.momentum = self.weight_decay = 0.0

@@ -22,48 +22,9 @@
 #ifndef MPD_LATTICE_MATH_H
 #define MPD_LATTICE_MATH_H
 
-#include "layout.h"
-
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#define MPD_HD __host__ __device__ __forceinline__
-#else
-#define MPD_HD static inline __attribute__((always_inline))
-#endif
+#include "exact_math.h"
 
 #define MPD_MAGIC 12582912.0f  // 1.5 * 2^23, whose bits are 0x4b400000
-
-#if defined(__CUDA_ARCH__)
-// By instruction: CuPy always compiles with -ftz=true, and then __fmul_rn and its like flush
-// denormal numbers to zero. (The reciprocal of a scale that is ok is not denormal.)
-#define MPD_EXACT(name, instruction)                                   \
-  MPD_HD float name(float a, float b) {                                \
-    float c;                                                           \
-    asm(instruction ".rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b)); \
-    return c;                                                          \
-  }
-MPD_EXACT(mpd_mul, "mul")
-MPD_EXACT(mpd_add, "add")
-MPD_EXACT(mpd_sub, "sub")
-#undef MPD_EXACT
-MPD_HD float mpd_inverse(float a) { return __frcp_rn(a); }
-MPD_HD mpd_u32 mpd_bits(float a) { return __float_as_uint(a); }
-MPD_HD float mpd_float(mpd_u32 a) { return __uint_as_float(a); }
-#else
-MPD_HD float mpd_mul(float a, float b) { return a * b; }
-MPD_HD float mpd_add(float a, float b) { return a + b; }
-MPD_HD float mpd_sub(float a, float b) { return a - b; }
-MPD_HD float mpd_inverse(float a) { return 1.0f / a; }
-MPD_HD mpd_u32 mpd_bits(float a) {
-  mpd_u32 bits;
-  __builtin_memcpy(&bits, &a, 4);
-  return bits;
-}
-MPD_HD float mpd_float(mpd_u32 bits) {
-  float a;
-  __builtin_memcpy(&a, &bits, 4);
-  return a;
-}
-#endif
 
 // The nearest lattice point, ties to even, for -2^22 <= a < 2^22.
 MPD_HD mpd_u32 mpd_round(float a) { return mpd_bits(mpd_add(a, MPD_MAGIC)); }
@@ -133,7 +94,6 @@ MPD_HD int mpd_signed(mpd_u32 a) {
 MPD_HD bool mpd_scale_ok(float scale) {
   return mpd_bits(scale) - 0x00800000u <= 0x7e000000u - 0x00800000u;
 }
-MPD_HD bool mpd_finite(float a) { return (mpd_bits(a) & 0x7fffffffu) < 0x7f800000u; }
 
 MPD_HD float mpd_average(float y, float other, float weight) {
   return mpd_add(y, mpd_mul(weight, mpd_sub(other, y)));

@@ -59,6 +59,9 @@ class NumpyLocalOptimizer:
         if self.on_decrement is not None:
             self.on_decrement(decrement)
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
 
 def _momentum_and_decay(config: OptimizerConfig) -> tuple[float, float]:
     options = dict(config.options)

@@ -11,6 +11,7 @@ import torch
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.finite import prepare_all_finite
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
 from mpi_dasgd.training.finite_check import LateFiniteCheck, refuse_nonfinite
@@ -150,6 +151,10 @@ class TorchLocalOptimizer:
         elif self._check_finite:
             self._late_check.begin(self.local_step)
         self.update_seconds += time.perf_counter() - started
+
+    def fused_update(self, lr_scale: float = 1.0) -> OptimizerStep | None:
+        """Return None: steps are made by `apply`."""
+        return None
 
     def _update(self, lr_scale: float, closure: Closure | None) -> Any:
         """Run the optimizer's step with the learning rate of each group multiplied."""

@@ -41,6 +41,9 @@ class IdleOptimizer:
     def apply(self, lr_scale: float = 1.0) -> None:
         """Do nothing."""
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
 
 class FollowingOptimizer:
     """Local optimizer that has no gradient of its own, and applies the mean of the others'.
@@ -76,3 +79,6 @@ class FollowingOptimizer:
         self._local.apply(lr_scale)
         for p, grad in zip(self._parameters, self._kept, strict=True):
             p.grad = grad
+
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""

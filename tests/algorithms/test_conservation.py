@@ -100,6 +100,9 @@ class Local:
     local_step = 0
     gradient = np.zeros(0)
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
     def apply(self, lr_scale: float = 1.0) -> None:
         pass
 

@@ -93,6 +93,9 @@ class Local:
         self._noise = [_values(rng, x.size, exact) for _ in range(8)]
         self._dice = dice
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
     def apply(self, lr_scale: float = 1.0) -> None:
         """One step."""
         before = self._x.copy()

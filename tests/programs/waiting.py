@@ -39,6 +39,9 @@ class Local:
         self._x = x
         self._rng = rng
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
     def apply(self, lr_scale: float = 1.0) -> None:
         """One step: pull the model back, and add noise."""
         before = self._x.copy()

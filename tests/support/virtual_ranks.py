@@ -43,6 +43,9 @@ class Local:
         self.gradient = np.ones_like(x)
         self._x = x
 
+    def fused_update(self, lr_scale: float = 1.0) -> None:
+        """Return None: steps are made by `apply`."""
+
     def apply(self, lr_scale: float = 1.0) -> None:
         """One step."""
         self._x -= lr_scale * self.gradient

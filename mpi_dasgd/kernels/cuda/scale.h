@@ -6,38 +6,6 @@
 #define MPD_MIN_ESTIMATE 1e-30f
 #define MPD_MAX_ESTIMATE 1e30f
 
-#if defined(__CUDA_ARCH__)
-// By instruction, for the reason given in lattice_math.h: -ftz=true reaches these, too.
-MPD_HD float mpd_divide(float a, float b) {
-  float c;
-  asm("div.rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-MPD_HD float mpd_sqrt(float a) {
-  float b;
-  asm("sqrt.rn.f32 %0, %1;" : "=f"(b) : "f"(a));
-  return b;
-}
-// Of a number and NaN both give the number.
-MPD_HD float mpd_larger(float a, float b) {
-  float c;
-  asm("max.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-MPD_HD float mpd_smaller(float a, float b) {
-  float c;
-  asm("min.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-MPD_HD float mpd_from_integer(mpd_u32 a) { return __uint2float_rn(a); }
-#else
-MPD_HD float mpd_divide(float a, float b) { return a / b; }
-MPD_HD float mpd_sqrt(float a) { return __builtin_sqrtf(a); }
-MPD_HD float mpd_larger(float a, float b) { return __builtin_fmaxf(a, b); }
-MPD_HD float mpd_smaller(float a, float b) { return __builtin_fminf(a, b); }
-MPD_HD float mpd_from_integer(mpd_u32 a) { return static_cast<float>(a); }
-#endif
-
 // By the bits: a comparison of floats would flush denormal numbers to zero before.
 MPD_HD bool mpd_is_zero(float a) { return (mpd_bits(a) & 0x7fffffffu) == 0; }
 

@@ -1,0 +1,83 @@
+// One element of an optimizer's step, shared by the CPU library and the CUDA kernels. No system
+// header: NVRTC has none.
+//
+// The bits are those of torch.optim: SGD as it always is, Adam and AdamW as with fused=True (of which
+// torch compiles the formula with contraction: where it has become a fused multiply-add, one is
+// written here). Scalars come as torch rounds them: computed in double, then rounded to float32.
+#ifndef MPD_OPTIMIZER_MATH_H
+#define MPD_OPTIMIZER_MATH_H
+
+#include "exact_math.h"
+
+enum MpdOptimizerKind { kSgd = 1, kAdam = 2 };
+
+enum MpdOptimizerFlags {
+  kNesterov = 1,
+  kDecay = 2,      // weight_decay != 0
+  kDecoupled = 4,  // AdamW: the model decays, not the gradient
+  kMaximize = 8,
+  kMomentum = 16,  // SGD: momentum != 0
+  kFirst = 32,     // SGD: there is no momentum buffer yet: it becomes the gradient
+  kFactor = 64,    // factor != 1
+  kAmsgrad = 128,
+};
+
+// Scalars of the parameters that have them alike in this step.
+struct MpdOptimizerGroup {
+  int kind, flags;
+  float factor;    // on the gradient, before all else
+  float decay;     // weight_decay; decoupled: 1 - lr weight_decay
+  float momentum;  // SGD: momentum. Adam: beta2
+  float fresh;     // SGD: 1 - dampening. Adam: 1 - beta2
+  float lerp;      // Adam: 1 - beta1
+  float rate;      // -lr; Adam: -lr / (1 - beta1^t)
+  float root;      // Adam: sqrt(1 - beta2^t)
+  float eps;
+};
+
+// A parameter: a part of the flat vectors, with a gradient of its own. They are in order, and do not
+// overlap; elements between them are left alone.
+struct MpdOptimizerSegment {
+  long long offset, count;
+  const float* gradient;  // null: it has none in this step, and is left out
+  long long group;
+};
+
+// FLAGS are those of the group, as a constant. `velocity` is written only with kMomentum.
+template <int FLAGS>
+MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& velocity, float& x) {
+  float g = gradient;
+  if (FLAGS & kFactor) g = mpd_mul(g, group.factor);
+  if (FLAGS & kMaximize) g = -g;
+  if (FLAGS & kDecay) g = mpd_fma(x, group.decay, g);
+  if (FLAGS & kMomentum) {
+    velocity = FLAGS & kFirst ? g : mpd_fma(g, group.fresh, mpd_mul(velocity, group.momentum));
+    g = FLAGS & kNesterov ? mpd_fma(velocity, group.momentum, g) : velocity;
+  }
+  x = mpd_fma(g, group.rate, x);
+}
+
+// `largest` (max_exp_avg_sq) is read and written only with kAmsgrad.
+template <int FLAGS>
+MPD_HD void mpd_adam(const MpdOptimizerGroup& group, float gradient, float& mean, float& square,
+                     float& largest, float& x) {
+  float g = gradient;
+  if (FLAGS & kFactor) g = mpd_mul(g, group.factor);
+  if (FLAGS & kMaximize) g = -g;
+  if (FLAGS & kDecay) {
+    if (FLAGS & kDecoupled)
+      x = mpd_mul(x, group.decay);
+    else
+      g = mpd_fma(x, group.decay, g);
+  }
+  const float apart = mpd_sub(g, mean);
+  const bool small = mpd_bits(group.lerp) < mpd_bits(0.5f);  // torch.lerp
+  mean = mpd_fma(small ? group.lerp : mpd_sub(group.lerp, 1.0f), apart, small ? mean : g);
+  square = mpd_fma(mpd_mul(group.fresh, g), g, mpd_mul(square, group.momentum));
+  float u = square;
+  if (FLAGS & kAmsgrad) largest = u = square > largest ? square : largest;
+  const float denominator = mpd_add(mpd_divide(mpd_sqrt(u), group.root), group.eps);
+  x = mpd_add(x, mpd_divide(mpd_mul(group.rate, mean), denominator));
+}
+
+#endif
