@@ -17,6 +17,8 @@ import pytest
 from mpi_dasgd.kernels import cpu, cuda, native
 from mpi_dasgd.kernels.cuda import pair_average, program, scale
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
+from mpi_dasgd.storage import schema
+from mpi_dasgd.storage.record_ring import RING, row_dtype
 from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, RELEASE, SWAP
 from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
@@ -55,7 +57,10 @@ def test_cpu_structs_are_those_of_python() -> None:
     step = mirror("MpdFusedStep", cpu.FusedStepStruct)
     swaps = mirror("MpdSwap", SWAP) | mirror("MpdRelease", RELEASE)
     swaps["MPD_MAX_SWAPS"] = (MAX_SWAPS,)
-    assert compiled(library) == {**SHARED, **step, **passes, **swaps}
+    rows = mirror("MpdExchangeRow", row_dtype("exchange")) | mirror("MpdRecordRing", RING)
+    for kind in ("INITIATED", "ABSORBED", "SKIPPED"):
+        rows[f"MPD_{kind}"] = (getattr(schema, kind),)
+    assert compiled(library) == {**SHARED, **step, **passes, **swaps, **rows}
 
 
 def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 #include "struct_layout.h"
 
 #include "fused_step.h"
+#include "record_ring.h"
 #include "release.h"
 #include "roofline.h"
 
@@ -39,6 +40,28 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdRelease, done);
     MPD_FIELD(layout, MpdRelease, swaps);
     MPD_VALUE(layout, MPD_MAX_SWAPS);
+    MPD_STRUCT(layout, MpdExchangeRow);
+    MPD_FIELD(layout, MpdExchangeRow, step);
+    MPD_FIELD(layout, MpdExchangeRow, time_s);
+    MPD_FIELD(layout, MpdExchangeRow, partner);
+    MPD_FIELD(layout, MpdExchangeRow, kind);
+    MPD_FIELD(layout, MpdExchangeRow, partner_step);
+    MPD_FIELD(layout, MpdExchangeRow, age_steps);
+    MPD_FIELD(layout, MpdExchangeRow, age_s);
+    MPD_FIELD(layout, MpdExchangeRow, bytes);
+    MPD_FIELD(layout, MpdExchangeRow, retries);
+    MPD_FIELD(layout, MpdExchangeRow, distance);
+    MPD_FIELD(layout, MpdExchangeRow, rejected);
+    MPD_FIELD(layout, MpdExchangeRow, set_staleness);
+    MPD_STRUCT(layout, MpdRecordRing);
+    MPD_FIELD(layout, MpdRecordRing, rows);
+    MPD_FIELD(layout, MpdRecordRing, capacity);
+    MPD_FIELD(layout, MpdRecordRing, written);
+    MPD_FIELD(layout, MpdRecordRing, taken);
+    MPD_FIELD(layout, MpdRecordRing, origin_s);
+    MPD_VALUE(layout, MPD_INITIATED);
+    MPD_VALUE(layout, MPD_ABSORBED);
+    MPD_VALUE(layout, MPD_SKIPPED);
     MPD_VALUE(layout, kTrivial);
     MPD_VALUE(layout, kStreamed);
     MPD_VALUE(layout, kCopy);
