@@ -95,7 +95,7 @@ def compile_library(compiler: list[str], build: Path, library: Path) -> None:
     """
     flags = ["-std=c++17", *(HERE / FLAGS).read_text(encoding="utf-8").split(), "-fPIC"]
     sources = sorted((HERE / KERNELS / "cpu").glob("*.cpp"))
-    per_set = [source for source in sources if source.stem in ("lattice", "roofline")]
+    per_set = [source for source in sources if source.stem in ("lattice", "optimizer", "roofline")]
     objects, defines = [], []
     for line in ("base", *(HERE / SETS).read_text(encoding="utf-8").splitlines()):
         name, *set_flags = line.split()

@@ -15,7 +15,7 @@ set_target_properties(_native PROPERTIES PREFIX "" SUFFIX ".so")
 
 # Once per instruction set that the compiler knows; dispatch.cpp chooses among them.
 function(add_instruction_set name)
-  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp ${CPU}/roofline.cpp)
+  add_library(lattice_${name} OBJECT ${CPU}/lattice.cpp ${CPU}/optimizer.cpp ${CPU}/roofline.cpp)
   set_target_properties(lattice_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_compile_features(lattice_${name} PRIVATE cxx_std_17)
   target_compile_definitions(lattice_${name} PRIVATE MPD_ISA=${name})

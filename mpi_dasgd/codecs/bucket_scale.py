@@ -88,9 +88,14 @@ class AdaptiveScale:
         self._last_scales = np.zeros(buckets, np.float32)
         self._encodings = 0
 
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next encoding looks at the model for its largest elements."""
+        return self._encodings % REFRESH_ENCODINGS == 0
+
     def scales(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write the scales for an encoding of `x` to `out`, float32, shape (buckets,)."""
-        if self._encodings % REFRESH_ENCODINGS == 0:
+        if self.measures_next:
             self._refresh_range(x)
         self._encodings += 1
         np.multiply(self.estimate, self._scale_per_distance, out=out)

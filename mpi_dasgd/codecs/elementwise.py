@@ -21,6 +21,7 @@ from mpi_dasgd.codecs.base import (
 )
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.kernels.encoded import BUCKET, CACHE_BLOCK
+from mpi_dasgd.kernels.optimizer import run_part
 
 __all__ = ["BFloat16Codec", "ElementwiseCodec", "Float16Codec", "QsgdCodec"]
 
@@ -69,6 +70,8 @@ class ElementwiseCodec(Codec):
         square = 0.0
         for start in range(0, x.size, CACHE_BLOCK):
             v = x[start : start + CACHE_BLOCK]
+            if buffers.update is not None:
+                run_part(buffers.update, v, start)
             for delta in deltas:
                 v += self.unpack(delta, start, v.size)
             if partner_model is not None:

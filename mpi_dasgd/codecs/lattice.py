@@ -19,7 +19,7 @@ from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.device.base import Array
-from mpi_dasgd.kernels import lattice
+from mpi_dasgd.kernels import lattice, optimizer
 from mpi_dasgd.kernels.encoded import (
     BUCKET,
     BUCKET_STATS,
@@ -79,6 +79,7 @@ class LatticeMessages(Codec):
     def _step(self, x: Array, buffers: ExchangeBuffers) -> FusedStep:
         """Return an exchange as one pass over memory, without the scales of the publication."""
         step = FusedStep(x, self._threads)
+        step.optimizer = buffers.update
         step.deltas = tuple(map(self._received, buffers.deltas))
         step.delta_stats = self._stats_of_deltas(len(buffers.deltas))
         step.weight = buffers.weight
@@ -137,6 +138,9 @@ class LatticeCodec(LatticeMessages):
         """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
         step = self._step(x, buffers)
         if buffers.publication is not None:
+            if buffers.update is not None and self.scale.measures_next:
+                optimizer.run(buffers.update, x, self._threads)  # what is measured is behind it
+                step.optimizer = None
             self.scale.scales(x, buffers.publication.scales)
         lattice.backend_of(x).run(step)
         for message, stats in zip(buffers.deltas, step.delta_stats, strict=True):

@@ -42,6 +42,7 @@ class NoCodec(Codec):
             buffers.weight,
             None if reply_delta is None else reply_delta.payload,
             None if publication is None else publication.payload,
+            buffers.update,
         )
         return ExchangeOutcome()
 

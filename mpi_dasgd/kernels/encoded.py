@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.optimizer import OptimizerStep
+from mpi_dasgd.kernels.optimizer_step import OptimizerStep
 
 __all__ = [
     "BITS",
@@ -215,6 +215,11 @@ class FusedStep:
         for name, array in (("velocity", self.velocity), ("gradient", self.gradient)):
             if array is not None:
                 require(name, array, np.dtype(np.float32), size, writable=name == "velocity")
+        if self.optimizer is not None:
+            for name in ("first", "second", "third"):
+                array = getattr(self.optimizer, name)
+                if array is not None:
+                    require(name, array, np.dtype(np.float32), size, writable=True)
         if not 0 < self.weight <= 1:
             raise UserError(
                 f"weight: expected a share of the distance in (0, 1], got {self.weight}"

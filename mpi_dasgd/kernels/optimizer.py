@@ -8,10 +8,31 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
+
+from mpi_dasgd.kernels import lattice, native, optimizer_reference
+from mpi_dasgd.kernels.encoded import FusedStep
+from mpi_dasgd.kernels.optimizer_native import optimizer_struct
+from mpi_dasgd.kernels.optimizer_step import (
+    ADAM,
+    AMSGRAD,
+    DECAY,
+    DECOUPLED,
+    FACTOR,
+    FIRST,
+    GROUP,
+    MAXIMIZE,
+    MOMENTUM,
+    NESTEROV,
+    SEGMENT,
+    SGD,
+    Array,
+    OptimizerStep,
+)
 
 __all__ = [
     "ADAM",
@@ -28,74 +49,57 @@ __all__ = [
     "SGD",
     "OptimizerStep",
     "adam_group",
+    "run",
+    "run_part",
     "sgd_group",
 ]
 
-SGD, ADAM = 1, 2
-"""Kinds of a group, MpdOptimizerKind of ``optimizer_math.h``."""
-
-NESTEROV, DECAY, DECOUPLED, MAXIMIZE, MOMENTUM, FIRST, FACTOR, AMSGRAD = (1 << i for i in range(8))
-"""Flags of a group, MpdOptimizerFlags of ``optimizer_math.h``."""
-
-GROUP = np.dtype(
-    [
-        ("kind", "i4"),
-        ("flags", "i4"),
-        *(
-            (name, "f4")
-            for name in ("factor", "decay", "momentum", "fresh", "lerp", "rate", "root", "eps")
-        ),
-    ]
-)
-"""Scalars of a group, MpdOptimizerGroup of ``optimizer_math.h``."""
-
-SEGMENT = np.dtype([("offset", "i8"), ("count", "i8"), ("gradient", "u8"), ("group", "i8")])
-"""A parameter, MpdOptimizerSegment of ``optimizer_math.h``: first element in the flat vectors,
-number of elements, address of its gradient (0: it has none, and is left out), index of its group.
-Segments are in order and do not overlap."""
-
-Array = Any  # NumPy or CuPy
 Group = tuple[int, int, float, float, float, float, float, float, float, float]
 
 
-class OptimizerStep:
-    """One step of an optimizer, to be made in a pass; the arrays are used again for the next.
+def run(step: OptimizerStep, x: Array, threads: int = 1) -> None:
+    """Make a step alone, without an exchange.
 
     Args:
-        segments: `SEGMENT`, shape (segments,).
-        groups: `GROUP`, shape (groups,).
-        first: momentum buffer, or exp_avg: float32, shape of the model; None: there is none.
-        second: exp_avg_sq, likewise.
-        third: max_exp_avg_sq, likewise.
+        step: step to make; `OptimizerStep.nonfinite` is set as by any pass.
+        x: model, float32, shape (elements,); changed in place.
+        threads: number of CPU threads; the result does not depend on it.
 
-    Attributes:
-        nonfinite: int64, (1,); set to 1 by a pass that leaves an element of the model that is
-            infinite or NaN behind the update, before it exchanges. Whoever makes a step clears it.
-        gradients: what keeps the gradients alive until the pass is made.
-        on_made: called when the pass is made (on a GPU: asked for), before anything that it has
-            written is given away; raises `Diverged` if the model is not finite.
-        native: description of the arrays that a back end keeps from call to call, or None.
+    Raises:
+        UserError: the arrays do not belong together.
     """
+    alone = FusedStep(x, threads)
+    alone.optimizer = step
+    alone.validate()
+    lattice.backend_of(x).run(alone)
 
-    __slots__ = (
-        "first", "gradients", "groups", "native", "nonfinite", "on_made", "second", "segments",
-        "third",
-    )  # fmt: skip
 
-    def __init__(
-        self,
-        segments: np.ndarray,
-        groups: np.ndarray,
-        first: Array | None = None,
-        second: Array | None = None,
-        third: Array | None = None,
-    ) -> None:
-        self.segments, self.groups = segments, groups
-        self.first, self.second, self.third = first, second, third
-        self.nonfinite = np.zeros(1, np.int64)
-        self.gradients: Any = None
-        self.on_made: Callable[[], None] = _nothing
-        self.native: Any = None
+def run_part(step: OptimizerStep, x: np.ndarray, begin: int) -> None:
+    """Make a step on a part of a model in host memory: for codecs that pass over it by blocks.
+
+    Args:
+        step: step of the whole model.
+        x: the part, float32, 1-D, contiguous; changed in place.
+        begin: index of its first element in the model.
+    """
+    function = _native_range()
+    if function is None:
+        optimizer_reference.update(step, x, begin)
+        return
+    segment = ctypes.c_int64(-1)
+    function(optimizer_struct(step), x.ctypes.data, begin, begin + x.size, ctypes.byref(segment))
+
+
+@cache
+def _native_range() -> Any:
+    library = native.load()
+    if library is None:
+        return None
+    pointer = ctypes.c_void_p
+    function = library.mpd_optimizer_range
+    function.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer]
+    function.restype = None
+    return function
 
 
 def sgd_group(
@@ -152,7 +156,3 @@ def adam_group(
         ADAM, flags, factor, decay, beta2, 1 - beta2, 1 - beta1, -(lr / (1 - beta1**step)),
         (1 - beta2**step) ** 0.5, eps,
     )  # fmt: skip
-
-
-def _nothing() -> None:
-    pass

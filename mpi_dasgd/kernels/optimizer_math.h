@@ -43,6 +43,17 @@ struct MpdOptimizerSegment {
   long long group;
 };
 
+// A step of an optimizer.
+struct MpdOptimizer {
+  const MpdOptimizerSegment* segments;
+  long long segment_count;
+  const MpdOptimizerGroup* groups;
+  float* first;          // momentum buffer, or exp_avg; null: there is none
+  float* second;         // exp_avg_sq, likewise
+  float* third;          // max_exp_avg_sq, likewise
+  long long* nonfinite;  // set to 1 if an element of the model is infinite or NaN after the step
+};
+
 // FLAGS are those of the group, as a constant. `velocity` is written only with kMomentum.
 template <int FLAGS>
 MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& velocity, float& x) {

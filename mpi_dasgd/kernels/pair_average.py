@@ -12,8 +12,11 @@ from functools import cache
 
 import numpy as np
 
-from mpi_dasgd.kernels import native
+from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels import native, optimizer_reference
 from mpi_dasgd.kernels.encoded import CACHE_BLOCK
+from mpi_dasgd.kernels.optimizer_native import optimizer_struct
+from mpi_dasgd.kernels.optimizer_step import OptimizerStep
 
 __all__ = ["pair_average", "pair_average_numpy"]
 
@@ -25,6 +28,8 @@ def pair_average(
     weight: float = 0.5,
     reply_delta: np.ndarray | None = None,
     publication: np.ndarray | None = None,
+    update: OptimizerStep | None = None,
+    threads: int = 1,
 ) -> None:
     """Average `x` with a partner's model and write both results of the exchange::
 
@@ -42,11 +47,19 @@ def pair_average(
         weight: share of the distance to move.
         reply_delta: receives ``-d``, or None.
         publication: receives the new `x`, or None.
+        update: step of an optimizer on a float32 model, made before all else, or None.
+        threads: number of threads that share a float32 model; the result does not depend on it.
+
+    Raises:
+        UserError: there is an update, and the model is not float32.
     """
     run = _native(x.dtype.char)
+    if update is not None and x.dtype != np.float32:
+        raise UserError(f"update: expected a model of float32, got {x.dtype}")
     if run is None:
-        pair_average_numpy(x, deltas, partner_model, weight, reply_delta, publication)
+        pair_average_numpy(x, deltas, partner_model, weight, reply_delta, publication, update)
         return
+    last = (optimizer_struct(update), threads) if x.dtype == np.float32 else ()
     run(
         _address(x),
         x.size,
@@ -56,6 +69,7 @@ def pair_average(
         weight,
         _address(reply_delta),
         _address(publication),
+        *last,
     )
 
 
@@ -73,6 +87,7 @@ def _native(char: str) -> Callable[..., None] | None:
     pointer = ctypes.c_void_p
     function.argtypes = [
         pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer, ctypes.c_double, pointer, pointer,
+        *((pointer, ctypes.c_int) if char == "f" else ()),
     ]  # fmt: skip
     function.restype = None
     return function
@@ -85,12 +100,15 @@ def pair_average_numpy(
     weight: float = 0.5,
     reply_delta: np.ndarray | None = None,
     publication: np.ndarray | None = None,
+    update: OptimizerStep | None = None,
 ) -> None:
     """Do what `pair_average` does, in NumPy: test oracle, and fallback without a compiler."""
     scale = x.dtype.type(weight)
     for start in range(0, x.size, CACHE_BLOCK):
         part = slice(start, start + CACHE_BLOCK)
         v = x[part]
+        if update is not None:
+            optimizer_reference.update(update, v, start)
         for delta in deltas:
             v += delta[part]
         if partner_model is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpi_dasgd.kernels import optimizer_reference
 from mpi_dasgd.kernels.encoded import BUCKET, EncodedVector, FusedStep, buckets_of, codes_of
 
 __all__ = ["POSITION_WEIGHTS", "bucket_keys", "checksum", "dither", "run"]
@@ -43,6 +44,8 @@ class _Block:
 
     def run(self) -> None:
         step = self.step
+        if step.optimizer is not None:
+            optimizer_reference.update(step.optimizer, step.x[self.elements], self.elements.start)
         if step.velocity is not None:
             self._sgd()
         y = self._load(step.x)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpi_dasgd.kernels import cpu, cuda, native
+from mpi_dasgd.kernels import cpu, cuda, native, optimizer_step
 from mpi_dasgd.kernels.cuda import pair_average, program, scale
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
 from mpi_dasgd.storage import schema
@@ -55,6 +55,13 @@ def test_cpu_structs_are_those_of_python() -> None:
     assert library is not None
     passes = {f"k{name.capitalize()}": (number,) for number, name in enumerate(cpu.PASSES)}
     step = mirror("MpdFusedStep", cpu.FusedStepStruct)
+    step |= mirror("MpdOptimizer", optimizer_step.OptimizerStruct)
+    step |= mirror("MpdOptimizerGroup", optimizer_step.GROUP)
+    step |= mirror("MpdOptimizerSegment", optimizer_step.SEGMENT)
+    step |= {
+        f"k{name.capitalize()}": (getattr(optimizer_step, name),)
+        for name in ("SGD", "ADAM", *optimizer_step.FLAGS)
+    }
     swaps = mirror("MpdSwap", SWAP) | mirror("MpdRelease", RELEASE)
     swaps["MPD_MAX_SWAPS"] = (MAX_SWAPS,)
     rows = mirror("MpdExchangeRow", row_dtype("exchange")) | mirror("MpdRecordRing", RING)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpi_dasgd.kernels import native
 from mpi_dasgd.kernels.encoded import EncodedVector, EncodedVectorStruct, FusedStep
+from mpi_dasgd.kernels.optimizer_native import optimizer_struct
 
 __all__ = [
     "PASSES",
@@ -35,6 +36,7 @@ class FusedStepStruct(ctypes.Structure):
         ("bits", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("elements", ctypes.c_int64),
+        ("optimizer", ctypes.c_void_p),
         ("deltas", ctypes.c_void_p),
         ("delta_stats", ctypes.c_void_p),
         ("delta_count", ctypes.c_int64),
@@ -109,8 +111,9 @@ def _struct_of(step: FusedStep) -> FusedStepStruct:
     deltas = (ctypes.c_void_p * count)(*map(_vector, step.deltas))
     delta_stats = (ctypes.c_void_p * count)(*map(_address, step.delta_stats or ()))
     call = FusedStepStruct(
-        step.bits, _address(step.x), step.x.size, ctypes.addressof(deltas),
-        ctypes.addressof(delta_stats) if step.delta_stats else None, count,
+        step.bits, _address(step.x), step.x.size, optimizer_struct(step.optimizer),
+        ctypes.addressof(deltas), ctypes.addressof(delta_stats) if step.delta_stats else None,
+        count,
         _vector(step.partner_model), step.weight, step.merge, _address(step.stats),
         _vector(step.reply_delta), _address(step.velocity), _address(step.gradient),
         step.lr, step.momentum, step.weight_decay, step.threads, _vector(step.publication),

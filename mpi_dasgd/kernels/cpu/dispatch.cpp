@@ -1,15 +1,18 @@
-// Chooses the instruction set at run time, and distributes buckets over threads.
+// Chooses the instruction set at run time.
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "fused_step.h"
+#include "optimizer.h"
+#include "parallel.h"
 #include "roofline.h"
 
-#define MPD_DECLARE(isa)                                                                  \
-  extern "C" void mpd_fused_step_##isa(const MpdFusedStep*, int64_t first, int64_t last); \
-  extern "C" void mpd_roofline_##isa(const MpdFusedStep*, int32_t pass, float* scratch,   \
+#define MPD_DECLARE(isa)                                                                         \
+  extern "C" void mpd_optimizer_##isa(const MpdOptimizer*, float* x, int64_t begin, int64_t end, \
+                                      int64_t* segment);                                         \
+  extern "C" void mpd_fused_step_##isa(const MpdFusedStep*, int64_t first, int64_t last);        \
+  extern "C" void mpd_roofline_##isa(const MpdFusedStep*, int32_t pass, float* scratch,          \
                                      int64_t first, int64_t last);
 MPD_DECLARE(base)
 #ifdef MPD_HAVE_AVX2
@@ -25,6 +28,7 @@ struct InstructionSet {
   const char* name;
   MpdFusedStepRange fused_step;
   MpdRooflineRange roofline;
+  MpdOptimizerRange optimizer;
   bool supported;
 };
 
@@ -32,18 +36,19 @@ struct InstructionSet {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> all = {
 #ifdef MPD_HAVE_AVX512
-      {"AVX-512", mpd_fused_step_avx512, mpd_roofline_avx512,
+      {"AVX-512", mpd_fused_step_avx512, mpd_roofline_avx512, mpd_optimizer_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512cd")},
 #endif
 #ifdef MPD_HAVE_AVX2
-      {"AVX2", mpd_fused_step_avx2, mpd_roofline_avx2, __builtin_cpu_supports("avx2") != 0},
+      {"AVX2", mpd_fused_step_avx2, mpd_roofline_avx2, mpd_optimizer_avx2,
+       __builtin_cpu_supports("avx2") != 0},
 #endif
 #if defined(__SSE2__)
-      {"SSE2", mpd_fused_step_base, mpd_roofline_base, true},
+      {"SSE2", mpd_fused_step_base, mpd_roofline_base, mpd_optimizer_base, true},
 #else
-      {"portable", mpd_fused_step_base, mpd_roofline_base, true},
+      {"portable", mpd_fused_step_base, mpd_roofline_base, mpd_optimizer_base, true},
 #endif
   };
   return all;
@@ -56,18 +61,6 @@ const InstructionSet*& active() {
     return static_cast<const InstructionSet*>(nullptr);
   }();
   return set;
-}
-
-// Calls work(first, last) on ranges that together are all buckets of a step, in its threads.
-template <class Work>
-void parallel_for_buckets(const MpdFusedStep& step, Work work) {
-  const int64_t buckets = (step.elements + MPD_BUCKET - 1) / MPD_BUCKET;
-  const int64_t threads = step.threads < buckets ? step.threads : buckets;
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t)
-    others.emplace_back(work, buckets * t / threads, buckets * (t + 1) / threads);
-  if (buckets > 0) work(0, threads > 1 ? buckets / threads : buckets);
-  for (std::thread& other : others) other.join();
 }
 
 }  // namespace
@@ -98,13 +91,19 @@ int mpd_use_instruction_set(const char* name) {
 
 void mpd_fused_step(const MpdFusedStep* step) {
   const MpdFusedStepRange run = active()->fused_step;
-  parallel_for_buckets(*step, [=](int64_t first, int64_t last) { run(step, first, last); });
+  parallel_for_buckets(step->elements, step->threads,
+                       [=](int64_t first, int64_t last) { run(step, first, last); });
+}
+
+void mpd_optimizer_range(const MpdOptimizer* optimizer, float* x, int64_t begin, int64_t end,
+                         int64_t* segment) {
+  active()->optimizer(optimizer, x, begin, end, segment);
 }
 
 // For benchmarks: one MpdRooflinePass.
 void mpd_roofline(const MpdFusedStep* step, int32_t pass, float* scratch) {
   const MpdRooflineRange run = active()->roofline;
-  parallel_for_buckets(*step,
+  parallel_for_buckets(step->elements, step->threads,
                        [=](int64_t first, int64_t last) { run(step, pass, scratch, first, last); });
 }
 }

@@ -5,12 +5,14 @@
 #include <cstdint>
 
 #include "../layout.h"
+#include "../optimizer_math.h"
 
 // Every pointer but the model may be null: that part of the work is left out.
 struct MpdFusedStep {
   int64_t bits;
   float* x;  // model, `elements` long
   int64_t elements;
+  const MpdOptimizer* optimizer;          // its step is made before all else
   const MpdEncodedVector* const* deltas;  // to apply first, in this order
   MpdBucketStats* const* delta_stats;
   int64_t delta_count;

@@ -7,8 +7,11 @@
 
 #include "encoded.h"
 
-#define MPD_NAME2(isa) mpd_fused_step_##isa
-#define MPD_NAME(isa) MPD_NAME2(isa)
+#define MPD_NAME2(name, isa) mpd_##name##_##isa
+#define MPD_NAME(name, isa) MPD_NAME2(name, isa)
+
+extern "C" void MPD_NAME(optimizer, MPD_ISA)(const MpdOptimizer*, float* x, int64_t begin,
+                                             int64_t end, int64_t* segment);
 
 namespace {
 
@@ -279,9 +282,11 @@ void publish(const MpdEncodedVector& out, const float* x, int64_t b, Prefetch pr
   pack<BITS>(codes, target);
 }
 
-// Does all stages on one bucket; `has_next` says whether a whole bucket follows.
+// Does all stages on one bucket; `has_next` says whether a whole bucket follows, and `segment` is
+// the optimizer's.
 template <int BITS>
-void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_next) {
+void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_next,
+            int64_t* segment) {
   alignas(64) float first[kBucket], second[kBucket];
 
   // Plan the prefetches: the stage with the most arithmetic fetches the next bucket of the model
@@ -290,6 +295,10 @@ void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_n
   const auto codes = [&](const MpdEncodedVector* vector) {
     return has_next ? reinterpret_cast<const char*>(codes_of<BITS>(*vector, b + 1)) : nullptr;
   };
+
+  // Make the optimizer's step
+  if (step.optimizer != nullptr)
+    MPD_NAME(optimizer, MPD_ISA)(step.optimizer, x, b * kBucket, b * kBucket + count, segment);
 
   // Take the SGD step
   if (step.velocity != nullptr)
@@ -324,16 +333,17 @@ void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_n
 
 template <int BITS>
 void buckets(const MpdFusedStep& step, int64_t first, int64_t last) {
+  int64_t segment = -1;
   for (int64_t b = first; b < last; ++b) {
     float* x = step.x + b * kBucket;
     const int64_t left = step.elements - b * kBucket;
     if (left >= kBucket) {
-      bucket<BITS>(step, b, x, kBucket, left >= 2 * kBucket);
+      bucket<BITS>(step, b, x, kBucket, left >= 2 * kBucket, &segment);
     } else {
       // Zeros behind the end have code 0, and add nothing that a receiver does not add.
       alignas(64) float padded[kBucket] = {};
       std::memcpy(padded, x, left * sizeof(float));
-      bucket<BITS>(step, b, padded, static_cast<int>(left), false);
+      bucket<BITS>(step, b, padded, static_cast<int>(left), false, &segment);
       std::memcpy(x, padded, left * sizeof(float));
     }
   }
@@ -341,7 +351,8 @@ void buckets(const MpdFusedStep& step, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void MPD_NAME(MPD_ISA)(const MpdFusedStep* step, int64_t first, int64_t last) {
+extern "C" void MPD_NAME(fused_step, MPD_ISA)(const MpdFusedStep* step, int64_t first,
+                                              int64_t last) {
   switch (step->bits) {
     case 4:
       return buckets<4>(*step, first, last);

@@ -6,6 +6,48 @@
 #include "release.h"
 #include "roofline.h"
 
+namespace {
+
+// What optimizer_math.h declares.
+void describe_optimizer(StructLayout& layout) {
+  MPD_STRUCT(layout, MpdOptimizerGroup);
+  MPD_FIELD(layout, MpdOptimizerGroup, kind);
+  MPD_FIELD(layout, MpdOptimizerGroup, flags);
+  MPD_FIELD(layout, MpdOptimizerGroup, factor);
+  MPD_FIELD(layout, MpdOptimizerGroup, decay);
+  MPD_FIELD(layout, MpdOptimizerGroup, momentum);
+  MPD_FIELD(layout, MpdOptimizerGroup, fresh);
+  MPD_FIELD(layout, MpdOptimizerGroup, lerp);
+  MPD_FIELD(layout, MpdOptimizerGroup, rate);
+  MPD_FIELD(layout, MpdOptimizerGroup, root);
+  MPD_FIELD(layout, MpdOptimizerGroup, eps);
+  MPD_STRUCT(layout, MpdOptimizerSegment);
+  MPD_FIELD(layout, MpdOptimizerSegment, offset);
+  MPD_FIELD(layout, MpdOptimizerSegment, count);
+  MPD_FIELD(layout, MpdOptimizerSegment, gradient);
+  MPD_FIELD(layout, MpdOptimizerSegment, group);
+  MPD_STRUCT(layout, MpdOptimizer);
+  MPD_FIELD(layout, MpdOptimizer, segments);
+  MPD_FIELD(layout, MpdOptimizer, segment_count);
+  MPD_FIELD(layout, MpdOptimizer, groups);
+  MPD_FIELD(layout, MpdOptimizer, first);
+  MPD_FIELD(layout, MpdOptimizer, second);
+  MPD_FIELD(layout, MpdOptimizer, third);
+  MPD_FIELD(layout, MpdOptimizer, nonfinite);
+  MPD_VALUE(layout, kSgd);
+  MPD_VALUE(layout, kAdam);
+  MPD_VALUE(layout, kNesterov);
+  MPD_VALUE(layout, kDecay);
+  MPD_VALUE(layout, kDecoupled);
+  MPD_VALUE(layout, kMaximize);
+  MPD_VALUE(layout, kMomentum);
+  MPD_VALUE(layout, kFirst);
+  MPD_VALUE(layout, kFactor);
+  MPD_VALUE(layout, kAmsgrad);
+}
+
+}  // namespace
+
 extern "C" const char* mpd_struct_layout() {
   static const StructLayout all = [] {
     StructLayout layout;
@@ -14,6 +56,7 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdFusedStep, bits);
     MPD_FIELD(layout, MpdFusedStep, x);
     MPD_FIELD(layout, MpdFusedStep, elements);
+    MPD_FIELD(layout, MpdFusedStep, optimizer);
     MPD_FIELD(layout, MpdFusedStep, deltas);
     MPD_FIELD(layout, MpdFusedStep, delta_stats);
     MPD_FIELD(layout, MpdFusedStep, delta_count);
@@ -29,6 +72,7 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdFusedStep, weight_decay);
     MPD_FIELD(layout, MpdFusedStep, threads);
     MPD_FIELD(layout, MpdFusedStep, publication);
+    describe_optimizer(layout);
     MPD_STRUCT(layout, MpdSwap);
     MPD_FIELD(layout, MpdSwap, word);
     MPD_FIELD(layout, MpdSwap, expected);

@@ -1,0 +1,117 @@
+// The optimizer's stage of a pass on the CPU: the formulas of optimizer_math.h over a range of the
+// model, a bucket or a block, whose elements the next stage then finds in the L1 cache.
+//
+// Compiled once per instruction set with MPD_ISA naming it; dispatch.cpp chooses at run time.
+#include "optimizer.h"
+
+#define MPD_NAME2(isa) mpd_optimizer_##isa
+#define MPD_NAME(isa) MPD_NAME2(isa)
+
+namespace {
+
+// Part of the flat vectors, and of a gradient.
+struct Part {
+  float* x;
+  const float* gradient;
+  float *first, *second, *third;
+  int64_t count;
+};
+
+// kFactor stands for kMaximize, too: a product with -1 is exact.
+template <int FLAGS>
+void sgd(const MpdOptimizerGroup& scalars, const Part& part) {
+  const MpdOptimizerGroup group = scalars;
+  const float* __restrict gradient = part.gradient;
+  float* __restrict x = part.x, * __restrict velocity = part.first;
+#pragma omp simd
+  for (int64_t j = 0; j < part.count; ++j) {
+    float v = (FLAGS & kMomentum) && !(FLAGS & kFirst) ? velocity[j] : 0.0f, y = x[j];
+    mpd_sgd<FLAGS | kFactor>(group, gradient[j], v, y);
+    if (FLAGS & kMomentum) velocity[j] = v;
+    x[j] = y;
+  }
+}
+
+template <int FLAGS>
+void adam(const MpdOptimizerGroup& scalars, const Part& part) {
+  const MpdOptimizerGroup group = scalars;
+  const float* __restrict gradient = part.gradient;
+  float* __restrict x = part.x, * __restrict mean = part.first;
+  float* __restrict square = part.second, * __restrict largest = part.third;
+#pragma omp simd
+  for (int64_t j = 0; j < part.count; ++j) {
+    float m = mean[j], s = square[j], y = x[j];
+    float most = FLAGS & kAmsgrad ? largest[j] : 0.0f;
+    mpd_adam<FLAGS | kFactor>(group, gradient[j], m, s, most, y);
+    mean[j] = m;
+    square[j] = s;
+    if (FLAGS & kAmsgrad) largest[j] = most;
+    x[j] = y;
+  }
+}
+
+// Runs the loop that is compiled for the flags of a group.
+template <int... FLAGS>
+void choose_sgd(const MpdOptimizerGroup& group, int flags, const Part& part) {
+  ((flags == FLAGS ? sgd<FLAGS>(group, part) : void()), ...);
+}
+template <int... FLAGS>
+void choose_adam(const MpdOptimizerGroup& group, int flags, const Part& part) {
+  ((flags == FLAGS ? adam<FLAGS>(group, part) : void()), ...);
+}
+
+void update(MpdOptimizerGroup group, const Part& part) {
+  if (group.flags & kMaximize) group.factor = -group.factor;
+  constexpr int kHeavy = kMomentum, kNew = kMomentum | kFirst;
+  if (group.kind == kSgd)
+    choose_sgd<0, kDecay, kHeavy, kHeavy | kDecay, kHeavy | kNesterov, kHeavy | kNesterov | kDecay,
+               kNew, kNew | kDecay, kNew | kNesterov, kNew | kNesterov | kDecay>(
+        group, group.flags & (kDecay | kMomentum | kFirst | kNesterov), part);
+  else
+    choose_adam<0, kDecay, kDecay | kDecoupled, kAmsgrad, kAmsgrad | kDecay,
+                kAmsgrad | kDecay | kDecoupled>(
+        group, group.flags & (kDecay | kDecoupled | kAmsgrad), part);
+}
+
+bool all_finite(const float* __restrict x, int64_t count) {
+  mpd_u32 found = 0;  // bit 31: an exponent of ones, with one more in its lowest bit
+#pragma omp simd reduction(| : found)
+  for (int64_t j = 0; j < count; ++j) found |= (mpd_bits(x[j]) & 0x7f800000u) + 0x00800000u;
+  return found >> 31 == 0;
+}
+
+// Returns the first segment that ends behind element `begin`.
+int64_t first_segment(const MpdOptimizer& step, int64_t begin) {
+  int64_t low = 0, high = step.segment_count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const MpdOptimizerSegment& segment = step.segments[middle];
+    if (segment.offset + segment.count <= begin)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+float* at(float* vector, int64_t element) { return vector == nullptr ? nullptr : vector + element; }
+
+}  // namespace
+
+extern "C" void MPD_NAME(MPD_ISA)(const MpdOptimizer* optimizer, float* x, int64_t begin,
+                                  int64_t end, int64_t* segment) {
+  const MpdOptimizer& step = *optimizer;
+  int64_t next = *segment < 0 ? first_segment(step, begin) : *segment;
+  for (; next < step.segment_count && step.segments[next].offset < end; ++next) {
+    const MpdOptimizerSegment& part = step.segments[next];
+    const int64_t last = part.offset + part.count;
+    const int64_t from = part.offset > begin ? part.offset : begin, to = last < end ? last : end;
+    if (part.gradient != nullptr && from < to)
+      update(step.groups[part.group],
+             {x + (from - begin), part.gradient + (from - part.offset), at(step.first, from),
+              at(step.second, from), at(step.third, from), to - from});
+    if (last > end) break;  // it goes on behind the range
+  }
+  *segment = next;
+  if (!all_finite(x, end - begin)) __atomic_store_n(step.nonfinite, 1, __ATOMIC_RELAXED);
+}
