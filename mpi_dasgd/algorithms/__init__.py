@@ -17,7 +17,7 @@ from mpi_dasgd.algorithms.local_sgd import LocalSGD
 from mpi_dasgd.algorithms.minibatch import MiniBatch
 from mpi_dasgd.algorithms.no_communication import Alone
 from mpi_dasgd.algorithms.osgp import OSGP
-from mpi_dasgd.algorithms.records import ExchangeRecord
+from mpi_dasgd.algorithms.records import ExchangeRecord, RecordSink
 from mpi_dasgd.algorithms.sgp import SGP
 from mpi_dasgd.algorithms.swarm import Swarm
 from mpi_dasgd.algorithms.swarm_blocking import BlockingSwarm
@@ -34,6 +34,7 @@ __all__ = [
     "Description",
     "ExchangeRecord",
     "LocalOptimizer",
+    "RecordSink",
     "find",
     "peer_rng",
     "register",

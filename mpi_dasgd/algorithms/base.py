@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from mpi_dasgd.algorithms.description import Capabilities, Description
-from mpi_dasgd.algorithms.records import ExchangeRecord, ExchangeRecorder
+from mpi_dasgd.algorithms.records import ExchangeRecorder, RecordSink
 from mpi_dasgd.algorithms.validation import refuse_ignored_keys
 from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.config.schema import AlgorithmConfig, CodecConfig, Config
@@ -79,7 +79,7 @@ class Algorithm(ABC):
         x: this rank's model, 1-D, padded; the algorithm changes it in place.
         settings: section ``algorithm`` of the configuration.
         rng: generator of this rank's random choices.
-        record: called with the record of every exchange.
+        record: gets the record of every exchange.
 
     Attributes:
         local: this rank's training, set by the driver before `start`, for gradients that arrive
@@ -108,7 +108,7 @@ class Algorithm(ABC):
         x: np.ndarray,
         settings: AlgorithmConfig,
         rng: random.Random,
-        record: Callable[[ExchangeRecord], None],
+        record: RecordSink,
     ) -> None:
         self.validate(endpoint.size, settings, endpoint.topology)
         self.endpoint = endpoint

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpi_dasgd import algorithms, codecs, topology
 from mpi_dasgd.algorithms.base import Algorithm, peer_rng
-from mpi_dasgd.algorithms.records import ExchangeRecord
+from mpi_dasgd.algorithms.records import RecordSink
 from mpi_dasgd.codecs import Codec
 from mpi_dasgd.config.schema import CodecConfig, Config
 from mpi_dasgd.device.base import Device
@@ -108,7 +108,7 @@ class RunParts:
         endpoint: Endpoint,
         codec: Codec,
         x: np.ndarray,
-        record: Callable[[ExchangeRecord], None],
+        record: RecordSink,
     ) -> Algorithm:
         """Make the algorithm of the rank of `endpoint`.
 
@@ -116,7 +116,7 @@ class RunParts:
             endpoint: access to the other ranks.
             codec: codec of this rank.
             x: model of this rank, 1-D and padded; the algorithm changes it in place.
-            record: called with every exchange.
+            record: gets the record of every exchange.
         """
         rng = peer_rng(self.config.run.seed, endpoint.rank)
         return self.algorithm_cls(endpoint, codec, x, self.config.algorithm, rng, record)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 from mpi_dasgd.codecs import ExchangeOutcome, Header, Outcome
-from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED
+from mpi_dasgd.storage.record_ring import RecordRing
+from mpi_dasgd.storage.schema import ABSORBED, APPLIED, INITIATED, SKIPPED, UNKNOWN_AGE
 from mpi_dasgd.transport.endpoint import Endpoint
 
-__all__ = ["ABSORBED", "APPLIED", "INITIATED", "SKIPPED", "ExchangeRecord", "ExchangeRecorder"]
+__all__ = [
+    "ABSORBED",
+    "APPLIED",
+    "INITIATED",
+    "SKIPPED",
+    "ExchangeRecord",
+    "ExchangeRecorder",
+    "RecordSink",
+]
 
 _NOT_MEASURED = ExchangeOutcome()
+_NATIVE_ROWS = 128  # more than an exchange can have: a full inbox, and itself
 
 
 class ExchangeRecord(NamedTuple):
@@ -48,23 +59,48 @@ class ExchangeRecord(NamedTuple):
     late_s: float = 0.0
 
 
+RecordSink = Callable[[ExchangeRecord], None] | RecordRing | None
+"""Where records go: to a function, as rows to a ring, or nowhere."""
+
+
 class ExchangeRecorder:
     """Writer of one rank's exchange records, in the order of the exchanges.
 
     An exchange on a GPU is recorded when its outcome is known: at a later exchange, or by `flush`.
+    Native code that makes exchanges writes their rows to `ring`; who calls it calls `deliver`.
 
     Args:
         endpoint: transport of the rank, whose clock gives ages and whose counters count skips.
-        record: called with every record.
+        sink: gets every record.
 
     Attributes:
-        record: as above; tests replace it to observe the records.
+        record: called with every record that is not written to a ring at once; tests replace it to
+            observe the records.
     """
 
-    def __init__(self, endpoint: Endpoint, record: Callable[[ExchangeRecord], None]) -> None:
+    def __init__(self, endpoint: Endpoint, sink: RecordSink) -> None:
         self._endpoint = endpoint
-        self.record = record
+        self._rows = sink if isinstance(sink, RecordRing) else None
+        self.record: Callable[[ExchangeRecord], None] = (
+            self._write if isinstance(sink, RecordRing) else sink or _ignore
+        )
         self._late: deque[tuple[ExchangeRecord, Outcome, int]] = deque()
+
+    @cached_property
+    def ring(self) -> RecordRing:
+        """Ring to which native code writes the rows of exchanges."""
+        return self._rows or RecordRing("exchange", _NATIVE_ROWS)
+
+    def deliver(self) -> None:
+        """Hand on the rows that native code has written, where they go to a function."""
+        if self._rows is not None:
+            return
+        rows = self.ring.take()
+        if self.record is _ignore:
+            return
+        for row in rows.tolist():
+            step, _, partner, kind, partner_step, _, *rest = row
+            self.record(ExchangeRecord(step, partner, kind, partner_step, *rest))
 
     def skipped(self, step: int, failed_attempts: int = 0) -> None:
         """Record and count that no partner was found at `step`."""
@@ -125,6 +161,23 @@ class ExchangeRecorder:
         now = self._endpoint.time_ns() if now_ns is None else now_ns
         age = (now - sent_ns) * 1e-9
         measured = outcome if isinstance(outcome, ExchangeOutcome) else _NOT_MEASURED
+        is_late = self._late or measured is not outcome
+        if self._rows is not None and not is_late:
+            self._rows.append(
+                step,
+                self._rows.elapsed(),
+                partner,
+                kind,
+                partner_step,
+                step - partner_step,
+                age,
+                nbytes,
+                failed_attempts,
+                measured.distance,
+                measured.rejected,
+                set_staleness,
+            )
+            return
         record = ExchangeRecord(
             step,
             partner,
@@ -137,7 +190,7 @@ class ExchangeRecorder:
             measured.rejected,
             set_staleness,
         )
-        if self._late or measured is not outcome:
+        if is_late:
             self._defer(record, outcome, now)
         else:
             self.record(record)
@@ -156,6 +209,19 @@ class ExchangeRecorder:
             while self._late:
                 self._record_first(_NOT_MEASURED)
 
+    def _write(self, record: ExchangeRecord) -> None:
+        """Write a record to the ring, at the time when the exchange was made."""
+        assert self._rows is not None
+        self._rows.append(
+            record.step,
+            self._rows.elapsed() - record.late_s,
+            record.partner,
+            record.kind,
+            record.partner_step,
+            record.step - record.partner_step if record.partner >= 0 else UNKNOWN_AGE,
+            *record[4:10],
+        )
+
     def _defer(self, record: ExchangeRecord, outcome: Outcome, now_ns: int) -> None:
         """Record all whose outcomes are known by now, and this one once it is its turn."""
         late = self._late
@@ -172,3 +238,7 @@ class ExchangeRecorder:
                 late_s=(self._endpoint.time_ns() - exchanged_ns) * 1e-9,
             )
         )
+
+
+def _ignore(_: ExchangeRecord) -> None:
+    """Take a record that nobody wants."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,8 @@ class RecordRing:
     Attributes:
         dtype: struct of a row.
         address: of the ``MpdRecordRing``, as long as this object lives.
+        on_taken: called with the rows that leave the ring, in order, by the thread that takes them;
+            may be set.
     """
 
     def __init__(self, table: str, capacity: int = _CAPACITY) -> None:
@@ -52,6 +56,7 @@ class RecordRing:
         self.dtype = row_dtype(table)
         self._capacity, self._mask = capacity, capacity - 1
         self._row_bytes = self.dtype.itemsize
+        self.on_taken: Callable[[np.ndarray], object] | None = None
         self._rows = np.full(capacity, np.ones((), self.dtype))  # no page fault in a step
         self._ring = np.array((self._rows.ctypes.data, capacity, 0, 0, 0.0), RING)
         self.address = self._ring.ctypes.data
@@ -61,15 +66,20 @@ class RecordRing:
         self._pack = struct.Struct("@" + "".join(_FORMATS[c.dtype] for c in columns)).pack_into
         self._lock = threading.Lock()  # of those who take
         self._spilled: list[np.ndarray] = []
+        self._origin = 0.0
 
     @property
     def origin(self) -> float:
-        """Time on ``time.monotonic()`` from which native code counts `time_s`, seconds."""
-        return float(self._ring["origin_s"])
+        """Time on ``time.monotonic()`` from which `time_s` counts, seconds."""
+        return self._origin
 
     @origin.setter
     def origin(self, seconds: float) -> None:
-        self._ring["origin_s"] = seconds
+        self._ring["origin_s"] = self._origin = seconds
+
+    def elapsed(self) -> float:
+        """Return the seconds since `origin`."""
+        return time.monotonic() - self._origin
 
     def append(self, *values: Any) -> None:
         """Write a row.
@@ -89,7 +99,10 @@ class RecordRing:
         words[_WRITTEN] = written + 1
 
     def spill(self) -> None:
-        """Make room for as many rows as the ring holds. Only the thread that writes calls it."""
+        """Make room for as many rows as the ring holds; they are taken in their turn.
+
+        Only the thread that writes calls it.
+        """
         with self._lock:
             self._spilled.append(self._copy_new())
 
@@ -100,14 +113,6 @@ class RecordRing:
             self._spilled.clear()
         return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
 
-    def recent(self) -> np.ndarray:
-        """Return the newest rows that the ring still holds, taken or not, (rows,) of `dtype`.
-
-        Only the thread that writes calls it.
-        """
-        written = self._words[_WRITTEN]
-        return self._copy(max(0, written - self._capacity), written)
-
     def _copy_new(self) -> np.ndarray:
         """Return what was not taken, and mark it as taken."""
         taken, written = self._words[_TAKEN], self._words[_WRITTEN]
@@ -117,6 +122,8 @@ class RecordRing:
         with _BARRIER:
             pass
         self._words[_TAKEN] = written
+        if self.on_taken is not None and len(rows):
+            self.on_taken(rows)
         return rows
 
     def _copy(self, start: int, stop: int) -> np.ndarray:

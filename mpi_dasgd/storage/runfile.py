@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ import numpy as np
 
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.old_names import check_version, stored_name
+from mpi_dasgd.storage.record_ring import RecordRing
 from mpi_dasgd.storage.schema import FORMAT, FORMAT_VERSION, KINDS, LIBVER, ROWS, TABLES, Row
 from mpi_dasgd.storage.writer_thread import writer
 
@@ -28,6 +28,8 @@ PAGE = 4096
 CHUNK_ROWS = 511
 STATE_BYTES = PAGE - 8
 
+_TABLE_OF = {row: table for table, row in ROWS.items()}
+
 
 def rank_path(directory: Path, rank: int) -> Path:
     """Return the path of the run file of `rank`."""
@@ -37,24 +39,36 @@ def rank_path(directory: Path, rank: int) -> Path:
 class RunFile:
     """Run file of one rank: the tables of `schema.TABLES` in HDF5, readable live (SWMR).
 
-    `append` costs well under a microsecond; a background thread writes the rows every two seconds.
-    A kill loses the rows since then and nothing else: ``h5py.File(path, swmr=True)`` reads it.
+    Rows go through rings in memory; a background thread writes them every two seconds. A kill loses
+    the rows since then and nothing else: ``h5py.File(path, swmr=True)`` reads it.
 
     Args:
         path: file to create, by convention ``rank_path(directory, rank)``.
         rank: this rank.
         size: number of ranks of the run.
         attributes: root attributes: config_json, algorithm, codec, seed, task, provenance, ...
+        exchanges: ring of the exchanges; None: a new one.
 
     Raises:
         UserError: if the file exists; a record is never overwritten.
+
+    Attributes:
+        rings: rows of each table that are not written yet, by its name; `RecordRing.append` is the
+            fast way to add one.
     """
 
     def __init__(
-        self, path: str | Path, *, rank: int, size: int, attributes: Mapping[str, Any]
+        self,
+        path: str | Path,
+        *,
+        rank: int,
+        size: int,
+        attributes: Mapping[str, Any],
+        exchanges: RecordRing | None = None,
     ) -> None:
         self.path = Path(path)
-        self._rows: dict[type[Row], deque[Row]] = {row: deque() for row in ROWS.values()}
+        self.rings = {table: RecordRing(table) for table in TABLES if table != "exchange"}
+        self.rings["exchange"] = exchanges or RecordRing("exchange")
         self._closed = False
         self._written_states = 0
         if self.path.exists():
@@ -74,8 +88,13 @@ class RunFile:
         self._repeated = writer().repeat(self._drain, FLUSH_SECONDS)
 
     def append(self, row: Row) -> None:
-        """Add a row to the table of its class."""
-        self._rows[type(row)].append(row)
+        """Add a row to the table of its class.
+
+        Raises:
+            struct.error: a value of it is not of the type of its column.
+        """
+        table = _TABLE_OF[type(row)]
+        self.rings[table].append(*(getattr(row, column.name) for column in TABLES[table]))
 
     def flush(self, counters: Mapping[str, float | np.number[Any]] | None = None) -> None:
         """Hand all rows, and the counters so far, to the operating system, and wait for that.
@@ -173,17 +192,15 @@ class RunFile:
     def _drain(self) -> bool:
         """Write the pending rows; return False: the writer calls it again and again."""
         for table, columns in TABLES.items():
-            rows = self._rows[ROWS[table]]
-            block = [rows.popleft() for _ in range(len(rows))]
-            if not block:
+            block = self.rings[table].take()
+            if not len(block):
                 continue
             group = self._file[table]
             start = group[columns[0].name].shape[0]
             for column in columns:
-                values = [getattr(row, column.name) for row in block]
                 data = group[column.name]
                 data.resize((start + len(block),))
-                data[start:] = np.asarray(values, dtype=column.dtype)
+                data[start:] = block[column.name]
         self._file.flush()
         return False
 

@@ -20,6 +20,7 @@ class Budget:
 
     Attributes:
         samples: samples that this rank has processed.
+        origin: time on ``time.monotonic()`` at which `elapsed` was 0, seconds.
     """
 
     def __init__(self, parts: RunParts, membership: Membership, rank: int) -> None:
@@ -38,7 +39,7 @@ class Budget:
 
     def restart_clock(self) -> None:
         """Count `elapsed` from now on, added to that of an earlier part of the run."""
-        self._started = time.monotonic() - self._elapsed_before
+        self.origin = time.monotonic() - self._elapsed_before
 
     def resume(self, samples: int, elapsed: float) -> None:
         """Continue from the samples of this rank and the seconds of an earlier part of the run.
@@ -51,7 +52,7 @@ class Budget:
     @property
     def elapsed(self) -> float:
         """Seconds since training began."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self.origin
 
     @property
     def total_samples(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpi_dasgd import world
-from mpi_dasgd.algorithms import ExchangeRecord
+from mpi_dasgd.algorithms import RecordSink
 from mpi_dasgd.config import Config, load
 from mpi_dasgd.errors import DeviceFailed, UserError
 from mpi_dasgd.training.budget import Budget
@@ -63,7 +63,7 @@ class Decentralized:
         environment: what `mpi_dasgd.world.start` returned, if it was called before.
         record: called with every exchange, in their order; for a model on a GPU when the GPU has
             done it (`ExchangeRecord.late_s`), and for the last ones in `finish`, or when an error
-            leaves the ``with`` block.
+            leaves the ``with`` block. A `RecordRing` gets them as rows.
         buffer_rules: what becomes of buffers that differ between ranks, by patterns of their names,
             as in ``{"*.cos_cached": "keep"}``: ``mean``, ``max``, ``rank0`` or ``keep``; by default
             the mean of floating-point ones, and the maximum of integers. See `ModelBuffers`.
@@ -98,7 +98,7 @@ class Decentralized:
         seconds: float | None = None,
         config: Config | Mapping[str, Any] | str | Path | None = None,
         environment: world.World | None = None,
-        record: Callable[[ExchangeRecord], None] | None = None,
+        record: RecordSink = None,
         buffer_rules: Mapping[str, str] | None = None,
     ) -> None:
         self.world = environment = environment or start_world()

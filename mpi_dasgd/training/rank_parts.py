@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpi_dasgd import world
-from mpi_dasgd.algorithms import Algorithm, ExchangeRecord
+from mpi_dasgd.algorithms import Algorithm, RecordSink
 from mpi_dasgd.algorithms.build import RunParts, build_run
 from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config import Config, consistency
@@ -70,7 +70,7 @@ def build_rank(
     environment: world.World,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    record: Callable[[ExchangeRecord], None] | None,
+    record: RecordSink,
     buffer_rules: Mapping[str, str] | None = None,
 ) -> RankParts:
     """Build a rank as `config` says. Collective.
@@ -80,7 +80,7 @@ def build_rank(
         environment: the ranks, and this one's place among them.
         model: its parameters become those of rank 0.
         optimizer: optimizer over the parameters of `model`.
-        record: called with every exchange.
+        record: gets the record of every exchange.
         buffer_rules: rules of buffers that differ between ranks; see `ModelBuffers`.
 
     Raises:
@@ -115,7 +115,6 @@ def build_rank(
         optimizer, parameters, environment.rank, check_finite=config.run.check_finite
     )
     endpoint = _make_endpoint(environment, codec.layout, run, choice)
-    record = record or (lambda exchange: None)
     algorithm = run.make_algorithm(endpoint, codec, parameters.vector, record)
     algorithm.local = local
     return RankParts(run, parameters, buffers, local, codec, endpoint, algorithm, choice)

@@ -10,6 +10,7 @@ from mpi_dasgd.device import binding
 from mpi_dasgd.errors import Diverged, PeerLost
 from mpi_dasgd.storage.checkpoint import Checkpoints
 from mpi_dasgd.storage.provenance import provenance
+from mpi_dasgd.storage.record_ring import RecordRing
 from mpi_dasgd.storage.run_directory import prepare
 from mpi_dasgd.storage.runfile import RunFile, rank_path
 from mpi_dasgd.storage.snapshots import Snapshot, Snapshots
@@ -67,13 +68,14 @@ class Trainer:
                 device=self.device,
             )
         self.config = config = _with_samples(config, len(self.workload.data.train_x))
+        exchanges = RecordRing("exchange")
         # Before the directory is touched: what cannot run must not cost an older result.
         self.training = training = Decentralized(
             self.workload.model,
             self.workload.optimizer,
             config=config,
             environment=environment,
-            record=lambda exchange: self.recorder.record_exchange(exchange),
+            record=exchanges,
         )
         if rank == 0 and training.device_choice.memory == "ipc":  # of the others a warning has told
             world.print_message(training.device_choice.reason)
@@ -94,12 +96,14 @@ class Trainer:
             rank=rank,
             size=size,
             attributes=self._attributes(environment, resumed),
+            exchanges=exchanges,
         )
         self.recorder = Recorder(file, training)
         self.step = prepare_step(self.device, training, self.workload, self.recorder)
         self.progress_line = ProgressLine(rank == 0)
         environment.comm.Barrier()
         training.budget.restart_clock()
+        exchanges.origin = training.budget.origin
 
     def _open_checkpoints(self) -> tuple[Checkpoints | None, int | None]:
         """Load the newest checkpoint, if the run resumes; return where to save, and its index."""

@@ -19,6 +19,7 @@ from mpi_dasgd.algorithms.records import (
 from mpi_dasgd.codecs import ExchangeOutcome, Header
 from mpi_dasgd.errors import DeviceFailed
 from mpi_dasgd.simulation.simulator import Simulator
+from mpi_dasgd.storage.record_ring import RecordRing
 from tests.support.virtual_ranks import JOB
 
 
@@ -64,6 +65,46 @@ def test_a_skip_is_recorded_and_counted(recorder: Any) -> None:
     exchange_records.skipped(4, failed_attempts=2)
     assert records[0][:7] == (4, -1, SKIPPED, -1, 0.0, 0, 2)
     assert endpoint.counters.skipped == 1
+
+
+NATIVE_ROW = (9, 4.5, 3, ABSORBED, 7, 2, 0.5, 64, 1, 1.5, 2, -1)
+
+
+def test_rows_of_native_code_reach_the_function_between_the_records_of_python(
+    recorder: Any,
+) -> None:
+    _, records, exchange_records = recorder
+    exchange_records.skipped(8)
+    exchange_records.ring.append(*NATIVE_ROW)
+    exchange_records.ring.append(*NATIVE_ROW)
+    exchange_records.deliver()
+    exchange_records.deliver()
+    exchange_records.skipped(10)
+    native = ExchangeRecord(9, 3, ABSORBED, 7, 0.5, 64, 1, 1.5, 2, -1)
+    assert records[1:3] == [native, native]
+    assert [record.step for record in records] == [8, 9, 9, 10]
+
+
+def test_rows_of_native_code_stay_in_the_ring_that_the_records_go_to() -> None:
+    endpoint: Any = SimpleNamespace(time_ns=lambda: 0, counters=SimpleNamespace(skipped=0))
+    ring = RecordRing("exchange", 8)
+    exchange_records = ExchangeRecorder(endpoint, ring)
+    exchange_records.skipped(8)
+    exchange_records.ring.append(*NATIVE_ROW)
+    exchange_records.deliver()
+    exchange_records.message(ABSORBED, 10, HEADER)
+    assert exchange_records.ring is ring
+    assert ring.take()["step"].tolist() == [8, 9, 10]
+
+
+def test_rows_that_nobody_wants_make_room_for_others() -> None:
+    endpoint: Any = SimpleNamespace(time_ns=lambda: 0, counters=SimpleNamespace(skipped=0))
+    exchange_records = ExchangeRecorder(endpoint, None)
+    exchange_records.skipped(8)
+    assert endpoint.counters.skipped == 1
+    exchange_records.ring.append(*NATIVE_ROW)
+    exchange_records.deliver()
+    assert len(exchange_records.ring.take()) == 0
 
 
 class _Late:

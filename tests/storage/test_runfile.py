@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -83,7 +84,7 @@ EXCHANGE = ExchangeRow(
 
 def test_rows_attributes_and_counters_come_back(tmp_path: Path) -> None:
     path = tmp_path / "ranks" / "rank00001.h5"
-    rows = 3 * CHUNK_ROWS + 5
+    rows = 10 * CHUNK_ROWS + 5  # more than a ring holds
     attributes = {"config_json": '{"a": 1}', "seed": 7, **provenance()}
     with RunFile(path, rank=1, size=4, attributes=attributes) as record:
         for step in range(rows):
@@ -246,13 +247,27 @@ def test_an_error_in_the_background_is_not_lost(
 ) -> None:
     monkeypatch.setattr("mpi_dasgd.storage.runfile.FLUSH_SECONDS", 0.01)
     record = RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={})
-    record.append(replace(train_row(0), loss="no number"))  # type: ignore[arg-type]
+
+    def fail(rows: np.ndarray) -> None:
+        record.rings["train"].on_taken = None
+        raise ZeroDivisionError(f"{len(rows)} rows")
+
+    record.rings["train"].on_taken = fail
+    record.append(train_row(0))
     time.sleep(0.3)
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ZeroDivisionError, match="1 rows"):
         record.flush()
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ZeroDivisionError, match="1 rows"):
         record.close("failed", {})
     assert read_run_file(record.path).status == "failed"
+
+
+def test_a_value_that_is_no_number_is_refused_at_once(tmp_path: Path) -> None:
+    with RunFile(tmp_path / "r.h5", rank=0, size=1, attributes={}) as record:
+        with pytest.raises(struct.error):
+            record.append(replace(train_row(0), loss="no number"))  # type: ignore[arg-type]
+        record.append(train_row(1))
+    assert read_run_file(record.path).tables["train"]["step"].tolist() == [1]
 
 
 def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:

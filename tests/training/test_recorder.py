@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from mpi_dasgd.algorithms import ExchangeRecord
+from mpi_dasgd.algorithms.records import ExchangeRecorder
+from mpi_dasgd.codecs import ExchangeOutcome
 from mpi_dasgd.model.flat_parameters import FlatParameters
-from mpi_dasgd.storage.schema import APPLIED, INITIATED, SKIPPED, UNKNOWN_AGE, Row
+from mpi_dasgd.storage.record_ring import RecordRing
+from mpi_dasgd.storage.schema import APPLIED, INITIATED, ROWS, SKIPPED, TABLES, UNKNOWN_AGE, Row
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 from mpi_dasgd.training.recorder import Recorder
 
@@ -22,20 +25,22 @@ class File:
     """Run file that keeps what it gets."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rings = {table: RecordRing(table) for table in TABLES}
         self.closed: list[tuple[str, dict[str, float]]] = []
 
     def append(self, row: Row) -> None:
         """Keep a row."""
-        self.rows.append(row)
+        ((table, columns),) = [(t, TABLES[t]) for t, cls in ROWS.items() if cls is type(row)]
+        self.rings[table].append(*(getattr(row, column.name) for column in columns))
 
     def close(self, status: str, counters: dict[str, float]) -> None:
         """Keep the end."""
         self.closed.append((status, counters))
 
-    def last(self) -> dict[str, Any]:
-        """Return the newest row by column."""
-        return asdict(self.rows[-1])
+    def last(self, table: str = "train") -> dict[str, Any]:
+        """Return the newest row of a table by column."""
+        rows = self.rings[table].take()
+        return dict(zip(rows.dtype.names, rows[-1].item(), strict=True))
 
 
 @pytest.fixture
@@ -52,6 +57,8 @@ def training() -> SimpleNamespace:
     return SimpleNamespace(
         model=model, local=TorchLocalOptimizer(optimizer, FlatParameters(model)), rank=2,
         elapsed=4.0, samples=100, total_samples=400, progress=0.25, delay=3, delay_factor=0.5,
+        budget=SimpleNamespace(elapsed=4.0, samples=100, total_samples=400),
+        learning_rate=SimpleNamespace(delay=3, delay_factor=0.5),
         computes_gradients=True, counters={"messages": 7},
         algorithm=SimpleNamespace(name="adpsgd"), codec=SimpleNamespace(counters={}),
     )  # fmt: skip
@@ -61,6 +68,14 @@ def training() -> SimpleNamespace:
 def recorder(file: Any, training: Any) -> Recorder:
     """The recorder of both."""
     return Recorder(file, training)
+
+
+@pytest.fixture
+def records(file: File) -> ExchangeRecorder:
+    """What an algorithm records its exchanges with."""
+    endpoint: Any = SimpleNamespace(counters=SimpleNamespace(skipped=0), time_ns=lambda: 0)
+    file.rings["exchange"].origin = time.monotonic() - 4.0
+    return ExchangeRecorder(endpoint, file.rings["exchange"])
 
 
 def _exchange(
@@ -77,10 +92,15 @@ def test_a_step_fills_its_row(file: File, training: SimpleNamespace, recorder: R
     training.local.local_step = 9
     _step(recorder, 1.25)
     row = file.last()
-    assert (row["step"], row["samples"], row["loss"]) == (9, 100, 1.25)
-    assert row["total_samples"] == 400
-    assert (row["compute_s"], row["exchange_s"], row["wait_s"]) == (0.1, 0.2, 0.3)
-    assert (row["delay"], row["delay_factor"]) == (3, 0.5)
+    assert row == {
+        "step": 9, "time_s": 4.0, "samples": 100, "total_samples": 400, "loss": 1.25,
+        "learning_rate": 0.2, "compute_s": 0.1, "exchange_s": 0.2, "wait_s": 0.3, "delay": 3,
+        "delay_factor": 0.5,
+    }  # fmt: skip
+    recorder.append_step(recorder.describe_step(0.3))
+    late = file.last()
+    assert math.isnan(late["loss"] + late["compute_s"] + late["exchange_s"])
+    assert late == {**row, **{name: late[name] for name in ("loss", "compute_s", "exchange_s")}}
 
 
 def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it(
@@ -100,34 +120,46 @@ def test_the_recorded_learning_rate_is_the_schedules_though_a_server_applies_it(
     assert recorded() == 0.05
 
 
-def test_an_exchange_fills_its_row(file: File, recorder: Recorder) -> None:
-    recorder.record_exchange(_exchange(10, 7))
-    row = file.last()
-    assert (row["step"], row["partner"], row["partner_step"], row["age_steps"]) == (10, 1, 7, 3)
-    assert (row["age_s"], row["bytes"], row["retries"]) == (0.5, 64, 2)
-    assert (row["distance"], row["rejected"]) == (1.5, 3)
-    recorder.record_exchange(_exchange(10, -1, SKIPPED, partner=-1))
-    assert file.last()["age_steps"] == UNKNOWN_AGE
+def test_an_exchange_fills_its_row(file: File, records: ExchangeRecorder) -> None:
+    records.exchange(
+        INITIATED, 10, partner=1, partner_step=7, sent_ns=0, nbytes=64, failed_attempts=2,
+        outcome=ExchangeOutcome(1.5, 3), set_staleness=4, now_ns=10**9,
+    )  # fmt: skip
+    row = file.last("exchange")
+    assert 4.0 <= row.pop("time_s") < 60.0
+    assert row == {
+        "step": 10, "partner": 1, "kind": INITIATED, "partner_step": 7, "age_steps": 3,
+        "age_s": 1.0, "bytes": 64, "retries": 2, "distance": 1.5, "rejected": 3,
+        "set_staleness": 4,
+    }  # fmt: skip
+    records.record(_exchange(10, 7))
+    row = file.last("exchange")
+    assert (row["age_steps"], row["age_s"], row["bytes"], row["retries"]) == (3, 0.5, 64, 2)
+    assert (row["distance"], row["rejected"], row["set_staleness"]) == (1.5, 3, 4)
+    records.skipped(11, 3)
+    row = file.last("exchange")
+    assert (row["step"], row["partner"], row["kind"], row["retries"]) == (11, -1, SKIPPED, 3)
+    assert (row["age_steps"], row["partner_step"]) == (UNKNOWN_AGE, -1)
 
 
-def test_an_exchange_that_is_recorded_late_keeps_its_time(file: File, recorder: Recorder) -> None:
-    recorder.record_exchange(_exchange(10, 7))
-    assert file.last()["time_s"] == 4.0
-    recorder.record_exchange(_exchange(10, 7)._replace(late_s=0.5))
-    assert file.last()["time_s"] == 3.5
+def test_an_exchange_that_is_recorded_late_keeps_its_time(
+    file: File, records: ExchangeRecorder
+) -> None:
+    records.record(_exchange(10, 7)._replace(late_s=1000.0))
+    assert 4.0 - 1000.0 <= file.last("exchange")["time_s"] < 60.0 - 1000.0
 
 
 def test_the_progress_line_has_what_there_is_to_tell(
-    training: SimpleNamespace, recorder: Recorder
+    training: SimpleNamespace, recorder: Recorder, records: ExchangeRecorder
 ) -> None:
     assert math.isnan(recorder.loss)
     assert recorder.progress_text() == "adpsgd  25 %  100 samples/s", "a GPU's loss comes later"
     _step(recorder, 0.75)
     assert recorder.progress_text() == "adpsgd  25 %  100 samples/s  loss 0.7500"
-    recorder.record_exchange(_exchange(10, 8))
-    recorder.record_exchange(_exchange(10, 6, APPLIED))
-    recorder.record_exchange(_exchange(10, 12))  # a partner that is ahead counts as 0
-    recorder.record_exchange(_exchange(10, -1, SKIPPED, partner=-1))  # not counted
+    records.record(_exchange(10, 8))
+    records.record(_exchange(10, 6, APPLIED))
+    records.record(_exchange(10, 12))  # a partner that is ahead counts as 0
+    records.record(_exchange(10, -1, SKIPPED, partner=-1))  # not counted
     recorder.record_evaluation(1, (4.0, 100, 400), 0.5, 0.875)
     training.codec.counters = {"buckets_rejected": 1, "buckets_decoded": 199}
     training.computes_gradients = False
@@ -137,9 +169,19 @@ def test_the_progress_line_has_what_there_is_to_tell(
     )
 
 
+def test_the_progress_line_counts_exchanges_that_are_written_already(
+    recorder: Recorder, file: File, records: ExchangeRecorder
+) -> None:
+    for step in range(10_000):  # more than a ring holds, and than the line averages
+        records.record(_exchange(step, step - 7 if step == 5 else step - 2))
+        if step == 3_000:
+            file.rings["exchange"].take()
+    assert recorder.progress_text().endswith("staleness 2.0 steps, at most 7")
+
+
 def test_an_evaluation_fills_its_row(file: File, recorder: Recorder) -> None:
     recorder.record_evaluation(3, (4.0, 100, 400), 0.5, 0.875)
-    assert list(file.last().values()) == [3, 0, 4.0, 100, 400, 0.5, 0.875]
+    assert list(file.last("evaluation").values()) == [3, 0, 4.0, 100, 400, 0.5, 0.875]
 
 
 def test_the_run_file_closes_with_counters(file: File, recorder: Recorder) -> None:
