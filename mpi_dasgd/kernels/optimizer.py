@@ -1,6 +1,7 @@
 """A step of a local optimizer on a flat model, which a pass over memory makes before it exchanges.
 
-The bits are those of `torch.optim`: SGD as it always is, Adam and AdamW as with ``fused=True``.
+The bits are those of `torch.optim`: SGD plain or with ``fused=True``, Adam and AdamW as with
+``fused=True`` (the plain ones round otherwise).
 ``optimizer_math.h`` has the formulas. A step is described by *segments*, the parameters, each with
 its gradient where autograd has left it, and by *groups*, the scalars of parameters that have them
 alike.
@@ -9,6 +10,7 @@ alike.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from typing import Any
 
@@ -30,6 +32,7 @@ from mpi_dasgd.kernels.optimizer_step import (
     NESTEROV,
     SEGMENT,
     SGD,
+    TAIL,
     Array,
     OptimizerStep,
 )
@@ -47,6 +50,7 @@ __all__ = [
     "NESTEROV",
     "SEGMENT",
     "SGD",
+    "TAIL",
     "OptimizerStep",
     "adam_group",
     "run",
@@ -112,6 +116,7 @@ def sgd_group(
     maximize: bool = False,
     first: bool = False,
     factor: float = 1.0,
+    fused: bool = False,
 ) -> Group:
     """Return the scalars of a step of ``torch.optim.SGD``, fields of `GROUP`.
 
@@ -119,8 +124,11 @@ def sgd_group(
         lr, momentum, dampening, weight_decay, nesterov, maximize: as torch has them.
         first: whether there is no momentum buffer yet: it becomes the gradient.
         factor: on the gradients, before all else.
+        fused: whether the bits are those of ``fused=True``; they differ in the last elements of a
+            parameter.
     """
     flags = MAXIMIZE * maximize | DECAY * (weight_decay != 0) | FACTOR * (factor != 1)
+    flags |= TAIL * fused
     if momentum != 0:
         flags |= MOMENTUM | NESTEROV * nesterov | FIRST * first
     return SGD, flags, factor, weight_decay, momentum, 1 - dampening, 0.0, -lr, 0.0, 0.0
@@ -147,12 +155,12 @@ def adam_group(
         factor: on the gradients, before all else.
     """
     beta1, beta2 = betas
-    flags = MAXIMIZE * maximize | AMSGRAD * amsgrad | FACTOR * (factor != 1)
+    flags = TAIL | MAXIMIZE * maximize | AMSGRAD * amsgrad | FACTOR * (factor != 1)
     decay = weight_decay
     if weight_decay != 0:
         flags |= DECAY | DECOUPLED * decoupled
         decay = 1 - lr * weight_decay if decoupled else weight_decay
     return (
         ADAM, flags, factor, decay, beta2, 1 - beta2, 1 - beta1, -(lr / (1 - beta1**step)),
-        (1 - beta2**step) ** 0.5, eps,
+        math.sqrt(1 - beta2**step), eps,
     )  # fmt: skip

@@ -4,6 +4,7 @@
 // The bits are those of torch.optim: SGD as it always is, Adam and AdamW as with fused=True (of which
 // torch compiles the formula with contraction: where it has become a fused multiply-add, one is
 // written here). Scalars come as torch rounds them: computed in double, then rounded to float32.
+// Torch is that for x86-64 with AVX2 or AVX-512 (2.5 to 2.13).
 #ifndef MPD_OPTIMIZER_MATH_H
 #define MPD_OPTIMIZER_MATH_H
 
@@ -20,7 +21,13 @@ enum MpdOptimizerFlags {
   kFirst = 32,     // SGD: there is no momentum buffer yet: it becomes the gradient
   kFactor = 64,    // factor != 1
   kAmsgrad = 128,
+  kTail = 256,  // torch's kernel has a scalar loop for the end of a parameter
 };
+
+// Elements that torch's fused kernels take at a time, also with AVX-512: with kTail, those of a
+// segment behind the last whole multiple have the formula of the scalar loop, in which another of
+// two products has become part of the fused multiply-add.
+#define MPD_TORCH_VECTOR 8
 
 // Scalars of the parameters that have them alike in this step.
 struct MpdOptimizerGroup {
@@ -54,7 +61,13 @@ struct MpdOptimizer {
   long long* nonfinite;  // set to 1 if an element of the model is infinite or NaN after the step
 };
 
-// FLAGS are those of the group, as a constant. `velocity` is written only with kMomentum.
+// Returns the element of a segment's flat vectors at which torch's scalar loop begins.
+MPD_HD long long mpd_tail(const MpdOptimizerSegment& segment, int flags) {
+  const long long left = flags & kTail ? segment.count % MPD_TORCH_VECTOR : 0;
+  return segment.offset + segment.count - left;
+}
+
+// FLAGS are those of the group, as a constant, and kTail only in the tail. `velocity` is written only with kMomentum.
 template <int FLAGS>
 MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& velocity, float& x) {
   float g = gradient;
@@ -62,7 +75,12 @@ MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& veloc
   if (FLAGS & kMaximize) g = -g;
   if (FLAGS & kDecay) g = mpd_fma(x, group.decay, g);
   if (FLAGS & kMomentum) {
-    velocity = FLAGS & kFirst ? g : mpd_fma(g, group.fresh, mpd_mul(velocity, group.momentum));
+    if (FLAGS & kFirst)
+      velocity = g;
+    else if (FLAGS & kTail)
+      velocity = mpd_fma(velocity, group.momentum, mpd_mul(g, group.fresh));
+    else
+      velocity = mpd_fma(g, group.fresh, mpd_mul(velocity, group.momentum));
     g = FLAGS & kNesterov ? mpd_fma(velocity, group.momentum, g) : velocity;
   }
   x = mpd_fma(g, group.rate, x);
@@ -84,7 +102,11 @@ MPD_HD void mpd_adam(const MpdOptimizerGroup& group, float gradient, float& mean
   const float apart = mpd_sub(g, mean);
   const bool small = mpd_bits(group.lerp) < mpd_bits(0.5f);  // torch.lerp
   mean = mpd_fma(small ? group.lerp : mpd_sub(group.lerp, 1.0f), apart, small ? mean : g);
-  square = mpd_fma(mpd_mul(group.fresh, g), g, mpd_mul(square, group.momentum));
+  const float part = mpd_mul(group.fresh, g);
+  if (FLAGS & kTail)
+    square = mpd_fma(square, group.momentum, mpd_mul(part, g));
+  else
+    square = mpd_fma(part, g, mpd_mul(square, group.momentum));
   float u = square;
   if (FLAGS & kAmsgrad) largest = u = square > largest ? square : largest;
   const float denominator = mpd_add(mpd_divide(mpd_sqrt(u), group.root), group.eps);

@@ -21,6 +21,8 @@ from mpi_dasgd.kernels.optimizer_step import (
     MOMENTUM,
     NESTEROV,
     SGD,
+    TAIL,
+    TORCH_VECTOR,
     OptimizerStep,
 )
 
@@ -38,46 +40,59 @@ def update(step: OptimizerStep, x: np.ndarray, begin: int = 0) -> None:
         begin: index of its first element in the model.
     """
     with np.errstate(all="ignore"):  # a diverging model is no reason to warn: the caller is told
-        for segment, part, gradient in _parts(step, begin, begin + x.size):
-            group = step.groups[segment["group"]]
+        for group, flags, part, gradient in _parts(step, begin, begin + x.size):
             make = _sgd if group["kind"] == SGD else _adam
-            make(step, group, part, gradient, x[part.start - begin : part.stop - begin])
+            make(step, group, flags, part, gradient, x[part.start - begin : part.stop - begin])
     if not np.isfinite(x).all():
         step.nonfinite[0] = 1
 
 
 def _parts(
     step: OptimizerStep, begin: int, end: int
-) -> Iterator[tuple[np.void, slice, np.ndarray]]:
-    """Yield the segments with a gradient that reach into a part of the model, and the gradient."""
+) -> Iterator[tuple[Any, int, slice, np.ndarray]]:
+    """Yield group, flags, place and gradient of the segments that reach into a part of the model.
+
+    The tails of segments are parts of their own; only there the flags have `TAIL`.
+    """
     offsets = step.segments["offset"]
     stops = offsets + step.segments["count"]
     for i in np.flatnonzero((offsets < end) & (stops > begin) & (step.segments["gradient"] != 0)):
         segment = step.segments[i]
-        first, last = max(int(offsets[i]), begin), min(int(stops[i]), end)
-        address = int(segment["gradient"]) + 4 * (first - int(offsets[i]))
-        memory = (ctypes.c_float * (last - first)).from_address(address)
-        yield segment, slice(first, last), np.frombuffer(memory, np.float32)
+        group = step.groups[segment["group"]]
+        flags, first, last = int(group["flags"]), int(offsets[i]), int(stops[i])
+        tail = last - (int(segment["count"]) % TORCH_VECTOR if flags & TAIL else 0)
+        memory = (ctypes.c_float * (last - first)).from_address(int(segment["gradient"]))
+        gradient = np.frombuffer(memory, np.float32)
+        for start, stop, its in ((first, tail, flags & ~TAIL), (tail, last, flags)):
+            part = slice(max(start, begin), min(stop, end))
+            if part.start < part.stop:
+                yield group, its, part, gradient[part.start - first : part.stop - first]
 
 
-def _sgd(step: OptimizerStep, group: Any, part: slice, gradient: np.ndarray, x: np.ndarray) -> None:
-    flags = int(group["flags"])
+def _sgd(
+    step: OptimizerStep, group: Any, flags: int, part: slice, gradient: np.ndarray, x: np.ndarray
+) -> None:
     g = _prepared(group, flags, gradient)
     if flags & DECAY:
         g = fma(x, group["decay"], g)
     if flags & MOMENTUM:
         assert step.first is not None
         velocity = step.first[part]
-        velocity[:] = g if flags & FIRST else fma(g, group["fresh"], velocity * group["momentum"])
+        if flags & FIRST:
+            velocity[:] = g
+        elif flags & TAIL:
+            velocity[:] = fma(velocity, group["momentum"], g * group["fresh"])
+        else:
+            velocity[:] = fma(g, group["fresh"], velocity * group["momentum"])
         g = fma(velocity, group["momentum"], g) if flags & NESTEROV else velocity
     x[:] = fma(g, group["rate"], x)
 
 
 def _adam(
-    step: OptimizerStep, group: Any, part: slice, gradient: np.ndarray, x: np.ndarray
+    step: OptimizerStep, group: Any, flags: int, part: slice, gradient: np.ndarray, x: np.ndarray
 ) -> None:
     assert step.first is not None and step.second is not None
-    flags, mean, square = int(group["flags"]), step.first[part], step.second[part]
+    mean, square = step.first[part], step.second[part]
     g = _prepared(group, flags, gradient)
     if flags & DECAY:
         if flags & DECOUPLED:
@@ -86,7 +101,11 @@ def _adam(
             g = fma(x, group["decay"], g)
     lerp, apart = group["lerp"], g - mean
     mean[:] = fma(apart, lerp, mean) if lerp < _F32(0.5) else fma(apart, lerp - _F32(1), g)
-    square[:] = fma(group["fresh"] * g, g, square * group["momentum"])
+    share = group["fresh"] * g
+    if flags & TAIL:
+        square[:] = fma(square, group["momentum"], share * g)
+    else:
+        square[:] = fma(share, g, square * group["momentum"])
     u = square
     if flags & AMSGRAD:
         assert step.third is not None

@@ -22,6 +22,8 @@ __all__ = [
     "NESTEROV",
     "SEGMENT",
     "SGD",
+    "TAIL",
+    "TORCH_VECTOR",
     "OptimizerStep",
     "OptimizerStruct",
 ]
@@ -29,11 +31,16 @@ __all__ = [
 SGD, ADAM = 1, 2
 """Kinds of a group, MpdOptimizerKind of ``optimizer_math.h``."""
 
-NESTEROV, DECAY, DECOUPLED, MAXIMIZE, MOMENTUM, FIRST, FACTOR, AMSGRAD = (1 << i for i in range(8))
+NESTEROV, DECAY, DECOUPLED, MAXIMIZE, MOMENTUM, FIRST, FACTOR, AMSGRAD, TAIL = (
+    1 << i for i in range(9)
+)
 FLAGS = (
-    "NESTEROV", "DECAY", "DECOUPLED", "MAXIMIZE", "MOMENTUM", "FIRST", "FACTOR", "AMSGRAD",
+    "NESTEROV", "DECAY", "DECOUPLED", "MAXIMIZE", "MOMENTUM", "FIRST", "FACTOR", "AMSGRAD", "TAIL",
 )  # fmt: skip
 """Names of the flags of a group, in the order of their bits."""
+
+TORCH_VECTOR = 8
+"""Elements that torch's fused kernels take at a time, MPD_TORCH_VECTOR of ``optimizer_math.h``."""
 
 GROUP = np.dtype(
     [

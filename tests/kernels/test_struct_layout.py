@@ -62,6 +62,7 @@ def test_cpu_structs_are_those_of_python() -> None:
         f"k{name.capitalize()}": (getattr(optimizer_step, name),)
         for name in ("SGD", "ADAM", *optimizer_step.FLAGS)
     }
+    step["MPD_TORCH_VECTOR"] = (optimizer_step.TORCH_VECTOR,)
     swaps = mirror("MpdSwap", SWAP) | mirror("MpdRelease", RELEASE)
     swaps["MPD_MAX_SWAPS"] = (MAX_SWAPS,)
     rows = mirror("MpdExchangeRow", row_dtype("exchange")) | mirror("MpdRecordRing", RING)

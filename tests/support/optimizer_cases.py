@@ -69,8 +69,9 @@ def kinds() -> Iterator[tuple[str, list[optimizer.Group]]]:
                 [
                     sgd_group(
                         0.1 / (1 + first), 0.9, dampening, decay, nesterov=nesterov, first=first,
-                        maximize=maximize, factor=factor,
+                        maximize=maximize, factor=factor, fused=fused,
                     )
+                    for fused in (False, True)
                     for first in (False, True)
                 ],
             )  # fmt: skip

@@ -52,25 +52,25 @@ void adam(const MpdOptimizerGroup& scalars, const Part& part) {
 
 // Runs the loop that is compiled for the flags of a group.
 template <int... FLAGS>
-void choose_sgd(const MpdOptimizerGroup& group, int flags, const Part& part) {
-  ((flags == FLAGS ? sgd<FLAGS>(group, part) : void()), ...);
+void choose_sgd(const MpdOptimizerGroup& group, const Part& part) {
+  const int flags = group.flags & (kDecay | kMomentum | kFirst | kNesterov);
+  ((flags == (FLAGS & ~kTail) ? sgd<FLAGS>(group, part) : void()), ...);
 }
 template <int... FLAGS>
-void choose_adam(const MpdOptimizerGroup& group, int flags, const Part& part) {
-  ((flags == FLAGS ? adam<FLAGS>(group, part) : void()), ...);
+void choose_adam(const MpdOptimizerGroup& group, const Part& part) {
+  const int flags = group.flags & (kDecay | kDecoupled | kAmsgrad);
+  ((flags == (FLAGS & ~kTail) ? adam<FLAGS>(group, part) : void()), ...);
 }
 
-void update(MpdOptimizerGroup group, const Part& part) {
-  if (group.flags & kMaximize) group.factor = -group.factor;
-  constexpr int kHeavy = kMomentum, kNew = kMomentum | kFirst;
+template <int TAIL>
+void update(const MpdOptimizerGroup& group, const Part& part) {
+  constexpr int kHeavy = kMomentum | TAIL, kNew = kMomentum | kFirst;
   if (group.kind == kSgd)
     choose_sgd<0, kDecay, kHeavy, kHeavy | kDecay, kHeavy | kNesterov, kHeavy | kNesterov | kDecay,
-               kNew, kNew | kDecay, kNew | kNesterov, kNew | kNesterov | kDecay>(
-        group, group.flags & (kDecay | kMomentum | kFirst | kNesterov), part);
+               kNew, kNew | kDecay, kNew | kNesterov, kNew | kNesterov | kDecay>(group, part);
   else
-    choose_adam<0, kDecay, kDecay | kDecoupled, kAmsgrad, kAmsgrad | kDecay,
-                kAmsgrad | kDecay | kDecoupled>(
-        group, group.flags & (kDecay | kDecoupled | kAmsgrad), part);
+    choose_adam<TAIL, TAIL | kDecay, TAIL | kDecay | kDecoupled, TAIL | kAmsgrad,
+                TAIL | kAmsgrad | kDecay, TAIL | kAmsgrad | kDecay | kDecoupled>(group, part);
 }
 
 bool all_finite(const float* __restrict x, int64_t count) {
@@ -96,6 +96,21 @@ int64_t first_segment(const MpdOptimizer& step, int64_t begin) {
 
 float* at(float* vector, int64_t element) { return vector == nullptr ? nullptr : vector + element; }
 
+// Makes the step on elements from .. to - 1, of which `x` is the first, of a segment.
+void update(const MpdOptimizer& step, const MpdOptimizerSegment& segment, float* x, int64_t from,
+            int64_t to) {
+  MpdOptimizerGroup group = step.groups[segment.group];
+  if (group.flags & kMaximize) group.factor = -group.factor;
+  const int64_t tail = mpd_tail(segment, group.flags);
+  const auto part = [&](int64_t first, int64_t last) {
+    return Part{x + (first - from),    segment.gradient + (first - segment.offset),
+                at(step.first, first), at(step.second, first),
+                at(step.third, first), last - first};
+  };
+  if (from < tail) update<0>(group, part(from, to < tail ? to : tail));
+  if (to > tail) update<kTail>(group, part(from > tail ? from : tail, to));
+}
+
 }  // namespace
 
 extern "C" void MPD_NAME(MPD_ISA)(const MpdOptimizer* optimizer, float* x, int64_t begin,
@@ -106,10 +121,7 @@ extern "C" void MPD_NAME(MPD_ISA)(const MpdOptimizer* optimizer, float* x, int64
     const MpdOptimizerSegment& part = step.segments[next];
     const int64_t last = part.offset + part.count;
     const int64_t from = part.offset > begin ? part.offset : begin, to = last < end ? last : end;
-    if (part.gradient != nullptr && from < to)
-      update(step.groups[part.group],
-             {x + (from - begin), part.gradient + (from - part.offset), at(step.first, from),
-              at(step.second, from), at(step.third, from), to - from});
+    if (part.gradient != nullptr && from < to) update(step, part, x + (from - begin), from, to);
     if (last > end) break;  // it goes on behind the range
   }
   *segment = next;

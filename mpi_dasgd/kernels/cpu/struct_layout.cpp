@@ -44,6 +44,8 @@ void describe_optimizer(StructLayout& layout) {
   MPD_VALUE(layout, kFirst);
   MPD_VALUE(layout, kFactor);
   MPD_VALUE(layout, kAmsgrad);
+  MPD_VALUE(layout, kTail);
+  MPD_VALUE(layout, MPD_TORCH_VECTOR);
 }
 
 }  // namespace
