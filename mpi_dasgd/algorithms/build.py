@@ -87,8 +87,17 @@ class RunParts:
         """Sentences on settings that work together, but hardly as their user expects."""
         return self.algorithm_cls.warnings(self.config)
 
-    def make_codec(self, rank: int, elements: int, dtype: np.dtype, device: Device = HOST) -> Codec:
+    def make_codec(
+        self,
+        rank: int,
+        elements: int,
+        dtype: np.dtype,
+        device: Device = HOST,
+        threads: int = 1,
+    ) -> Codec:
         """Make the codec of `rank`, for models of `elements` elements of `dtype` on `device`.
+
+        `threads` is what ``codec.threads = auto`` stands for.
 
         Raises:
             UserError: the codec does not take such models, or not there.
@@ -101,6 +110,7 @@ class RunParts:
             rank=rank,
             trailer_words=self.algorithm_cls.trailer_words(self.topology.size),
             device=device,
+            threads=threads,
         )
 
     def make_algorithm(

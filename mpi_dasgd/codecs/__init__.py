@@ -33,7 +33,7 @@ __all__ = [
 
 
 CODECS: dict[str, Callable[[int, np.dtype, CodecConfig, Seeds], Codec]] = {
-    "none": lambda n, dtype, settings, seeds: NoCodec(n, dtype),
+    "none": lambda n, dtype, settings, seeds: NoCodec(n, dtype, settings.thread_count),
     "bf16": lambda n, dtype, settings, seeds: BFloat16Codec(n, dtype),
     "fp16": lambda n, dtype, settings, seeds: Float16Codec(n, dtype),
     "lattice4": lambda n, dtype, settings, seeds: LatticeCodec(n, dtype, 4, settings, seeds),
@@ -60,6 +60,7 @@ def make(
     rank: int,
     trailer_words: int = 0,
     device: Device = HOST,
+    threads: int = 1,
 ) -> Codec:
     """Return a rank's codec for models of `elements` elements of `dtype`.
 
@@ -72,6 +73,7 @@ def make(
         trailer_words: 64-bit words that the algorithm adds to each message.
         device: device of the models and of the messages' bodies; it must be that of the calling
             thread (`Device.bind`).
+        threads: threads that ``codec.threads = auto`` stands for.
 
     Raises:
         UserError: the name is unknown, or the codec does not accept such models, or not on a GPU.
@@ -82,6 +84,8 @@ def make(
             f"codec {name!r} is not known{nearest(name, CODECS)} (valid: {', '.join(CODECS)})"
         )
     seeds = Seeds(seed, rank)
+    if settings.threads == "auto":
+        settings = settings.model_copy(update={"threads": threads})
     if device.xp is np:
         codec = CODECS[name](elements, dtype, settings, seeds)
     else:

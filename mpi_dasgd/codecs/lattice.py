@@ -67,7 +67,7 @@ class LatticeMessages(Codec):
             checksums=buckets,
         )
         self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
-        self._threads = settings.threads
+        self._threads = settings.thread_count
         self._seeds = seeds
         self._stats = self._new_stats()
         self._delta_stats: list[Array] = []

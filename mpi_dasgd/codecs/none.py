@@ -17,19 +17,21 @@ class NoCodec(Codec):
     Args:
         elements: number of model elements.
         dtype: type of the model: float32, or float64 in the simulator.
+        threads: threads that share a float32 model on the host.
     """
 
     name = "none"
 
-    def __init__(self, elements: int, dtype: np.dtype) -> None:
+    def __init__(self, elements: int, dtype: np.dtype, threads: int = 1) -> None:
         self.layout = Layout(
             codec=0, elements=elements, payload_dtype=dtype, payload_items=elements
         )
         self.counters = {}
+        self._threads = threads
 
     def encode(self, x: np.ndarray, out: Message) -> None:
         """Copy the model `x` to `out`."""
-        pair_average(x, publication=out.payload)
+        pair_average(x, publication=out.payload, threads=self._threads)
 
     def average_pair(self, x: np.ndarray, buffers: ExchangeBuffers) -> Outcome:
         """Do the whole exchange in one pass over memory; see `Codec.average_pair`."""
@@ -43,6 +45,7 @@ class NoCodec(Codec):
             None if reply_delta is None else reply_delta.payload,
             None if publication is None else publication.payload,
             buffers.update,
+            self._threads,
         )
         return ExchangeOutcome()
 

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PlainValidator,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -244,6 +245,12 @@ class TopologyConfig(Section):
     file: str | None = Field(None, description="edge_list: file with one `i j [weight]` per line")
 
 
+def _thread_count(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or value is True or value < 1):
+        raise ValueError(f"expected auto, or a number of threads, 1 or more, got {value!r}")
+    return value
+
+
 class CodecConfig(Section):
     name: Literal["auto", "none", "bf16", "fp16", "lattice4", "lattice8", "lattice16", "qsgd8"] = (
         Field(
@@ -263,7 +270,16 @@ class CodecConfig(Section):
     scale_decay: float = Field(
         0.9, description="lattice: factor by which the scale falls per exchange", gt=0, lt=1
     )
-    threads: Positive = Field(1, description="lattice: threads of a rank's pass over its model")
+    threads: Annotated[int | Literal["auto"], PlainValidator(_thread_count)] = Field(
+        "auto",
+        description="threads of a rank's pass over its model, at most one per 65,536 parameters; "
+        "auto: as many as torch uses in that rank",
+    )
+
+    @property
+    def thread_count(self) -> int:
+        """The same as a number: one, where nothing says what `auto` stands for."""
+        return 1 if self.threads == "auto" else self.threads
 
 
 class TransportConfig(Section):

@@ -122,7 +122,13 @@ def build_rank(
 
 def _make_codec(run: RunParts, rank: int, parameters: FlatParameters, device: Device) -> Codec:
     try:
-        return run.make_codec(rank, parameters.vector.size, parameters.dtype, device)
+        return run.make_codec(
+            rank,
+            parameters.vector.size,
+            parameters.dtype,
+            device,
+            torch.get_num_threads(),
+        )
     except UserError as error:
         if parameters.dtype == np.float32:
             raise

@@ -55,6 +55,10 @@ def test_later_overrides_win_and_names_may_look_like_numbers() -> None:
         ("schedule.warmup=2", ["schedule.warmup", "less than or equal to 1", "2"]),
         ("budget.samples=0", ["budget.samples", "greater than 0"]),
         ("algorithm.mixing_weight=0.9", ["algorithm.mixing_weight", "0.5"]),
+        ("codec.threads=0", ["codec.threads: expected auto", "1 or more, got 0"]),
+        ("codec.threads=all", ["codec.threads: expected auto", "got 'all'"]),
+        ("codec.threads=true", ["codec.threads: expected auto", "got True"]),
+        ("codec.threads=1.5", ["codec.threads: expected auto", "got 1.5"]),
         ("nonsense", ["nonsense", "section.key=value"]),
     ],
 )

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import h5py
+import numpy as np
 import pytest
+import torch
 
+from mpi_dasgd.algorithms.build import build_run
+from mpi_dasgd.config import load
+from mpi_dasgd.device.host import HOST
+from mpi_dasgd.training.rank_parts import _make_codec
 from tests.support.mpi_ranks import ROOT
 from tests.support.rank_pool import run_pooled
 from tests.support.training import JOB, train
 
 PROGRAM = ROOT / "tests" / "programs" / "device_loops.py"
+
+
+@pytest.mark.parametrize("codec", ["none", "lattice8"])
+@pytest.mark.parametrize(("threads", "expected"), [("auto", 3), (2, 2)])
+def test_a_codec_has_the_threads_of_torch_or_those_that_were_asked_for(
+    codec: str, threads: str | int, expected: int
+) -> None:
+    settings = {"algorithm.name": "adpsgd", "codec.name": codec, "codec.threads": threads}
+    parameters: Any = SimpleNamespace(vector=np.zeros(2048, np.float32), dtype=np.dtype(np.float32))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        made: Any = _make_codec(build_run(load(settings), 2), 0, parameters, HOST)
+    finally:
+        torch.set_num_threads(before)
+    assert made._threads == expected
 
 
 @pytest.mark.mpi
