@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     bench = commands.add_parser("bench", help="measure against a baseline in one run")
-    bench.add_argument("name", help="gpu, kernel, quality, rma or training")
+    bench.add_argument("name", help="gpu, kernel, quality, rma, step or training")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `mpi-dasgd bench NAME --help`")
     bench.set_defaults(command=_bench)
 

@@ -33,7 +33,9 @@ TESTED_BY = {
     "bench/test_gpu_overhead": "bench: gpu_models loopback",
     "bench/test_quality": "bench: bias codec_error detection gossip gossip_gradients",
     "bench/test_rma": "bench: rma_operations",
-    "bench/test_training": "bench: ddp gpu_device measured_rank measurement "
+    "bench/test_step": "bench: meeting_point step_arms step_job step_picture step_plan step_rank "
+    "step_report",
+    "bench/test_training": "bench: ddp gpu_device job_series measured_rank measurement "
     "training_plan training_report",
     "codecs/test_device_codecs": "codecs: device_elementwise device_lattice device_scale "
     "late_totals",

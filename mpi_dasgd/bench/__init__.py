@@ -9,7 +9,7 @@ from mpi_dasgd.errors import UserError, nearest
 
 __all__ = ["NAMES", "run"]
 
-NAMES = ("gpu", "kernel", "quality", "rma", "training")
+NAMES = ("gpu", "kernel", "quality", "rma", "step", "training")
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

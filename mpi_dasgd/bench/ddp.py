@@ -31,7 +31,7 @@ from mpi_dasgd.training.late_rows import LateRows
 from mpi_dasgd.training.workload import build_workload
 from mpi_dasgd.world import expected_ranks
 
-__all__ = ["DdpTrainer", "tcp_bytes_sent"]
+__all__ = ["DdpTrainer", "join_gloo", "tcp_bytes_sent"]
 
 _TIMEOUT = timedelta(seconds=120)
 _CALIBRATION = 0.5  # seconds to measure a gradient for
@@ -57,14 +57,7 @@ class DdpTrainer:
         self.size, self.rank = expected_ranks()
         self.config = config
         directory = Path(config.run.directory)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host may lead nowhere
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{(directory / 'rendezvous').resolve()}",
-            rank=self.rank,
-            world_size=self.size,
-            timeout=_TIMEOUT,
-        )
+        join_gloo(directory, self.rank, self.size)
         self.device = binding.choose_device(self.rank, torch.cuda.device_count())
         if self.device != "cpu":
             torch.cuda.set_device(self.device)
@@ -236,6 +229,23 @@ class DdpTrainer:
             self.samples * self.size,
         )
         self.snapshots.save(milestone, self.rank, snapshot)
+
+
+def join_gloo(directory: Path, rank: int, size: int) -> None:
+    """Join the process group of torch over gloo. Collective.
+
+    Args:
+        directory: existing directory of this job alone, on a file system of all ranks.
+        rank, size: this rank, and the number of ranks.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host may lead nowhere
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{(directory / 'rendezvous').resolve()}",
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
 
 
 def tcp_bytes_sent() -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,28 +11,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mpi_dasgd import launch
+from mpi_dasgd.bench.job_series import JobFailed, run_ranks
 from mpi_dasgd.bench.measured_rank import cpu_path
 from mpi_dasgd.bench.training_plan import TASKS, Measurement, cores
-from mpi_dasgd.errors import MpiDasgdError, UserError
 from mpi_dasgd.storage.results import results_path
 from mpi_dasgd.storage.runfile import RankRecord, rank_path, read_run_file
 
-__all__ = ["WARM_UP", "JobFailed", "Result", "common_windows", "counts_per_window", "measure"]
+__all__ = ["WARM_UP", "Result", "common_windows", "counts_per_window", "measure"]
 
 WARM_UP = 0.1
 """Share of a measurement that does not count."""
 
 # Equal parts of the time that counts.
 _WINDOWS = 20
-# Seconds that a job may take beyond its expected duration.
-_GRACE_SECONDS = 180.0
-# Characters of a failed job's output in the error message.
-_LOG_TAIL = 3000
-
-
-class JobFailed(MpiDasgdError):
-    """A measured job failed."""
 
 
 @dataclass(frozen=True)
@@ -96,31 +86,16 @@ def measure(measurement: Measurement) -> Result:
         config = measurement.config(directory)
         config_file = directory / "config.json"
         config_file.write_text(config.model_dump_json(), encoding="utf-8")
-        program = [sys.executable, "-m", "mpi_dasgd.bench.measured_rank"]
-        log = directory / "log"
-        with log.open("w") as output:
-            outcome = launch.run(
-                [*program, measurement.algorithm, str(config_file)],
-                measurement.scenario.ranks,
-                needs_all=True,
-                timeout=measurement.expected_seconds + _GRACE_SECONDS,
-                env=_environment(measurement.device),
-                stdout=output,
-                stderr=output,
-            )
-        if outcome.code > 128 and outcome.ended_by not in (None, "timeout"):
-            raise KeyboardInterrupt(outcome.code)
-        if set(outcome.codes) != {0}:
-            text = log.read_text(errors="replace")[-_LOG_TAIL:]
-            error_cls = UserError if outcome.code == UserError.exit_code else JobFailed
-            raise error_cls(f"{outcome.describe() or 'the job was refused'}\n{text}")
+        # No GPU where the CPU is measured.
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if measurement.device == "cpu" else {}
+        run_ranks(
+            ["-m", "mpi_dasgd.bench.measured_rank", measurement.algorithm, str(config_file)],
+            measurement.scenario.ranks,
+            directory / "log",
+            expected_seconds=measurement.expected_seconds,
+            env=hidden,
+        )
         return _read(measurement, config.run_directory)
-
-
-def _environment(device: str) -> dict[str, str]:
-    """Return the variables of the ranks: one thread, and no GPU where the CPU is measured."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return {"OMP_NUM_THREADS": "1", **hidden}
 
 
 def _read(measurement: Measurement, directory: Path) -> Result:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 
 from mpi_dasgd.bench.gpu_device import DEVICES, gpu_count, require_gpu
-from mpi_dasgd.bench.measurement import WARM_UP, JobFailed, Result, measure
+from mpi_dasgd.bench.job_series import measure_all, warn_of_others
+from mpi_dasgd.bench.measurement import WARM_UP, measure
 from mpi_dasgd.bench.options import add_output_options
 from mpi_dasgd.bench.sample_store import samples_path, write_samples
 from mpi_dasgd.bench.training_plan import (
     FULL_PLAN,
     QUICK_PLAN,
     REFERENCE,
-    Measurement,
     Plan,
     cores,
 )
@@ -31,12 +30,8 @@ from mpi_dasgd.bench.training_report import (
     summarize,
     table,
 )
-from mpi_dasgd.world import print_message
 
 __all__ = ["main"]
-
-MAX_OTHERS = 0.1
-"""Share of the cores that other programs may use before the user is warned."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,18 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     if plan.device == "cuda":
         device, gpus = require_gpu("bench training: --device cuda"), gpu_count()
     path = samples_path("training", options.out)
-    results, code = _measure_all(list(plan.measurements()))
+    results, code = measure_all(list(plan.measurements()), measure)
     if not results:
         return code
     settings = {"cores": cores(), "warm_up": WARM_UP, "device": device, "gpus": gpus}
     write_samples(path, "training", columns(results), settings)
     require_same_start(results)
     rows = summarize(results, gpus)
-    if disturbed := sum(result.cpu_others > MAX_OTHERS for result in results):
-        print_message(
-            f"warning: in {disturbed} of {len(results)} measurements something else used more than "
-            f"{MAX_OTHERS:.0%} of the cores; measure again when the machine is quiet"
-        )
+    warn_of_others([result.cpu_others for result in results])
     if options.json:
         print(json.dumps({"device": device, "rows": rows, "samples": str(path)}))
     else:
@@ -108,34 +99,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_output_options(parser)
     return parser
-
-
-def _measure_all(plan: Sequence[Measurement]) -> tuple[list[Result], int]:
-    """Run all measurements.
-
-    Returns:
-        The results, and the exit code: 0, 1 if a job failed, or 128 + signal.
-    """
-    expected = [measurement.expected_seconds for measurement in plan]
-    print_message(f"{len(plan)} measurements, about {_duration(sum(expected))}")
-    results: list[Result] = []
-    code = 0
-    start = time.monotonic()
-    for number, measurement in enumerate(plan):
-        pace = (time.monotonic() - start) / sum(expected[:number]) if number else 1.0
-        left = f"about {_duration(pace * sum(expected[number:]))} left"
-        name = f"{measurement.scenario} {measurement.algorithm}"
-        print_message(f"{number + 1}/{len(plan)} {name}, repeat {measurement.repeat + 1}: {left}")
-        try:
-            results.append(measure(measurement))
-        except KeyboardInterrupt as interrupt:
-            print_message("interrupted; what was measured so far counts")
-            return results, int(interrupt.args[0])
-        except JobFailed as error:
-            print_message(f"{name}: {error}")
-            code = 1
-    return results, code
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"

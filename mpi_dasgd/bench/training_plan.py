@@ -126,6 +126,9 @@ class Measurement:
     seconds: float
     device: str = "cpu"
 
+    def __str__(self) -> str:
+        return f"{self.scenario} {self.algorithm}, repeat {self.repeat + 1}"
+
     @property
     def expected_seconds(self) -> float:
         """Expected duration of the job, with start, evaluation and end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 from collections import Counter
@@ -17,8 +16,8 @@ import torch
 from mpi_dasgd import bench, launch
 from mpi_dasgd.bench import ddp
 from mpi_dasgd.bench.ddp import DdpTrainer, tcp_bytes_sent
+from mpi_dasgd.bench.job_series import JobFailed
 from mpi_dasgd.bench.measurement import (
-    JobFailed,
     Result,
     common_windows,
     counts_per_window,
@@ -44,23 +43,11 @@ from mpi_dasgd.config.schema import Config
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.storage.runfile import rank_path, read_run_file
 from tests.support.late_stream import LateStream
-from tests.support.mpi_ranks import ROOT, missing, mpi_library
 
 # Parameters of the model of T1.
 PARAMETERS = 9_930
 SCENARIO = Scenario("T1", 2, "s10")
 ENOUGH_SECONDS = (0.5, 4.0, 20.0)  # of training, until a busy machine has made some steps
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the ranks find this checkout and MPICH."""
-    library = mpi_library("mpich")
-    if library is None:
-        missing("no library of MPICH: `make test` installs it")
-    monkeypatch.setenv("MPI4PY_LIBMPI", str(library))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    monkeypatch.setenv("PYTHONPATH", path)
 
 
 def result(
@@ -291,7 +278,7 @@ def test_tcp_bytes_are_counted() -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("rank_environment")
 def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Speeds are not compared: other programs may run."""
     arguments = "--tasks T1 --ranks 2 --stragglers s10 --algorithms adpsgd,ddp --repeats 1"
@@ -328,7 +315,7 @@ def test_real_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("rank_environment")
 def test_ddp_trains_on_the_same_problem(tmp_path: Path) -> None:
     """Averaging gradients has one outcome: DDP must have the losses of our all-reduce.
 
