@@ -70,6 +70,7 @@ TESTED_BY = {
     "remote_peers teardown",
     "transport/test_publication_inbox": "transport: counters inbox publication memory",
     "transport/test_endpoint": "transport: allreduce clock network",
+    "transport/test_native_protocol": "transport: native_inbox native_publication native_rank",
     "transport/test_membership": "transport: activity",
     "transport/test_stress": "transport: payload_slots shared_memory windows",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -326,7 +325,7 @@ class Decentralized:
         On a GPU it waits for the exchanges that were begun, and they are recorded.
         """
         self.algorithm.settle()
-        counts = dataclasses.asdict(self.endpoint.total_counters())
+        counts = self.endpoint.total_counters().as_dict()
         return {**counts, **self.codec.counters, **self.algorithm.metrics()}
 
     def fail(self, exit_code: int = 1, error: BaseException | None = None) -> None:

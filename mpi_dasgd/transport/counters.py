@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 __all__ = ["Counters"]
 
+_NAMES = (
+    "messages", "bytes_sent", "bytes_received", "absorbed", "publications",
+    "publications_skipped", "claims_lost", "inbox_full", "torn_reads", "skipped",
+)  # fmt: skip
 
-@dataclass(slots=True)
-class Counters:
-    """Counts since the start of a run.
+
+class Counters(ctypes.Structure):
+    """Counts since the start of a run; the native protocols count in the same memory.
+
+    Mirror of MpdTransportCounters of ``node_rank.h``.
 
     Attributes:
         messages: messages delivered to other ranks' inboxes.
@@ -25,19 +31,31 @@ class Counters:
         skipped: exchanges for which no partner was found.
     """
 
-    messages: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    absorbed: int = 0
-    publications: int = 0
-    publications_skipped: int = 0
-    claims_lost: int = 0
-    inbox_full: int = 0
-    torn_reads: int = 0
-    skipped: int = 0
+    messages: int
+    bytes_sent: int
+    bytes_received: int
+    absorbed: int
+    publications: int
+    publications_skipped: int
+    claims_lost: int
+    inbox_full: int
+    torn_reads: int
+    skipped: int
+    _fields_ = tuple((name, ctypes.c_int64) for name in _NAMES)
 
     @classmethod
     def total(cls, counters: Sequence[Counters]) -> Counters:
         """Return the sum of the counts of several threads."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(sum(getattr(counts, name) for counts in counters) for name in names))
+        return cls(*(sum(getattr(counts, name) for counts in counters) for name in _NAMES))
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counters) and self.as_dict() == other.as_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Counters({', '.join(f'{name}={n}' for name, n in self.as_dict().items())})"

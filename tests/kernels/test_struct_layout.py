@@ -19,7 +19,9 @@ from mpi_dasgd.kernels.cuda import pair_average, program, scale
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
 from mpi_dasgd.storage import schema
 from mpi_dasgd.storage.record_ring import RING, row_dtype
+from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, RELEASE, SWAP
+from mpi_dasgd.transport.rma.native_rank import ArrivalStruct, NodeSetupStruct
 from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
 
@@ -68,7 +70,9 @@ def test_cpu_structs_are_those_of_python() -> None:
     rows = mirror("MpdExchangeRow", row_dtype("exchange")) | mirror("MpdRecordRing", RING)
     for kind in ("INITIATED", "ABSORBED", "SKIPPED"):
         rows[f"MPD_{kind}"] = (getattr(schema, kind),)
-    assert compiled(library) == {**SHARED, **step, **passes, **swaps, **rows}
+    node = mirror("MpdNodeSetup", NodeSetupStruct) | mirror("MpdArrival", ArrivalStruct)
+    node |= mirror("MpdTransportCounters", Counters)
+    assert compiled(library) == {**SHARED, **step, **passes, **swaps, **rows, **node}
 
 
 def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:

@@ -12,15 +12,19 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from mpi_dasgd.codecs import Message
+from mpi_dasgd.codecs import Layout, Message
 from mpi_dasgd.transport.control_words import WordMap, Words
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.release import Release
+from mpi_dasgd.transport.rma.native_inbox import NativeInbox
+from mpi_dasgd.transport.rma.native_publication import NativePublication
+from mpi_dasgd.transport.rma.native_rank import NativeRank, WordHooks
 from mpi_dasgd.transport.virtual.memory import SharedMemory
 from tests.programs.late_player import LatePlayer
 from tests.programs.ledger import Ledger, layout
@@ -125,6 +129,19 @@ class Memory:
         self._stage.wait()
 
 
+class ContiguousMemory(SharedMemory):
+    """Memory whose slots are where native code expects them: one after the other."""
+
+    def __init__(self, layout: Layout, size: int, publication_slots: int, inbox_slots: int) -> None:
+        super().__init__(layout, size, publication_slots, inbox_slots)
+        slots = np.zeros((size, publication_slots + inbox_slots, layout.nbytes), np.uint8)
+        self.addresses = [of_rank.ctypes.data for of_rank in slots]
+        self._views = [[Message(slot, layout) for slot in of_rank] for of_rank in slots]
+
+    def view(self, rank: int, index: int) -> Message:
+        return self._views[rank][index]
+
+
 class LateQueue:
     """Work of a rank's device, which a thread of its own does at its steps.
 
@@ -157,6 +174,7 @@ def play(
     slots: int = 4,
     publication: type[Publication] = Publication,
     inbox: type[Inbox] = Inbox,
+    library: Any = None,
     late: Callable[[Words, LateQueue, int, WordMap], Release] | None = None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Play a script for each rank, then let all receive what is left.
@@ -168,12 +186,13 @@ def play(
         in_place: see `Memory`.
         slots: of a publication and of an inbox.
         publication, inbox: the protocols to play.
+        library: native library whose protocols are played instead, in place; None: those.
         late: makes the release of a rank whose device is late; None: no device.
 
     Returns:
         What was found, and what was done.
     """
-    shared_memory = SharedMemory(layout(_ELEMENTS), RANKS, slots, slots)
+    shared_memory = ContiguousMemory(layout(_ELEMENTS), RANKS, slots, slots)
     stage = Stage(choices)
     players: list[Player] = []
     queues: list[LateQueue] = []
@@ -184,9 +203,15 @@ def play(
         if late is not None:
             queues.append(LateQueue(stage))
             release = late(memory, queues[-1], rank, shared_memory.word_map)
+        if library is None:
+            views: tuple[Publication, Inbox] = (
+                publication(*shared, max_claims=slots - 2, release=release),
+                inbox(*shared, release=release),
+            )
+        else:
+            views = _native_views(library, memory, shared_memory, rank, slots - 2)
         parts = (
-            publication(*shared, max_claims=slots - 2, release=release),
-            inbox(*shared, release=release),
+            *views,
             memory,
             Ledger(rank, RANKS, 2 * max(map(len, scripts))),
             _ELEMENTS,
@@ -228,3 +253,16 @@ def play(
         found.update(ledger.found)
         done.update(ledger.done)
     return +found, done
+
+
+def _native_views(
+    library: Any, memory: Memory, shared_memory: ContiguousMemory, rank: int, max_claims: int
+) -> tuple[Publication, Inbox]:
+    """Return the native protocols of a rank."""
+    word_map = shared_memory.word_map
+    state = NativeRank(
+        library, rank, [0] * RANKS, shared_memory.addresses, memory.layout.nbytes, word_map,
+        Counters(), max_claims, WordHooks(memory.read, memory.swap, memory.fence),
+    )  # fmt: skip
+    shared = state, memory, memory, word_map, rank
+    return NativePublication(*shared), NativeInbox(*shared)

@@ -8,7 +8,6 @@ status words. Rank 0 prints what was found and done as JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 import sys
@@ -83,7 +82,7 @@ class Rank:
         endpoint.close()
         found, done = self.ledger.balance(self.comm)
         sleep = self.comm.bcast(self.asleep, root=self.size - 1)
-        totals = self.comm.gather(dataclasses.asdict(endpoint.total_counters()))
+        totals = self.comm.gather(endpoint.total_counters().as_dict())
         during = sum(sleep[0] < moment < sleep[1] for moment in self.touched)
         return {
             "found": dict(found),

@@ -32,6 +32,9 @@ from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.publication import Publication
 from mpi_dasgd.transport.release import await_release
 from mpi_dasgd.transport.rma.launched_release import make_release
+from mpi_dasgd.transport.rma.native_inbox import NativeInbox
+from mpi_dasgd.transport.rma.native_publication import NativePublication
+from mpi_dasgd.transport.rma.native_rank import NativeRank
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, WindowWords
@@ -70,7 +73,7 @@ class Rank:
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED))
         library = native.load()
         self.words: NodeWords | WindowWords
-        if options.words == "node" and library is not None:
+        if options.words != "window" and library is not None:
             self.words = NodeWords(comm, where.count, library)
         else:
             self.words = WindowWords(comm, where.count)
@@ -83,9 +86,20 @@ class Rank:
         if options.late is not None:
             self.device = LateDevice(tuple(options.late), seed=self.rank)
         self.release = make_release(comm, self.words, self.device)
-        parts = (
+        views: tuple[Publication, Inbox] = (
             publication(*shared, max_claims=options.slots - 2, release=self.release),
             inbox(*shared, release=self.release),
+        )
+        if options.words == "native":
+            assert isinstance(self.words, NodeWords) and library is not None
+            state = NativeRank.on_node(
+                library, self.rank, self.words, self.slots, where, options.slots - 2
+            )
+            of_rank = state, self.words, self.slots, where, self.rank
+            views = NativePublication(*of_rank), NativeInbox(*of_rank)
+            self.counters = state.counters
+        parts = (
+            *views,
             self.slots,
             self.ledger,
             options.elements,
@@ -154,6 +168,7 @@ class Rank:
             "seconds": seconds,
             "path": self.slots.transfer_mode,
             "words": type(self.words).__name__,
+            "protocol": type(self.player.publication).__name__,
         }
         self.slots.close()
         self.words.close()
@@ -224,7 +239,7 @@ def main() -> None:
         "--elements", type=int, default=1016, help="elements of a message, 8 bytes each"
     )
     parser.add_argument("--path", default="auto", help="auto, shared_memory or rma")
-    parser.add_argument("--words", default="window", choices=("window", "node"))
+    parser.add_argument("--words", default="window", choices=("window", "node", "native"))
     parser.add_argument(
         "--slots", type=int, default=4, help="slots of a publication, and of an inbox"
     )

@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.control_words import WordMap, Words
 from mpi_dasgd.transport.release import Release
 from tests.programs.faults import FAULTS
 from tests.programs.interleave import MOVES, RANKS, LateQueue, play
 from tests.support.late_faults import AT_ONCE, Collects, Hasty, TrustsOldWord, WritesNewest
 from tests.support.late_release import QueuedRelease
+from tests.support.mpi_ranks import missing
+from tests.support.native_mutants import mutant
 
 SCRIPTS = st.tuples(*[st.lists(st.sampled_from(MOVES), min_size=8, max_size=12)] * RANKS)
 SCHEDULES = st.lists(st.integers(0, 2 * RANKS - 1), min_size=150, max_size=150)
 
-PLACES = ("remote", "in place", "late")  # the last: in place, and the devices are late
+PLACES = ("remote", "in place", "late", "native")  # late, native: in place
 
 
 def queued(words: Words, queue: LateQueue, rank: int, word_map: WordMap) -> Release:
@@ -36,7 +40,10 @@ def test_no_interleaving_breaks_the_protocols(
 ) -> None:
     choices = itertools.chain(schedule, itertools.cycle(range(2 * RANKS)))
     late = queued if place == "late" else None
-    found, _ = play(scripts, choices, seed, in_place=place != "remote", slots=slots, late=late)
+    library = native.load() if place == "native" else None
+    found, _ = play(
+        scripts, choices, seed, in_place=place != "remote", slots=slots, library=library, late=late
+    )
     assert not found
 
 
@@ -66,6 +73,27 @@ def test_some_interleaving_shows_each_fault(fault: str | None) -> None:
             inbox=broken.inbox,
         )
         if any(found[sign] for sign in broken.signs):
+            return
+    assert fault is None, f"{fault}: not found"
+
+
+NATIVE_FAULTS = ("claims without a swap", "out of order", "sends unreserved")
+
+
+@pytest.mark.parametrize("fault", [None, *NATIVE_FAULTS])
+def test_some_interleaving_shows_each_fault_of_the_native_protocols(
+    fault: str | None, tmp_path: Path
+) -> None:
+    if native.load() is None:
+        missing(f"native library: {native.status()}")
+    library = native.load() if fault is None else mutant(fault, tmp_path)
+    for seed in range(100 if fault is None else 1000):
+        dice = random.Random(seed)
+        scripts = [dice.choices(MOVES, k=12) for _ in range(RANKS)]
+        found, done = play(scripts, endless_choices(dice), seed, in_place=True, library=library)
+        if fault is None:
+            assert not found and done["published"] and done["received"] == done["sent"]
+        elif found:
             return
     assert fault is None, f"{fault}: not found"
 

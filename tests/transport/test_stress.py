@@ -41,13 +41,14 @@ def assert_clean(report: Any, publications: int, messages: int) -> None:
 @pytest.mark.parametrize(
     ("default", "path", "words", "count"),
     [
-        (4, "auto", "node", 100_000),
+        (4, "auto", "node", 50_000),
+        (4, "auto", "native", 100_000),
         (3, "auto", "window", 30_000),
         (2, "rma", "window", 30_000),
     ],
 )
 def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> None:
-    if words == "node" and native.load() is None:
+    if words != "window" and native.load() is None:
         missing(f"native library: {native.status()}")
     (n,) = rank_counts(default)
     count = count if mpi == "mpich" else min(count, 30_000)
@@ -55,7 +56,8 @@ def test_one_host(mpi: str, default: int, path: str, words: str, count: int) -> 
     report = report_of(n, "stress.py", *args.split(), mpi=mpi, timeout=200)
     assert_clean(report, count, count)
     assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
-    assert report["words"] == {"node": "NodeWords", "window": "WindowWords"}[words]
+    assert report["words"] == ("WindowWords" if words == "window" else "NodeWords")
+    assert report["protocol"] == ("NativePublication" if words == "native" else "Publication")
     assert report["inbox_full"] > 100 and report["skipped"] > 10, "no inbox or publication was full"
     assert report["touched"] > 100, "a rank outside MPI blocked the others"
     assert report["longest"] < 1.5

@@ -2,6 +2,7 @@
 #include "struct_layout.h"
 
 #include "fused_step.h"
+#include "node_rank.h"
 #include "record_ring.h"
 #include "release.h"
 #include "roofline.h"
@@ -117,6 +118,36 @@ extern "C" const char* mpd_struct_layout() {
     MPD_VALUE(layout, kDifference);
     MPD_VALUE(layout, kMove);
     MPD_VALUE(layout, kAverage);
+    MPD_STRUCT(layout, MpdNodeSetup);
+    MPD_FIELD(layout, MpdNodeSetup, rank);
+    MPD_FIELD(layout, MpdNodeSetup, size);
+    MPD_FIELD(layout, MpdNodeSetup, publication_slots);
+    MPD_FIELD(layout, MpdNodeSetup, inbox_slots);
+    MPD_FIELD(layout, MpdNodeSetup, max_claims);
+    MPD_FIELD(layout, MpdNodeSetup, first_slot_word);
+    MPD_FIELD(layout, MpdNodeSetup, head_word);
+    MPD_FIELD(layout, MpdNodeSetup, gradients_word);
+    MPD_FIELD(layout, MpdNodeSetup, nbytes);
+    MPD_FIELD(layout, MpdNodeSetup, words);
+    MPD_FIELD(layout, MpdNodeSetup, slots);
+    MPD_FIELD(layout, MpdNodeSetup, counters);
+    MPD_FIELD(layout, MpdNodeSetup, read);
+    MPD_FIELD(layout, MpdNodeSetup, swap);
+    MPD_FIELD(layout, MpdNodeSetup, fence);
+    MPD_STRUCT(layout, MpdArrival);
+    MPD_FIELD(layout, MpdArrival, sender);
+    MPD_FIELD(layout, MpdArrival, slot);
+    MPD_STRUCT(layout, MpdTransportCounters);
+    MPD_FIELD(layout, MpdTransportCounters, messages);
+    MPD_FIELD(layout, MpdTransportCounters, bytes_sent);
+    MPD_FIELD(layout, MpdTransportCounters, bytes_received);
+    MPD_FIELD(layout, MpdTransportCounters, absorbed);
+    MPD_FIELD(layout, MpdTransportCounters, publications);
+    MPD_FIELD(layout, MpdTransportCounters, publications_skipped);
+    MPD_FIELD(layout, MpdTransportCounters, claims_lost);
+    MPD_FIELD(layout, MpdTransportCounters, inbox_full);
+    MPD_FIELD(layout, MpdTransportCounters, torn_reads);
+    MPD_FIELD(layout, MpdTransportCounters, skipped);
     return layout;
   }();
   return all.text();

@@ -18,6 +18,7 @@ from mpi_dasgd.device.base import Device
 from mpi_dasgd.device.host import HOST
 from mpi_dasgd.device.run_ahead import RunAhead
 from mpi_dasgd.errors import PeerLost
+from mpi_dasgd.kernels import native
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
@@ -30,12 +31,16 @@ from mpi_dasgd.transport.rma import teardown
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
 from mpi_dasgd.transport.rma.device_slots import DeviceSlots
 from mpi_dasgd.transport.rma.launched_release import make_release
+from mpi_dasgd.transport.rma.native_inbox import NativeInbox
+from mpi_dasgd.transport.rma.native_publication import NativePublication
+from mpi_dasgd.transport.rma.native_rank import NativeRank
 from mpi_dasgd.transport.rma.node_peers import NodePeers
 from mpi_dasgd.transport.rma.peer_views import PeerViews
 from mpi_dasgd.transport.rma.progress_context import ProgressContext
 from mpi_dasgd.transport.rma.progress_engine import ProgressEngine
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.remote_peers import RemotePeers
+from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, allocate_words
 
 __all__ = ["RmaEndpoint"]
@@ -104,7 +109,14 @@ class RmaEndpoint(Endpoint):
             publication = Publication(*shared, release=release)
             return PeerViews(publication, Inbox(*shared, sent, release), counters)
 
-        views = new_views(defaultdict(int), self.release)
+        self._native = self._native_rank(word_map)
+        if self._native is None:
+            views = new_views(defaultdict(int), self.release)
+        else:
+            of_node = self._native, self._words, self._slots, word_map, self.rank
+            views = PeerViews(
+                NativePublication(*of_node), NativeInbox(*of_node), self._native.counters
+            )
         self.publication, self.inbox, self.counters = views
         self._node = NodePeers(views, self._slots)
         self.membership = Membership(self._words, self.rank, self.size, config.heartbeat_timeout)
@@ -136,6 +148,15 @@ class RmaEndpoint(Endpoint):
             config.heartbeat_timeout,
             lambda: self.membership.dead | self._engine.stalled_peers(config.heartbeat_timeout),
         )
+
+    def _native_rank(self, word_map: WordMap) -> NativeRank | None:
+        """Return the native state of this rank, or None if not all of it is in shared memory."""
+        words, slots, library = self._words, self._slots, native.load()
+        if not isinstance(words, NodeWords) or not isinstance(slots, WindowSlots):
+            return None
+        if library is None or self._device is not HOST:
+            return None
+        return NativeRank.on_node(library, self.rank, words, slots, word_map)
 
     @property
     def transfer_mode(self) -> str:
@@ -269,6 +290,8 @@ class RmaEndpoint(Endpoint):
             raise PeerLost(
                 f"ranks {sorted(self.membership.dead)} are gone: windows cannot be freed"
             )
+        if self._native is not None:
+            self._native.close()
         teardown.free(self._slots, self._words, timeout=max(timeout, self._heartbeat_timeout))
 
 

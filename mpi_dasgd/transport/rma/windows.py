@@ -181,6 +181,11 @@ class WindowSlots:
         messages = self._messages.get(rank)
         return None if messages is None else messages[index]
 
+    def address(self, rank: int) -> int:
+        """Return where the slots of `rank`, a rank of this node, are in this process; 0: none."""
+        messages = self._messages.get(rank)
+        return messages[0].buffer.ctypes.data if messages else 0
+
     def get(self, rank: int, index: int, out: Message) -> None:
         """Copy a slot of another node to `out`; complete on return.
 

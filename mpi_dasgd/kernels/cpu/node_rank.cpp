@@ -1,0 +1,33 @@
+// Life of an MpdNodeRank, and what is neither publication nor inbox.
+#include "node_rank.h"
+
+MpdNodeRank::MpdNodeRank(const MpdNodeSetup& setup)
+    : setup_(setup),
+      words_(setup.words, setup.words + setup.size),
+      slots_(setup.slots, setup.slots + setup.size),
+      last_words_(setup.publication_slots, slot_word(kFree)),
+      sent_(setup.size),
+      received_(setup.size),
+      interrupted_(setup.size) {
+  for (int64_t slot = 0; slot < setup.publication_slots; ++slot) free_.push_back(slot);
+  arrivals_.reserve(setup.inbox_slots);
+}
+
+int64_t MpdNodeRank::gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const {
+  for (int64_t i = 0; i < count; ++i) gradients[ranks[i]] = read(ranks[i], setup_.gradients_word);
+  int64_t sum = 0;
+  for (int64_t rank = 0; rank < setup_.size; ++rank) sum += gradients[rank];
+  return sum;
+}
+
+extern "C" {
+
+MpdNodeRank* mpd_node_create(const MpdNodeSetup* setup) { return new MpdNodeRank(*setup); }
+
+void mpd_node_destroy(MpdNodeRank* node) { delete node; }
+
+int64_t mpd_node_gradients(MpdNodeRank* node, const int64_t* ranks, int64_t count,
+                           int64_t* gradients) {
+  return node->gradients(ranks, count, gradients);
+}
+}
