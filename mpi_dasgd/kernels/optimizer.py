@@ -91,7 +91,8 @@ def run_part(step: OptimizerStep, x: np.ndarray, begin: int) -> None:
         optimizer_reference.update(step, x, begin)
         return
     segment = ctypes.c_int64(-1)
-    function(optimizer_struct(step), x.ctypes.data, begin, begin + x.size, ctypes.byref(segment))
+    end = begin + x.size
+    function(optimizer_struct(step), x.ctypes.data, begin, end, ctypes.byref(segment), 0)
 
 
 @cache
@@ -101,7 +102,9 @@ def _native_range() -> Any:
         return None
     pointer = ctypes.c_void_p
     function = library.mpd_optimizer_range
-    function.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer]
+    function.argtypes = [
+        pointer, pointer, ctypes.c_int64, ctypes.c_int64, pointer, ctypes.c_int,
+    ]  # fmt: skip
     function.restype = None
     return function
 

@@ -4,7 +4,7 @@
 // The bits are those of torch.optim: SGD as it always is, Adam and AdamW as with fused=True (of which
 // torch compiles the formula with contraction: where it has become a fused multiply-add, one is
 // written here). Scalars come as torch rounds them: computed in double, then rounded to float32.
-// Torch is that for x86-64 with AVX2 or AVX-512 (2.5 to 2.13).
+// Torch is 2.13 for x86-64, with AVX2 or AVX-512.
 #ifndef MPD_OPTIMIZER_MATH_H
 #define MPD_OPTIMIZER_MATH_H
 

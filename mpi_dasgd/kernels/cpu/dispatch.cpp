@@ -10,7 +10,7 @@
 
 #define MPD_DECLARE(isa)                                                                         \
   extern "C" void mpd_optimizer_##isa(const MpdOptimizer*, float* x, int64_t begin, int64_t end, \
-                                      int64_t* segment);                                         \
+                                      int64_t* segment, int ahead);                              \
   extern "C" void mpd_fused_step_##isa(const MpdFusedStep*, int64_t first, int64_t last);        \
   extern "C" void mpd_roofline_##isa(const MpdFusedStep*, int32_t pass, float* scratch,          \
                                      int64_t first, int64_t last);
@@ -96,8 +96,8 @@ void mpd_fused_step(const MpdFusedStep* step) {
 }
 
 void mpd_optimizer_range(const MpdOptimizer* optimizer, float* x, int64_t begin, int64_t end,
-                         int64_t* segment) {
-  active()->optimizer(optimizer, x, begin, end, segment);
+                         int64_t* segment, int ahead) {
+  active()->optimizer(optimizer, x, begin, end, segment, ahead);
 }
 
 // For benchmarks: one MpdRooflinePass.

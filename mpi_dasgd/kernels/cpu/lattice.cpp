@@ -5,13 +5,16 @@
 // Compiled once per instruction set with MPD_ISA naming it; dispatch.cpp chooses at run time.
 #include <cstring>
 
+#include "byte_codes.h"
 #include "encoded.h"
+#include "optimizer.h"
+#include "prefetch.h"
 
 #define MPD_NAME2(name, isa) mpd_##name##_##isa
 #define MPD_NAME(name, isa) MPD_NAME2(name, isa)
 
 extern "C" void MPD_NAME(optimizer, MPD_ISA)(const MpdOptimizer*, float* x, int64_t begin,
-                                             int64_t end, int64_t* segment);
+                                             int64_t end, int64_t* segment, int ahead);
 
 namespace {
 
@@ -38,13 +41,6 @@ struct LaneSums {
   }
 };
 
-// What the next bucket will read, prefetched in small pieces while this bucket is computed: the
-// hardware prefetcher stops at the end of a page, and a bucket of the model is one page.
-struct Prefetch {
-  const char* model;  // null: an earlier stage has prefetched it
-  const char* codes;  // null: none
-};
-
 // Calls body(j, lane) for all elements j of a bucket; lane = j mod kLanes.
 //
 // `#pragma omp simd` vectorizes the inner loop only if nothing in it is a call, and the body is too
@@ -56,12 +52,7 @@ struct Prefetch {
 template <int BITS, class Body>
 inline __attribute__((always_inline)) void for_each_element(const Prefetch& prefetch, Body body) {
   for (int first = 0; first < kBucket; first += kLanes) {
-    if (prefetch.model != nullptr)
-      for (int o = 0; o < kLanes * 4; o += 64)
-        __builtin_prefetch(prefetch.model + first * 4 + o, 0, 2);
-    if (prefetch.codes != nullptr)
-      for (int o = 0; o < kLanes * BITS / 8; o += 64)
-        __builtin_prefetch(prefetch.codes + first * BITS / 8 + o, 0, 2);
+    prefetch.ask<BITS, kLanes>(first);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) body(first + lane, lane);
   }
@@ -194,92 +185,171 @@ bool merge(const float* __restrict y, const BucketView<BITS>& bucket, float shar
 
 // --- stages of a step, on one bucket ---
 
+// What the next bucket will read, shared out among the stages of this one that compute most.
+struct Prefetches {
+  Prefetch average, publish;
+};
+
+void write(MpdBucketStats* stats, int64_t b, bool valid, const MpdBucketStats& value) {
+  if (stats != nullptr) stats[b] = valid ? value : MpdBucketStats{1, 0, 0};
+}
+
 // Does one step of SGD on `count` elements.
 void sgd(float* __restrict x, float* __restrict velocity, const float* __restrict gradient,
-         const MpdFusedStep& step, int count, bool has_next) {
-  for (int first = 0; first < count; first += kLanes) {
-    if (has_next)
-      for (int j = first; j < first + kLanes; j += 16) {
-        __builtin_prefetch(x + kBucket + j, 1, 2);
-        __builtin_prefetch(velocity + kBucket + j, 1, 2);
-        __builtin_prefetch(gradient + kBucket + j, 0, 2);
-      }
-    const int last = first + kLanes < count ? first + kLanes : count;
+         const MpdFusedStep& step, int count) {
 #pragma omp simd
-    for (int j = first; j < last; ++j) {
-      const float direction = mpd_add(gradient[j], mpd_mul(step.weight_decay, x[j]));
-      velocity[j] = mpd_add(mpd_mul(step.momentum, velocity[j]), direction);
-      x[j] = mpd_sub(x[j], mpd_mul(step.lr, velocity[j]));
-    }
+  for (int j = 0; j < count; ++j) {
+    const float direction = mpd_add(gradient[j], mpd_mul(step.weight_decay, x[j]));
+    velocity[j] = mpd_add(mpd_mul(step.momentum, velocity[j]), direction);
+    x[j] = mpd_sub(x[j], mpd_mul(step.lr, velocity[j]));
   }
 }
 
 // Applies one delta to `y`; returns where the result is: `out`, or `y` if the bucket is rejected.
 template <int BITS>
 const float* apply(const float* y, const MpdEncodedVector& delta, int64_t b, float* out,
-                   MpdBucketStats* stats, Prefetch prefetch) {
+                   MpdBucketStats* stats, const Prefetch& prefetch) {
   alignas(64) Code<BITS> scratch[kBucket];
   const float unit = delta.scales[b];
   const auto* stored = codes_of<BITS>(delta, b);
-  const auto* delta_codes = unpack<BITS>(stored, scratch);
-  const bool valid = mpd_finite(unit) && mpd_checksum(sum_of_words<BITS>(stored), unit,
-                                                      key_of(delta, b)) == delta.checksums[b];
-  write_stats<BITS>(delta_codes, valid, stats);
-  if (!valid) return y;
-  move<BITS>(y, delta_codes, unit, out, prefetch);
+  const auto is_valid = [&](uint32_t sum) {
+    return mpd_finite(unit) && mpd_checksum(sum, unit, key_of(delta, b)) == delta.checksums[b];
+  };
+  if constexpr (BITS == 16) {
+    const bool valid = is_valid(sum_of_words<BITS>(stored));
+    write_stats<BITS>(stored, valid, stats == nullptr ? nullptr : stats + b);
+    if (!valid) return y;
+    move<BITS>(y, stored, unit, out, prefetch);
+  } else {
+    const uint8_t* differences = signed_bytes<BITS>(stored, scratch);
+    const ByteTally tally = tally_of(differences);
+    const bool valid = is_valid(BITS == 8 ? tally.sum_of_words() : sum_of_words<BITS>(stored));
+    write(stats, b, valid, tally.stats());
+    if (!valid) return y;
+    move_bytes<BITS>(y, differences, unit, out, prefetch);
+  }
   return out;
 }
 
-// Moves `y` towards a publication -> x, and writes the reply; returns whether it moved.
+// A move of an exchange that is still to be made: y + unit * d.
 template <int BITS>
-bool exchange(const MpdFusedStep& step, const float* y, int64_t b, float* x, Prefetch prefetch) {
+struct Move {
+  const Code<BITS>* differences;
+  float unit;
+};
+
+// Compares `y` with a publication, writes the reply, and returns the move that is left to make;
+// without differences if the bucket is rejected. `local` may hold them.
+template <int BITS>
+Move<BITS> exchange(const MpdFusedStep& step, const float* y, int64_t b,
+                    Code<BITS>* __restrict local, const Prefetch& prefetch) {
   const MpdEncodedVector& partner_model = *step.partner_model;
-  alignas(64) Code<BITS> scratch[kBucket], local[kBucket];
+  alignas(64) Code<BITS> scratch[kBucket];
   Code<BITS>* target = step.reply_delta == nullptr ? local : codes_of<BITS>(*step.reply_delta, b);
-  Code<BITS>* delta_codes = BITS == 4 ? local : target;
+  Code<BITS>* differences = BITS == 4 ? local : target;
   const auto bucket = view_of<BITS>(partner_model, b, scratch);
-  const bool valid = partner_model.nearest
-                         ? difference<BITS, true>(y, bucket, delta_codes, prefetch)
-                         : difference<BITS, false>(y, bucket, delta_codes, prefetch);
-  write_stats<BITS>(delta_codes, valid, step.stats == nullptr ? nullptr : step.stats + b);
+  bool valid;
+  uint32_t sum = 0;
+  if constexpr (BITS == 16) {
+    valid = partner_model.nearest ? difference<BITS, true>(y, bucket, differences, prefetch)
+                                  : difference<BITS, false>(y, bucket, differences, prefetch);
+    write_stats<BITS>(differences, valid, step.stats == nullptr ? nullptr : step.stats + b);
+  } else {
+    ByteTally tally;
+    valid = partner_model.nearest
+                ? difference_bytes<BITS, true>(y, bucket, differences, tally, prefetch)
+                : difference_bytes<BITS, false>(y, bucket, differences, tally, prefetch);
+    write(step.stats, b, valid, tally.stats());
+    sum = tally.sum_of_words();
+  }
   const float unit = valid ? mpd_mul(step.weight, bucket.scale) : 0;
-  if (valid)
-    move<BITS>(y, delta_codes, unit, x, {});
-  else
-    std::memset(delta_codes, 0, sizeof local);
   if (step.reply_delta != nullptr) {
     const MpdEncodedVector& reply = *step.reply_delta;
-    pack<BITS>(delta_codes, target);
+    if (valid)
+      pack<BITS>(differences, target);
+    else
+      std::memset(target, 0, kCodes<BITS> * sizeof *target);
+    if (BITS != 8) sum = sum_of_words<BITS>(target);
     reply.scales[b] = valid ? -unit : 0;
-    reply.checksums[b] =
-        mpd_checksum(sum_of_words<BITS>(target), reply.scales[b], key_of(reply, b));
+    reply.checksums[b] = mpd_checksum(valid ? sum : 0, reply.scales[b], key_of(reply, b));
   }
-  return valid;
+  return {valid ? differences : nullptr, unit};
 }
 
 // Averages `y` with a publication -> out; returns whether it did.
 template <int BITS>
-bool average(const MpdFusedStep& step, const float* y, int64_t b, float* out, Prefetch prefetch) {
+bool average(const MpdFusedStep& step, const float* y, int64_t b, float* out,
+             const Prefetch& prefetch) {
   const MpdEncodedVector& partner_model = *step.partner_model;
-  alignas(64) Code<BITS> scratch[kBucket], delta_codes[kBucket];
+  alignas(64) Code<BITS> scratch[kBucket], differences[kBucket];
   const auto bucket = view_of<BITS>(partner_model, b, scratch);
   const bool valid = step.merge == 2 && !partner_model.nearest
-                         ? merge<BITS, true>(y, bucket, step.weight, out, delta_codes, prefetch)
-                         : merge<BITS, false>(y, bucket, step.weight, out, delta_codes, prefetch);
-  write_stats<BITS>(delta_codes, valid, step.stats == nullptr ? nullptr : step.stats + b);
+                         ? merge<BITS, true>(y, bucket, step.weight, out, differences, prefetch)
+                         : merge<BITS, false>(y, bucket, step.weight, out, differences, prefetch);
+  write_stats<BITS>(differences, valid, step.stats == nullptr ? nullptr : step.stats + b);
   return valid;
 }
 
+// Makes a move that is left, y -> x; without one x is y.
 template <int BITS>
-void publish(const MpdEncodedVector& out, const float* x, int64_t b, Prefetch prefetch) {
+void make(const Move<BITS>& left, const float* y, float* x, const Prefetch& prefetch) {
+  if (left.differences == nullptr) return;
+  if constexpr (BITS == 16)
+    move<BITS>(y, left.differences, left.unit, x, prefetch);
+  else
+    move_bytes<BITS>(y, left.differences, left.unit, x, prefetch);
+}
+
+// Makes a move that is left, and publishes the result.
+template <int BITS>
+void publish(const MpdEncodedVector& out, const Move<BITS>& left, const float* y, float* x,
+             int64_t b, const Prefetch& prefetch) {
   alignas(64) Code<BITS> local[kBucket];
   Code<BITS>* target = codes_of<BITS>(out, b);
   Code<BITS>* codes = BITS == 4 ? local : target;
   const float scale = out.scales[b];
   const uint32_t key = key_of(out, b);
-  out.checksums[b] = out.nearest ? encode<BITS, true>(x, scale, key, codes, prefetch)
-                                 : encode<BITS, false>(x, scale, key, codes, prefetch);
+  if constexpr (BITS == 16) {
+    make<BITS>(left, y, x, {});
+    out.checksums[b] = out.nearest ? encode<BITS, true>(x, scale, key, codes, prefetch)
+                                   : encode<BITS, false>(x, scale, key, codes, prefetch);
+  } else {
+    const auto run =
+        left.differences != nullptr
+            ? (out.nearest ? encode_bytes<BITS, true, true> : encode_bytes<BITS, false, true>)
+            : (out.nearest ? encode_bytes<BITS, true, false> : encode_bytes<BITS, false, false>);
+    out.checksums[b] = run(y, left.differences, left.unit, x, scale, key, codes, prefetch);
+  }
   pack<BITS>(codes, target);
+}
+
+// Whether the optimizer's stage itself asks for what it will read of the next bucket: it is alone, or
+// computes long (Adam's divisions). That of SGD would wait, while other stages have the time.
+bool optimizer_asks(const MpdFusedStep& step) {
+  const bool alone =
+      step.delta_count == 0 && step.partner_model == nullptr && step.publication == nullptr;
+  return alone || step.optimizer->second != nullptr;
+}
+
+// Returns what the stages of bucket b are to ask for, of a whole bucket that follows.
+template <int BITS>
+Prefetches plan(const MpdFusedStep& step, int64_t b, const float* x, int64_t segment) {
+  Prefetches plan;
+  const bool averages = step.partner_model != nullptr, publishes = step.publication != nullptr;
+  Prefetch& first = averages ? plan.average : plan.publish;
+  Prefetch& second = publishes ? plan.publish : plan.average;
+  if (averages) first.add_codes(codes_of<BITS>(*step.partner_model, b + 1));
+  if (step.delta_count > 0) second.add_codes(codes_of<BITS>(*step.deltas[0], b + 1));
+  if (step.optimizer == nullptr || !optimizer_asks(step)) second.add_floats(x + kBucket);
+  if (step.optimizer != nullptr && !optimizer_asks(step)) {
+    const MpdOptimizer& optimizer = *step.optimizer;
+    const int64_t next = (b + 1) * kBucket;
+    first.add_floats(gradient_at(optimizer, segment, next));
+    if (optimizer.first != nullptr) second.add_floats(optimizer.first + next);
+    if (optimizer.second != nullptr) first.add_floats(optimizer.second + next);
+    if (optimizer.third != nullptr) first.add_floats(optimizer.third + next);
+  }
+  return plan;
 }
 
 // Does all stages on one bucket; `has_next` says whether a whole bucket follows, and `segment` is
@@ -288,47 +358,46 @@ template <int BITS>
 void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_next,
             int64_t* segment) {
   alignas(64) float first[kBucket], second[kBucket];
-
-  // Plan the prefetches: the stage with the most arithmetic fetches the next bucket of the model
-  const char* model = has_next ? reinterpret_cast<const char*>(x + kBucket) : nullptr;
+  alignas(64) Code<BITS> local[kBucket];
   const bool publishes = step.publication != nullptr, averages = step.partner_model != nullptr;
-  const auto codes = [&](const MpdEncodedVector* vector) {
-    return has_next ? reinterpret_cast<const char*>(codes_of<BITS>(*vector, b + 1)) : nullptr;
-  };
 
   // Make the optimizer's step
   if (step.optimizer != nullptr)
-    MPD_NAME(optimizer, MPD_ISA)(step.optimizer, x, b * kBucket, b * kBucket + count, segment);
-
-  // Take the SGD step
+    MPD_NAME(optimizer, MPD_ISA)(step.optimizer, x, b * kBucket, b * kBucket + count, segment,
+                                 optimizer_asks(step));
   if (step.velocity != nullptr)
-    sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count, has_next);
+    sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count);
+  const Prefetches ahead = has_next ? plan<BITS>(step, b, x, *segment) : Prefetches{};
 
   // Absorb the deltas: each reads the model at y and writes it to x or to the spare buffer
   const float* y = x;
   float* spare = first;
   for (int64_t a = 0; a < step.delta_count; ++a) {
-    const Prefetch prefetch{publishes || averages || a > 0 ? nullptr : model,
-                            codes(step.deltas[a])};
-    MpdBucketStats* stats = step.delta_stats == nullptr ? nullptr : step.delta_stats[a] + b;
+    Prefetch prefetch;
+    if (has_next && a > 0) prefetch.add_codes(codes_of<BITS>(*step.deltas[a], b + 1));
+    MpdBucketStats* stats = step.delta_stats == nullptr ? nullptr : step.delta_stats[a];
     float* out = step.delta_count == 1 && !averages ? x : spare;
-    y = apply<BITS>(y, *step.deltas[a], b, out, stats, prefetch);
+    const bool computes_most = a == 0 && !averages && !publishes;
+    y = apply<BITS>(y, *step.deltas[a], b, out, stats, computes_most ? ahead.publish : prefetch);
     if (y == spare) spare = spare == first ? second : first;
   }
 
   // Exchange or merge with the partner's model
-  if (averages) {
-    const Prefetch prefetch{publishes ? nullptr : model, codes(step.partner_model)};
-    if (step.merge == 0) {
-      if (exchange<BITS>(step, y, b, x, prefetch)) y = x;
-    } else {
-      if (average<BITS>(step, y, b, spare, prefetch)) y = spare;
-    }
-  }
+  Move<BITS> left{nullptr, 0};
+  if (averages && step.merge == 0)
+    left = exchange<BITS>(step, y, b, local, ahead.average);
+  else if (averages && average<BITS>(step, y, b, spare, ahead.average))
+    y = spare;
 
   // Store the model, and publish it
-  if (y != x) std::memcpy(x, y, sizeof first);
-  if (publishes) publish<BITS>(*step.publication, x, b, Prefetch{model, nullptr});
+  if (left.differences == nullptr && y != x) {
+    std::memcpy(x, y, sizeof first);
+    y = x;
+  }
+  if (publishes)
+    publish<BITS>(*step.publication, left, y, x, b, ahead.publish);
+  else
+    make<BITS>(left, y, x, {});
 }
 
 template <int BITS>

@@ -27,7 +27,7 @@ void put(T* out, const T* in, int64_t count, bool streaming) {
 }
 
 void update(const MpdOptimizer& optimizer, float* x, int64_t begin, int64_t end, int64_t* segment) {
-  mpd_optimizer_range(&optimizer, x, begin, end, segment);
+  mpd_optimizer_range(&optimizer, x, begin, end, segment, 1);
 }
 void update(const MpdOptimizer&, double*, int64_t, int64_t, int64_t*) {}  // there is none
 
