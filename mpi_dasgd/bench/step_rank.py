@@ -181,13 +181,13 @@ class StepRank:
         return True
 
 
-def _require_same_start(arms: list[Arm]) -> None:
-    """Require that all arms had the same weights and first batch.
+def _require_same_start(arms: Sequence[Arm]) -> None:
+    """Require that all arms in which this rank made a step had the same weights and first batch.
 
     Raises:
         ValueError: their first losses differ.
     """
-    losses = {arm.name: arm.first_loss for arm in arms}
+    losses = {arm.name: arm.first_loss for arm in arms if arm.steps}
     if not np.allclose(list(losses.values()), arms[0].first_loss, rtol=1e-4):
         raise ValueError(f"the arms did not begin alike: first losses {losses}")
 

@@ -19,7 +19,7 @@ from mpi_dasgd.bench.sample_store import columns_of, read_samples, write_samples
 from mpi_dasgd.bench.step_job import ARMS, LOCKSTEP, StepJob
 from mpi_dasgd.bench.step_picture import draw
 from mpi_dasgd.bench.step_plan import FULL_PLAN, QUICK_PLAN, StepPlan, group_arms
-from mpi_dasgd.bench.step_rank import StepRank
+from mpi_dasgd.bench.step_rank import StepRank, _require_same_start
 from mpi_dasgd.bench.step_report import markdown, summarize, table
 from mpi_dasgd.errors import UserError
 
@@ -162,6 +162,17 @@ def test_a_straggler_sleeps_on_in_the_next_slice(monkeypatch: pytest.MonkeyPatch
         now[0] = max(now[0], end)
     assert made == [False, False, True]
     assert rank._sleep_left == {}
+
+
+def test_arms_that_did_not_begin_alike_are_refused() -> None:
+    arms: list[Any] = [
+        SimpleNamespace(name=name, steps=steps, first_loss=loss)
+        for name, steps, loss in [("alone", 6, 2.3), ("adpsgd", 5, 2.3), ("swarm", 0, np.nan)]
+    ]
+    _require_same_start(arms)  # the straggler slept all the time in one of them
+    arms[1].first_loss = 2.4
+    with pytest.raises(ValueError, match="did not begin alike: .*'adpsgd': 2.4"):
+        _require_same_start(arms)
 
 
 def test_ratios_pair_the_slices_of_a_round() -> None:
