@@ -54,13 +54,20 @@ def main(arguments: Sequence[str]) -> int:
     free = machine.available_memory()
     jobs = list(plan.jobs(None if free is None else _MEMORY_SHARE * free))
     path = samples_path("step", options.out)
-    results, code = measure_all(jobs, _measure)
-    if not results:
+    rows: list[dict[str, Any]] = []
+    others: list[float] = []
+
+    def measure(job: StepJob) -> None:
+        measured = _measure(job)
+        rows.extend(measured.rows)
+        others.append(measured.cpu_others)
+        settings = {"cores": cores(), "cpu_others": others}
+        write_samples(path, "step", columns_of(rows), settings)  # of the jobs so far
+
+    _, code = measure_all(jobs, measure)
+    if not rows:
         return code
-    rows = [row for result in results for row in result.rows]
-    others = max(result.cpu_others for result in results)
-    write_samples(path, "step", columns_of(rows), {"cores": cores(), "max_cpu_others": others})
-    warn_of_others([result.cpu_others for result in results])
+    warn_of_others(others)
     return _report(options, path, code)
 
 

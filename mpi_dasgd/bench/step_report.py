@@ -20,6 +20,7 @@ LEGEND = f"""\
 ms: of a step of the ranks that are not slowed, median of the rounds; after: what of it is behind
 the gradient, optimizer and exchange (`ddp` exchanges before); CPU: of all threads of the process
 /{REFERENCE}, /{FUSED_REFERENCE}: quartiles of the speed in relation to theirs in the same round
+CPU beside them: the median by CPU times, for a machine that other programs use, too
 busy: share of all cores that the job keeps busy; slow: of one core, by the straggler
 sent: messages of a rank per step"""
 
@@ -29,7 +30,8 @@ def summarize(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
     Times and ratios are those of the ranks that are not slowed, all together. A ratio divides the
     reference's time by the arm's, both of one round; there is none if the reference was not
-    measured.
+    measured. Those of CPU times, of all threads of the process, say what a step costs where other
+    programs take part of the cores; ranks that wait inside MPI spend them, too.
 
     Args:
         columns: raw samples, as `mpi_dasgd.bench.step` stores them.
@@ -41,6 +43,7 @@ def summarize(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     for key, number in numbers.items():
         job = {name: np.asarray(values)[job_of == number] for name, values in columns.items()}
         step_seconds = {arm: _per_round(job, arm, "seconds") for arm in ARMS}
+        cpu_seconds = {arm: _per_round(job, arm, "cpu_seconds") for arm in ARMS}
         scenario = dict(zip(SCENARIO, key, strict=True))
         for arm, seconds in step_seconds.items():
             if not seconds:
@@ -49,11 +52,13 @@ def summarize(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
             row |= {
                 "step_ms": _median_ms(seconds),
                 "update_ms": _median_ms(_per_round(job, arm, "update_seconds")),
-                "cpu_ms": _median_ms(_per_round(job, arm, "cpu_seconds")),
+                "cpu_ms": _median_ms(cpu_seconds[arm]),
             }
             for name, reference in (("alone", REFERENCE), ("alone_fused", FUSED_REFERENCE)):
                 shares = _ratios(step_seconds[reference], seconds)
                 row |= {f"share_of_{name}{part}": value for part, value in shares.items()}
+                shares = _ratios(cpu_seconds[reference], cpu_seconds[arm])
+                row |= {f"cpu_share_of_{name}{part}": value for part, value in shares.items()}
             rows.append({**row, **_load(job, arm)})
         rows.append({**scenario, "arm": IDLE, **_load(job, IDLE)})
     return rows
@@ -104,7 +109,12 @@ def title(row: Mapping[str, Any]) -> str:
     return f"{row['task']} {row['optimizer']}, {row['ranks']} ranks{slow}"
 
 
-_HEADS = ("ms", "after", "CPU", "busy", "slow", "sent")
+_TIMES, _SHARES, _LOAD = (
+    {"ms": "step_ms", "after": "update_ms", "CPU": "cpu_ms"},
+    {f"/{REFERENCE}": "alone", f"/{FUSED_REFERENCE}": "alone_fused"},
+    {"busy": "cpu_busy", "slow": "slow_busy", "sent": "messages_per_step"},
+)
+"""Columns of the printed table: their heads, and the keys, or parts of keys, of a row."""
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -112,23 +122,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines, previous = [], ""
     for row in rows:
         if (name := title(row)) != previous:
-            ratios = "".join(f"{'/' + arm:>21}" for arm in (REFERENCE, FUSED_REFERENCE))
-            rounds = f" ({row['rounds']} rounds)"
-            lines.append(f"{name + rounds:<46}")
-            lines.append(f"  {'':<15}" + "".join(f"{head:>9}" for head in _HEADS[:3]) + ratios
-                         + "".join(f"{head:>7}" for head in _HEADS[3:]))  # fmt: skip
+            heads = "".join(f"{head:>9}" for head in _TIMES)
+            heads += "".join(f"{head:>21}{'CPU':>7}" for head in _SHARES)
+            heads += "".join(f"{head:>7}" for head in _LOAD)
+            lines += [f"{name} ({row['rounds']} rounds)", f"  {'':<15}{heads}"]
         previous = name
-        times = "".join(_text(row.get(key), ".3f", 9) for key in ("step_ms", "update_ms", "cpu_ms"))
-        shares = "".join(
-            "".join(
-                _text(row.get(f"share_of_{name}{part}"), ".3f", 7) for part in ("_q1", "", "_q3")
-            )
-            for name in ("alone", "alone_fused")
-        )
-        load = "".join(
-            _text(row[key], ".2f", 7) for key in ("cpu_busy", "slow_busy", "messages_per_step")
-        )
-        lines.append(f"  {row['arm']:<15}{times}{shares}{load}")
+        line = f"  {row['arm']:<15}"
+        line += "".join(_text(row.get(key), ".3f", 9) for key in _TIMES.values())
+        for name in _SHARES.values():
+            keys = [f"share_of_{name}{part}" for part in ("_q1", "", "_q3")]
+            keys.append(f"cpu_share_of_{name}")
+            line += "".join(_text(row.get(key), ".3f", 7) for key in keys)
+        lines.append(line + "".join(_text(row[key], ".2f", 7) for key in _LOAD.values()))
     return lines
 
 

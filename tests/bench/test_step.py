@@ -190,6 +190,7 @@ def test_ratios_pair_the_slices_of_a_round() -> None:
     quarters = [found["adpsgd"][f"share_of_alone_q{number}"] for number in (1, 3)]
     np.testing.assert_allclose(quarters, ratios)
     assert found["alone"]["share_of_alone_q1"] == found["alone"]["share_of_alone_q3"] == 1.0
+    assert found["adpsgd"]["cpu_share_of_alone_fused"] == pytest.approx(0.64), "a fourth of all"
     assert found["alone"]["step_ms"] == pytest.approx(100.0)
     assert found["alone"]["update_ms"] == pytest.approx(50.0)
     assert found["alone"]["cpu_ms"] == pytest.approx(25.0)
