@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import xxhash
@@ -14,7 +16,7 @@ from mpi_dasgd.model.gradient_vector import GradientVector, require_exchangeable
 from mpi_dasgd.model.host_mirror import HostMirror
 from mpi_dasgd.model.model_structure import ModelStructure
 from mpi_dasgd.model.parameter_attachment import ParameterAttachment
-from mpi_dasgd.model.parameter_layout import describe, lay_out, name_at
+from mpi_dasgd.model.parameter_layout import Segment, describe, lay_out, name_at
 from mpi_dasgd.model.parameter_selection import select_parameters
 
 __all__ = ["FlatParameters"]
@@ -103,6 +105,16 @@ class FlatParameters:
     def flat(self) -> torch.Tensor:
         """The vector where the parameters are, (padded,); to be read, not written."""
         return self._memory.tensor
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Where the parameters are in the vector."""
+        return self._segments
+
+    @property
+    def lives_in_vector(self) -> bool:
+        """Whether all parameters are views of `vector`, so that what changes it changes them."""
+        return not (self.is_mirrored or self._attachment.has_copies)
 
     @property
     def guests(self) -> list[str]:
