@@ -11,10 +11,11 @@ import torch
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.finite import prepare_all_finite
-from mpi_dasgd.kernels.optimizer import OptimizerStep
+from mpi_dasgd.kernels.optimizer import OptimizerStep, run
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
 from mpi_dasgd.training.finite_check import LateFiniteCheck, refuse_nonfinite
+from mpi_dasgd.training.fused_optimizer import FusedOptimizer
 
 __all__ = ["TorchLocalOptimizer"]
 
@@ -35,6 +36,8 @@ class TorchLocalOptimizer:
         parameters: parameters of the module.
         rank: this rank, for messages.
         check_finite: whether to refuse gradients and models that are not finite.
+        fused: whether steps are made in passes of ours where that can be; else torch makes them.
+        threads: number of CPU threads of a pass that only makes a step.
 
     Attributes:
         local_step: gradients that this rank has computed so far.
@@ -46,7 +49,8 @@ class TorchLocalOptimizer:
         lr: learning rate of the first parameter group in the newest step, or 0 without one.
         device: where the model is exchanged.
         update_seconds: time that this thread has spent in the optimizer so far; on a device, time
-            to ask for its work.
+            to ask for its work. Of a step that is made in the pass of an exchange, what comes
+            before and after that pass.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class TorchLocalOptimizer:
         rank: int = 0,
         *,
         check_finite: bool = True,
+        fused: bool = True,
+        threads: int = 1,
     ) -> None:
         self.local_step = 0
         self.lr_scale = 1.0
@@ -77,6 +83,10 @@ class TorchLocalOptimizer:
             self._late_check = LateFiniteCheck(parameters.flat, self.device)
         else:
             self._model_is_finite = prepare_all_finite(parameters.vector)
+        self._fused: FusedOptimizer | None = None
+        if fused and not self.device.is_asynchronous:
+            self._fused = FusedOptimizer(optimizer, parameters)
+        self._threads = threads
         self._gradient: Array | None = None
         self._gradient_tensor: torch.Tensor | None = None
 
@@ -134,6 +144,34 @@ class TorchLocalOptimizer:
                 after the step before, and others may have.
         """
         started = time.perf_counter()
+        self._prepare_update()
+        update = self._fused_update(lr_scale)
+        if update is not None:
+            run(update, self._parameters.vector, self._threads)
+            self._complete_update(update)
+        else:
+            self._make_torchs_step(lr_scale)
+        self.update_seconds += time.perf_counter() - started
+
+    def fused_update(self, lr_scale: float = 1.0) -> OptimizerStep | None:
+        """Return the step that `apply` would make; None: torch has to make it.
+
+        Args:
+            lr_scale: as for `apply`.
+
+        Raises:
+            Diverged: see `apply`; after the pass, `OptimizerStep.on_made` raises it.
+        """
+        if self._fused is None:
+            return None
+        started = time.perf_counter()
+        self._prepare_update()
+        update = self._fused_update(lr_scale)
+        self.update_seconds += time.perf_counter() - started
+        return update
+
+    def _prepare_update(self) -> None:
+        """Have the parameters and their gradients hold what exchanges have made of them."""
         if self._late_check is not None:
             self.refuse_known_updates()
         tensor, gradient = self._gradient_tensor, self._gradient
@@ -141,7 +179,39 @@ class TorchLocalOptimizer:
             if self._parameters.is_mirrored:
                 tensor.copy_(torch.from_numpy(gradient))
             self._parameters.scatter_gradient()
-        self._parameters.scatter()  # what an exchange of this step has changed before
+        self._parameters.scatter()
+
+    def _fused_update(self, lr_scale: float) -> OptimizerStep | None:
+        if self._fused is None or self._unused_closure is not None:
+            return None
+        update = self._fused.prepare(self.lr_scale, lr_scale)
+        if update is not None:
+            self.lr = self._fused.lr
+            update.on_made = self._on_made
+            self._made = update
+        return update
+
+    def _on_made(self) -> None:
+        started = time.perf_counter()
+        self._complete_update(self._made)
+        self.update_seconds += time.perf_counter() - started
+
+    def _complete_update(self, update: OptimizerStep) -> None:
+        """Note that a pass has made a step.
+
+        Raises:
+            Diverged: see `apply`.
+        """
+        assert self._fused is not None
+        self._fused.complete()
+        if not self._check_finite:
+            return
+        if self._late_check is not None:
+            self._late_check.begin(self.local_step)
+        elif update.nonfinite[0]:
+            self._refuse(self._parameters.vector, "parameter", _UNSEEN)
+
+    def _make_torchs_step(self, lr_scale: float) -> None:
         closure, self._unused_closure = self._unused_closure, None  # one update of a step has it
         loss = self._update(lr_scale, closure)
         self.loss = loss if closure is not None else self.loss
@@ -150,11 +220,6 @@ class TorchLocalOptimizer:
             self.require_finite_model()
         elif self._check_finite:
             self._late_check.begin(self.local_step)
-        self.update_seconds += time.perf_counter() - started
-
-    def fused_update(self, lr_scale: float = 1.0) -> OptimizerStep | None:
-        """Return None: steps are made by `apply`."""
-        return None
 
     def _update(self, lr_scale: float, closure: Closure | None) -> Any:
         """Run the optimizer's step with the learning rate of each group multiplied."""

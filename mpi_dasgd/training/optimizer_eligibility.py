@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ __all__ = ["SERVED", "Eligibility"]
 SERVED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Classes whose steps are made in a pass; of a subclass nobody knows what its step does."""
 
-_TORCH_OPTIM = os.path.join(os.path.dirname(torch_optimizer.__file__), "")
+_TORCH_OPTIM = f"{Path(torch_optimizer.__file__).parent}/"
 _OWN = __name__.partition(".")[0]
 
 

@@ -36,10 +36,6 @@ class OptimizerState:
         segments: the parameters that may be served, one in each, and where they are in a vector.
         elements: elements of a vector, as of that of the parameters.
         device: where the parameters are.
-
-    Attributes:
-        vectors: memory of each name: float32, (elements,), on the device; of `STEP` (segments,), in
-            host memory.
     """
 
     def __init__(
@@ -54,7 +50,7 @@ class OptimizerState:
         self._parameters = [place.parameter for _, place in self._places]
         self._own: set[int] = set()  # storages of the homes
         self._elements, self._device = elements, device
-        self.vectors: dict[str, FlatMemory] = {}
+        self._vectors: dict[str, FlatMemory] = {}
         self._homes: dict[str, list[torch.Tensor]] = {}
         self._addresses: dict[str, list[int]] = {}
         self._table: Any = None  # `optimizer.state` when it was looked at, its keys and values
@@ -79,10 +75,6 @@ class OptimizerState:
             )
         except (KeyError, TypeError, RuntimeError):
             return False
-
-    def forget(self) -> None:
-        """Have `is_known` say no, since state was added."""
-        self._table = None
 
     def adopt(self, names: Mapping[int, tuple[str, ...]], *, starts_empty: bool) -> set[int]:
         """Move the state of some parameters to the vectors, with its values.
@@ -133,19 +125,23 @@ class OptimizerState:
         """
         state = self._optimizer.state[self._parameters[index]]
         for name in names:
+            self._make(name)
             home = self._home(name, index)
             if zero:
                 home.zero_()
             state[name] = home.data
         self._table = None
 
-    def ensure(self, names: Sequence[str]) -> None:
-        """Have a vector for each of `names`."""
-        for name in names:
-            self._make(name)
+    def vector(self, name: str) -> torch.Tensor:
+        """Return the vector of a name: float32, (elements,), on the device.
+
+        That of `STEP` is (segments,), in host memory.
+        """
+        self._make(name)
+        return self._vectors[name].tensor
 
     def _make(self, name: str) -> None:
-        if name in self.vectors:
+        if name in self._vectors:
             return
         if name == STEP:
             is_double = torch.get_default_dtype() == torch.float64  # as torch itself does
@@ -153,15 +149,15 @@ class OptimizerState:
             memory = FlatMemory(len(self._places), dtype, torch.device("cpu"))
         else:
             memory = FlatMemory(self._elements, torch.float32, self._device)
-        self.vectors[name] = memory
+        self._vectors[name] = memory
         self._homes[name] = [self._view(name, index) for index in range(len(self._places))]
         self._addresses[name] = [*map(_pointer, self._homes[name])]
 
     def _view(self, name: str, index: int) -> torch.Tensor:
         if name == STEP:
-            return self.vectors[name].part(index, index + 1).view(()).data
+            return self._vectors[name].part(index, index + 1).view(()).data
         segment, place = self._places[index]
-        part = self.vectors[name].part(segment.start, segment.part.stop)
+        part = self._vectors[name].part(segment.start, segment.part.stop)
         return place.view(part).data
 
     def _home(self, name: str, index: int) -> torch.Tensor:

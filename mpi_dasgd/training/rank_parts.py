@@ -112,7 +112,12 @@ def build_rank(
     )
     synchronize.broadcast_model(environment.comm, parameters, buffers)
     local = TorchLocalOptimizer(
-        optimizer, parameters, environment.rank, check_finite=config.run.check_finite
+        optimizer,
+        parameters,
+        environment.rank,
+        check_finite=config.run.check_finite,
+        fused=config.optimizer.fused != "off",
+        threads=config.codec.threads,
     )
     endpoint = _make_endpoint(environment, codec.layout, run, choice)
     algorithm = run.make_algorithm(endpoint, codec, parameters.vector, record)
