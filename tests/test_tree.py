@@ -60,6 +60,7 @@ TESTED_BY = {
     "test_process_end": ": messages",
     "training/test_attach": "training: optimizer_attachment",
     "training/test_step_hooks": "training: closure",
+    "training/test_fused_optimizer": "training: optimizer_groups",
     "training/test_budget": "training: learning_rate",
     "model/test_parameter_attachment": "model: parameter_ties",
     "training/test_join": "training: shadow_optimizer step_refusals",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from mpi_dasgd.kernels.optimizer import GROUP, SEGMENT, OptimizerStep
 from mpi_dasgd.model.flat_memory import same_format
@@ -35,6 +36,7 @@ _pointer = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
 _stride = torch.Tensor.stride
 _flat = itertools.chain.from_iterable
+_ALL = slice(None)
 _Gradients = tuple[list[Any], list[int], list[int] | None]
 
 
@@ -82,12 +84,15 @@ class FusedOptimizer:
         Args:
             factors: on the learning rates.
         """
+        compiler = set_eval_frame(None)  # where the user compiles steps, this stays as it is
         try:
             return self._prepare(factors)
         except NotServed as error:
             reason = str(error)
         except KeyError as error:
             reason = f"its groups have no {error}"
+        finally:
+            set_eval_frame(compiler)
         if reason not in self._said:
             self._said.add(reason)
             _log.debug("optimizer: torch makes its own step: %s", reason)
@@ -99,7 +104,7 @@ class FusedOptimizer:
         assert step is not None
         step.gradients = None
         if self._counts.size:
-            self._counts[self._counted if present is None else self._counted[present]] += 1
+            self._counts[self._counted_of(present)] += 1
         for segment in self._starting:
             self._state.add(self._order[segment], self._groups.order, zero=False)
             self._fresh = None
@@ -139,8 +144,8 @@ class FusedOptimizer:
         if isinstance(self._groups, SgdGroups):
             self._groups.write(step, self._group_of, self._starting)
         else:
-            places = self._counted if present is None else self._counted[present]
-            self._groups.write(step, self._group_of, self._counts[places].tolist(), present)
+            counts = self._counts[self._counted_of(present)].tolist()
+            self._groups.write(step, self._group_of, counts, present)
         if pointers != self._pointers:
             step.segments["gradient"] = array.array("Q", pointers)
             self._pointers = pointers
@@ -161,16 +166,24 @@ class FusedOptimizer:
         if self._obstacle:
             return
         groups = [group for group, size in enumerate(sizes) for _ in range(size)]
-        placed = sorted(zip(places, groups, strict=True))
-        self._order = [place for place, _ in placed]
-        self._group_of = [group for _, group in placed]
+        placed = sorted(zip(places, groups, range(len(places)), strict=True))
+        self._order = [place for place, _, _ in placed]
+        self._group_of = [group for _, group, _ in placed]
+        self._turn = [turn for _, _, turn in placed]  # at which torch comes to it
         self._counted = np.array(self._order, np.intp)
+        self._counts_all = len(self._order) == len(self._places)
         segments = [self._places[place] for place in self._order]
         self._served = [s.placements[0].parameter for s in segments]
         self._bytes = [s.elements * 4 for s in segments]
         self._strides = [*map(_stride, self._served)]
         self._has_contiguous = all(map(_is_contiguous, self._served))
         self._single = [i for i, s in enumerate(segments) if s.elements == 1]
+
+    def _counted_of(self, present: list[int] | None) -> Any:
+        """Return which of the counts of steps are those of some segments; None: of all."""
+        if present is not None:
+            return self._counted[present]
+        return _ALL if self._counts_all else self._counted
 
     def _gradients(self) -> _Gradients:
         """Return the gradients, their addresses, and the segments that have one; None: all.
@@ -238,6 +251,7 @@ class FusedOptimizer:
             return []
         self._adopt()  # some may have got one from elsewhere
         starting = [segment for segment in segments if segment in self._fresh]
+        starting.sort(key=self._turn.__getitem__)
         if not self._groups.starts_empty:
             for segment in starting:
                 names = self._names[self._group_of[segment]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,7 @@ class StepGroups:
         self.lr = 0.0
         self._get = operator.itemgetter(*self._keys)
         self._settings: list[Any] = []
+        self._types: list[type] = []
         self._factors: tuple[float, ...] = ()
         self._scalars: list[Any] = []  # of each group, the learning rate as a number
         self.forget()
@@ -55,10 +57,10 @@ class StepGroups:
             KeyError: one is missing.
         """
         settings = [*map(self._get, groups)]
-        has_tensors = any(isinstance(setting[0], torch.Tensor) for setting in settings)
-        if not has_tensors and factors == self._factors and _are_same(settings, self._settings):
+        types = [*map(type, itertools.chain.from_iterable(settings))]  # some are equal to others'
+        if types == self._types and settings == self._settings and factors == self._factors:
             return
-        self._settings = []
+        self._settings, self._types = [], types
         scalars = [(self._rate(setting[0], factors), *setting[1:]) for setting in settings]
         for setting in scalars:
             self._require_served(setting)
@@ -66,8 +68,8 @@ class StepGroups:
         self._scalars, self._factors = scalars, factors
         self._rows_written = False
         self.lr = scalars[0][0] if scalars else 0.0
-        if not has_tensors:  # those may be changed in place
-            self._settings = settings
+        if not any(isinstance(setting[0], torch.Tensor) for setting in settings):
+            self._settings = settings  # else one may be changed in place
 
     @staticmethod
     def _rate(lr: Any, factors: tuple[float, ...]) -> float:
@@ -211,10 +213,3 @@ def _require_numbers(values: Sequence[Any]) -> None:
 def _require_eager(flags: Sequence[Any]) -> None:
     if any(flags):
         raise NotServed("it is differentiable or capturable")
-
-
-def _are_same(a: list[Any], b: list[Any]) -> bool:
-    try:
-        return a == b
-    except (RuntimeError, ValueError):  # tensors or arrays of several elements
-        return False

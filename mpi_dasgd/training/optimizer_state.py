@@ -18,6 +18,7 @@ STEP = "step"
 """Name of the number of steps in the state of Adam, which is in host memory."""
 
 _pointer = torch.Tensor.data_ptr
+_flat = itertools.chain.from_iterable
 
 
 class NotServed(Exception):
@@ -56,7 +57,8 @@ class OptimizerState:
         self._table: Any = None  # `optimizer.state` when it was looked at, its keys and values
         self._keys: list[torch.Tensor] = []
         self._values: list[dict[str, Any]] = []
-        self._checks: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[int]]] = []
+        # Of parameters whose state has as many names: what takes it, from where, and its addresses.
+        self._checks: list[tuple[int, Callable[[Any], Any], list[dict[str, Any]], list[int]]] = []
 
     @property
     def is_known(self) -> bool:
@@ -69,12 +71,13 @@ class OptimizerState:
         if not all(map(operator.is_, table.values(), self._values)):
             return False
         try:
-            return all(
-                [*map(_pointer, _flat(map(get, tables)))] == addresses
-                for get, tables, addresses in self._checks
-            )
+            for names, get, tables, addresses in self._checks:
+                tensors = map(get, tables)
+                if [*map(_pointer, tensors if names == 1 else _flat(tensors))] != addresses:
+                    return False
         except (KeyError, TypeError, RuntimeError):
             return False
+        return True
 
     def adopt(self, names: Mapping[int, tuple[str, ...]], *, starts_empty: bool) -> set[int]:
         """Move the state of some parameters to the vectors, with its values.
@@ -110,7 +113,9 @@ class OptimizerState:
                     raise NotServed(f"parameters share {name} in its state")
                 addresses.append(self._addresses[name][index])
         self._move([*found.values()])
-        self._checks = [(_getter(wanted), *check) for wanted, check in checks.items()]
+        self._checks = [
+            (len(wanted), operator.itemgetter(*wanted), *check) for wanted, check in checks.items()
+        ]
         self._table = self._optimizer.state
         self._keys, self._values = [*self._table], [*self._table.values()]
         return fresh
@@ -197,12 +202,3 @@ class OptimizerState:
             home = self._home(name, index)
             home.copy_(value)
             tensor.data = home  # who holds the tensor sees what becomes of it, as in plain torch
-
-
-def _getter(names: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Return what takes the values of `names` from a dictionary, as a tuple."""
-    get = operator.itemgetter(*names)
-    return get if len(names) > 1 else lambda state: (get(state),)
-
-
-_flat = itertools.chain.from_iterable

@@ -23,6 +23,7 @@ from typing import Any
 
 import greenlet
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from mpi_dasgd.training.closure import Closure
 
@@ -116,7 +117,13 @@ class StepHooks:
         if self._maker is None or self._maker.dead or self._thread != thread:
             self._maker, self._thread = greenlet.greenlet(self._make_steps), thread
         self._maker.parent = greenlet.getcurrent()  # where `switch` returns to
-        self._maker.switch(closure)
+        compiler = set_eval_frame(
+            None
+        )  # where the user compiles steps, algorithms stay as they are
+        try:
+            self._maker.switch(closure)
+        finally:
+            set_eval_frame(compiler)
 
     def _make_steps(self, closure: Closure | None) -> None:
         # A greenlet that is used again: a new one takes 8 us.

@@ -1,7 +1,8 @@
 """Loops as PyTorch's users write them, each in plain torch and attached: the same must come.
 
 ``differential.py bits ALGORITHM CASE...``: every rank trains on the same data, and must end with
-the bits of plain torch: parameters, buffers, state of the optimizer, learning rates.
+the bits of plain torch: parameters, buffers, state of the optimizer, learning rates. Adam and AdamW
+have those of ``fused=True`` where their steps are made in our passes.
 ``differential.py halves CASE...``: the ranks share each batch, with `allreduce`, in float64.
 """
 
@@ -101,11 +102,11 @@ def rate_as_tensor(attach: Attach, batches: Batches) -> Any:
 def loaded_state(attach: Attach, batches: Batches) -> Any:
     """A run that goes on from the state of another one, loaded after it was attached."""
     model = mlp()
-    optimizer = Adam(model.parameters(), 0.02)
+    optimizer = Adam(model.parameters(), 0.02, fused=True)
     train(model, optimizer, lambda *_: None, batches)
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     model = mlp()
-    optimizer = Adam(model.parameters(), 1.0)
+    optimizer = Adam(model.parameters(), 1.0, fused=True)
 
     def load(number: int) -> None:
         if number == 0:
@@ -349,9 +350,16 @@ def run(case: Case, attach: Attach, batches: Batches) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in values(*case(attach, batches))}
 
 
+def compute_as_passes(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have torch round as passes do, where they make the steps of Adam and AdamW."""
+    if isinstance(optimizer, Adam) and all(p.dtype == torch.float32 for p in model.parameters()):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
 def compare(case: Case, algorithm: str, tolerance: float, share: bool) -> None:
     """Run `case` plainly and attached; compare what they leave."""
-    expected = run(case, lambda *_: None, equal_batches)
+    expected = run(case, compute_as_passes, equal_batches)
     with contextlib.ExitStack() as stack:
         size, rank = 1, 0
 

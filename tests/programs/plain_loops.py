@@ -1,5 +1,7 @@
 """Loops over every kind of parameters, in plain torch and decentralized: the same bits.
 
+AdamW has those of ``fused=True`` where its steps are made in our passes.
+
 All ranks have the same data, so that means of models and of gradients change nothing.
 """
 
@@ -138,6 +140,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
 
 
+def adamw_fused(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW that rounds the same way, whoever makes its steps."""
+    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, fused=True)
+
+
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
     """Return SGD with momentum."""
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -167,7 +174,7 @@ CASES: dict[str, Case] = {
     "clamped": (net, adamw, clamp),
     "from a vector": (net, adamw, set_from_vector),
     "converted": (net, momentum, convert),
-    "shared": (net, adamw, share),
+    "shared": (net, adamw_fused, share),
     "parametrized": (net, adamw, constrain),
     "there and back": (net, adamw, wander),
     "tied by data": (lambda: Words(sparse=False), momentum, None),
@@ -182,6 +189,9 @@ def train(case: Case, algorithm: str = "") -> nn.Module:
     torch.manual_seed(3)
     model = build()
     optimizer = make_optimizer(model)
+    if not algorithm and make_optimizer is adamw:
+        for group in optimizer.param_groups:
+            group["fused"] = all(p.dtype == F32 for p in model.parameters())
     training = None
     if algorithm:
         config = {"algorithm.name": algorithm}
