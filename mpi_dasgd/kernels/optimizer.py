@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ __all__ = [
     "TAIL",
     "OptimizerStep",
     "adam_group",
+    "prepared",
     "run",
     "run_part",
     "sgd_group",
@@ -72,10 +74,30 @@ def run(step: OptimizerStep, x: Array, threads: int = 1) -> None:
     Raises:
         UserError: the arrays do not belong together.
     """
+    prepared(step, x, threads)()
+
+
+def prepared(step: OptimizerStep, x: Array, threads: int = 1) -> Callable[[], None]:
+    """Return a function that makes a step alone at each call, as its arrays are then.
+
+    Args:
+        step, x, threads: see `run`; the function keeps the arrays.
+
+    Raises:
+        UserError: the arrays do not belong together.
+    """
     alone = FusedStep(x, threads)
     alone.optimizer = step
     alone.validate()
-    lattice.backend_of(x).run(alone)
+    backend = lattice.backend_of(x)
+    if not hasattr(backend, "prepared"):
+        return partial(backend.run, alone)
+    make = backend.prepared(alone)
+
+    def run_prepared(_alone: FusedStep = alone) -> None:
+        make()
+
+    return run_prepared
 
 
 def run_part(step: OptimizerStep, x: np.ndarray, begin: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.finite import prepare_all_finite
-from mpi_dasgd.kernels.optimizer import OptimizerStep, run
+from mpi_dasgd.kernels.optimizer import OptimizerStep, prepared
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.closure import Closure, needs_closure
 from mpi_dasgd.training.finite_check import LateFiniteCheck, refuse_nonfinite
@@ -87,6 +87,7 @@ class TorchLocalOptimizer:
         if fused and not self.device.is_asynchronous:
             self._fused = FusedOptimizer(optimizer, parameters)
         self._threads = threads
+        self._made_alone: OptimizerStep | None = None  # what `_make_alone` makes
         self._gradient: Array | None = None
         self._gradient_tensor: torch.Tensor | None = None
 
@@ -147,7 +148,10 @@ class TorchLocalOptimizer:
         self._prepare_update()
         update = self._fused_update(lr_scale)
         if update is not None:
-            run(update, self._parameters.vector, self._threads)
+            if update is not self._made_alone:
+                self._make_alone = prepared(update, self._parameters.vector, self._threads)
+                self._made_alone = update
+            self._make_alone()
             self._complete_update(update)
         else:
             self._make_torchs_step(lr_scale)

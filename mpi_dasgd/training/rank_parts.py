@@ -111,13 +111,14 @@ def build_rank(
         "buffer that is each rank's own)",
     )
     synchronize.broadcast_model(environment.comm, parameters, buffers)
+    threads = config.codec.threads
     local = TorchLocalOptimizer(
         optimizer,
         parameters,
         environment.rank,
         check_finite=config.run.check_finite,
         fused=config.optimizer.fused != "off",
-        threads=config.codec.threads,
+        threads=threads if threads != "auto" else torch.get_num_threads(),
     )
     endpoint = _make_endpoint(environment, codec.layout, run, choice)
     algorithm = run.make_algorithm(endpoint, codec, parameters.vector, record)

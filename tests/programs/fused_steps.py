@@ -1,6 +1,7 @@
 """Runs with steps in the pass of an exchange, and with torch's own: they end with the same bits.
 
-``fused_steps.py CODEC...``: ranks make their steps in turn, so that both runs exchange alike.
+``fused_steps.py CODEC...``: ranks make their steps in turn, so that both runs exchange alike. The
+first codec is tried with all algorithms.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW
 
 import mpi_dasgd
+from mpi_dasgd.algorithms import ExchangeRecord
 
 STEPS = 9
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
@@ -37,7 +39,8 @@ def train(kind: Any, options: dict[str, Any], config: dict[str, str]) -> tuple[s
     model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 33), nn.Linear(33, 3))
     model[2].bias.requires_grad_(False)
     optimizer = kind(model.parameters(), **options)
-    training = mpi_dasgd.Decentralized(model, optimizer, config=config)
+    exchanges: list[ExchangeRecord] = []
+    training = mpi_dasgd.Decentralized(model, optimizer, config=config, record=exchanges.append)
     torchs_steps = 0
     own = training.local._update
 
@@ -61,6 +64,7 @@ def train(kind: Any, options: dict[str, Any], config: dict[str, str]) -> tuple[s
                 training.step(8)
             comm.Barrier()
     training.close()
+    assert training.size == 1 or any(r.partner >= 0 for r in exchanges)
     state = sorted(optimizer.state_dict()["state"].items())
     left = [model.state_dict(), state]
     return repr([_bits(left)]), torchs_steps
@@ -78,7 +82,9 @@ def _bits(value: Any) -> Any:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for codec, (kind, options), algorithm in itertools.product(sys.argv[1:], OPTIMIZERS, ALGORITHMS):
+    for codec, (kind, options), algorithm in itertools.product(
+        sys.argv[1:], OPTIMIZERS, ALGORITHMS
+    ):
         config = {"codec.name": codec, "run.seed": "5", **algorithm}
         expected, torchs = train(kind, options, {**config, "optimizer.fused": "off"})
         assert torchs == STEPS, torchs

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
+from mpi_dasgd.algorithms.neighbour_exchange import PAIR_CODECS
 from mpi_dasgd.errors import Diverged
+from tests.support.mpi_ranks import ROOT
 from tests.support.optimizer_pair import OptimizerPair
+from tests.support.rank_pool import run_pooled
 
 STEPS = 5
 SETTINGS: list[tuple[Any, dict[str, Any]]] = [
@@ -189,3 +192,8 @@ def test_copies_of_the_optimizer_are_apart() -> None:
     pair.optimizer.load_state_dict(state)
     for ours, theirs in zip(pair.optimizer.state.values(), twin.state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.mpi
+def test_runs_end_with_the_bits_of_torchs_steps() -> None:
+    run_pooled(2, ROOT / "tests" / "programs" / "fused_steps.py", *PAIR_CODECS, timeout=120)
