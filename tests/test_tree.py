@@ -43,6 +43,7 @@ TESTED_BY = {
     "config/test_declared_once": "config: schema",
     "doctor/test_doctor": "doctor: bandwidth check contention environment latency mpi_progress "
     "network_checks probe timing",
+    "kernels/test_cuda_optimizer": "kernels: table",
     "kernels/test_lattice": "kernels: encoded reference",
     "kernels/test_native_build": "kernels: native",
     "kernels/test_optimizer": "kernels: optimizer_native optimizer_reference optimizer_step",

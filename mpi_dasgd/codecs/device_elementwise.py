@@ -49,6 +49,7 @@ class _DevicePairAverage(Codec):
             _payload(buffers.reply_delta),
             _payload(buffers.publication),
             self._totals.reserve() if is_measured else None,
+            buffers.update,
         )
         return self._totals.add(_distance) if is_measured else ExchangeOutcome()
 

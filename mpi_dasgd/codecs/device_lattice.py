@@ -20,6 +20,7 @@ from mpi_dasgd.codecs.message import Message
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.device.base import Array, Device
 from mpi_dasgd.kernels import cuda
+from mpi_dasgd.kernels.cuda.optimizer import begin
 from mpi_dasgd.kernels.cuda.scale import TOTALS
 from mpi_dasgd.kernels.encoded import BUCKET_STATS, FusedStep
 
@@ -60,6 +61,9 @@ class DeviceLatticeCodec(LatticeMessages):
         """Ask for the whole exchange, in one pass over memory; see `Codec.average_pair`."""
         step = self._step(x, buffers)
         if buffers.publication is not None:
+            if buffers.update is not None and self.scale.measures_next:
+                begin(buffers.update, x, alone=True)  # what is measured is behind it
+                step.optimizer = None
             self.scale.scales(x, buffers.publication.scales)
         cuda.run(step)
         if buffers.partner_model is None and not buffers.deltas:

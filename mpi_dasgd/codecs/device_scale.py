@@ -37,9 +37,14 @@ class DeviceScale:
         """Estimated largest distances, float32, shape (buckets,); 0 before the first encoding."""
         return self._scales.estimate
 
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next encoding looks at the model for its largest elements."""
+        return self._encodings % REFRESH_ENCODINGS == 0
+
     def scales(self, x: Array, out: Array) -> None:
         """Write the scales for an encoding of `x` to `out`, float32, shape (buckets,)."""
-        if self._encodings % REFRESH_ENCODINGS == 0:
+        if self.measures_next:
             self._scales.measure(x)
         self._encodings += 1
         self._scales.next_scales(out)

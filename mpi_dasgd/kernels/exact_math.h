@@ -41,6 +41,17 @@ MPD_HD float mpd_sqrt(float a) {
   asm("sqrt.rn.f32 %0, %1;" : "=f"(b) : "f"(a));
   return b;
 }
+// Also of the bits the compiler makes a minus, which flushes.
+MPD_HD float mpd_negative(float a) {
+  float b;
+  asm("neg.f32 %0, %1;" : "=f"(b) : "f"(a));
+  return b;
+}
+MPD_HD bool mpd_greater(float a, float b) {
+  mpd_u32 c;
+  asm("set.gt.u32.f32 %0, %1, %2;" : "=r"(c) : "f"(a), "f"(b));
+  return c != 0;
+}
 MPD_HD float mpd_inverse(float a) { return __frcp_rn(a); }
 MPD_HD float mpd_from_integer(mpd_u32 a) { return __uint2float_rn(a); }
 MPD_HD mpd_u32 mpd_bits(float a) { return __float_as_uint(a); }
@@ -54,6 +65,8 @@ MPD_HD float mpd_larger(float a, float b) { return __builtin_fmaxf(a, b); }
 MPD_HD float mpd_smaller(float a, float b) { return __builtin_fminf(a, b); }
 MPD_HD float mpd_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MPD_HD float mpd_sqrt(float a) { return __builtin_sqrtf(a); }
+MPD_HD float mpd_negative(float a) { return -a; }
+MPD_HD bool mpd_greater(float a, float b) { return a > b; }
 MPD_HD float mpd_inverse(float a) { return 1.0f / a; }
 MPD_HD float mpd_from_integer(mpd_u32 a) { return static_cast<float>(a); }
 MPD_HD mpd_u32 mpd_bits(float a) {

@@ -67,34 +67,34 @@ MPD_HD long long mpd_tail(const MpdOptimizerSegment& segment, int flags) {
   return segment.offset + segment.count - left;
 }
 
-// FLAGS are those of the group, as a constant, and kTail only in the tail. `velocity` is written only with kMomentum.
-template <int FLAGS>
-MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& velocity, float& x) {
+// `flags` are those of the group, with kTail only in the tail. `velocity` is written only with
+// kMomentum.
+MPD_HD void mpd_sgd(int flags, const MpdOptimizerGroup& group, float gradient, float& velocity,
+                    float& x) {
   float g = gradient;
-  if (FLAGS & kFactor) g = mpd_mul(g, group.factor);
-  if (FLAGS & kMaximize) g = -g;
-  if (FLAGS & kDecay) g = mpd_fma(x, group.decay, g);
-  if (FLAGS & kMomentum) {
-    if (FLAGS & kFirst)
+  if (flags & kFactor) g = mpd_mul(g, group.factor);
+  if (flags & kMaximize) g = mpd_negative(g);
+  if (flags & kDecay) g = mpd_fma(x, group.decay, g);
+  if (flags & kMomentum) {
+    if (flags & kFirst)
       velocity = g;
-    else if (FLAGS & kTail)
+    else if (flags & kTail)
       velocity = mpd_fma(velocity, group.momentum, mpd_mul(g, group.fresh));
     else
       velocity = mpd_fma(g, group.fresh, mpd_mul(velocity, group.momentum));
-    g = FLAGS & kNesterov ? mpd_fma(velocity, group.momentum, g) : velocity;
+    g = flags & kNesterov ? mpd_fma(velocity, group.momentum, g) : velocity;
   }
   x = mpd_fma(g, group.rate, x);
 }
 
 // `largest` (max_exp_avg_sq) is read and written only with kAmsgrad.
-template <int FLAGS>
-MPD_HD void mpd_adam(const MpdOptimizerGroup& group, float gradient, float& mean, float& square,
-                     float& largest, float& x) {
+MPD_HD void mpd_adam(int flags, const MpdOptimizerGroup& group, float gradient, float& mean,
+                     float& square, float& largest, float& x) {
   float g = gradient;
-  if (FLAGS & kFactor) g = mpd_mul(g, group.factor);
-  if (FLAGS & kMaximize) g = -g;
-  if (FLAGS & kDecay) {
-    if (FLAGS & kDecoupled)
+  if (flags & kFactor) g = mpd_mul(g, group.factor);
+  if (flags & kMaximize) g = mpd_negative(g);
+  if (flags & kDecay) {
+    if (flags & kDecoupled)
       x = mpd_mul(x, group.decay);
     else
       g = mpd_fma(x, group.decay, g);
@@ -103,14 +103,25 @@ MPD_HD void mpd_adam(const MpdOptimizerGroup& group, float gradient, float& mean
   const bool small = mpd_bits(group.lerp) < mpd_bits(0.5f);  // torch.lerp
   mean = mpd_fma(small ? group.lerp : mpd_sub(group.lerp, 1.0f), apart, small ? mean : g);
   const float part = mpd_mul(group.fresh, g);
-  if (FLAGS & kTail)
+  if (flags & kTail)
     square = mpd_fma(square, group.momentum, mpd_mul(part, g));
   else
     square = mpd_fma(part, g, mpd_mul(square, group.momentum));
   float u = square;
-  if (FLAGS & kAmsgrad) largest = u = square > largest ? square : largest;
+  if (flags & kAmsgrad) largest = u = mpd_greater(square, largest) ? square : largest;
   const float denominator = mpd_add(mpd_divide(mpd_sqrt(u), group.root), group.eps);
   x = mpd_add(x, mpd_divide(mpd_mul(group.rate, mean), denominator));
+}
+
+// With flags that are a constant.
+template <int FLAGS>
+MPD_HD void mpd_sgd(const MpdOptimizerGroup& group, float gradient, float& velocity, float& x) {
+  mpd_sgd(FLAGS, group, gradient, velocity, x);
+}
+template <int FLAGS>
+MPD_HD void mpd_adam(const MpdOptimizerGroup& group, float gradient, float& mean, float& square,
+                     float& largest, float& x) {
+  mpd_adam(FLAGS, group, gradient, mean, square, largest, x);
 }
 
 #endif

@@ -46,8 +46,10 @@ def test_same_bits_as_the_reference(fake: FakeCupy, bits: int, nearest: bool) ->
     for i, case in enumerate(cases(bits, nearest)):
         fake.shape = SHAPES[i % len(SHAPES)]
         compare(case, outcomes(case, reference.run))
-    names = ("encode", "sgd_encode", "apply", "exchange", "merge", "merge_forward", "fused")
-    assert {f"mpd_{name}_{bits}" for name in names} <= set(fake.launched)
+    names = ("encode", "apply", "exchange", "merge", "merge_forward", "fused")
+    names += ("fused_sgd", "fused_adam")
+    expected = {f"mpd_{name}_{bits}" for name in names} | {"mpd_sgd", "mpd_adam"}
+    assert expected <= set(fake.launched)
 
 
 def test_results_do_not_depend_on_the_grid(fake: FakeCupy) -> None:

@@ -15,6 +15,7 @@ from mpi_dasgd.kernels import cuda
 from mpi_dasgd.kernels.cuda.pair_average import pair_average
 from mpi_dasgd.kernels.cuda.scale import BucketScales
 from mpi_dasgd.kernels.encoded import EncodedVector, FusedStep
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from tests.support.fake_cupy import FakeCupy
 from tests.support.lattice_cases import cases, map_arrays, steps
 
@@ -23,15 +24,25 @@ pytestmark = pytest.mark.slow
 
 def test_arguments_have_the_bytes_of_a_fill_field_by_field(fake: FakeCupy) -> None:
     """What is packed in one go, against the struct filled by the names of its fields."""
-    count = 0
+    count, stages = 0, set()
     for _, step in steps(next(case for case in cases(8, False) if case.x.size == 5000)):
         step = map_arrays(step, fake.asarray)
         fake.arguments.clear()
+        fake.launched.clear()
         cuda.run(step)
         launches = list(cuda._launches(step))
-        assert [_filled(step, launch) for launch in launches] == fake.arguments
+        found = [
+            (name, argument)
+            for name, argument in zip(fake.launched, fake.arguments, strict=True)
+            if name.endswith("_8")
+        ]
+        assert len(found) == len(launches)
+        for launch, (name, argument) in zip(launches, found, strict=True):
+            stage = step.optimizer if name in ("mpd_fused_sgd_8", "mpd_fused_adam_8") else None
+            stages.add(name if stage is not None else None)
+            assert argument == _filled(step, launch, stage), name
         count += len(launches)
-    assert count > 30
+    assert count > 30 and stages == {None, "mpd_fused_sgd_8", "mpd_fused_adam_8"}
 
 
 def test_a_launch_costs_less_than_half_of_a_fill_field_by_field(
@@ -61,7 +72,7 @@ def _noop(_grid: object, _block: object, arguments: tuple[np.ndarray, ...]) -> N
     _ = arguments[0].__array_interface__["data"][0]
 
 
-def _filled(step: FusedStep, launch: cuda._Launch) -> bytes:
+def _filled(step: FusedStep, launch: cuda._Launch, optimizer: OptimizerStep | None = None) -> bytes:
     arguments = np.zeros(1, cuda.KERNEL_ARGUMENTS)
     fields = arguments[0]
     fields["x"], fields["elements"] = step.x.data.ptr, step.x.size
@@ -75,10 +86,13 @@ def _filled(step: FusedStep, launch: cuda._Launch) -> bytes:
         fields["weight"], fields["subtract_dither"] = step.weight, step.merge == 2
         if step.reply_delta is not None and step.merge == 0:
             fields["reply_delta"] = _vector(step.reply_delta)
-    if step.velocity is not None and step.gradient is not None:
-        fields["velocity"], fields["gradient"] = step.velocity.data.ptr, step.gradient.data.ptr
-        for name in ("lr", "momentum", "weight_decay"):
-            fields[name] = getattr(step, name)
+    if optimizer is not None:
+        stage, table = fields["optimizer"], optimizer.native._table.address
+        stage["groups"], stage["segments"] = table, table + optimizer.groups.nbytes
+        stage["segment_count"] = len(optimizer.segments)
+        for name in ("first", "second", "third"):
+            state = getattr(optimizer, name)
+            stage[name] = 0 if state is None else state.data.ptr
     if launch.publication is not None:
         fields["publication"] = _vector(launch.publication)
     return arguments.tobytes()

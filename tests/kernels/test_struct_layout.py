@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpi_dasgd.kernels import cpu, cuda, native, optimizer_step
-from mpi_dasgd.kernels.cuda import pair_average, program, scale
+from mpi_dasgd.kernels.cuda import optimizer, pair_average, program, scale, table
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
 from mpi_dasgd.storage import schema
 from mpi_dasgd.storage.record_ring import RING, row_dtype
@@ -85,11 +85,15 @@ def test_cuda_structs_are_those_of_python(tmp_path: Path) -> None:
         **mirror("MpdKernelArguments", cuda.KERNEL_ARGUMENTS),
         **mirror("MpdScaleArguments", scale.SCALE_ARGUMENTS),
         **mirror("MpdAverageArguments", pair_average.AVERAGE_ARGUMENTS),
+        **mirror("MpdOptimizerArguments", optimizer.OPTIMIZER_ARGUMENTS),
+        **mirror("MpdTableArguments", table.TABLE_ARGUMENTS),
     }
     assert compiled(ctypes.CDLL(str(tmp_path / "layout.so"))) == expected
 
 
-@pytest.mark.parametrize("kernels", [cuda.LATTICE, scale.SCALE, pair_average.AVERAGE])
+@pytest.mark.parametrize(
+    "kernels", [cuda.LATTICE, scale.SCALE, pair_average.AVERAGE, optimizer.OPTIMIZER]
+)
 def test_an_argument_is_packed_as_its_struct(kernels: program.Program) -> None:
     """The format that packs it has the fields of the mirror: types, order and gaps."""
     rng = np.random.default_rng(1)

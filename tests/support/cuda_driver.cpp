@@ -5,7 +5,9 @@
 #include "../../mpi_dasgd/kernels/cpu/struct_layout.h"
 #include "../../mpi_dasgd/kernels/cuda/average.cu"
 #include "../../mpi_dasgd/kernels/cuda/lattice.cu"
+#include "../../mpi_dasgd/kernels/cuda/optimizer.cu"
 #include "../../mpi_dasgd/kernels/cuda/scale.cu"
+#include "../../mpi_dasgd/kernels/cuda/table.cu"
 
 template <class Arguments>
 static int launch(void (*kernel)(Arguments), const void* arguments, size_t nbytes, unsigned grid,
@@ -34,14 +36,10 @@ const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdKernelArguments, deltas);
     MPD_FIELD(layout, MpdKernelArguments, delta_stats);
     MPD_FIELD(layout, MpdKernelArguments, stats);
-    MPD_FIELD(layout, MpdKernelArguments, velocity);
-    MPD_FIELD(layout, MpdKernelArguments, gradient);
     MPD_FIELD(layout, MpdKernelArguments, weight);
-    MPD_FIELD(layout, MpdKernelArguments, lr);
-    MPD_FIELD(layout, MpdKernelArguments, momentum);
-    MPD_FIELD(layout, MpdKernelArguments, weight_decay);
     MPD_FIELD(layout, MpdKernelArguments, delta_count);
     MPD_FIELD(layout, MpdKernelArguments, subtract_dither);
+    MPD_FIELD(layout, MpdKernelArguments, optimizer);
     MPD_STRUCT(layout, MpdScaleArguments);
     MPD_FIELD(layout, MpdScaleArguments, x);
     MPD_FIELD(layout, MpdScaleArguments, elements);
@@ -78,6 +76,15 @@ const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdAverageArguments, minus_weight);
     MPD_FIELD(layout, MpdAverageArguments, delta_count);
     MPD_FIELD(layout, MpdAverageArguments, warps);
+    MPD_FIELD(layout, MpdAverageArguments, optimizer);
+    MPD_STRUCT(layout, MpdOptimizerArguments);
+    MPD_FIELD(layout, MpdOptimizerArguments, x);
+    MPD_FIELD(layout, MpdOptimizerArguments, elements);
+    MPD_FIELD(layout, MpdOptimizerArguments, optimizer);
+    MPD_STRUCT(layout, MpdTableArguments);
+    MPD_FIELD(layout, MpdTableArguments, to);
+    MPD_FIELD(layout, MpdTableArguments, count);
+    MPD_FIELD(layout, MpdTableArguments, words);
     return layout;
   }();
   return all.text();
@@ -92,6 +99,8 @@ const char* mpd_struct_layout() {
 MPD_LAUNCH(MpdKernelArguments)
 MPD_LAUNCH(MpdScaleArguments)
 MPD_LAUNCH(MpdAverageArguments)
+MPD_LAUNCH(MpdOptimizerArguments)
+MPD_LAUNCH(MpdTableArguments)
 
 // From now on odd lanes find this word changed, as if another process wrote there; null: none.
 void mpd_tear(unsigned* word) { shim::torn = word; }

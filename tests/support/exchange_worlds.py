@@ -13,6 +13,7 @@ from mpi_dasgd import codecs
 from mpi_dasgd.codecs import Codec, ExchangeBuffers, Message
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.device.host import HOST
+from mpi_dasgd.kernels.optimizer import GROUP, SEGMENT, SGD, OptimizerStep, adam_group, sgd_group
 
 __all__ = ["FLOAT32", "POISON", "RANKS", "HostMemory", "Memory", "Turn", "World", "make", "plain"]
 
@@ -88,6 +89,8 @@ class Turn:
         size = 10.0 ** rng.uniform(-5, -1) if rng.random() < 0.9 else 10.0  # else: rejections
         self.update = (rng.normal(size=elements) * size).astype(np.float32)
         self.update[rng.random(elements) < 0.5] = 0
+        self.kind = int(rng.integers(3))  # of an optimizer, whose gradient the update is; 0: none
+        self.step = number + 1
         self.poison: int | None = None
         # A lattice codec keeps to itself what is not finite; others spread it to all.
         if number >= POISON and (world.is_lattice or number == POISON) and number % 10 == 0:
@@ -115,7 +118,8 @@ class World:
         self.codecs = [make(name, elements, rank, memory.device) for rank in range(RANKS)]
         start = np.random.default_rng(elements).normal(size=elements).astype(np.float32)
         start[1024:2048] = 0
-        self.models = [memory.allocate(4 * elements).view(np.float32) for _ in range(RANKS)]
+        self.models = [self._vector() for _ in range(RANKS)]
+        self.updates = [self._new_update() for _ in range(RANKS)]
         for model in self.models:
             memory.write(model, start)
         self.publications: list[Message | None] = [None] * RANKS
@@ -139,7 +143,8 @@ class World:
         rank, partner = turn.rank, turn.partner
         own, x = self.codecs[rank], self.models[rank]
         values = self.memory.read(x)
-        values += turn.update
+        if turn.kind == 0:
+            values += turn.update
         if turn.poison is not None:
             values[turn.poison] = turn.poison_value
         self.memory.write(x, values)
@@ -152,7 +157,8 @@ class World:
                 self.memory.write(message.body, body)
         reply = self.message(rank) if theirs is not None and turn.replies else None
         publication = self.message(rank) if turn.publishes else None
-        buffers = ExchangeBuffers(received, theirs, turn.weight, reply, publication)
+        update = self._update(turn) if turn.kind else None
+        buffers = ExchangeBuffers(received, theirs, turn.weight, reply, publication, update)
         device = self.memory.device
         before = getattr(device, "copies", 0), getattr(device, "waits", 0)
         with self.memory.exchange():
@@ -164,6 +170,34 @@ class World:
         if publication is not None:
             self.publications[rank] = publication
         return [message for message in (reply, publication) if message is not None]
+
+    def _update(self, turn: Turn) -> OptimizerStep:
+        """Return the step of an optimizer, with the state of its rank."""
+        update = self.updates[turn.rank]
+        gradients = update.gradients
+        self.memory.write(gradients, turn.update)
+        at = gradients.ctypes.data if self.memory.device is HOST else gradients.data.ptr
+        update.segments["gradient"] = at + 4 * update.segments["offset"]
+        update.segments["gradient"][turn.step % 7 :: 7] = 0
+        update.groups[0] = (
+            sgd_group(0.5, 0.7, weight_decay=1e-3)
+            if turn.kind == SGD
+            else adam_group(1e-3, (0.9, 0.99), 1e-8, 1e-2, turn.step, decoupled=True)
+        )
+        return update
+
+    def _new_update(self) -> OptimizerStep:
+        """Return room for steps of an optimizer: ten parameters, with gaps between them."""
+        segments = np.zeros(10, SEGMENT)
+        segments["offset"] = np.arange(10) * (self.elements // 40 * 4)
+        segments["count"] = self.elements // 10 - 3
+        state = (self._vector() for _ in range(2))
+        update = OptimizerStep(segments, np.zeros(1, GROUP), *state)
+        update.gradients = self._vector()
+        return update
+
+    def _vector(self) -> Any:
+        return self.memory.allocate(4 * self.elements).view(np.float32)
 
     def content(self, message: Message) -> bytes:
         """Return the bytes of a message, with the same bits for all NaN."""
@@ -177,8 +211,9 @@ class World:
         return body.tobytes() + message.envelope.tobytes()
 
     def model(self, rank: int) -> bytes:
-        """Return the bytes of a model, with the same bits for all NaN."""
-        return plain(self.memory.read(self.models[rank])).tobytes()
+        """Return the bytes of a model and its optimizer's state, with the same bits for all NaN."""
+        vectors = self.models[rank], self.updates[rank].first, self.updates[rank].second
+        return b"".join(plain(self.memory.read(vector)).tobytes() for vector in vectors)
 
     def scales(self, rank: int) -> tuple[bytes, ...]:
         """Return the bytes of a rank's estimates and last scales."""

@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.kernels import cuda
-from mpi_dasgd.kernels.cuda import pair_average, program, scale
+from mpi_dasgd.kernels.cuda import optimizer, pair_average, program, scale, table
 
-__all__ = ["DeviceArray", "FakeCupy", "forget", "install", "installed"]
+__all__ = ["PROGRAMS", "DeviceArray", "FakeCupy", "forget", "install", "installed"]
 
+PROGRAMS = (
+    cuda.LATTICE, scale.SCALE, pair_average.AVERAGE, optimizer.OPTIMIZER, table.TABLE
+)  # fmt: skip
+"""All CUDA sources."""
 
 ARGUMENTS = r"^struct (Mpd\w+Arguments) \{"
 
@@ -60,6 +64,8 @@ class FakeCupy:
 
     def zeros(self, shape: Any, dtype: Any) -> DeviceArray:
         return np.zeros(shape, dtype).view(DeviceArray)
+
+    empty = zeros
 
     def asarray(self, array: np.ndarray) -> DeviceArray:
         return array.copy().view(DeviceArray)
@@ -108,7 +114,7 @@ def install(fake: FakeCupy) -> None:
 
 def forget() -> None:
     """Let go of the kernels of another CuPy."""
-    for kernels in (cuda.LATTICE, scale.SCALE, pair_average.AVERAGE):
+    for kernels in PROGRAMS:
         kernels.forget()
     program._multiprocessors.cache_clear()
     pair_average._partial_of.cache_clear()

@@ -77,7 +77,12 @@ class LateCodec(Codec):
         measured = self.inner.average_pair(
             x,
             ExchangeBuffers(
-                buffers.deltas, partner_model, buffers.weight, reply_delta, publication
+                buffers.deltas,
+                partner_model,
+                buffers.weight,
+                reply_delta,
+                publication,
+                buffers.update,
             ),
         )
         for real, temporary in outputs:

@@ -21,6 +21,15 @@ from mpi_dasgd.kernels.encoded import (
     FusedStep,
     buckets_of,
 )
+from mpi_dasgd.kernels.optimizer import (
+    ADAM,
+    GROUP,
+    SEGMENT,
+    SGD,
+    OptimizerStep,
+    adam_group,
+    sgd_group,
+)
 
 SIZES = (0, 1, 1023, 1024, 1025, 5000)
 EXTREME_SCALES = (np.float32(1.17549435e-38), np.float32(4.2535296e37))
@@ -67,7 +76,8 @@ def outcomes(
     """Do every operation and return all its arrays as bytes, by operation and name.
 
     Messages that are read come from the reference. Operations that do not examine the model (apply,
-    SGD) may yield any NaN, which depends on the machine; in their models all NaNs are made equal.
+    an optimizer's step) may yield any NaN, which depends on the machine; in their models all are
+    made equal.
 
     Args:
         case: models and scales.
@@ -80,10 +90,10 @@ def outcomes(
         step = map_arrays(step, device)
         step.validate()
         run(step)
-        loose = bool(step.deltas) or step.velocity is not None
+        loose = bool(step.deltas) or step.optimizer is not None
         for part, array in _arrays(step):
             value = host(array)
-            if loose and part in ("x", "velocity"):
+            if loose and part in ("x", "first", "second", "third"):
                 value = np.where(np.isnan(value), np.float32(np.nan), value)
             results[f"{name}: {part}"] = value.tobytes()
     return results
@@ -167,9 +177,6 @@ def steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
     for i, delta in enumerate(deltas):
         weight = 0.5 / (i + 1)
         reference.run(step(case.y, partner_model=partner_model, weight=weight, reply_delta=delta))
-    with np.errstate(invalid="ignore"):
-        velocity, gradient = (case.x[::-1] * np.float32(c) for c in (0.125, 0.5))
-    sgd = {"gradient": gradient, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
     bad, bad_delta = _tampered(partner_model), _tampered(deltas[0])
 
     yield "encode", step(case.x, publication=blank(1 << 63))
@@ -184,8 +191,8 @@ def steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
     yield "apply", step(case.x, deltas=(deltas[0],), delta_stats=(stats(),))
     yield "apply alone", step(case.x, deltas=(deltas[1],))
     yield "apply tampered", step(case.x, deltas=(bad_delta,), delta_stats=(stats(),))
-    yield "sgd, encode", step(case.x, velocity=velocity, **sgd, publication=blank(4))
-    yield "sgd", step(case.x, velocity=velocity, **sgd)
+    yield "sgd, encode", step(case.x, optimizer=_optimizer(case, SGD), publication=blank(4))
+    yield "adam", step(case.x, optimizer=_optimizer(case, ADAM))
     for count in (1, 2, 4, 6):
         received = (*deltas[1:count], bad_delta)
         received_stats = tuple(stats() for _ in received)
@@ -199,16 +206,41 @@ def steps(case: Case) -> Iterator[tuple[str, FusedStep]]:
         step(case.y, partner_model=partner_model, reply_delta=blank(8), publication=blank(9)),
     )
     yield "fused, only moved", step(case.y, deltas=tuple(deltas[:2]), partner_model=partner_model)
-    yield "everything", step(
-        case.y, velocity=velocity, **sgd, deltas=tuple(deltas[:5]), partner_model=partner_model,
-        merge=2, stats=stats(), publication=blank(10),
-    )  # fmt: skip
+    for kinds, merge, count in (
+        ((SGD,), 0, 1), ((ADAM,), 0, 6), ((SGD, ADAM), 0, 0), ((ADAM,), 2, 0), ((SGD, ADAM), 2, 5)
+    ):  # fmt: skip
+        yield f"everything, optimizers {kinds}, merge {merge}, {count} deltas", step(
+            case.y, optimizer=_optimizer(case, *kinds), deltas=tuple(deltas[:count]),
+            partner_model=partner_model, merge=merge, stats=stats(),
+            reply_delta=None if merge else blank(13), publication=blank(10),
+        )  # fmt: skip
     other = blank(11)
     other.nearest = not case.nearest
     yield (
         "publication otherwise",
         step(case.y, partner_model=partner_model, reply_delta=blank(12), publication=other),
     )
+
+
+def _optimizer(case: Case, *kinds: int) -> OptimizerStep:
+    """Return a step of optimizers of these kinds: four parameters, of which one has no gradient."""
+    size = case.x.size
+    groups = {
+        SGD: sgd_group(0.1, 0.9, 0.25, 1e-3, nesterov=False),
+        ADAM: adam_group(1e-3, (0.9, 0.99), 1e-8, 1e-2, 3, decoupled=True),
+    }
+    edges = [0, size // 3, size // 2, size * 5 // 6, max(size - 2, size * 5 // 6)]
+    segments = np.zeros(4, SEGMENT)
+    segments["offset"], segments["count"] = edges[:-1], np.diff(edges)
+    segments["group"] = np.arange(4) % len(kinds)
+    with np.errstate(invalid="ignore", over="ignore"):
+        first, gradient = (case.x[::-1] * np.float32(c) for c in (0.125, 0.5))
+        second = np.square(case.y)
+    segments["gradient"] = gradient.ctypes.data + 4 * segments["offset"]
+    segments["gradient"][2] = 0
+    step = OptimizerStep(segments, np.array([groups[kind] for kind in kinds], GROUP), first, second)
+    step.gradients = gradient
+    return step
 
 
 def _tampered(message: EncodedVector) -> EncodedVector:
@@ -228,7 +260,8 @@ def _tampered(message: EncodedVector) -> EncodedVector:
     return copy
 
 
-_ARRAYS = ("x", "velocity", "gradient", "stats")
+_ARRAYS = ("x", "stats")
+_STATE = ("first", "second", "third")
 _MESSAGES = ("partner_model", "reply_delta", "publication")
 
 
@@ -247,7 +280,22 @@ def map_arrays(value: Any, device: Callable[[np.ndarray], Array]) -> Any:
             if name != "x":
                 setattr(step, name, map_arrays(getattr(value, name), device))
         return step
+    if isinstance(value, OptimizerStep):
+        return _map_optimizer(value, device)
     return value
+
+
+def _map_optimizer(step: OptimizerStep, device: Callable[[np.ndarray], Array]) -> OptimizerStep:
+    """Return a copy whose state and gradients, one array, are in another memory."""
+    gradients = device(step.gradients)
+    at = gradients.ctypes.data if type(gradients) is np.ndarray else gradients.data.ptr
+    segments = step.segments.copy()
+    moved = segments["gradient"] - np.uint64(step.gradients.ctypes.data) + np.uint64(at)
+    segments["gradient"] = np.where(segments["gradient"], moved, 0)
+    state = (map_arrays(getattr(step, name), device) for name in _STATE)
+    copy = OptimizerStep(segments, step.groups.copy(), *state)
+    copy.gradients = gradients
+    return copy
 
 
 def _arrays(step: FusedStep) -> Iterator[tuple[str, Array]]:
@@ -255,6 +303,11 @@ def _arrays(step: FusedStep) -> Iterator[tuple[str, Array]]:
     for name in _ARRAYS:
         if getattr(step, name) is not None:
             yield name, getattr(step, name)
+    if step.optimizer is not None:
+        yield "gradients", step.optimizer.gradients
+        for name in _STATE:
+            if getattr(step.optimizer, name) is not None:
+                yield name, getattr(step.optimizer, name)
     messages = [(name, getattr(step, name)) for name in _MESSAGES]
     messages += [(f"deltas[{i}]", delta) for i, delta in enumerate(step.deltas)]
     for name, message in messages:

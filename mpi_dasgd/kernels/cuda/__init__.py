@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpi_dasgd.kernels.cuda.optimizer import NO_STAGE, STAGE, STAGE_FORMAT, begin
 from mpi_dasgd.kernels.cuda.program import (
     MAX_DELTAS,
     POINTER,
@@ -23,6 +24,7 @@ from mpi_dasgd.kernels.cuda.program import (
     multiprocessors,
 )
 from mpi_dasgd.kernels.encoded import (
+    BITS,
     Array,
     EncodedVector,
     EncodedVectorStruct,
@@ -39,20 +41,21 @@ KERNEL_ARGUMENTS = np.dtype(
         ("x", POINTER), ("elements", np.int64),
         *((name, _VECTOR) for name in ("partner_model", "reply_delta", "publication")),
         ("deltas", _VECTOR, MAX_DELTAS), ("delta_stats", POINTER, MAX_DELTAS),
-        *((name, POINTER) for name in ("stats", "velocity", "gradient")),
-        *((name, np.float32) for name in ("weight", "lr", "momentum", "weight_decay")),
-        ("delta_count", np.int32), ("subtract_dither", np.int32),
+        ("stats", POINTER), ("weight", np.float32),
+        ("delta_count", np.int32), ("subtract_dither", np.int32), ("optimizer", STAGE),
     ],
     align=True,
 )  # fmt: skip
 """Mirror of MpdKernelArguments of ``lattice.cu``."""
 
 LATTICE = Program(
-    "lattice.cu", KERNEL_ARGUMENTS, f"=Qq{'QQQQq' * (3 + MAX_DELTAS)}{'Q' * (MAX_DELTAS + 3)}4f2i"
+    "lattice.cu",
+    KERNEL_ARGUMENTS,
+    f"=Qq{'QQQQq' * (3 + MAX_DELTAS)}{MAX_DELTAS + 1}Qf2i4x{STAGE_FORMAT}",
 )
-"""The kernels of ``lattice.cu``, with a definition of MPD_BITS."""
+"""The kernels of ``lattice.cu``, with definitions of MPD_BITS and MPD_OPTIMIZER."""
 
-_DEFINES = {bits: f"-DMPD_BITS={bits}" for bits in (4, 8, 16)}
+_DEFINES = {bits: f"-DMPD_BITS={bits}" for bits in BITS}
 _Vector = tuple[int, int, int, int, int]  # a value of `EncodedVectorStruct`
 _NO_VECTOR: _Vector = (0, 0, 0, 0, 0)
 _Delta = tuple[EncodedVector, Array | None]  # and its statistics
@@ -71,8 +74,8 @@ def run(step: FusedStep) -> None:
     """Enqueue `step` on the current stream.
 
     Raises:
-        UserError: the model, its velocity or gradient, or codes are not aligned as the kernels
-            access them, or the device is too old.
+        UserError: the model, the optimizer's state, a gradient or codes are not aligned as the
+            kernels access them, or the device is too old.
     """
     size = step.x.size
     if size == 0:
@@ -80,21 +83,23 @@ def run(step: FusedStep) -> None:
     bits = step.bits
     blocks = min(_BLOCKS * multiprocessors(), -(-buckets_of(size) // (THREADS // 32)))
     # All are described, and so checked, before the first is enqueued.
-    for name, values in [(launch.name, _values(step, launch)) for launch in _launches(step)]:
-        LATTICE.launch(f"mpd_{name}_{bits}", _DEFINES[bits], blocks, *values)
+    launches = [(launch.name, _values(step, launch)) for launch in _launches(step)]
+    stage = NO_STAGE
+    if step.optimizer is not None:
+        alone = not launches or launches[0][0].startswith("merge")
+        stage = begin(step.optimizer, step.x, alone=alone)
+    for name, values in launches:
+        kernel = f"mpd_fused_{stage.kind}_{bits}" if stage.kind else f"mpd_{name}_{bits}"
+        LATTICE.launch(kernel, (_DEFINES[bits], stage.define), blocks, *values, *stage.values)
+        stage = NO_STAGE
 
 
 def _launches(step: FusedStep) -> Iterator[_Launch]:
-    """Yield the launches that make up a step, in order."""
+    """Yield the launches that make up a step, in order, but for those of an optimizer alone."""
     all_stats = step.delta_stats or (None,) * len(step.deltas)
     deltas = list(zip(step.deltas, all_stats, strict=True))
     partner_model, publication = step.partner_model, step.publication
     merging = partner_model is not None and step.merge != 0
-    if step.velocity is not None:
-        alone = not deltas and partner_model is None
-        yield _Launch("sgd_encode", [], None, publication if alone else None)
-        if alone:
-            return
     while len(deltas) > (0 if merging else MAX_DELTAS):
         first, deltas = deltas[:MAX_DELTAS], deltas[MAX_DELTAS:]
         yield _Launch("apply" if len(first) == 1 else "fused", first)
@@ -114,12 +119,8 @@ def _launches(step: FusedStep) -> Iterator[_Launch]:
 
 
 def _values(step: FusedStep, launch: _Launch) -> tuple[float, ...]:
-    """Return the fields of the argument of a launch, in the order of `KERNEL_ARGUMENTS`."""
+    """Return the fields of the argument of a launch, of `KERNEL_ARGUMENTS` but for the stage."""
     x = aligned("x", step.x, 16)
-    velocity = gradient = 0
-    if step.velocity is not None:
-        velocity = aligned("velocity", step.velocity, 16)
-        gradient = aligned("gradient", step.gradient, 16)
     partner = reply = publication = _NO_VECTOR
     stats, weight, subtract = 0, 0.0, False
     if launch.partner_model is not None:
@@ -138,8 +139,7 @@ def _values(step: FusedStep, launch: _Launch) -> tuple[float, ...]:
     return (
         x, step.x.size, *partner, *reply, *publication,
         *deltas, *_NO_VECTOR * absent, *delta_stats, *(0,) * absent,
-        stats, velocity, gradient, weight, step.lr, step.momentum, step.weight_decay,
-        len(delta_stats), subtract,
+        stats, weight, len(delta_stats), subtract,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 // Pair averaging on a GPU in one pass over memory: unquantized models, and those of bf16 and fp16.
 //
-// Element by element, in this order, every operation rounded once:
+// The step of an optimizer comes first. Then, element by element, in this order, every operation rounded once:
 //     v = x;  v = v + decode(deltas[0]);  v = v + decode(deltas[1]); ...
 //     d = decode(partner_model) - v;  square += d d;  d = d (-weight)
 //     reply_delta = encode(d);  d = decode(reply_delta);  v = v - d
@@ -8,7 +8,7 @@
 // ElementwiseCodec (codecs/elementwise.py) gives the same bits, and for unquantized models
 // pair_average_numpy (kernels/pair_average.py), since v - d (-w) is v + d w. `square` is summed in
 // another order.
-#include "lane.h"
+#include "optimizer.h"
 
 // Argument of a launch, passed by value; mirrored in kernels/cuda/pair_average.py. Null pointers
 // leave their part of the work out. Payloads are of the kernel's format.
@@ -23,6 +23,7 @@ struct MpdAverageArguments {
   float minus_weight;
   int delta_count;
   int warps;  // of the launch before
+  MpdOptimizer optimizer;
 };
 
 // A warp's part of a vector: QUADS times 128 elements, of which lane l has 4 l .. 4 l + 3 each.
@@ -153,7 +154,8 @@ MPD_DEVICE double average(const MpdAverageArguments& args, long long first, long
   return square;
 }
 
-template <class Format>
+// OPTIMIZER is the kind of the optimizer whose step comes first; 0: there is none.
+template <class Format, int OPTIMIZER = 0>
 MPD_DEVICE void models(const MpdAverageArguments& args) {
   const long long warps = static_cast<long long>(gridDim.x) * (blockDim.x / 32u);
   const long long warp =
@@ -164,6 +166,8 @@ MPD_DEVICE void models(const MpdAverageArguments& args) {
     const long long left = args.elements - first;
     Quads v;
     load(v, args.x + first, left);
+    bool changed = args.partner_model != nullptr || args.delta_count > 0;
+    if constexpr (OPTIMIZER != 0) changed |= optimize<OPTIMIZER>(args.optimizer, first, left, v);
 #pragma unroll 1
     for (int a = 0; a < args.delta_count; ++a) {
       Quads delta;
@@ -174,7 +178,7 @@ MPD_DEVICE void models(const MpdAverageArguments& args) {
         for (int i = 0; i < 4; ++i) v[k][i] = mpd_add(v[k][i], delta[k][i]);
     }
     if (args.partner_model != nullptr) square += average<Format>(args, first, left, v);
-    if (args.partner_model != nullptr || args.delta_count > 0) store(v, args.x + first, left);
+    if (changed) store(v, args.x + first, left);
     if (args.publication != nullptr) Format::store_to(v, args.publication, first, left);
   }
   if (args.partial == nullptr) return;
@@ -182,12 +186,14 @@ MPD_DEVICE void models(const MpdAverageArguments& args) {
   if (lane() == 0) args.partial[warp] = square;
 }
 
-#define MPD_AVERAGE(name, Format)                                            \
+#define MPD_AVERAGE(name, ...)                                               \
   extern "C" __global__ void __launch_bounds__(MPD_THREADS, 2)               \
       mpd_average_##name(const __grid_constant__ MpdAverageArguments args) { \
-    models<Format>(args);                                                    \
+    models<__VA_ARGS__>(args);                                               \
   }
 
+// As in lattice.cu.
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 0
 MPD_AVERAGE(none, Float32)
 MPD_AVERAGE(bf16, BFloat16)
 MPD_AVERAGE(fp16, Float16)
@@ -199,3 +205,14 @@ extern "C" __global__ void __launch_bounds__(MPD_THREADS)
   const double square = total_of<1>(args.partial, args.warps);
   if (lane() == 0) *args.square = square;
 }
+#endif
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 1
+MPD_AVERAGE(none_sgd, Float32, kSgd)
+MPD_AVERAGE(bf16_sgd, BFloat16, kSgd)
+MPD_AVERAGE(fp16_sgd, Float16, kSgd)
+#endif
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 2
+MPD_AVERAGE(none_adam, Float32, kAdam)
+MPD_AVERAGE(bf16_adam, BFloat16, kAdam)
+MPD_AVERAGE(fp16_adam, Float16, kAdam)
+#endif

@@ -75,6 +75,30 @@ MPD_DEVICE LaneWeights weights_of_lane() {
   return weights;
 }
 
+// 16 bytes at a time. By instruction, where the compiler does not always see that it can be so, as
+// behind a branch to single elements.
+MPD_DEVICE void load_quad(float (&y)[4], const float* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+#else
+  const float4 quad = *reinterpret_cast<const float4*>(from);
+  y[0] = quad.x, y[1] = quad.y, y[2] = quad.z, y[3] = quad.w;
+#endif
+}
+MPD_DEVICE void store_quad(const float (&y)[4], float* to) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3])
+               : "memory");
+#else
+  *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
+#endif
+}
+
 // Loads the lane's part of the next 128 QUADS elements of a vector that has `left` more; zeros
 // behind its end.
 template <int QUADS>
@@ -103,8 +127,7 @@ MPD_DEVICE void store(const float (&y)[QUADS][4], float* to, long long left) {
   to += lane() * 4;
   if (left >= QUADS * 128) {
 #pragma unroll
-    for (int k = 0; k < QUADS; ++k)
-      *reinterpret_cast<float4*>(to + k * 128) = make_float4(y[k][0], y[k][1], y[k][2], y[k][3]);
+    for (int k = 0; k < QUADS; ++k) store_quad(y[k], to + k * 128);
     return;
   }
   const int end = static_cast<int>(left) - static_cast<int>(lane()) * 4;

@@ -2,7 +2,7 @@
 // the load to the store: all stages together pass once over memory, and a checksum is verified
 // before anything is written. No shared memory, no barriers, no atomics; the results do not depend
 // on the size of the grid.
-#include "lane.h"
+#include "optimizer.h"
 
 // Argument of one launch, passed by value; mirrored in kernels/cuda/__init__.py. A fused step takes
 // one launch or several. Vectors without codes, and pointers that are null, leave their part of the
@@ -14,15 +14,14 @@ struct MpdKernelArguments {
   MpdEncodedVector deltas[MPD_MAX_DELTAS];
   MpdBucketStats* delta_stats[MPD_MAX_DELTAS];
   MpdBucketStats* stats;
-  float* velocity;
-  const float* gradient;
-  float weight, lr, momentum, weight_decay;
+  float weight;
   int delta_count, subtract_dither;
+  MpdOptimizer optimizer;
 };
 
 // Parts of a kernel; the others are not compiled into it. kApply is one delta, kAbsorb any number
 // of them.
-enum Part { kSgd = 1, kApply = 2, kAbsorb = 4, kExchange = 8, kMerge = 16, kPublish = 32 };
+enum Parts { kApply = 1, kAbsorb = 2, kExchange = 4, kMerge = 8, kPublish = 16 };
 
 MPD_DEVICE mpd_u32 key_of(const MpdEncodedVector& vector, long long bucket) {
   return mpd_key(vector.seed, static_cast<mpd_u64>(bucket));
@@ -157,28 +156,6 @@ MPD_DEVICE void write_stats(MpdBucketStats* stats, long long bucket, bool valid,
 
 // --- stages of a step, on one bucket; those that change y return whether they did ---
 
-// In two halves: a whole bucket of three vectors does not fit into the registers.
-MPD_DEVICE bool sgd(const MpdKernelArguments& args, long long bucket, long long left, Elements& y) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half, left -= MPD_BUCKET / 2) {
-    const long long first = bucket * MPD_BUCKET + half * (MPD_BUCKET / 2);
-    float velocity[4][4], gradient[4][4];
-    load(velocity, args.velocity + first, left);
-    load(gradient, args.gradient + first, left);
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = y[half * 4 + k][i];
-        const float direction = mpd_add(gradient[k][i], mpd_mul(args.weight_decay, x));
-        velocity[k][i] = mpd_add(mpd_mul(args.momentum, velocity[k][i]), direction);
-        x = mpd_sub(x, mpd_mul(args.lr, velocity[k][i]));
-      }
-    store(velocity, args.velocity + first, left);
-  }
-  return true;
-}
-
 template <int BITS>
 MPD_DEVICE bool apply(const MpdEncodedVector& delta, MpdBucketStats* stats, long long bucket,
                       const LaneWeights& weights, Elements& y) {
@@ -221,7 +198,7 @@ MPD_DEVICE bool exchange(const MpdKernelArguments& args, long long bucket,
   else
     clear<BITS>(delta_codes);
   if (reply.codes == nullptr) return valid;
-  const float back = mpd_float(valid ? mpd_bits(unit) ^ 0x80000000u : 0);  // -unit
+  const float back = valid ? mpd_negative(unit) : 0.0f;
   store<BITS>(delta_codes, reply.codes, bucket);
   const mpd_u32 checksum =
       mpd_checksum(sum_of_words<BITS>(delta_codes, weights), back, key_of(reply, bucket));
@@ -270,7 +247,8 @@ MPD_DEVICE void publish(const MpdEncodedVector& out, long long bucket, const Lan
                                   : ~mpd_checksum(0, lattice.scale, lattice.key);
 }
 
-template <int BITS, int PARTS>
+// OPTIMIZER is the kind of the optimizer whose step comes first; 0: there is none.
+template <int BITS, int PARTS, int OPTIMIZER = 0>
 MPD_DEVICE void buckets(const MpdKernelArguments& args) {
   const LaneWeights weights = weights_of_lane<BITS>();
   const mpd_u32 warps = blockDim.x / 32u;
@@ -282,7 +260,8 @@ MPD_DEVICE void buckets(const MpdKernelArguments& args) {
     bool changed = false;
     Elements y;
     load(y, x, left);
-    if (PARTS & kSgd) changed |= sgd(args, b, left, y);
+    if constexpr (OPTIMIZER != 0)
+      changed |= optimize<OPTIMIZER>(args.optimizer, b * MPD_BUCKET, left, y);
     if (PARTS & kApply) changed |= apply<BITS>(args.deltas[0], args.delta_stats[0], b, weights, y);
     if (PARTS & kAbsorb)
 #pragma unroll 1
@@ -303,28 +282,35 @@ MPD_DEVICE void buckets(const MpdKernelArguments& args) {
 }
 
 // 2 blocks of 256 threads per multiprocessor: up to 128 registers per thread.
-#define MPD_KERNEL(name, bits, parts)                                        \
+#define MPD_KERNEL(name, bits, ...)                                          \
   extern "C" __global__ void __launch_bounds__(MPD_THREADS, 2)               \
       mpd_##name##_##bits(const __grid_constant__ MpdKernelArguments args) { \
-    buckets<bits, parts>(args);                                              \
+    buckets<bits, __VA_ARGS__>(args);                                        \
   }
 
-// With MPD_BITS only the kernels of that width: a program needs one, and each takes half a second
-// to compile.
+// With MPD_BITS only the kernels of that width, and with MPD_OPTIMIZER only those with a step of an
+// optimizer, or only those without: a program needs few, and each takes half a second to compile.
 #ifdef MPD_BITS
-#define MPD_KERNEL_OF(name, bits, parts) MPD_KERNEL(name, bits, parts)
-#define MPD_KERNELS(name, parts) MPD_KERNEL_OF(name, MPD_BITS, parts)
+#define MPD_KERNEL_OF(name, bits, ...) MPD_KERNEL(name, bits, __VA_ARGS__)
+#define MPD_KERNELS(name, ...) MPD_KERNEL_OF(name, MPD_BITS, __VA_ARGS__)
 #else
-#define MPD_KERNELS(name, parts) \
-  MPD_KERNEL(name, 4, parts)     \
-  MPD_KERNEL(name, 8, parts)     \
-  MPD_KERNEL(name, 16, parts)
+#define MPD_KERNELS(name, ...)     \
+  MPD_KERNEL(name, 4, __VA_ARGS__) \
+  MPD_KERNEL(name, 8, __VA_ARGS__) \
+  MPD_KERNEL(name, 16, __VA_ARGS__)
 #endif
 
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 0
 MPD_KERNELS(encode, kPublish)
-MPD_KERNELS(sgd_encode, kSgd | kPublish)
 MPD_KERNELS(apply, kApply)
 MPD_KERNELS(exchange, kExchange)
 MPD_KERNELS(merge, kMerge)
 MPD_KERNELS(merge_forward, kMerge | kPublish)
 MPD_KERNELS(fused, kAbsorb | kExchange | kPublish)
+#endif
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 1
+MPD_KERNELS(fused_sgd, kAbsorb | kExchange | kPublish, kSgd)
+#endif
+#if !defined(MPD_OPTIMIZER) || MPD_OPTIMIZER == 2
+MPD_KERNELS(fused_adam, kAbsorb | kExchange | kPublish, kAdam)
+#endif

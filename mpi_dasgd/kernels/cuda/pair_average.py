@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 
 from mpi_dasgd.errors import UserError
+from mpi_dasgd.kernels.cuda.optimizer import NO_STAGE, STAGE, STAGE_FORMAT, Stage, begin
 from mpi_dasgd.kernels.cuda.program import (
     MAX_DELTAS,
     POINTER,
@@ -22,6 +23,7 @@ from mpi_dasgd.kernels.cuda.program import (
     multiprocessors,
 )
 from mpi_dasgd.kernels.encoded import Array
+from mpi_dasgd.kernels.optimizer_step import OptimizerStep
 
 __all__ = ["AVERAGE", "AVERAGE_ARGUMENTS", "pair_average"]
 
@@ -35,12 +37,13 @@ AVERAGE_ARGUMENTS = np.dtype(
         ("deltas", POINTER, MAX_DELTAS),
         *((name, POINTER) for name in ("reply_delta", "publication", "partial", "square")),
         ("minus_weight", np.float32), ("delta_count", np.int32), ("warps", np.int32),
+        ("optimizer", STAGE),
     ],
     align=True,
 )  # fmt: skip
 """Mirror of MpdAverageArguments of ``average.cu``."""
 
-AVERAGE = Program("average.cu", AVERAGE_ARGUMENTS, f"=Qq{1 + MAX_DELTAS + 4}Qf2i4x")
+AVERAGE = Program("average.cu", AVERAGE_ARGUMENTS, f"=Qq{1 + MAX_DELTAS + 4}Qf2i4x{STAGE_FORMAT}")
 """The kernels of ``average.cu``."""
 
 _FORMATS = {  # by the payload's type: kernel, and alignment in bytes
@@ -58,6 +61,7 @@ def pair_average(
     reply_delta: Array | None = None,
     publication: Array | None = None,
     square_out: Array | None = None,
+    update: OptimizerStep | None = None,
 ) -> None:
     """Average `x` with a partner's model and write both results of the exchange::
 
@@ -79,6 +83,7 @@ def pair_average(
             float64, shape (1,), on the device or in memory that is mapped to it; None: it is not
             measured. Without a partner it receives 0. Unlike all else it depends on the device, by
             the rounding of a sum.
+        update: step of an optimizer on `x`, made before all else; None: there is none.
 
     Raises:
         UserError: an array is not aligned as the kernel accesses it, or has another size or dtype,
@@ -86,7 +91,11 @@ def pair_average(
     """
     payloads = [*deltas, partner_model, reply_delta, publication]
     given = [payload for payload in payloads if payload is not None]
-    if x.size == 0 or not given:
+    if x.size == 0:
+        return
+    if not given:
+        if update is not None:
+            begin(update, x, alone=True)
         return
     dtype = given[0].dtype
     if dtype not in _FORMATS:
@@ -103,24 +112,29 @@ def pair_average(
     first, (partner, reply, published) = at[: len(deltas)], at[len(deltas) :]
     warps = THREADS // 32
     blocks = min(_BLOCKS * multiprocessors(), -(-x.size // (_WARP_ELEMENTS * warps)))
+    stage = NO_STAGE if update is None else begin(update, x, alone=False)
     while len(first) > MAX_DELTAS:
         absorbed, first = first[:MAX_DELTAS], first[MAX_DELTAS:]
-        AVERAGE.launch(
-            name, "", blocks, model, x.size, 0, *absorbed, 0, 0, 0, 0, 0.0, MAX_DELTAS, 0
-        )
+        _launch(name, blocks, stage, model, x.size, 0, *absorbed, 0, 0, 0, 0, 0.0, MAX_DELTAS, 0)
+        stage = NO_STAGE
     missing = (0,) * (MAX_DELTAS - len(first))
     partial = square = 0
     if square_out is not None:
         partial, square = address(_partial(blocks * warps)), address(square_out)
-    AVERAGE.launch(
-        name, "", blocks, model, x.size, partner, *first, *missing, reply, published, partial, 0,
+    _launch(
+        name, blocks, stage, model, x.size, partner, *first, *missing, reply, published, partial, 0,
         -weight, len(first), 0,
     )  # fmt: skip
     if square_out is not None:
-        AVERAGE.launch(
-            "mpd_square", "", 1, 0, 0, 0, *(0,) * MAX_DELTAS, 0, 0, partial, square, 0.0, 0,
+        _launch(
+            "mpd_square", 1, NO_STAGE, 0, 0, 0, *(0,) * MAX_DELTAS, 0, 0, partial, square, 0.0, 0,
             blocks * warps,
         )  # fmt: skip
+
+
+def _launch(name: str, blocks: int, stage: Stage, *values: float) -> None:
+    name = f"{name}_{stage.kind}" if stage.kind else name
+    AVERAGE.launch(name, (stage.define,), blocks, *values, *stage.values)
 
 
 def _partial(warps: int) -> Array:

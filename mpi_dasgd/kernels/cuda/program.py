@@ -62,19 +62,21 @@ class Program:
         self.arguments = arguments
         self._packed = struct.Struct(layout)
         self._memory = _Memory(arguments.itemsize)
-        self._kernels: dict[tuple[str, str], Callable[..., None]] = {}
+        self._kernels: dict[tuple[str, tuple[str, ...]], Callable[..., None]] = {}
 
     @cached_property
     def source(self) -> str:
         """The whole source as one text, so that CuPy's disk cache notices an edited header."""
         return _with_headers(self._path)
 
-    def launch(self, name: str, define: str, blocks: int, *values: float) -> None:
+    def launch(
+        self, name: str, defines: tuple[str, ...], blocks: int, *values: float | bytes
+    ) -> None:
         """Enqueue a kernel.
 
         Args:
             name: name of the kernel.
-            define: option of the compiler by which the source contains it, or "".
+            defines: options of the compiler by which the source contains it.
             blocks: blocks of `THREADS` threads.
             values: all fields of its argument, in the order of the struct.
 
@@ -83,20 +85,19 @@ class Program:
         """
         memory = self._memory
         self._packed.pack_into(memory.view, 0, *values)
-        kernel = self._kernels.get((name, define)) or self._compiled(name, define)
+        kernel = self._kernels.get((name, defines)) or self._compiled(name, defines)
         kernel((blocks,), (THREADS,), memory.arguments)
 
     def forget(self) -> None:
         """Forget what was compiled; for tests that replace CuPy."""
         self._kernels.clear()
 
-    def _compiled(self, name: str, define: str) -> Callable[..., None]:
+    def _compiled(self, name: str, defines: tuple[str, ...]) -> Callable[..., None]:
         import cupy
 
-        options = (*OPTIONS, define) if define else OPTIONS
-        module = cupy.RawModule(code=self.source, options=options)
+        module = cupy.RawModule(code=self.source, options=(*OPTIONS, *defines))
         kernel: Callable[..., None] = module.get_function(name)
-        return self._kernels.setdefault((name, define), kernel)
+        return self._kernels.setdefault((name, defines), kernel)
 
 
 class _Memory(threading.local):

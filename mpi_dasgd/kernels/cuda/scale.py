@@ -169,7 +169,7 @@ class BucketScales:
         """Enqueue a kernel with these fields of its argument."""
         if blocks:
             SCALE.launch(
-                name, "", blocks,
+                name, (), blocks,
                 x, elements, self._buckets, *self._addresses, totals, out, *deltas,
                 stats, partner_scales, *self._parameters, inverse_weight,
                 self._doubles_estimate, delta_count, adds, warps,
