@@ -6,9 +6,9 @@ file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/cxx_flags.txt MPI_DASGD_CXX_FLAGS)
 file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/instruction_sets.txt MPI_DASGD_INSTRUCTION_SETS)
 set(CPU ${PROJECT_SOURCE_DIR}/mpi_dasgd/kernels/cpu)
 
-add_library(_native MODULE ${CPU}/control_words.cpp ${CPU}/dispatch.cpp ${CPU}/finite.cpp
-  ${CPU}/inbox.cpp ${CPU}/node_rank.cpp ${CPU}/pair_average.cpp ${CPU}/publication.cpp
-  ${CPU}/release.cpp ${CPU}/struct_layout.cpp)
+add_library(_native MODULE ${CPU}/adaptive_scale.cpp ${CPU}/control_words.cpp ${CPU}/dispatch.cpp
+  ${CPU}/finite.cpp ${CPU}/inbox.cpp ${CPU}/node_rank.cpp ${CPU}/pair_average.cpp ${CPU}/pair_exchange.cpp
+  ${CPU}/publication.cpp ${CPU}/release.cpp ${CPU}/struct_layout.cpp)
 target_compile_features(_native PRIVATE cxx_std_17)
 target_compile_options(_native PRIVATE ${MPI_DASGD_CXX_FLAGS})
 target_link_libraries(_native PRIVATE Threads::Threads)

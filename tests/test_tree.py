@@ -39,7 +39,7 @@ TESTED_BY = {
     "training_plan training_report",
     "codecs/test_device_codecs": "codecs: device_elementwise device_lattice device_scale "
     "late_totals",
-    "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice none",
+    "codecs/test_exchange": "codecs: base bucket_scale elementwise lattice native_state none",
     "config/test_declared_once": "config: schema",
     "doctor/test_doctor": "doctor: bandwidth check contention environment latency mpi_progress "
     "network_checks probe timing",

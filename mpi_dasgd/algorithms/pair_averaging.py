@@ -38,6 +38,10 @@ class PairExchange(NeighbourExchange):
         super().__init__(algorithm)
         self._request: ExchangeRequest | None = None  # started, and not settled when last tested
         self._candidates: list[int] = []  # candidates of the next exchange, if drawn already
+        # Does what the lines below do, in one call.
+        self._native = algorithm.endpoint.native_exchange(
+            algorithm.codec, algorithm.settings.mixing_weight, lambda: self._records.ring
+        )
 
     def exchange(
         self,
@@ -59,6 +63,12 @@ class PairExchange(NeighbourExchange):
         Raises:
             Diverged: `y` is not finite after `update`; no other rank has seen it.
         """
+        if self._native is not None:
+            self._native.exchange(
+                y, step, self._draw(), publish_result=publish_result, update=update
+            )
+            self._records.deliver()
+            return
         endpoint = self._endpoint
         endpoint.catch_up()
         received = endpoint.inbox.receive()  # 1
@@ -88,6 +98,12 @@ class PairExchange(NeighbourExchange):
             self._candidates = self._draw()
             if self._candidates and not endpoint.is_local(self._candidates[0]):
                 self._request = endpoint.begin_exchange(self._draw())
+
+    def publish(self, y: np.ndarray, step: int, update: OptimizerStep | None = None) -> bool:
+        """Publish a vector outside of an average; see `NeighbourExchange.publish`."""
+        if self._native is not None:
+            return self._native.publish(y, step, update)
+        return super().publish(y, step, update)
 
     def _complete(self, update: OptimizerStep, request: ExchangeRequest | None) -> None:
         """Give away nothing that a diverged model has made."""
@@ -132,6 +148,10 @@ class PairExchange(NeighbourExchange):
         Returns:
             Number of deltas.
         """
+        if self._native is not None:
+            count = self._native.absorb(y, step, publish_result=publish_result)
+            self._records.deliver()
+            return count
         received = self._endpoint.inbox.receive()
         if received:
             slot = self._endpoint.publication.reserve() if publish_result else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.codecs.native_state import PairCodecStruct, SeedsStruct
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels.optimizer import OptimizerStep
@@ -94,7 +95,7 @@ class Codec(ABC):
 
     name: str
     layout: Layout
-    counters: dict[str, int]
+    counters: MutableMapping[str, int]
 
     @abstractmethod
     def average_pair(self, x: Array, buffers: ExchangeBuffers) -> Outcome:
@@ -122,6 +123,14 @@ class Codec(ABC):
     def encode(self, x: Array, out: Message) -> None:
         """Write the model `x`, shape (elements,), to `out`."""
         self.average_pair(x, ExchangeBuffers(publication=out))
+
+    def native_state(self) -> PairCodecStruct | None:
+        """Return what the native exchange needs to do what `average_pair` does; None: it cannot.
+
+        What the struct points to belongs to the codec, and changes with each exchange. A subclass
+        may average otherwise, and inherits None.
+        """
+        return None
 
     def settle(self) -> None:
         """Wait until `counters` hold all exchanges so far.
@@ -156,13 +165,26 @@ class Seeds:
     Args:
         seed: seed of the run.
         rank: rank that sends the messages.
+
+    Attributes:
+        struct: state, which the native exchange changes, too.
     """
 
     def __init__(self, seed: int, rank: int) -> None:
-        self._start = random.Random(f"mpi_dasgd messages {seed} {rank}").getrandbits(64)
-        self.drawn = 0
+        start = random.Random(f"mpi_dasgd messages {seed} {rank}").getrandbits(64)
+        self.struct = SeedsStruct(start, 0)
+
+    @property
+    def drawn(self) -> int:
+        """Number of seeds drawn so far."""
+        return self.struct.drawn
+
+    @drawn.setter
+    def drawn(self, count: int) -> None:
+        self.struct.drawn = count
 
     def draw(self) -> int:
         """Return the next seed, an unsigned 64-bit integer."""
-        self.drawn += 1
-        return (self._start + self.drawn) & 0xFFFFFFFFFFFFFFFF
+        struct = self.struct
+        struct.drawn = drawn = struct.drawn + 1
+        return (struct.start + drawn) & 0xFFFFFFFFFFFFFFFF

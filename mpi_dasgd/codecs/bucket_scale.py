@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpi_dasgd.codecs.native_state import ScaleStruct
 from mpi_dasgd.errors import UserError
 
 __all__ = ["REFRESH_ENCODINGS", "AdaptiveScale", "scale_per_distance"]
@@ -71,7 +72,8 @@ class AdaptiveScale:
 
     Attributes:
         estimate: estimated largest distances, float32, shape (buckets,); 0 before the first
-            encoding.
+            encoding. Always in the same memory.
+        struct: state, which the native exchange changes, too.
     """
 
     def __init__(
@@ -84,20 +86,32 @@ class AdaptiveScale:
         self._starts = np.arange(0, elements, bucket)
         self._floor = np.zeros(buckets, np.float32)
         self._doubles_estimate = bits > 4
-        self._max_estimate = np.float32(_MAX_ESTIMATE)
         self._last_scales = np.zeros(buckets, np.float32)
-        self._encodings = 0
+        self.struct = ScaleStruct(
+            *(array.ctypes.data for array in (self.estimate, self._floor, self._last_scales)),
+            buckets,
+            0,
+            REFRESH_ENCODINGS,
+            self._scale_per_distance,
+            self._decay,
+            _MAX_ESTIMATE,
+            self._doubles_estimate,
+        )
+
+    @property
+    def _max_estimate(self) -> np.float32:
+        return np.float32(self.struct.max_estimate)
 
     @property
     def measures_next(self) -> bool:
         """Whether the next encoding looks at the model for its largest elements."""
-        return self._encodings % REFRESH_ENCODINGS == 0
+        return self.struct.encodings % REFRESH_ENCODINGS == 0
 
     def scales(self, x: np.ndarray, out: np.ndarray) -> None:
         """Write the scales for an encoding of `x` to `out`, float32, shape (buckets,)."""
         if self.measures_next:
             self._refresh_range(x)
-        self._encodings += 1
+        self.struct.encodings += 1
         np.multiply(self.estimate, self._scale_per_distance, out=out)
         np.maximum(out, self._floor, out=out)
         self._last_scales[:] = out
@@ -111,7 +125,7 @@ class AdaptiveScale:
         largest = np.nan_to_num(largest, nan=0.0, posinf=0.0, neginf=0.0)
         np.maximum(largest * np.float32(_FLOOR), np.float32(_MIN_ESTIMATE), out=self._floor)
         overall = largest.max() or np.float32(1.0)  # all elements may be 0 at the start
-        self._max_estimate = 16 * overall
+        self.struct.max_estimate = float(16 * overall)
         if not self.estimate.any():
             guess = np.where(largest > 0, largest, overall) * np.float32(_START)
             self.estimate[:] = np.clip(guess, _MIN_ESTIMATE, _MAX_ESTIMATE)

@@ -8,6 +8,7 @@ arithmetic.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import numpy as np
 from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Seeds, require_float32
 from mpi_dasgd.codecs.bucket_scale import AdaptiveScale
 from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.codecs.native_state import BucketCounts, PairCodecStruct, pair_codec_struct
 from mpi_dasgd.config.schema import CodecConfig
 from mpi_dasgd.device.base import Array
 from mpi_dasgd.kernels import lattice, optimizer
@@ -66,7 +68,7 @@ class LatticeMessages(Codec):
             scales=buckets,
             checksums=buckets,
         )
-        self.counters = {"buckets_decoded": 0, "buckets_rejected": 0, "buckets_corrupt": 0}
+        self.counters = self._counts = BucketCounts()
         self._threads = settings.thread_count
         self._seeds = seeds
         self._stats = self._new_stats()
@@ -149,6 +151,20 @@ class LatticeCodec(LatticeMessages):
             return ExchangeOutcome()
         return self._observe(buffers.partner_model)
 
+    def native_state(self) -> PairCodecStruct | None:
+        """Return bits, seeds, scale and counters; see `Codec.native_state`."""
+        if type(self) is not LatticeCodec:
+            return None
+        return pair_codec_struct(
+            self.layout,
+            bits=self._bits,
+            nearest=self._nearest,
+            threads=self._threads,
+            seeds=ctypes.addressof(self._seeds.struct),
+            scale=ctypes.addressof(self.scale.struct),
+            counts=ctypes.addressof(self._counts.struct),
+        )
+
     def _new_stats(self) -> np.ndarray:
         return np.zeros(self.layout.scales, BUCKET_STATS)
 
@@ -166,8 +182,10 @@ class LatticeCodec(LatticeMessages):
         largest = np.sqrt(stats["max_d2"], dtype=np.float32)
         largest *= scales
         self.scale.observe(largest, rejected != 0 if count else None, publication.scales)
-        squares = np.square(scales, dtype=np.float64)
-        return ExchangeOutcome(math.sqrt(squares @ stats["sum_d2"]), count)
+        squares = np.square(scales, dtype=np.float64) * stats["sum_d2"]
+        # One after the other, as the native exchange sums them.
+        total = np.add.accumulate(squares)[-1] if squares.size else 0.0
+        return ExchangeOutcome(math.sqrt(total), count)
 
     def _observe_delta(self, message: Message, stats: np.ndarray, weight: float) -> None:
         """Update the scale after a received delta.
@@ -179,7 +197,7 @@ class LatticeCodec(LatticeMessages):
             self.counters["buckets_corrupt"] += int(corrupt.sum())
             units = np.where(corrupt, np.float32(0), units)
         distance = np.sqrt(stats["max_d2"], dtype=np.float32)
-        distance *= np.abs(units)  # so that no zero is negative: scale.h has the same bits
+        distance *= np.abs(units)  # so that no zero is negative: scale_math.h has the same bits
         distance *= np.float32(1 / weight)
         self.scale.observe(distance, None if units.all() else units == 0)
 

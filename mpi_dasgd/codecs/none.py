@@ -6,6 +6,7 @@ import numpy as np
 
 from mpi_dasgd.codecs.base import Codec, ExchangeBuffers, ExchangeOutcome, Outcome
 from mpi_dasgd.codecs.message import Layout, Message
+from mpi_dasgd.codecs.native_state import PairCodecStruct, pair_codec_struct
 from mpi_dasgd.kernels.pair_average import pair_average
 
 __all__ = ["NoCodec"]
@@ -48,6 +49,12 @@ class NoCodec(Codec):
             self._threads,
         )
         return ExchangeOutcome()
+
+    def native_state(self) -> PairCodecStruct | None:
+        """Return layout and threads, for float32 models; see `Codec.native_state`."""
+        if type(self) is not NoCodec or self.layout.payload_dtype != np.float32:
+            return None
+        return pair_codec_struct(self.layout, threads=self._threads)
 
     def delta(self, message: Message) -> np.ndarray:
         """Return the payload."""

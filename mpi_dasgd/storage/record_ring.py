@@ -69,6 +69,11 @@ class RecordRing:
         self._origin = 0.0
 
     @property
+    def capacity(self) -> int:
+        """Rows that the ring holds."""
+        return self._capacity
+
+    @property
     def origin(self) -> float:
         """Time on ``time.monotonic()`` from which `time_s` counts, seconds."""
         return self._origin

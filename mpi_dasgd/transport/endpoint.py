@@ -35,8 +35,10 @@ from typing import Protocol
 
 import numpy as np
 
-from mpi_dasgd.codecs import Message
+from mpi_dasgd.codecs import Codec, Message
 from mpi_dasgd.device.run_ahead import RunAhead
+from mpi_dasgd.kernels.optimizer import OptimizerStep
+from mpi_dasgd.storage.record_ring import RecordRing
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.inbox import Inbox, Reservation
@@ -46,6 +48,7 @@ from mpi_dasgd.transport.release import Release
 __all__ = [
     "Endpoint",
     "ExchangeRequest",
+    "PairExchanges",
     "ReadRequest",
     "Request",
     "SendBuffer",
@@ -115,6 +118,27 @@ class ReadRequest:
     def test(self) -> bool:
         """Return whether the attempt has ended."""
         return self.is_settled
+
+
+class PairExchanges(Protocol):
+    """Pair exchanges as `algorithms.pair_averaging.PairExchange` has them made where it can."""
+
+    def exchange(
+        self,
+        y: np.ndarray,
+        step: int,
+        candidates: Sequence[int],
+        *,
+        publish_result: bool,
+        update: OptimizerStep | None = None,
+    ) -> None:
+        """Absorb, average with one of `candidates`, and publish if wanted."""
+
+    def absorb(self, y: np.ndarray, step: int, *, publish_result: bool = False) -> int:
+        """Apply the received deltas, and publish if wanted; return their number."""
+
+    def publish(self, y: np.ndarray, step: int, update: OptimizerStep | None = None) -> bool:
+        """Publish; return whether a slot was free."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +232,21 @@ class Endpoint(ABC):
     @abstractmethod
     def abort_exchange(self, request: ExchangeRequest) -> None:
         """Free what a settled request has claimed, without an exchange."""
+
+    def native_exchange(
+        self, codec: Codec, weight: float, records: Callable[[], RecordRing]
+    ) -> PairExchanges | None:
+        """Return what makes pair exchanges in fewer calls than this object, or None.
+
+        It does the same word operations and passes, and writes the same records. No other object
+        may use `codec` at the same time.
+
+        Args:
+            codec: codec of this rank.
+            weight: share of the distance to the partner to move, in (0, 1/2].
+            records: returns the ring that gets the rows of the exchanges.
+        """
+        return None
 
     @abstractmethod
     def read(self, rank: int, version: int | None = None) -> ReadRequest:

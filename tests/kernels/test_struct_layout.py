@@ -14,6 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpi_dasgd.codecs.native_state import (
+    BucketCountsStruct,
+    PairCodecStruct,
+    ScaleStruct,
+    SeedsStruct,
+)
 from mpi_dasgd.kernels import cpu, cuda, native, optimizer_step
 from mpi_dasgd.kernels.cuda import optimizer, pair_average, program, scale, table
 from mpi_dasgd.kernels.encoded import BUCKET, BUCKET_STATS, EncodedVectorStruct
@@ -21,6 +27,11 @@ from mpi_dasgd.storage import schema
 from mpi_dasgd.storage.record_ring import RING, row_dtype
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.rma.launched_release import MAX_SWAPS, RELEASE, SWAP
+from mpi_dasgd.transport.rma.native_exchange import (
+    DIVERGED,
+    PairExchangeSetupStruct,
+    PairResultStruct,
+)
 from mpi_dasgd.transport.rma.native_rank import ArrivalStruct, NodeSetupStruct
 from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
@@ -72,6 +83,11 @@ def test_cpu_structs_are_those_of_python() -> None:
         rows[f"MPD_{kind}"] = (getattr(schema, kind),)
     node = mirror("MpdNodeSetup", NodeSetupStruct) | mirror("MpdArrival", ArrivalStruct)
     node |= mirror("MpdTransportCounters", Counters)
+    node |= mirror("MpdPairExchangeSetup", PairExchangeSetupStruct)
+    node |= mirror("MpdPairResult", PairResultStruct) | mirror("MpdSeeds", SeedsStruct)
+    node |= mirror("MpdAdaptiveScale", ScaleStruct) | mirror("MpdPairCodec", PairCodecStruct)
+    node |= mirror("MpdBucketCounts", BucketCountsStruct)
+    node["kDiverged"] = (DIVERGED % (1 << 64),)
     assert compiled(library) == {**SHARED, **step, **passes, **swaps, **rows, **node}
 
 

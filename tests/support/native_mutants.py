@@ -9,10 +9,12 @@ from pathlib import Path
 
 from tests.support.mpi_ranks import ROOT, missing
 
-__all__ = ["MUTANTS", "mutant"]
+__all__ = ["EXCHANGE_MUTANTS", "MUTANTS", "mutant"]
 
 _SOURCES = ROOT / "mpi_dasgd" / "kernels" / "cpu"
-_COMPILED = ("node_rank.cpp", "publication.cpp", "inbox.cpp")
+_COMPILED = (
+    *("node_rank.cpp", "publication.cpp", "inbox.cpp", "pair_exchange.cpp", "adaptive_scale.cpp"),
+)
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
     "no fence before publishing": (
@@ -66,20 +68,71 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 """File, text and its replacement, by name."""
 
 
+EXCHANGE_MUTANTS: dict[str, tuple[str, str, str]] = {
+    "publishes what has diverged": (
+        "pair_exchange.cpp",
+        "    return kDiverged;",
+        "    return 0;",
+    ),
+    "keeps the claim of what has diverged": (
+        "pair_exchange.cpp",
+        "      node_.cancel(pass->claim.rank, pass->place);\n      node_.release(pass->claim);",
+        "      node_.cancel(pass->claim.rank, pass->place);",
+    ),
+    "publishes first": (
+        "pair_exchange.cpp",
+        "    commit(pass);\n    return publish(pass) ?",
+        "    const bool done = publish(pass);\n    commit(pass);\n    return done ?",
+    ),
+    "releases before it sends": (
+        "pair_exchange.cpp",
+        "    node_.send(pass.claim.rank, pass.place);\n    node_.release(pass.claim);",
+        "    node_.release(pass.claim);\n    node_.send(pass.claim.rank, pass.place);",
+    ),
+    "measures before the step": ("pair_exchange.cpp", "make_step_alone(*pass);", ""),
+    "draws the seeds in another order": (
+        "pair_exchange.cpp",
+        "++codec_.seeds->drawn);",
+        "codec_.seeds->drawn++);",
+    ),
+    "doubles with 4 bits, too": (
+        "adaptive_scale.cpp",
+        "scale.doubles_estimate != 0}",
+        "true}",
+    ),
+    "takes the last scales for the publication's": (
+        "adaptive_scale.cpp",
+        "stats[b].rejected != 0, scales[b], parameters)",
+        "stats[b].rejected != 0, scale.last[b], parameters)",
+    ),
+    "trusts the units of corrupt buckets": (
+        "adaptive_scale.cpp",
+        "const float unit = stats[b].rejected ? 0.0f : units[b];",
+        "const float unit = units[b];",
+    ),
+    "does not count rejections": (
+        "adaptive_scale.cpp",
+        "  codec.counts->rejected += rejected;\n",
+        "",
+    ),
+}
+
+
 def mutant(name: str | None, folder: Path) -> ctypes.CDLL:
     """Compile the native protocols with a fault, or without; return the library."""
     if shutil.which("g++") is None:
         missing("no g++")
-    for source in _SOURCES.iterdir():
-        if source.suffix in (".h", ".cpp"):
-            shutil.copy(source, folder)
+    sources = folder / "kernels" / "cpu"
+    shutil.copytree(_SOURCES.parent, folder / "kernels", ignore=shutil.ignore_patterns("*.so"))
     if name is not None:
-        file, text, replacement = MUTANTS[name]
-        source = (folder / file).read_text()
+        file, text, replacement = (MUTANTS | EXCHANGE_MUTANTS)[name]
+        source = (sources / file).read_text()
         assert source.count(text) == 1, f"{file} has changed: {text!r}"
-        (folder / file).write_text(source.replace(text, replacement))
+        (sources / file).write_text(source.replace(text, replacement))
     library = folder / "mutant.so"
-    command = ["g++", "-O0", "-std=c++17", "-fPIC", "-shared", "-o", str(library), *_COMPILED]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    native = _SOURCES.parent / "_native.so"  # has the passes over memory
+    command = ["g++", "-O0", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fPIC"]
+    command += ["-shared", "-o", str(library), *_COMPILED, str(native)]
+    done = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

@@ -59,7 +59,7 @@ def compare_scales(
         if number >= 2:
             if number % 5 == 2:  # a measurement
                 x = np.zeros_like(x) if number == 2 and bits == 16 else _model(rng, elements)
-                scale._encodings = REFRESH_ENCODINGS * number
+                scale.struct.encodings = REFRESH_ENCODINGS * number
                 found.measure(device(x))
             expected_out = np.empty(buckets_of(elements), F32)
             with np.errstate(over="ignore"):

@@ -103,6 +103,12 @@ class TracedMemory:
     def put(self, rank: int, index: int, message: Message) -> None:
         self.view(rank, index).buffer[:] = message.buffer
 
+    def flip(self, chance: int) -> None:
+        """Change a bit in the body of some message."""
+        slots = self._slots.reshape(-1, self.layout.nbytes)
+        slot = slots[chance % len(slots), self.layout.envelope_nbytes :]
+        slot[chance // 7 % slot.size] ^= 1 << chance // 3 % 8
+
     def python_views(self, rank: int, max_claims: int = 2) -> PeerViews:
         """Return the protocols of a rank in Python."""
         counters = Counters()

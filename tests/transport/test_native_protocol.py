@@ -241,7 +241,7 @@ def test_ranks_in_native_code_and_in_python_may_be_mixed_with_their_words_by_ato
     reservation = reader.inbox.reserve(0)
     assert reservation is not None
     reader.inbox.send(reservation, memory.view(0, len(memory.word_map.publication) + 1))
-    assert owner.call.inbox_receive(owner.arrivals) == 1
+    assert owner.call.inbox_receive(owner.arrivals_at) == 1
     assert (owner.arrivals[0].sender, owner.arrivals[0].slot) == (1, 1)
 
 

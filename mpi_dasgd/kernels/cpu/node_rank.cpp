@@ -13,11 +13,8 @@ MpdNodeRank::MpdNodeRank(const MpdNodeSetup& setup)
   arrivals_.reserve(setup.inbox_slots);
 }
 
-int64_t MpdNodeRank::gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const {
-  for (int64_t i = 0; i < count; ++i) gradients[ranks[i]] = read(ranks[i], setup_.gradients_word);
-  int64_t sum = 0;
-  for (int64_t rank = 0; rank < setup_.size; ++rank) sum += gradients[rank];
-  return sum;
+void MpdNodeRank::gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const {
+  for (int64_t i = 0; i < count; ++i) gradients[i] = read(ranks[i], setup_.gradients_word);
 }
 
 extern "C" {
@@ -26,8 +23,8 @@ MpdNodeRank* mpd_node_create(const MpdNodeSetup* setup) { return new MpdNodeRank
 
 void mpd_node_destroy(MpdNodeRank* node) { delete node; }
 
-int64_t mpd_node_gradients(MpdNodeRank* node, const int64_t* ranks, int64_t count,
-                           int64_t* gradients) {
-  return node->gradients(ranks, count, gradients);
+void mpd_node_gradients(MpdNodeRank* node, const int64_t* ranks, int64_t count,
+                        int64_t* gradients) {
+  node->gradients(ranks, count, gradients);
 }
 }

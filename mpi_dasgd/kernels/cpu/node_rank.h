@@ -77,6 +77,8 @@ class MpdNodeRank {
     return slots_[rank] + (setup_.publication_slots + slot) * setup_.nbytes;
   }
   int64_t rank() const { return setup_.rank; }
+  int64_t publication_slots() const { return setup_.publication_slots; }
+  int64_t inbox_slots() const { return setup_.inbox_slots; }
   int64_t nbytes() const { return setup_.nbytes; }
   MpdTransportCounters& counters() { return *setup_.counters; }
 
@@ -102,8 +104,8 @@ class MpdNodeRank {
   void reclaim_inbox_from(int64_t rank);
   int64_t sent(int64_t rank) const { return sent_[rank]; }
 
-  // Reads how many gradients each of the ranks has counted; returns their sum over all ranks.
-  int64_t gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const;
+  // Reads how many gradients each of `ranks` has counted.
+  void gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const;
 
  private:
   struct Replaced {  // a slot of an earlier version that is not known to be free

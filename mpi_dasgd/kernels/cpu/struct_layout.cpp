@@ -3,6 +3,7 @@
 
 #include "fused_step.h"
 #include "node_rank.h"
+#include "pair_exchange.h"
 #include "record_ring.h"
 #include "release.h"
 #include "roofline.h"
@@ -148,6 +149,48 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdTransportCounters, inbox_full);
     MPD_FIELD(layout, MpdTransportCounters, torn_reads);
     MPD_FIELD(layout, MpdTransportCounters, skipped);
+    MPD_STRUCT(layout, MpdPairExchangeSetup);
+    MPD_FIELD(layout, MpdPairExchangeSetup, node);
+    MPD_FIELD(layout, MpdPairExchangeSetup, records);
+    MPD_FIELD(layout, MpdPairExchangeSetup, codec);
+    MPD_FIELD(layout, MpdPairExchangeSetup, weight);
+    MPD_STRUCT(layout, MpdPairResult);
+    MPD_FIELD(layout, MpdPairResult, bad_rank);
+    MPD_FIELD(layout, MpdPairResult, bad_slot);
+    MPD_STRUCT(layout, MpdSeeds);
+    MPD_FIELD(layout, MpdSeeds, start);
+    MPD_FIELD(layout, MpdSeeds, drawn);
+    MPD_STRUCT(layout, MpdAdaptiveScale);
+    MPD_FIELD(layout, MpdAdaptiveScale, estimate);
+    MPD_FIELD(layout, MpdAdaptiveScale, floor);
+    MPD_FIELD(layout, MpdAdaptiveScale, last);
+    MPD_FIELD(layout, MpdAdaptiveScale, buckets);
+    MPD_FIELD(layout, MpdAdaptiveScale, encodings);
+    MPD_FIELD(layout, MpdAdaptiveScale, refresh_encodings);
+    MPD_FIELD(layout, MpdAdaptiveScale, scale_per_distance);
+    MPD_FIELD(layout, MpdAdaptiveScale, decay);
+    MPD_FIELD(layout, MpdAdaptiveScale, max_estimate);
+    MPD_FIELD(layout, MpdAdaptiveScale, doubles_estimate);
+    MPD_STRUCT(layout, MpdBucketCounts);
+    MPD_FIELD(layout, MpdBucketCounts, decoded);
+    MPD_FIELD(layout, MpdBucketCounts, rejected);
+    MPD_FIELD(layout, MpdBucketCounts, corrupt);
+    MPD_STRUCT(layout, MpdPairCodec);
+    MPD_FIELD(layout, MpdPairCodec, bits);
+    MPD_FIELD(layout, MpdPairCodec, nearest);
+    MPD_FIELD(layout, MpdPairCodec, threads);
+    MPD_FIELD(layout, MpdPairCodec, elements);
+    MPD_FIELD(layout, MpdPairCodec, seeds);
+    MPD_FIELD(layout, MpdPairCodec, scale);
+    MPD_FIELD(layout, MpdPairCodec, counts);
+    MPD_FIELD(layout, MpdPairCodec, magic);
+    MPD_FIELD(layout, MpdPairCodec, version);
+    MPD_FIELD(layout, MpdPairCodec, codec);
+    MPD_FIELD(layout, MpdPairCodec, nbytes);
+    MPD_FIELD(layout, MpdPairCodec, scales_at);
+    MPD_FIELD(layout, MpdPairCodec, checksums_at);
+    MPD_FIELD(layout, MpdPairCodec, payload_at);
+    MPD_VALUE(layout, kDiverged);
     return layout;
   }();
   return all.text();

@@ -3,7 +3,7 @@
 // as one value per warp, and the next launch combines them, in a fixed order.
 #include "lane.h"
 // after it
-#include "scale.h"
+#include "../scale_math.h"
 
 // The largest |x| that a warp has seen, as bits, and whether it has seen an estimate.
 struct MpdRange {

@@ -12,17 +12,25 @@ from typing import cast
 import numpy as np
 from mpi4py import MPI
 
-from mpi_dasgd.codecs import Layout
+from mpi_dasgd.codecs import Codec, Layout
 from mpi_dasgd.config.schema import TransportConfig
 from mpi_dasgd.device.base import Device
 from mpi_dasgd.device.host import HOST
 from mpi_dasgd.device.run_ahead import RunAhead
 from mpi_dasgd.errors import PeerLost
 from mpi_dasgd.kernels import native
+from mpi_dasgd.storage.record_ring import RecordRing
 from mpi_dasgd.topology import Topology
 from mpi_dasgd.transport.control_words import WordMap
 from mpi_dasgd.transport.counters import Counters
-from mpi_dasgd.transport.endpoint import Endpoint, ExchangeRequest, ReadRequest, Request, SendBuffer
+from mpi_dasgd.transport.endpoint import (
+    Endpoint,
+    ExchangeRequest,
+    PairExchanges,
+    ReadRequest,
+    Request,
+    SendBuffer,
+)
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
@@ -31,6 +39,7 @@ from mpi_dasgd.transport.rma import teardown
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
 from mpi_dasgd.transport.rma.device_slots import DeviceSlots
 from mpi_dasgd.transport.rma.launched_release import make_release
+from mpi_dasgd.transport.rma.native_exchange import NativeExchange
 from mpi_dasgd.transport.rma.native_inbox import NativeInbox
 from mpi_dasgd.transport.rma.native_publication import NativePublication
 from mpi_dasgd.transport.rma.native_rank import NativeRank
@@ -47,6 +56,7 @@ __all__ = ["RmaEndpoint"]
 
 _HEARTBEAT_SECONDS = 0.05  # between heartbeats, and between polls of ranks of other nodes
 _SWITCH_INTERVAL = 0.0005  # seconds by which a GIL holder delays the progress thread's answer
+_FEW_RANKS = 4  # whose words are read faster one by one than in a native call
 _MANY_RANKS = 128  # of a node, above which their gradients are not read at every step
 
 
@@ -86,6 +96,7 @@ class RmaEndpoint(Endpoint):
             inbox_slots = config.inbox_slots
         self.rank, self.size = comm.rank, comm.size
         self.topology = topology
+        self._inbox_slots = inbox_slots
         self._comm = comm
         self._heartbeat_timeout = config.heartbeat_timeout
         word_map = WordMap(publication_slots, inbox_slots)
@@ -209,6 +220,17 @@ class RmaEndpoint(Endpoint):
         request.is_settled = True
         return request
 
+    def native_exchange(
+        self, codec: Codec, weight: float, records: Callable[[], RecordRing]
+    ) -> PairExchanges | None:
+        state = codec.native_state()
+        if self._native is None or state is None:
+            return None
+        ring = records()
+        if ring.capacity <= self._inbox_slots:  # an exchange may have more rows
+            return None
+        return NativeExchange(self._native, self._slots, state, codec, weight, ring)
+
     def is_local(self, rank: int) -> bool:
         return rank not in self._remote_ranks
 
@@ -240,7 +262,10 @@ class RmaEndpoint(Endpoint):
     def gradients(self) -> int:
         """Return the number of gradients: of this node's ranks now, of others as last polled."""
         if len(self._slots.node_ranks) <= _MANY_RANKS:
-            self.membership.refresh_gradients(self._slots.node_ranks)
+            if self._native is None or self.size <= _FEW_RANKS:
+                self.membership.refresh_gradients(self._slots.node_ranks)
+            else:
+                self.membership.read_gradients(self._native.read_gradients)
         return sum(self.membership.gradients)
 
     def gradients_of(self, rank: int) -> int:

@@ -46,7 +46,7 @@ class NativeInbox(Inbox):
         self._native.call.inbox_cancel(reservation.rank, reservation.slot)
 
     def receive(self) -> list[ReceivedMessage]:
-        count = self._native.call.inbox_receive(self._native.arrivals)
+        count = self._native.call.inbox_receive(self._native.arrivals_at)
         return [self._received_at(i) for i in range(count)]
 
     def _received_at(self, i: int) -> ReceivedMessage:

@@ -90,7 +90,7 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments after the rank's object
 }
 _NO_RESULT = (
     "publication_release", "publication_reclaim_from", "inbox_send", "inbox_cancel",
-    "inbox_reclaim_from",
+    "inbox_reclaim_from", "node_gradients",
 )  # fmt: skip
 
 
@@ -112,8 +112,10 @@ class NativeRank:
         call: the library's functions of this rank, by their names without ``mpd_``; the first
             argument is given.
         address: of the native object.
-        counters: as given.
+        library, counters: as given.
+        on_close: called before the native object is freed.
         arrivals: receives the messages of ``inbox_receive``.
+        arrivals_at: its address.
     """
 
     def __init__(
@@ -142,11 +144,16 @@ class NativeRank:
                 ctypes.cast(hook, ctypes.c_void_p).value for hook in self._hooks
             )
         self.counters = counters
+        self.library = library
+        self._gradients_of: Sequence[int] | None = None
+        self._gradients: tuple[Any, ...] = ()
+        self.on_close: list[Callable[[], None]] = []
         library.mpd_node_create.restype = ctypes.c_void_p
         library.mpd_node_destroy.argtypes = [ctypes.c_void_p]
         self.address: int = library.mpd_node_create(ctypes.byref(setup))
         self._destroy = weakref.finalize(self, library.mpd_node_destroy, self.address)
         self.arrivals = (ArrivalStruct * max(1, len(word_map.inbox)))()
+        self.arrivals_at = ctypes.addressof(self.arrivals)
         self.call = _Functions(library, self.address)
 
     @classmethod
@@ -175,7 +182,22 @@ class NativeRank:
     def close(self) -> None:
         """Free the native object; any call raises from now on."""
         self.call = _Closed()
+        for function in self.on_close:
+            function()
+        self.on_close.clear()
         self._destroy()
+
+    def read_gradients(self, ranks: Sequence[int]) -> Sequence[int]:
+        """Return how many gradients each of `ranks` has computed."""
+        if ranks != self._gradients_of:
+            self._gradients_of = ranks
+            integers = ctypes.c_int64 * len(ranks)
+            read, gradients = integers(*ranks), integers()
+            addresses = ctypes.addressof(read), len(ranks), ctypes.addressof(gradients)
+            self._gradients = read, gradients, addresses
+        _, gradients, addresses = self._gradients
+        self.call.node_gradients(*addresses)
+        return gradients[:]
 
 
 class _Functions:

@@ -1,7 +1,10 @@
-// The adaptive scale of one bucket, shared by the GPU and the CPU that tests it: the operations of
-// AdaptiveScale (codecs/bucket_scale.py) in their order, each rounded once. Include lane.h before.
-#ifndef MPD_CUDA_SCALE_H
-#define MPD_CUDA_SCALE_H
+// The adaptive scale of one bucket, shared by the CPU library and the CUDA kernels: the operations of
+// AdaptiveScale (codecs/bucket_scale.py) in their order, each rounded once. No system header: NVRTC
+// has none.
+#ifndef MPD_SCALE_MATH_H
+#define MPD_SCALE_MATH_H
+
+#include "exact_math.h"
 
 #define MPD_MIN_ESTIMATE 1e-30f
 #define MPD_MAX_ESTIMATE 1e30f
