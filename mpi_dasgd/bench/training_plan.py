@@ -158,6 +158,7 @@ class Measurement:
             "budget.seconds": self.seconds,
             "algorithm.name": algorithm,
             **({"codec.name": codec} if codec else {}),
+            **({"optimizer.fused": "off"} if algorithm == "alone" else {}),  # torch's own loop
             "evaluation.live": "false",
             "evaluation.count": milestones,
         }

@@ -124,13 +124,16 @@ def test_configuration_of_a_measurement(tmp_path: Path) -> None:
     assert (sleeping.distribution, sleeping.factor, sleeping.mode) == ("constant", 10, "sleep")
     assert (busy.distribution, busy.factor, busy.mode) == ("constant", 4, "busy")
     assert config("T1", "none", "alone").straggler.distribution == "none"
+    fused = [config("T1", "none", name).optimizer.fused for name in ("alone", "adpsgd")]
+    assert fused == ["off", "auto"], "alone is torch's own loop"
     assert config("T1", "none", "alone").evaluation.count == 200, "one in 0.02 s"
     assert config("T2", "none", "alone").evaluation.count == 1, "noise cannot be learnt"
     assert config("T1", "s10", "adpsgd", 1).run.seed != config("T1", "s10", "adpsgd", 0).run.seed
     # The problem is the same but for the algorithm.
     for task in ("T1", "T2", "T3"):
         alone, ddp = (config(task, "s4", name).model_dump() for name in ("alone", "ddp"))
-        del alone["algorithm"], ddp["algorithm"]
+        for settings in (alone, ddp):
+            del settings["algorithm"], settings["optimizer"]["fused"]
         assert alone == ddp
 
 
