@@ -77,7 +77,7 @@ class CpuTimer:
     def memory_operations(self, workload: KernelWorkload) -> Iterator[TimedOperation]:
         """Yield memcpy and the triad of STREAM."""
         for op, roofline, traffic in (("memcpy", "copy", 8), ("triad", "triad", 12)):
-            variant, run = self._fastest([roofline], workload, "sgd_encode")
+            variant, run = self._fastest([roofline], workload, "sgd")
             yield TimedOperation(
                 op=op,
                 backend="libc" if op == "memcpy" else variant.split()[0],

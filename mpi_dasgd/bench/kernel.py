@@ -156,8 +156,8 @@ def _ops_by_bits(options: argparse.Namespace) -> OpsByBits:
 
 def _require_memory(elements: int, ops_by_bits: OpsByBits) -> None:
     """Require that the arrays of one size fit in memory, before they are allocated."""
-    # Seven float32 vectors; of each number of bits four arrays of codes.
-    needed = elements * (28 + sum(ops_by_bits) / 2)
+    # Eight float32 vectors; of each number of bits four arrays of codes.
+    needed = elements * (32 + sum(ops_by_bits) / 2)
     available = machine.available_memory()
     if available is not None and needed > available:
         raise UserError(

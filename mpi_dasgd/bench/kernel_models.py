@@ -1,4 +1,4 @@
-"""Vectors that `bench kernel` updates: a model, its gradient and its velocity."""
+"""Vectors that `bench kernel` updates: a model, its gradient, and the state of its optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Models", "uniform"]
 
 
 class Models:
-    """A model with gradient and velocity in the memory of one device.
+    """A model with gradient and optimizer state in the memory of one device.
 
     Args:
         origin: initial model, float32, shape (elements,), in host memory.
@@ -20,7 +20,7 @@ class Models:
     Attributes:
         origin, host_gradient: the arguments.
         x: model, float32, shape (elements,), on the device; operations change it.
-        velocity: momentum buffer, float32, shape (elements,), on the device.
+        first, second: state of an optimizer, float32, shape (elements,), on the device.
         gradient: copy of the gradient on the device.
     """
 
@@ -28,7 +28,7 @@ class Models:
         self.origin, self.host_gradient, self.xp = origin, gradient, xp
         self.gradient = xp.asarray(gradient)
         self._start = xp.asarray(origin)  # on the host no copy; from there it would take longest
-        self.x, self.velocity = (xp.empty(origin.size, np.float32) for _ in range(2))
+        self.x, self.first, self.second = (xp.empty(origin.size, np.float32) for _ in range(3))
 
     @classmethod
     def make(cls, elements: int) -> Models:
@@ -39,6 +39,12 @@ class Models:
     def restore(self) -> None:
         """Reset the model to `origin`."""
         self.x[:] = self._start
+
+    def restore_state(self) -> None:
+        """Reset the state of the optimizer."""
+        self.first[:] = self._start
+        self.second[:] = self._start
+        self.second *= self.second  # a mean of squares
 
 
 def uniform(rng: np.random.Generator, elements: int, limit: float) -> np.ndarray:

@@ -19,6 +19,14 @@ from mpi_dasgd.kernels.encoded import (
     buckets_of,
     codes_of,
 )
+from mpi_dasgd.kernels.optimizer import (
+    GROUP,
+    SEGMENT,
+    Group,
+    OptimizerStep,
+    adam_group,
+    sgd_group,
+)
 
 __all__ = ["OPERATIONS", "POISON", "KernelWorkload", "Operation"]
 
@@ -93,7 +101,7 @@ class KernelWorkload:
     def restore(self) -> None:
         """Reset everything that operations change; results are filled with `POISON`."""
         self.models.restore()
-        self.models.velocity[:] = self.models.x
+        self.models.restore_state()
         for message in (self.reply_delta, self.publication):
             message.codes[:] = POISON
             message.checksums[:] = POISON
@@ -145,7 +153,8 @@ class KernelWorkload:
     def results(self) -> Iterator[tuple[str, Array, int]]:
         """Yield name, array and items per bucket of everything that operations write."""
         yield "x", self.models.x, BUCKET
-        yield "velocity", self.models.velocity, BUCKET
+        yield "first", self.models.first, BUCKET
+        yield "second", self.models.second, BUCKET
         yield "stats", self.stats, 1
         yield "delta_stats", self.delta_stats, 1
         for name in ("reply_delta", "publication"):
@@ -266,16 +275,42 @@ def _merge_forward(workload: KernelWorkload, step: FusedStep) -> None:
     _encode(workload, step)
 
 
-def _sgd_encode(workload: KernelWorkload, step: FusedStep) -> None:
-    step.velocity, step.gradient = workload.models.velocity, workload.models.gradient
-    step.lr, step.momentum, step.weight_decay = 1e-3, 0.9, 1e-4
-    _encode(workload, step)
+def _sgd(workload: KernelWorkload, step: FusedStep) -> None:
+    step.optimizer = _optimizer(workload, sgd_group(1e-6, 0.9, 0.0, 1e-4))
+
+
+def _adamw(workload: KernelWorkload, step: FusedStep) -> None:
+    group = adam_group(1e-7, (0.9, 0.999), 1e-8, 1e-2, 100, decoupled=True)
+    step.optimizer = _optimizer(workload, group, workload.models.second)
+
+
+def _optimizer(
+    workload: KernelWorkload, group: Group, second: Array | None = None
+) -> OptimizerStep:
+    gradient = workload.models.gradient
+    on_host = isinstance(gradient, np.ndarray)
+    segments = np.zeros(1, SEGMENT)
+    segments["count"] = workload.elements
+    segments["gradient"] = gradient.ctypes.data if on_host else gradient.data.ptr
+    step = OptimizerStep(segments, np.array([group], GROUP), workload.models.first, second)
+    step.gradients = gradient
+    return step
 
 
 def _fused(workload: KernelWorkload, step: FusedStep) -> None:
     _apply(workload, step)
     _exchange(workload, step)
     _encode(workload, step)
+
+
+def _sgd_fused(workload: KernelWorkload, step: FusedStep) -> None:
+    _sgd(workload, step)
+    _fused(workload, step)
+
+
+def _adamw_fused(workload: KernelWorkload, step: FusedStep) -> None:
+    _adamw(workload, step)
+    _fused(workload, step)
 
 
 OPERATIONS = {
@@ -286,7 +321,10 @@ OPERATIONS = {
     "merge": Operation(8, 1, _merge),
     "merge_subtract": Operation(8, 1, _merge_subtract),
     "merge_forward": Operation(8, 2, _merge_forward),
-    "sgd_encode": Operation(20, 1, _sgd_encode),
+    "sgd": Operation(20, 0, _sgd),
+    "adamw": Operation(28, 0, _adamw),
     "fused": Operation(8, 4, _fused),
+    "sgd_fused": Operation(20, 4, _sgd_fused),
+    "adamw_fused": Operation(28, 4, _adamw_fused),
 }
 """All operations by name."""

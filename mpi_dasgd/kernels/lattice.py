@@ -33,7 +33,7 @@ from mpi_dasgd.errors import UserError
 from mpi_dasgd.kernels import native, reference
 from mpi_dasgd.kernels.encoded import Array, EncodedVector, FusedStep
 
-__all__ = ["apply", "backend_of", "encode", "exchange", "fused", "merge", "sgd_encode"]
+__all__ = ["apply", "backend_of", "encode", "exchange", "fused", "merge"]
 
 
 def backend_of(array: Array) -> ModuleType:
@@ -123,32 +123,6 @@ def merge(
     step.partner_model, step.weight, step.stats = partner_model, weight, stats
     step.merge = 2 if subtract_dither else 1
     step.publication = forward
-    _run(step)
-
-
-def sgd_encode(
-    x: Array,
-    velocity: Array,
-    gradient: Array,
-    out: EncodedVector,
-    lr: float,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    *,
-    threads: int = 1,
-) -> None:
-    """Do one SGD step, v = momentum v + (g + weight_decay x), x -= lr v, and encode the new `x`.
-
-    Args:
-        x, velocity: float32, shape (elements,); changed in place.
-        gradient: float32, shape (elements,).
-        out, threads: as for `encode`.
-        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
-    """
-    step = FusedStep(x, threads)
-    step.velocity, step.gradient = velocity, gradient
-    step.lr, step.momentum, step.weight_decay = lr, momentum, weight_decay
-    step.publication = out
     _run(step)
 
 

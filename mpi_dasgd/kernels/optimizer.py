@@ -52,6 +52,7 @@ __all__ = [
     "SEGMENT",
     "SGD",
     "TAIL",
+    "Group",
     "OptimizerStep",
     "adam_group",
     "prepared",
@@ -61,6 +62,7 @@ __all__ = [
 ]
 
 Group = tuple[int, int, float, float, float, float, float, float, float, float]
+"""Fields of `GROUP`."""
 
 
 def run(step: OptimizerStep, x: Array, threads: int = 1) -> None:

@@ -46,8 +46,6 @@ class _Block:
         step = self.step
         if step.optimizer is not None:
             optimizer_reference.update(step.optimizer, step.x[self.elements], self.elements.start)
-        if step.velocity is not None:
-            self._sgd()
         y = self._load(step.x)
         for delta, stats in zip(
             step.deltas, step.delta_stats or [None] * len(step.deltas), strict=True
@@ -65,14 +63,6 @@ class _Block:
         y = np.zeros((self.numbers.size, BUCKET), _F32)
         y.reshape(-1)[: part.size] = part
         return y
-
-    def _sgd(self) -> None:
-        step, part = self.step, self.elements
-        assert step.velocity is not None and step.gradient is not None
-        x, velocity = step.x[part], step.velocity[part]
-        direction = step.gradient[part] + _F32(step.weight_decay) * x
-        velocity[:] = _F32(step.momentum) * velocity + direction
-        x -= _F32(step.lr) * velocity
 
     def _encode(self, x: np.ndarray, out: EncodedVector) -> None:
         scale = out.scales[self.buckets]

@@ -294,24 +294,6 @@ def test_fused_equals_the_separate_operations() -> None:
     assert results(True) == results(False)
 
 
-@pytest.mark.slow
-def test_sgd_and_encode_are_a_step_of_torch_and_its_codes() -> None:
-    torch = pytest.importorskip("torch")
-    x, _, scales = _pair(8, 0.5)
-    rng = np.random.default_rng(0)
-    parameter = torch.nn.Parameter(torch.from_numpy(x.copy()))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.01)
-    velocity, out = np.zeros_like(x), EncodedVector.empty(x.size, 8, 1)
-    out.scales[:] = scales
-    for _ in range(3):
-        gradient = rng.normal(size=x.size).astype(np.float32)
-        parameter.grad = torch.from_numpy(gradient.copy())
-        optimizer.step()
-        lattice.sgd_encode(x, velocity, gradient, out, lr=0.1, momentum=0.9, weight_decay=0.01)
-    np.testing.assert_allclose(x, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
-    assert out.codes.tobytes() == _message(x, 8, scales, 1, False).codes.tobytes()
-
-
 # --- rejected ---
 
 

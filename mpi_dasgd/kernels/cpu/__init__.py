@@ -45,11 +45,6 @@ class FusedStepStruct(ctypes.Structure):
         ("merge", ctypes.c_int32),
         ("stats", ctypes.c_void_p),
         ("reply_delta", ctypes.c_void_p),
-        ("velocity", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("lr", ctypes.c_float),
-        ("momentum", ctypes.c_float),
-        ("weight_decay", ctypes.c_float),
         ("threads", ctypes.c_int32),
         ("publication", ctypes.c_void_p),
     )
@@ -115,8 +110,7 @@ def _struct_of(step: FusedStep) -> FusedStepStruct:
         ctypes.addressof(deltas), ctypes.addressof(delta_stats) if step.delta_stats else None,
         count,
         _vector(step.partner_model), step.weight, step.merge, _address(step.stats),
-        _vector(step.reply_delta), _address(step.velocity), _address(step.gradient),
-        step.lr, step.momentum, step.weight_decay, step.threads, _vector(step.publication),
+        _vector(step.reply_delta), step.threads, _vector(step.publication),
     )  # fmt: skip
     call.alive = (deltas, delta_stats, step)
     return call

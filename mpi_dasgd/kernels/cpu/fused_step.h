@@ -22,10 +22,6 @@ struct MpdFusedStep {
       merge;  // 0: exchange on the lattice; 1: plain average; 2: plain average, dither subtracted
   MpdBucketStats* stats;
   MpdEncodedVector* reply_delta;  // exchange: receives the partner's delta
-  float*
-      velocity;  // SGD before all else: v = momentum v + (gradient + weight_decay x);  x = x - lr v
-  const float* gradient;
-  float lr, momentum, weight_decay;
   int32_t threads;
   MpdEncodedVector* publication;  // receives the codes of the new model; its scales are given
 };

@@ -194,17 +194,6 @@ void write(MpdBucketStats* stats, int64_t b, bool valid, const MpdBucketStats& v
   if (stats != nullptr) stats[b] = valid ? value : MpdBucketStats{1, 0, 0};
 }
 
-// Does one step of SGD on `count` elements.
-void sgd(float* __restrict x, float* __restrict velocity, const float* __restrict gradient,
-         const MpdFusedStep& step, int count) {
-#pragma omp simd
-  for (int j = 0; j < count; ++j) {
-    const float direction = mpd_add(gradient[j], mpd_mul(step.weight_decay, x[j]));
-    velocity[j] = mpd_add(mpd_mul(step.momentum, velocity[j]), direction);
-    x[j] = mpd_sub(x[j], mpd_mul(step.lr, velocity[j]));
-  }
-}
-
 // Applies one delta to `y`; returns where the result is: `out`, or `y` if the bucket is rejected.
 template <int BITS>
 const float* apply(const float* y, const MpdEncodedVector& delta, int64_t b, float* out,
@@ -365,8 +354,6 @@ void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_n
   if (step.optimizer != nullptr)
     MPD_NAME(optimizer, MPD_ISA)(step.optimizer, x, b * kBucket, b * kBucket + count, segment,
                                  optimizer_asks(step));
-  if (step.velocity != nullptr)
-    sgd(x, step.velocity + b * kBucket, step.gradient + b * kBucket, step, count);
   const Prefetches ahead = has_next ? plan<BITS>(step, b, x, *segment) : Prefetches{};
 
   // Absorb the deltas: each reads the model at y and writes it to x or to the spare buffer

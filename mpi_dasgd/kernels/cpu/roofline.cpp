@@ -19,20 +19,39 @@ const volatile float kZero = 0;  // unknown to the compiler; models are left unc
 
 // --- the same memory traffic ---
 
-// One bucket: reads x, `IN` arrays of codes and, for SGD, velocity and gradient; writes those of
-// them that a step changes, and `OUT` arrays of codes.
-template <int BITS, int IN, int OUT, bool SGD>
-void trivial(float* __restrict x, float* __restrict v, const float* __restrict g,
-             const Code<BITS>* __restrict a, const Code<BITS>* __restrict b,
-             Code<BITS>* __restrict p, Code<BITS>* __restrict q, float zero) {
+// The state and the gradient of the optimizer of a step, which has one parameter.
+struct State {
+  float* __restrict first;
+  float* __restrict second;
+  const float* __restrict gradient;
+};
+State state_of(const MpdFusedStep& s, int64_t element) {
+  if (s.optimizer == nullptr) return {};
+  const MpdOptimizer& optimizer = *s.optimizer;
+  float* second = optimizer.second == nullptr ? nullptr : optimizer.second + element;
+  return {optimizer.first + element, second, optimizer.segments[0].gradient + element};
+}
+
+// One bucket: reads x, `IN` arrays of codes and, for an optimizer, `STATE` vectors of its state and
+// the gradient; writes those of them that a step changes, and `OUT` arrays of codes.
+template <int BITS, int IN, int OUT, int STATE>
+void trivial(float* __restrict x, const State& state, const Code<BITS>* __restrict a,
+             const Code<BITS>* __restrict b, Code<BITS>* __restrict p, Code<BITS>* __restrict q,
+             float zero) {
+  float* __restrict v = state.first, * __restrict w = state.second;
+  const float* __restrict g = state.gradient;
   const auto element = [&](int j, int code) __attribute__((always_inline)) {
     float y = x[j];
-    if (SGD) {
+    if (STATE > 0) {
       v[j] = v[j] + zero * g[j];
       y = y + zero * v[j];
     }
+    if (STATE > 1) {
+      w[j] = w[j] + zero * g[j];
+      y = y + zero * w[j];
+    }
     if (IN > 0) y = y + zero * static_cast<float>(code);
-    if (IN > 0 || SGD) x[j] = y;
+    if (IN > 0 || STATE > 0) x[j] = y;
     return static_cast<Code<BITS>>(mpd_bits(y));
   };
   constexpr int kRow =
@@ -56,7 +75,7 @@ void trivial(float* __restrict x, float* __restrict v, const float* __restrict g
     }
 }
 
-template <int BITS, int IN, int OUT, bool SGD>
+template <int BITS, int IN, int OUT, int STATE>
 void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last) {
   const MpdEncodedVector* in[] = {s.partner_model != nullptr ? s.partner_model
                                   : IN > 0                   ? s.deltas[0]
@@ -67,37 +86,46 @@ void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last)
   alignas(64) Code<BITS> scratch[2][kCodes<BITS>];
   const float zero = kZero;
   for (int64_t b = first; b < last && (b + 1) * kBucket <= s.elements; ++b) {
-    float* v = SGD ? s.velocity + b * kBucket : nullptr;
-    const float* g = SGD ? s.gradient + b * kBucket : nullptr;
+    const State state = state_of(s, b * kBucket);
     const Code<BITS>* from[] = {IN > 0 ? codes_of<BITS>(*in[0], b) : nullptr,
                                 IN > 1 ? codes_of<BITS>(*in[1], b) : nullptr};
     Code<BITS>* to[] = {OUT > 0 ? codes_of<BITS>(*out[0], b) : nullptr,
                         OUT > 1 ? codes_of<BITS>(*out[1], b) : nullptr};
     float* x = s.x + b * kBucket;
     if (streaming)
-      trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], scratch[0], scratch[1], zero);
+      trivial<BITS, IN, OUT, STATE>(x, state, from[0], from[1], scratch[0], scratch[1], zero);
     else
-      trivial<BITS, IN, OUT, SGD>(x, v, g, from[0], from[1], to[0], to[1], zero);
+      trivial<BITS, IN, OUT, STATE>(x, state, from[0], from[1], to[0], to[1], zero);
     for (int i = 0; streaming && i < OUT; ++i) stream(to[i], scratch[i], sizeof scratch[i]);
   }
   if (streaming) stream_fence();
 }
 
 // The last bucket is left out if it is partly empty.
-template <int BITS>
+template <int BITS, int STATE>
 void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last) {
   const int in = (s.delta_count > 0) + (s.partner_model != nullptr);
   const int out = (s.reply_delta != nullptr) + (s.publication != nullptr);
-  if (s.velocity != nullptr)
-    trivial<BITS, 0, 1, true>(s, streaming, first, last);
-  else if (in == 2)
-    trivial<BITS, 2, 2, false>(s, streaming, first, last);
+  if (in == 2)
+    trivial<BITS, 2, 2, STATE>(s, streaming, first, last);
   else if (in == 1 && out == 1)
-    trivial<BITS, 1, 1, false>(s, streaming, first, last);
+    trivial<BITS, 1, 1, STATE>(s, streaming, first, last);
   else if (in == 1)
-    trivial<BITS, 1, 0, false>(s, streaming, first, last);
+    trivial<BITS, 1, 0, STATE>(s, streaming, first, last);
+  else if (out == 1)
+    trivial<BITS, 0, 1, STATE>(s, streaming, first, last);
   else
-    trivial<BITS, 0, 1, false>(s, streaming, first, last);
+    trivial<BITS, 0, 0, STATE>(s, streaming, first, last);
+}
+
+template <int BITS>
+void trivial(const MpdFusedStep& s, bool streaming, int64_t first, int64_t last) {
+  if (s.optimizer == nullptr)
+    trivial<BITS, 0>(s, streaming, first, last);
+  else if (s.optimizer->second == nullptr)
+    trivial<BITS, 1>(s, streaming, first, last);
+  else
+    trivial<BITS, 2>(s, streaming, first, last);
 }
 
 // --- separate passes ---
@@ -192,7 +220,8 @@ void run(const MpdFusedStep& s, int32_t pass, float* scratch, int64_t first, int
   if (pass == kCopy) {
     std::memcpy(scratch + begin, s.x + begin, (end - begin) * sizeof(float));
   } else if (pass == kTriad) {
-    const float* __restrict v = s.velocity, * __restrict g = s.gradient;
+    const State state = state_of(s, 0);
+    const float* __restrict v = state.first, * __restrict g = state.gradient;
     float* __restrict out = scratch;
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) out[j] = v[j] + 3.0f * g[j];

@@ -8,7 +8,7 @@ enum MpdRooflinePass : int32_t {
   kTrivial,   // the memory traffic of a step with almost no arithmetic
   kStreamed,  // the same, its codes written past the caches
   kCopy,      // x -> scratch
-  kTriad,     // velocity + 3 gradient -> scratch
+  kTriad,     // state + 3 gradient -> scratch, of a step with an optimizer
   // The work of a step in separate passes:
   kDecode,      // partner_model against x -> scratch
   kStatistics,  // squared distances of x and scratch -> stats

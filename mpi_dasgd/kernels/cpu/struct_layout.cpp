@@ -69,11 +69,6 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdFusedStep, merge);
     MPD_FIELD(layout, MpdFusedStep, stats);
     MPD_FIELD(layout, MpdFusedStep, reply_delta);
-    MPD_FIELD(layout, MpdFusedStep, velocity);
-    MPD_FIELD(layout, MpdFusedStep, gradient);
-    MPD_FIELD(layout, MpdFusedStep, lr);
-    MPD_FIELD(layout, MpdFusedStep, momentum);
-    MPD_FIELD(layout, MpdFusedStep, weight_decay);
     MPD_FIELD(layout, MpdFusedStep, threads);
     MPD_FIELD(layout, MpdFusedStep, publication);
     describe_optimizer(layout);
