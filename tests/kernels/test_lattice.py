@@ -105,6 +105,34 @@ def test_alignment_does_not_matter(offset: int) -> None:
     assert outcomes(case, cpu.run, device=shifted) == outcomes(case, reference.run)
 
 
+@needs_native
+def test_codes_that_are_stored_past_the_caches_are_the_same(instruction_set: str) -> None:
+    """Those of a large model are, if they are aligned."""
+    size = (1 << 22) + 3 * BUCKET + 5
+    rng = np.random.default_rng(1)
+    x = rng.random(size, np.float32)
+    y = x + rng.random(size, np.float32) * np.float32(1e-3)
+    y[5 * BUCKET] = np.nan
+    partner_model = EncodedVector.empty(size, 8, 1)
+    partner_model.scales[:] = 2e-5
+    lattice.encode(x, partner_model)
+
+    def exchanged(offset: int) -> list[bytes]:
+        mine, messages = y.copy(), []
+        for seed in (2, 3):
+            out = EncodedVector.empty(size, 8, seed)
+            room = np.full(out.codes.size + 128, 77, np.uint8)
+            start = -room.ctypes.data % 64 + offset
+            out.codes = room[start : start + out.codes.size]
+            out.scales[:] = 2e-5
+            messages.append(out)
+        lattice.fused(mine, (), partner_model, 0.5, *messages)
+        parts = [part for out in messages for part in (out.codes, out.scales, out.checksums)]
+        return [part.tobytes() for part in (mine, *parts)]
+
+    assert exchanged(0) == exchanged(1)
+
+
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 

@@ -7,6 +7,7 @@
 
 #include "encoded.h"
 #include "prefetch.h"
+#include "streaming_store.h"
 #include "vec.h"
 
 namespace {
@@ -86,9 +87,10 @@ void move_bytes(const float* y, const uint8_t* differences, float unit, float* o
 }
 
 // Codes of a publication against y -> their difference on the lattice; returns whether it is valid.
+// `streamed` receives the differences, too, past the caches; null: nothing does.
 template <int BITS, bool NEAREST>
 bool difference_bytes(const float* y, const BucketView<BITS>& bucket, uint8_t* differences,
-                      ByteTally& result, const Prefetch& prefetch) {
+                      uint8_t* streamed, ByteTally& result, const Prefetch& prefetch) {
   constexpr uint32_t kMask = (1u << BITS) - 1, kHalf = 1u << (BITS - 1);
   Points<NEAREST> points(bucket.scale, bucket.key);
   Words sum{};
@@ -106,16 +108,18 @@ bool difference_bytes(const float* y, const BucketView<BITS>& bucket, uint8_t* d
     const Bytes d = narrow(above[0], above[1], above[2], above[3]) - static_cast<uint8_t>(kHalf);
     tally.add(d, first);
     store(differences + first, d);
+    if (streamed != nullptr) stream(streamed + first, d);
   }
   result = tally;
   return mpd_scale_ok(bucket.scale) && points.in_range() &&
          mpd_checksum(total(sum), bucket.scale, bucket.key) == bucket.checksum;
 }
 
-// With MOVE first y + unit * d -> x, otherwise x is y. x -> codes; returns the checksum.
+// With MOVE first y + unit * d -> x, otherwise x is y. x -> codes, if wanted past the caches; returns
+// the checksum.
 template <int BITS, bool NEAREST, bool MOVE>
 uint32_t encode_bytes(const float* y, const uint8_t* differences, float unit, float* x, float scale,
-                      uint32_t key, uint8_t* codes, const Prefetch& prefetch) {
+                      uint32_t key, uint8_t* codes, bool streaming, const Prefetch& prefetch) {
   constexpr uint32_t kMask = (1u << BITS) - 1;
   Points<NEAREST> points(scale, key);
   Words sum{};
@@ -134,9 +138,14 @@ uint32_t encode_bytes(const float* y, const uint8_t* differences, float unit, fl
       sum += fold<BITS>(z) * weight;
       low[k] = z & kMask;
     }
-    store(codes + first, narrow(low[0], low[1], low[2], low[3]));
+    const Bytes bytes = narrow(low[0], low[1], low[2], low[3]);
+    if (streaming)
+      stream(codes + first, bytes);
+    else
+      store(codes + first, bytes);
   }
   if (mpd_scale_ok(scale) && points.in_range()) return mpd_checksum(total(sum), scale, key);
+  if (streaming) stream_fence();
   std::memset(codes, 0, kBucket);  // every reader must reject it
   return ~mpd_checksum(0, scale, key);
 }

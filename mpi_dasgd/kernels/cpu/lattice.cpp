@@ -227,6 +227,13 @@ struct Move {
   float unit;
 };
 
+// Whether the codes of a vector, which other cores read next, are stored past the caches.
+template <int BITS>
+bool is_streamed(const MpdEncodedVector& vector, int64_t elements) {
+  return BITS == 8 && elements > kStreamCodes &&
+         reinterpret_cast<uintptr_t>(vector.codes) % kRegister == 0;
+}
+
 // Compares `y` with a publication, writes the reply, and returns the move that is left to make;
 // without differences if the bucket is rejected. `local` may hold them.
 template <int BITS>
@@ -235,7 +242,9 @@ Move<BITS> exchange(const MpdFusedStep& step, const float* y, int64_t b,
   const MpdEncodedVector& partner_model = *step.partner_model;
   alignas(64) Code<BITS> scratch[kBucket];
   Code<BITS>* target = step.reply_delta == nullptr ? local : codes_of<BITS>(*step.reply_delta, b);
-  Code<BITS>* differences = BITS == 4 ? local : target;
+  const bool streaming =
+      step.reply_delta != nullptr && is_streamed<BITS>(*step.reply_delta, step.elements);
+  Code<BITS>* differences = BITS == 4 || streaming ? local : target;
   const auto bucket = view_of<BITS>(partner_model, b, scratch);
   bool valid;
   uint32_t sum = 0;
@@ -245,19 +254,21 @@ Move<BITS> exchange(const MpdFusedStep& step, const float* y, int64_t b,
     write_stats<BITS>(differences, valid, step.stats == nullptr ? nullptr : step.stats + b);
   } else {
     ByteTally tally;
-    valid = partner_model.nearest
-                ? difference_bytes<BITS, true>(y, bucket, differences, tally, prefetch)
-                : difference_bytes<BITS, false>(y, bucket, differences, tally, prefetch);
+    const auto run =
+        partner_model.nearest ? difference_bytes<BITS, true> : difference_bytes<BITS, false>;
+    valid = run(y, bucket, differences, streaming ? target : nullptr, tally, prefetch);
     write(step.stats, b, valid, tally.stats());
     sum = tally.sum_of_words();
   }
   const float unit = valid ? mpd_mul(step.weight, bucket.scale) : 0;
   if (step.reply_delta != nullptr) {
     const MpdEncodedVector& reply = *step.reply_delta;
-    if (valid)
+    if (valid) {
       pack<BITS>(differences, target);
-    else
+    } else {
+      if (streaming) stream_fence();
       std::memset(target, 0, kCodes<BITS> * sizeof *target);
+    }
     if (BITS != 8) sum = sum_of_words<BITS>(target);
     reply.scales[b] = valid ? -unit : 0;
     reply.checksums[b] = mpd_checksum(valid ? sum : 0, reply.scales[b], key_of(reply, b));
@@ -291,8 +302,9 @@ void make(const Move<BITS>& left, const float* y, float* x, const Prefetch& pref
 
 // Makes a move that is left, and publishes the result.
 template <int BITS>
-void publish(const MpdEncodedVector& out, const Move<BITS>& left, const float* y, float* x,
-             int64_t b, const Prefetch& prefetch) {
+void publish(const MpdFusedStep& step, const Move<BITS>& left, const float* y, float* x, int64_t b,
+             const Prefetch& prefetch) {
+  const MpdEncodedVector& out = *step.publication;
   alignas(64) Code<BITS> local[kBucket];
   Code<BITS>* target = codes_of<BITS>(out, b);
   Code<BITS>* codes = BITS == 4 ? local : target;
@@ -307,7 +319,8 @@ void publish(const MpdEncodedVector& out, const Move<BITS>& left, const float* y
         left.differences != nullptr
             ? (out.nearest ? encode_bytes<BITS, true, true> : encode_bytes<BITS, false, true>)
             : (out.nearest ? encode_bytes<BITS, true, false> : encode_bytes<BITS, false, false>);
-    out.checksums[b] = run(y, left.differences, left.unit, x, scale, key, codes, prefetch);
+    out.checksums[b] = run(y, left.differences, left.unit, x, scale, key, codes,
+                           is_streamed<BITS>(out, step.elements), prefetch);
   }
   pack<BITS>(codes, target);
 }
@@ -382,7 +395,7 @@ void bucket(const MpdFusedStep& step, int64_t b, float* x, int count, bool has_n
     y = x;
   }
   if (publishes)
-    publish<BITS>(*step.publication, left, y, x, b, ahead.publish);
+    publish<BITS>(step, left, y, x, b, ahead.publish);
   else
     make<BITS>(left, y, x, {});
 }
@@ -403,6 +416,7 @@ void buckets(const MpdFusedStep& step, int64_t first, int64_t last) {
       std::memcpy(x, padded, left * sizeof(float));
     }
   }
+  if (BITS == 8 && step.elements > kStreamCodes) stream_fence();
 }
 
 }  // namespace

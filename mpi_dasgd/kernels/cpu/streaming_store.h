@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int64_t kStreamBytes = 1 << 18;  // outputs above this size are streamed
+constexpr int64_t kStreamBytes = 1 << 18;  // vectors above this size are streamed
+constexpr int64_t kStreamCodes = 1 << 22;  // codes above this number of bytes are streamed
 
 inline void stream(void* out, const void* in, size_t bytes) {
 #if defined(__SSE2__)

@@ -43,6 +43,18 @@ template <class Vector, class Item>
 MPD_INLINE void store(Item* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof vector);
 }
+// A store that goes past the caches; `to` is aligned to a register.
+MPD_INLINE void stream(uint8_t* to, Bytes bytes) {
+#if defined(MPD_VEC512)
+  _mm512_stream_si512((__m512i*)to, (__m512i)bytes);
+#elif defined(MPD_VEC256)
+  _mm256_stream_si256((__m256i*)to, (__m256i)bytes);
+#elif defined(MPD_VEC128)
+  _mm_stream_si128((__m128i*)to, (__m128i)bytes);
+#else
+  store(to, bytes);
+#endif
+}
 MPD_INLINE Floats all(float a) { return a - Floats{}; }
 MPD_INLINE Words all(uint32_t a) { return a - Words{}; }
 
