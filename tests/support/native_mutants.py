@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tests.support.mpi_ranks import ROOT, missing
@@ -118,21 +122,43 @@ EXCHANGE_MUTANTS: dict[str, tuple[str, str, str]] = {
 }
 
 
+_COMMAND = (
+    *("g++", "-O0", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fPIC"),
+    *("-iquote", str(_SOURCES)),
+)
+
+
 def mutant(name: str | None, folder: Path) -> ctypes.CDLL:
-    """Compile the native protocols with a fault, or without; return the library."""
-    if shutil.which("g++") is None:
-        missing("no g++")
-    sources = folder / "kernels" / "cpu"
-    shutil.copytree(_SOURCES.parent, folder / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    """Compile the native protocols and exchanges with a fault, or without; return the library."""
+    objects = dict(_objects())
     if name is not None:
         file, text, replacement = (MUTANTS | EXCHANGE_MUTANTS)[name]
-        source = (sources / file).read_text()
+        source = (_SOURCES / file).read_text()
         assert source.count(text) == 1, f"{file} has changed: {text!r}"
-        (sources / file).write_text(source.replace(text, replacement))
+        (folder / file).write_text(source.replace(text, replacement))
+        objects[file] = _compile(folder / file, folder)
     library = folder / "mutant.so"
     native = _SOURCES.parent / "_native.so"  # has the passes over memory
-    command = ["g++", "-O0", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fPIC"]
-    command += ["-shared", "-o", str(library), *_COMPILED, str(native)]
-    done = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    _run([*_COMMAND, "-shared", "-o", library, *objects.values(), native])
     return ctypes.CDLL(str(library))
+
+
+@cache
+def _objects() -> dict[str, Path]:
+    """Compile the sources as they are; return their objects by name."""
+    if shutil.which("g++") is None:
+        missing("no g++")
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {file: _compile(_SOURCES / file, folder) for file in _COMPILED}
+
+
+def _compile(source: Path, folder: Path) -> Path:
+    made = folder / f"{source.stem}.o"
+    _run([*_COMMAND, "-c", source, "-o", made])
+    return made
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

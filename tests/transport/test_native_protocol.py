@@ -276,5 +276,5 @@ def test_a_closed_rank_reaches_no_memory() -> None:
 @pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_the_differential_test_finds_faults(name: str | None, tmp_path: Any) -> None:
     library = mutant(name, tmp_path)
-    found = (first_difference(seed, 0b1111, 60, library) for seed in range(150))
+    found = (first_difference(seed, 0b1111, 60, library) for seed in range(100))
     assert any(found) is (name is not None)
