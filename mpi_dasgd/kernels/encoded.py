@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpi_dasgd.errors import UserError
-from mpi_dasgd.kernels.optimizer_step import OptimizerStep
+from mpi_dasgd.kernels.optimizer_step import GROUP, SEGMENT, OptimizerStep
 
 __all__ = [
     "BITS",
@@ -145,8 +145,6 @@ class FusedStep:
 
     Attributes:
         optimizer: step of an optimizer, made before all else.
-        velocity, gradient: float32, shape (elements,): one SGD step with `lr`, `momentum` and
-            `weight_decay`; the velocity is changed in place.
         deltas: deltas to apply, in this order.
         delta_stats: statistics of each delta, `BUCKET_STATS`, shape (buckets,) each; written.
         partner_model: publication to exchange or merge with.
@@ -159,18 +157,14 @@ class FusedStep:
     """
 
     __slots__ = (
-        "delta_stats", "deltas", "gradient", "lr", "merge", "momentum", "optimizer",
-        "partner_model", "publication", "reply_delta", "stats", "threads", "velocity", "weight",
-        "weight_decay", "x",
+        "delta_stats", "deltas", "merge", "optimizer", "partner_model", "publication",
+        "reply_delta", "stats", "threads", "weight", "x",
     )  # fmt: skip
 
     def __init__(self, x: Array, threads: int = 1) -> None:
         self.x = x
         self.threads = threads
         self.optimizer: OptimizerStep | None = None
-        self.velocity: Array | None = None
-        self.gradient: Array | None = None
-        self.lr = self.momentum = self.weight_decay = 0.0
         self.deltas: tuple[EncodedVector, ...] = ()
         self.delta_stats: tuple[Array, ...] = ()
         self.partner_model: EncodedVector | None = None
@@ -212,10 +206,9 @@ class FusedStep:
         for array in (self.stats, *self.delta_stats):
             if array is not None:
                 require("stats", array, BUCKET_STATS, buckets_of(size), writable=True)
-        for name, array in (("velocity", self.velocity), ("gradient", self.gradient)):
-            if array is not None:
-                require(name, array, np.dtype(np.float32), size, writable=name == "velocity")
         if self.optimizer is not None:
+            require("segments", self.optimizer.segments, SEGMENT)
+            require("groups", self.optimizer.groups, GROUP)
             for name in ("first", "second", "third"):
                 array = getattr(self.optimizer, name)
                 if array is not None:

@@ -14,8 +14,10 @@ N = 20_000
 CODECS = ["none", "bf16", "fp16", "qsgd8", "lattice4", "lattice8", "lattice16"]
 
 
-def _codec(name: str, threads: int) -> Codec:
-    return make(CodecConfig(name=name, threads=threads), N, np.dtype(np.float32), seed=1, rank=0)
+def _codec(name: str, threads: int, elements: int = N) -> Codec:
+    return make(
+        CodecConfig(name=name, threads=threads), elements, np.dtype(np.float32), seed=1, rank=0
+    )
 
 
 def _message(codec: Codec) -> Message:
@@ -24,9 +26,10 @@ def _message(codec: Codec) -> Message:
 
 def _run(name: str, case: OptimizerCase, exchanges: bool, fused: bool, threads: int) -> list[bytes]:
     """Return everything that two exchanges leave, with the step in their pass or before it."""
-    codec, partner = _codec(name, threads), _codec(name, 1)
+    elements = case.elements
+    codec, partner = _codec(name, threads, elements), _codec(name, 1, elements)
     x, step = case.make()
-    other = x + np.random.default_rng(2).normal(size=N).astype(np.float32) * np.float32(1e-3)
+    other = x + np.random.default_rng(2).normal(size=elements).astype(np.float32) * np.float32(1e-3)
     results: list[bytes] = []
     for _ in range(2):
         published, reply, publication, delta = (_message(codec) for _ in range(4))
@@ -58,6 +61,14 @@ def test_a_step_in_the_pass_is_the_step_before_it(name: str, exchanges: bool) ->
         case = OptimizerCase(kind, N, groups, seed=3)
         expected = _run(name, case, exchanges, fused=False, threads=1)
         assert _run(name, case, exchanges, fused=True, threads=2) == expected, str(case)
+
+
+@pytest.mark.parametrize("name", ["none", "lattice4", "lattice8"])
+def test_a_large_model_is_shared_by_threads(name: str) -> None:
+    for kind, groups in list(kinds())[1::11]:
+        case = OptimizerCase(kind, 3 * 64 * 1024 + 77, groups, seed=4)
+        expected = _run(name, case, True, fused=False, threads=1)
+        assert _run(name, case, True, fused=True, threads=3) == expected, str(case)
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -43,7 +43,7 @@ const std::vector<InstructionSet>& instruction_sets() {
 #endif
 #ifdef MPD_HAVE_AVX2
       {"AVX2", mpd_fused_step_avx2, mpd_roofline_avx2, mpd_optimizer_avx2,
-       __builtin_cpu_supports("avx2") != 0},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
 #if defined(__SSE2__)
       {"SSE2", mpd_fused_step_base, mpd_roofline_base, mpd_optimizer_base, true},
