@@ -8,7 +8,7 @@ set(CPU ${PROJECT_SOURCE_DIR}/mpi_dasgd/kernels/cpu)
 
 add_library(_native MODULE ${CPU}/adaptive_scale.cpp ${CPU}/control_words.cpp ${CPU}/dispatch.cpp
   ${CPU}/finite.cpp ${CPU}/inbox.cpp ${CPU}/node_rank.cpp ${CPU}/pair_average.cpp ${CPU}/pair_exchange.cpp
-  ${CPU}/publication.cpp ${CPU}/release.cpp ${CPU}/struct_layout.cpp)
+  ${CPU}/publication.cpp ${CPU}/release.cpp ${CPU}/step_words.cpp ${CPU}/struct_layout.cpp)
 target_compile_features(_native PRIVATE cxx_std_17)
 target_compile_options(_native PRIVATE ${MPI_DASGD_CXX_FLAGS})
 target_link_libraries(_native PRIVATE Threads::Threads)

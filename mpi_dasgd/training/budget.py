@@ -25,11 +25,12 @@ class Budget:
 
     def __init__(self, parts: RunParts, membership: Membership, rank: int) -> None:
         self.samples = 0
-        self._limit = parts.config.budget
+        self._sample_limit = parts.config.budget.samples
+        self._seconds_limit = parts.config.budget.seconds
         self._local_steps = parts.config.algorithm.local_steps
         self._lockstep = parts.lockstep
         # Rank 0 declares the last step: clocks would stop ranks at different ones.
-        self._stops_by_declaration = parts.lockstep and self._limit.seconds is not None
+        self._stops_by_declaration = parts.lockstep and self._seconds_limit is not None
         self._max_steps_ahead = parts.max_steps_ahead
         self._membership = membership
         self._rank, self._size = rank, parts.topology.size
@@ -68,10 +69,12 @@ class Budget:
     @property
     def progress(self) -> float:
         """Fraction of the budget that is used, in [0, 1]; 0 without a budget."""
-        if self._limit.samples is not None:
-            return min(1.0, self.total_samples / self._limit.samples)
-        if self._limit.seconds is not None:
-            return min(1.0, self.elapsed / self._limit.seconds)
+        if self._sample_limit is not None:
+            # Asked several times a step: in lockstep only does it take more than one look.
+            total = self.total_samples if self._lockstep else self._membership.total_samples
+            return min(1.0, total / self._sample_limit)
+        if self._seconds_limit is not None:
+            return min(1.0, self.elapsed / self._seconds_limit)
         return 0.0
 
     def is_spent(self, local_step: int) -> bool:

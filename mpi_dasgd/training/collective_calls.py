@@ -181,7 +181,7 @@ def refuse_mismatch(endpoint: RmaEndpoint) -> None:
         UserError: says which ranks do what.
     """
     membership = endpoint.membership
-    if not any(word & 0xF0 for word in membership.calls):
+    if not any(membership.calls) or not any(word & 0xF0 for word in membership.calls):
         return
     count = min(word >> 8 for word in membership.calls if word & 0xF0)
     here = [

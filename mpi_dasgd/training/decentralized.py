@@ -132,6 +132,7 @@ class Decentralized:
             parts, self.budget, self.learning_rate, self._waiter, self._shadow, self._pauses
         )
         self._closed = False
+        self._only_serves = not self.algorithm.computes_gradients
         self.samples_per_step = 1
         self._attachment = Attachment(optimizer, self.local, self.algorithm.name)
         with self.parameters.device.current_stream():
@@ -154,7 +155,7 @@ class Decentralized:
         """Whether the budget is spent, or this rank serves others and all of them have left."""
         if self.budget.is_spent(self.local.local_step):
             return True
-        return not self.computes_gradients and workers_have_stopped(self.endpoint, self.algorithm)
+        return self._only_serves and workers_have_stopped(self.endpoint, self.algorithm)
 
     @property
     def progress(self) -> float:

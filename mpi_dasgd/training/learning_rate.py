@@ -32,9 +32,14 @@ class LearningRate:
         """Return the factor of the schedule at `progress`, a fraction of the budget."""
         return self._schedule.factor(progress)
 
-    def of_gradient(self, progress: float) -> float:
-        """Measure the delay of the gradient just counted; return its factor at `progress`."""
-        self.delay = max(0, self._endpoint.gradients() - self.gradients_seen - 1)
+    def of_gradient(self, gradients: int, progress: float) -> float:
+        """Measure the delay of the gradient just counted; return its factor at `progress`.
+
+        Args:
+            gradients: gradients of all ranks so far, with this one.
+            progress: fraction of the budget that is used.
+        """
+        self.delay = max(0, gradients - self.gradients_seen - 1)
         factor = self._schedule.factor(progress)
         if self._applies_step_rule:
             self.delay_factor = self._step_rule(self.delay)

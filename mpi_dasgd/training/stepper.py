@@ -93,8 +93,8 @@ class Stepper:
             run_ahead.begin_step()
         else:
             closure.on_gradient = run_ahead.begin_step
-        self._endpoint.report_gradients(local.local_step)
-        local.lr_scale = self._learning_rate.of_gradient(budget.progress)
+        gradients = self._endpoint.begin_step(local.local_step)
+        local.lr_scale = self._learning_rate.of_gradient(gradients, budget.progress)
         budget.declare_last_step(local.local_step)
         try:
             for request in self._algorithm.step(local):
@@ -104,8 +104,7 @@ class Stepper:
             raise
         self._endpoint.flush()
         self._parameters.scatter()
-        self._membership.report_samples(budget.samples)
-        self._learning_rate.begin_gradient()
+        self._learning_rate.gradients_seen = self._endpoint.end_step(budget.samples)
         if self._replicas is not None:
             self._replicas.after_step(local.local_step)
         self._waiter.check_peers_if_due()

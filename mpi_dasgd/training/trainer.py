@@ -158,8 +158,9 @@ class Trainer:
         milestones, saves = config.evaluation.count, config.checkpoint.count
         milestone = int(training.progress * milestones) + 1
         checkpoint = int(training.progress * saves) + 1
+        computes_gradients = training.computes_gradients
         while not training.finished:
-            if training.computes_gradients:
+            if computes_gradients:
                 step.make()
             else:
                 training.serve()

@@ -105,6 +105,6 @@ class Waiter:
         self._last_check = time.monotonic()
         membership = self._endpoint.membership
         membership.check_failures()
-        if lost := membership.dead & self._algorithm.required_ranks:
+        if membership.dead and (lost := membership.dead & self._algorithm.required_ranks):
             raise PeerLost(f"rank {min(lost)} is gone, and {self._algorithm.name} needs it")
         refuse_mismatch(self._endpoint)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableSequence, Sequence
+from typing import Protocol
 
 from mpi_dasgd.errors import PeerFailed, Unreachable
 from mpi_dasgd.transport.activity import Activity, ReportedActivity
@@ -23,7 +24,7 @@ from mpi_dasgd.transport.control_words import (
     Words,
 )
 
-__all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership"]
+__all__ = ["DEPARTED", "FAILED", "FINISHED", "RUNNING", "Membership", "StepWords"]
 
 RUNNING, FINISHED, FAILED, DEPARTED = range(4)
 """Status of a rank: training; trained, but still absorbing deltas; failed; gone for good."""
@@ -31,6 +32,22 @@ RUNNING, FINISHED, FAILED, DEPARTED = range(4)
 # Word of the status: the status, then exit code and cause (a rank) of a rank that has failed.
 _STATUS_BITS, _EXIT_CODE_BITS = 8, 8
 _MAX_COUNTED_SILENCE = 0.2  # seconds of silence that count between two polls
+
+
+class StepWords(Protocol):
+    """Several words of a step by one call; `transport/rma/step_words.py` has it in native code."""
+
+    gradients: MutableSequence[int]
+    samples: MutableSequence[int]
+
+    @property
+    def status(self) -> list[int]: ...
+
+    def begin_step(self, gradients: int, /) -> int: ...
+
+    def end_step(self, samples: int, /) -> int: ...
+
+    def read_peers(self) -> int: ...
 
 
 class Membership:
@@ -66,8 +83,9 @@ class Membership:
             ),
             0,
         )
-        self.samples = [0] * size
-        self.gradients = [0] * size
+        self.samples: MutableSequence[int] = [0] * size
+        self.gradients: MutableSequence[int] = [0] * size
+        self._step_words: StepWords | None = None
         self.status = [RUNNING] * size
         self.activities = [ReportedActivity()] * size
         self.calls = [0] * size
@@ -85,6 +103,39 @@ class Membership:
         if value != self._own_values[index]:
             (words or self._words).swap(self._rank, index, self._own_values[index], value)
             self._own_values[index] = value
+
+    def use(self, step_words: StepWords) -> None:
+        """Write and read the words of a step by native calls, from before the first step on."""
+        self._step_words = step_words
+        self.gradients, self.samples = step_words.gradients, step_words.samples
+
+    def begin_step(self, gradients: int, ranks: Iterable[int]) -> int:
+        """Publish how many gradients this rank has computed; return those of all ranks.
+
+        Args:
+            gradients: the number.
+            ranks: ranks whose numbers are read, beside this one; of others it is as known.
+        """
+        if self._step_words is None:
+            self.report_gradients(gradients)
+            self.refresh_gradients(ranks)
+            return sum(self.gradients)
+        self._own_values[GRADIENTS] = gradients
+        return self._step_words.begin_step(gradients)
+
+    def end_step(self, samples: int, ranks: Iterable[int]) -> int:
+        """Publish how many samples this rank has processed; return the gradients of all ranks.
+
+        Args:
+            samples: the number.
+            ranks: as for `begin_step`.
+        """
+        if self._step_words is None:
+            self.report_samples(samples)
+            self.refresh_gradients(ranks)
+            return sum(self.gradients)
+        self._own_values[SAMPLES] = samples
+        return self._step_words.end_step(samples)
 
     def report_samples(self, samples: int) -> None:
         """Publish how many samples this rank has processed."""
@@ -186,6 +237,12 @@ class Membership:
 
     def refresh(self, ranks: Iterable[int]) -> None:
         """Read samples and status of `ranks`."""
+        if self._step_words is not None:
+            if self._step_words.read_peers():
+                for rank, word in enumerate(self._step_words.status):
+                    if rank != self._rank:
+                        self._store_status(rank, word)
+            return
         for rank in ranks:
             if rank != self._rank:
                 try:

@@ -33,6 +33,7 @@ from mpi_dasgd.transport.rma.native_exchange import (
     PairResultStruct,
 )
 from mpi_dasgd.transport.rma.native_rank import ArrivalStruct, NodeSetupStruct
+from mpi_dasgd.transport.rma.step_words import StepWordsStruct
 from tests.support.cuda_build import build
 from tests.support.mpi_ranks import ROOT
 
@@ -88,6 +89,7 @@ def test_cpu_structs_are_those_of_python() -> None:
     node |= mirror("MpdAdaptiveScale", ScaleStruct) | mirror("MpdPairCodec", PairCodecStruct)
     node |= mirror("MpdBucketCounts", BucketCountsStruct)
     node["kDiverged"] = (DIVERGED % (1 << 64),)
+    node |= mirror("MpdStepWords", StepWordsStruct)
     assert compiled(library) == {**SHARED, **step, **passes, **swaps, **rows, **node}
 
 

@@ -228,11 +228,11 @@ def test_the_learning_rate_follows_progress_and_delay(applies_itself: bool) -> N
     )
     rate = LearningRate(parts, endpoint)
     gradients[0] = 1  # its own
-    assert rate.of_gradient(0.5) == 0.5
+    assert rate.of_gradient(gradients[0], 0.5) == 0.5
     assert rate.delay == 0
     rate.begin_gradient()
     gradients[0] += 4  # its own, and three of others
-    assert rate.of_gradient(0.5) == (0.5 if applies_itself else 0.125)
+    assert rate.of_gradient(gradients[0], 0.5) == (0.5 if applies_itself else 0.125)
     assert rate.delay == 3
     assert rate.delay_factor == (1.0 if applies_itself else 0.25)
     assert rate.scheduled(0.25) == 0.75

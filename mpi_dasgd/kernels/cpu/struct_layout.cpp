@@ -7,6 +7,7 @@
 #include "record_ring.h"
 #include "release.h"
 #include "roofline.h"
+#include "step_words.h"
 
 namespace {
 
@@ -105,6 +106,17 @@ extern "C" const char* mpd_struct_layout() {
     MPD_VALUE(layout, MPD_INITIATED);
     MPD_VALUE(layout, MPD_ABSORBED);
     MPD_VALUE(layout, MPD_SKIPPED);
+    MPD_STRUCT(layout, MpdStepWords);
+    MPD_FIELD(layout, MpdStepWords, rank);
+    MPD_FIELD(layout, MpdStepWords, size);
+    MPD_FIELD(layout, MpdStepWords, gradients_word);
+    MPD_FIELD(layout, MpdStepWords, samples_word);
+    MPD_FIELD(layout, MpdStepWords, status_word);
+    MPD_FIELD(layout, MpdStepWords, words);
+    MPD_FIELD(layout, MpdStepWords, counted);
+    MPD_FIELD(layout, MpdStepWords, gradients);
+    MPD_FIELD(layout, MpdStepWords, samples);
+    MPD_FIELD(layout, MpdStepWords, status);
     MPD_VALUE(layout, kTrivial);
     MPD_VALUE(layout, kStreamed);
     MPD_VALUE(layout, kCopy);

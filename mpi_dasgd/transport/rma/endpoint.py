@@ -50,6 +50,7 @@ from mpi_dasgd.transport.rma.progress_engine import ProgressEngine
 from mpi_dasgd.transport.rma.progress_thread import ProgressThread
 from mpi_dasgd.transport.rma.remote_peers import RemotePeers
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
+from mpi_dasgd.transport.rma.step_words import StepWords
 from mpi_dasgd.transport.rma.windows import WindowSlots, allocate_words
 
 __all__ = ["RmaEndpoint"]
@@ -131,6 +132,9 @@ class RmaEndpoint(Endpoint):
         self.publication, self.inbox, self.counters = views
         self._node = NodePeers(views, self._slots)
         self.membership = Membership(self._words, self.rank, self.size, config.heartbeat_timeout)
+        is_small = len(self._slots.node_ranks) <= _MANY_RANKS
+        self._counted_ranks: Sequence[int] = self._slots.node_ranks if is_small else ()
+        self._step_words = self._make_step_words()
         self._neighbours = neighbours
         self._reclaimed: set[int] = set()  # dead ranks
         self._closed = False
@@ -169,6 +173,17 @@ class RmaEndpoint(Endpoint):
             return None
         return NativeRank.on_node(library, self.rank, words, slots, word_map)
 
+    def _make_step_words(self) -> StepWords | None:
+        """Have the words of a step written and read by native calls, if they are in memory."""
+        words, library = self._words, native.load()
+        if not isinstance(words, NodeWords) or not hasattr(library, "mpd_begin_step"):
+            return None
+        assert library is not None
+        counts_others = bool(self._counted_ranks)
+        made = StepWords(library, words, self.rank, self.size, counts_others=counts_others)
+        self.membership.use(made)
+        return made
+
     @property
     def transfer_mode(self) -> str:
         """How payload is transferred, for users to read."""
@@ -187,6 +202,8 @@ class RmaEndpoint(Endpoint):
             self.publication.reclaim_from(rank)
             self.inbox.reclaim_from(rank)
             self._reclaimed.add(rank)
+            if self._step_words is not None:
+                self._step_words.forget(self._reclaimed)
             self._neighbours = self.topology.without(self._reclaimed).neighbours(self.rank)
 
     def refresh_progress(self) -> None:
@@ -261,12 +278,16 @@ class RmaEndpoint(Endpoint):
 
     def gradients(self) -> int:
         """Return the number of gradients: of this node's ranks now, of others as last polled."""
-        if len(self._slots.node_ranks) <= _MANY_RANKS:
-            if self._native is None or self.size <= _FEW_RANKS:
-                self.membership.refresh_gradients(self._slots.node_ranks)
-            else:
-                self.membership.read_gradients(self._native.read_gradients)
+        self.membership.refresh_gradients(self._counted_ranks)
         return sum(self.membership.gradients)
+
+    def begin_step(self, gradients: int) -> int:
+        """Publish how many gradients this rank has computed; return those of all ranks."""
+        return self.membership.begin_step(gradients, self._counted_ranks)
+
+    def end_step(self, samples: int) -> int:
+        """Publish how many samples this rank has processed; return the gradients of all ranks."""
+        return self.membership.end_step(samples, self._counted_ranks)
 
     def gradients_of(self, rank: int) -> int:
         if rank not in self._remote_ranks:
@@ -317,6 +338,8 @@ class RmaEndpoint(Endpoint):
             )
         if self._native is not None:
             self._native.close()
+        if self._step_words is not None:
+            self._step_words.close()
         teardown.free(self._slots, self._words, timeout=max(timeout, self._heartbeat_timeout))
 
 
