@@ -26,10 +26,14 @@ class Schedule:
 
     Args:
         config: section ``schedule`` of a configuration.
+
+    Attributes:
+        is_constant: whether the factor is 1 at any progress.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
+        self.is_constant = config.name == "constant" and config.warmup == 0
 
     def factor(self, progress: float) -> float:
         """Return the factor on the base learning rate.

@@ -21,6 +21,12 @@ def test_constant_is_one_throughout() -> None:
     assert [schedule().factor(p) for p in (0.0, 0.3, 1.0)] == [1.0, 1.0, 1.0]
 
 
+def test_a_schedule_says_whether_progress_matters() -> None:
+    assert schedule().is_constant
+    assert not schedule(warmup=0.1).is_constant
+    assert not schedule("cosine").is_constant and not schedule("step").is_constant
+
+
 def test_cosine() -> None:
     cosine = schedule("cosine", end_factor=0.1)
     assert cosine.factor(0.0) == pytest.approx(1.0)

@@ -36,6 +36,7 @@ class Budget:
         self._rank, self._size = rank, parts.topology.size
         self._known_last_step = 0
         self._elapsed_before = 0.0
+        self._newest_progress: float | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -49,6 +50,7 @@ class Budget:
         """
         self.samples = samples
         self._elapsed_before = elapsed
+        self._newest_progress = None
 
     @property
     def elapsed(self) -> float:
@@ -87,7 +89,18 @@ class Budget:
         """Return the same without reading anything new from other ranks."""
         if self._stops_by_declaration:
             return 0 < self._known_last_step <= local_step
-        return self.progress >= 1.0
+        self._newest_progress = progress = self.progress
+        return progress >= 1.0
+
+    def progress_of_step(self) -> float:
+        """Return the progress that the schedule takes for the step that begins.
+
+        Of a budget in samples, asynchronous ranks take that of the end of their last step: what
+        others have reported since then is counted one step later, and nothing is asked twice.
+        """
+        if self._newest_progress is None or self._lockstep or self._sample_limit is None:
+            return self.progress
+        return self._newest_progress
 
     @property
     def _is_running(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpi_dasgd.algorithms.build import RunParts
+from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.transport.endpoint import Endpoint
 
 __all__ = ["LearningRate"]
@@ -32,15 +33,16 @@ class LearningRate:
         """Return the factor of the schedule at `progress`, a fraction of the budget."""
         return self._schedule.factor(progress)
 
-    def of_gradient(self, gradients: int, progress: float) -> float:
-        """Measure the delay of the gradient just counted; return its factor at `progress`.
+    def of_gradient(self, gradients: int, budget: Budget) -> float:
+        """Measure the delay of the gradient just counted; return its factor.
 
         Args:
             gradients: gradients of all ranks so far, with this one.
-            progress: fraction of the budget that is used.
+            budget: budget of the run, whose progress the schedule follows.
         """
         self.delay = max(0, gradients - self.gradients_seen - 1)
-        factor = self._schedule.factor(progress)
+        schedule = self._schedule
+        factor = 1.0 if schedule.is_constant else schedule.factor(budget.progress_of_step())
         if self._applies_step_rule:
             self.delay_factor = self._step_rule(self.delay)
             factor *= self.delay_factor

@@ -194,7 +194,8 @@ def _count_seen_gradients(training: Decentralized, local_steps: Sequence[int]) -
             f"run.resume: ranks of {training.algorithm.name!r} are in lockstep, but their "
             f"checkpoints are of steps {list(local_steps)}; start a new run"
         )
-    training.endpoint.membership.gradients[:] = local_steps
+    for rank, step in enumerate(local_steps):
+        training.endpoint.membership.gradients[rank] = step
     training.learning_rate.gradients_seen = sum(local_steps)
 
 

@@ -94,7 +94,7 @@ class Stepper:
         else:
             closure.on_gradient = run_ahead.begin_step
         gradients = self._endpoint.begin_step(local.local_step)
-        local.lr_scale = self._learning_rate.of_gradient(gradients, budget.progress)
+        local.lr_scale = self._learning_rate.of_gradient(gradients, budget)
         budget.declare_last_step(local.local_step)
         try:
             for request in self._algorithm.step(local):

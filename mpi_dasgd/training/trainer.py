@@ -162,9 +162,10 @@ class Trainer:
         while not training.finished:
             if computes_gradients:
                 step.make()
+                progress = training.budget.progress_of_step()
             else:
                 training.serve()
-            progress = training.progress
+                progress = training.progress
             while milestone < milestones and progress * milestones >= milestone:
                 self._pass_milestone(milestone)
                 milestone += 1

@@ -161,6 +161,23 @@ def test_progress_is_a_fraction_of_the_samples_of_all_ranks() -> None:
     assert budget.is_spent(1)
 
 
+def test_a_schedule_follows_what_is_known_at_the_end_of_the_last_step() -> None:
+    budget, membership = _budget("budget.samples=40")
+    assert budget.progress_of_step() == 0.25  # the first step
+    assert not budget.was_spent(1)
+    membership.total_samples = 20
+    assert budget.progress_of_step() == 0.25 and budget.progress == 0.5
+    assert not budget.was_spent(2)
+    assert budget.progress_of_step() == 0.5
+    membership.total_samples = 30
+    budget.resume(7, 0.0)
+    assert budget.progress_of_step() == 0.75
+    lockstep, _ = _budget("budget.samples=40", lockstep=True)
+    assert not lockstep.was_spent(0)
+    lockstep.samples = 5  # in lockstep the step that begins counts: all ranks make it
+    assert lockstep.progress_of_step() == 0.5
+
+
 def test_ranks_in_lockstep_know_the_samples_of_all_without_reading() -> None:
     budget, membership = _budget("budget.samples=40", lockstep=True)
     budget.samples = 9
@@ -223,16 +240,17 @@ def test_the_learning_rate_follows_progress_and_delay(applies_itself: bool) -> N
         algorithm_cls=SimpleNamespace(
             capabilities=SimpleNamespace(applies_step_rule=applies_itself)
         ),
-        schedule=SimpleNamespace(factor=lambda progress: 1 - progress),
+        schedule=SimpleNamespace(is_constant=False, factor=lambda progress: 1 - progress),
         step_rule=lambda delay: 1 / (1 + delay),
     )
     rate = LearningRate(parts, endpoint)
+    half: Any = SimpleNamespace(progress_of_step=lambda: 0.5)
     gradients[0] = 1  # its own
-    assert rate.of_gradient(gradients[0], 0.5) == 0.5
+    assert rate.of_gradient(gradients[0], half) == 0.5
     assert rate.delay == 0
     rate.begin_gradient()
     gradients[0] += 4  # its own, and three of others
-    assert rate.of_gradient(gradients[0], 0.5) == (0.5 if applies_itself else 0.125)
+    assert rate.of_gradient(gradients[0], half) == (0.5 if applies_itself else 0.125)
     assert rate.delay == 3
     assert rate.delay_factor == (1.0 if applies_itself else 0.25)
     assert rate.scheduled(0.25) == 0.75

@@ -102,8 +102,10 @@ def test_gradients_of_a_dead_rank_are_those_last_seen() -> None:
 
 def test_what_a_rank_knows_may_be_set_as_after_a_checkpoint() -> None:
     _, ranks, _ = members(True)
-    ranks[0].gradients[:] = [3, 4, 5, 6]
+    for rank in range(RANKS):
+        ranks[0].gradients[rank] = 3 + rank
     assert list(ranks[0].gradients) == [3, 4, 5, 6] and max(ranks[0].gradients) == 6
+    assert ranks[0].begin_step(9, range(RANKS)) == 9, "the words count"
 
 
 def test_closed_words_are_not_touched() -> None:

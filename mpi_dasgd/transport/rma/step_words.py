@@ -7,8 +7,10 @@ call of Python and one of ctypes each, of which a step makes a dozen.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Container, MutableSequence
-from typing import Any, NoReturn, cast
+from functools import partial
+from typing import Any, NoReturn
 
 from mpi_dasgd.transport.control_words import GRADIENTS, SAMPLES, STATUS
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
@@ -65,14 +67,15 @@ class StepWords:
     ) -> None:
         self._rank, self._size = rank, size
         self._counts_others = counts_others
-        gradients, samples, self._status = ((ctypes.c_int64 * size)() for _ in range(3))
-        self.gradients = cast(MutableSequence[int], gradients)
-        self.samples = cast(MutableSequence[int], samples)
+        gradients, samples, self._status = (array("q", [0] * size) for _ in range(3))
+        self.gradients: MutableSequence[int] = gradients
+        self.samples: MutableSequence[int] = samples
         self._counted = (ctypes.c_uint8 * size)()
         self._addresses = (ctypes.c_void_p * size)(*(words.address(r, 0) for r in range(size)))
-        arrays = self._addresses, self._counted, gradients, samples, self._status
+        known = (numbers.buffer_info()[0] for numbers in (gradients, samples, self._status))
         self._struct = StepWordsStruct(
-            rank, size, GRADIENTS, SAMPLES, STATUS, *(ctypes.addressof(a) for a in arrays)
+            *(rank, size, GRADIENTS, SAMPLES, STATUS),
+            *(ctypes.addressof(self._addresses), ctypes.addressof(self._counted), *known),
         )
         self.forget(())
         step = ctypes.c_void_p(ctypes.addressof(self._struct))
@@ -80,10 +83,9 @@ class StepWords:
             function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
         library.mpd_read_peers.argtypes = [ctypes.c_void_p]
         library.mpd_read_peers.restype = ctypes.c_int
-        begin, end, read = library.mpd_begin_step, library.mpd_end_step, library.mpd_read_peers
-        self.begin_step = lambda gradients: begin(step, gradients)
-        self.end_step = lambda samples: end(step, samples)
-        self.read_peers = lambda: read(step)
+        self.begin_step = partial(library.mpd_begin_step, step)
+        self.end_step = partial(library.mpd_end_step, step)
+        self.read_peers = partial(library.mpd_read_peers, step)
 
     @property
     def status(self) -> list[int]:
