@@ -32,7 +32,11 @@ class Schedule:
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
+        # Asked in every step: what of it does not change is worked out here.
+        self._name, self._warmup = config.name, config.warmup
+        self._warmup_start = config.warmup_start_factor
+        self._end, self._range = config.end_factor, 1.0 - config.end_factor
+        self._gamma, self._milestones = config.gamma, config.milestones
         self.is_constant = config.name == "constant" and config.warmup == 0
 
     def factor(self, progress: float) -> float:
@@ -42,18 +46,14 @@ class Schedule:
             progress: share of the budget that all ranks together have used; above 1 if ranks in
                 the middle of a step overrun it.
         """
-        config = self.config
         progress = min(1.0, progress)  # cosine would rise again beyond the budget
-        factor = 1.0
-        if config.name == "cosine":
-            elapsed = max(0.0, progress - config.warmup) / (1.0 - config.warmup)
-            factor = (
-                config.end_factor
-                + (1.0 - config.end_factor) * (1.0 + math.cos(math.pi * elapsed)) / 2.0
-            )
-        elif config.name == "step":
-            factor = config.gamma ** sum(progress >= milestone for milestone in config.milestones)
-        if progress < config.warmup:
-            start = config.warmup_start_factor
-            factor *= start + (1.0 - start) * progress / config.warmup
+        warmup, factor = self._warmup, 1.0
+        if self._name == "cosine":
+            elapsed = max(0.0, progress - warmup) / (1.0 - warmup)
+            factor = self._end + self._range * (1.0 + math.cos(math.pi * elapsed)) / 2.0
+        elif self._name == "step":
+            factor = self._gamma ** sum(progress >= milestone for milestone in self._milestones)
+        if progress < warmup:
+            start = self._warmup_start
+            factor *= start + (1.0 - start) * progress / warmup
         return factor

@@ -73,7 +73,7 @@ class Budget:
         """Fraction of the budget that is used, in [0, 1]; 0 without a budget."""
         if self._sample_limit is not None:
             # Asked several times a step: in lockstep only does it take more than one look.
-            total = self.total_samples if self._lockstep else self._membership.total_samples
+            total = self.total_samples if self._lockstep else sum(self._membership.samples)
             return min(1.0, total / self._sample_limit)
         if self._seconds_limit is not None:
             return min(1.0, self.elapsed / self._seconds_limit)

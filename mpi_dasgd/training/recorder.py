@@ -54,7 +54,7 @@ class Recorder:
         budget, local, learning_rate = training.budget, training.local, training.learning_rate
         self._append_step(  # by place, in the order of `TrainRow`: names cost half a microsecond
             local.local_step,
-            budget.elapsed,
+            time.monotonic() - budget.origin,
             budget.samples,
             budget.total_samples,
             loss,

@@ -86,13 +86,14 @@ class Stepper:
         if self._shadow.open_step is not None:
             self._waiter.wait(self._shadow.advance)
         self._parameters.gather()
-        budget.samples += _count(samples)
+        budget.samples += samples if type(samples) is int and samples >= 0 else _count(samples)
         local.begin_step(closure)
-        run_ahead = self._endpoint.run_ahead
-        if closure is None:
-            run_ahead.begin_step()
-        else:
-            closure.on_gradient = run_ahead.begin_step
+        if self._device.is_asynchronous:
+            run_ahead = self._endpoint.run_ahead
+            if closure is None:
+                run_ahead.begin_step()
+            else:
+                closure.on_gradient = run_ahead.begin_step
         gradients = self._endpoint.begin_step(local.local_step)
         local.lr_scale = self._learning_rate.of_gradient(gradients, budget)
         budget.declare_last_step(local.local_step)

@@ -64,7 +64,10 @@ class HostStep:
                 f"try a smaller optimizer.lr than {training.config.optimizer.lr:g}"
             )
         computed = time.perf_counter() - started
-        workload.straggler.slow_down(local_step, computed, lambda: workload.compute_gradient(x, y))
+        if workload.straggler.active:
+            workload.straggler.slow_down(
+                local_step, computed, lambda: workload.compute_gradient(x, y)
+            )
         exchanged, waited = training.exchange_seconds, training.wait_seconds
         started = time.perf_counter()
         training.step(len(x))

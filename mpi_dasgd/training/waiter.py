@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["PEER_CHECK_SECONDS", "Waiter"]
 
 PEER_CHECK_SECONDS = 0.005  # seconds between two reads of the other ranks' status
+_STEP_CHECK_SECONDS = 0.02  # the same between steps, where each step sees that one has changed
 _LONG_WAIT_SECONDS = 1.0  # from when on it is watched whether the others make progress
 
 
@@ -89,8 +90,10 @@ class Waiter:
             pause = min(2e-4, pause + 1e-5)
 
     def check_peers_if_due(self) -> None:
-        """Call `check_peers` if the last call is more than `PEER_CHECK_SECONDS` ago."""
-        if time.monotonic() - self._last_check > PEER_CHECK_SECONDS:
+        """Call `check_peers` after a step, if the last call is long ago or a status has changed."""
+        membership = self._endpoint.membership
+        interval = _STEP_CHECK_SECONDS if membership.reads_in_steps else PEER_CHECK_SECONDS
+        if membership.has_news or time.monotonic() - self._last_check > interval:
             self.check_peers()
 
     def check_peers(self) -> None:

@@ -39,6 +39,10 @@ class StepWords(Protocol):
 
     gradients: MutableSequence[int]
     samples: MutableSequence[int]
+    counts_others: bool
+
+    @property
+    def has_news(self) -> bool: ...
 
     @property
     def status(self) -> list[int]: ...
@@ -108,6 +112,16 @@ class Membership:
         """Write and read the words of a step by native calls, from before the first step on."""
         self._step_words = step_words
         self.gradients, self.samples = step_words.gradients, step_words.samples
+
+    @property
+    def reads_in_steps(self) -> bool:
+        """Whether a step reads samples and status of the other ranks, so that `has_news` counts."""
+        return self._step_words is not None and self._step_words.counts_others
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a step has seen that the status of a rank is another one than known."""
+        return self._step_words is not None and self._step_words.has_news
 
     def begin_step(self, gradients: int, ranks: Iterable[int]) -> int:
         """Publish how many gradients this rank has computed; return those of all ranks.

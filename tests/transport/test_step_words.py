@@ -10,7 +10,7 @@ import pytest
 
 from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.control_words import WordMap
-from mpi_dasgd.transport.membership import FAILED, FINISHED, Membership
+from mpi_dasgd.transport.membership import FAILED, FINISHED, RUNNING, Membership
 from mpi_dasgd.transport.rma.step_words import StepWords
 
 library: Any = native.load()
@@ -67,6 +67,7 @@ def play(is_native: bool, seed: int, counts_others: bool) -> list[Any]:
             case 1:
                 samples[rank] += dice.randrange(64)
                 found = member.end_step(samples[rank], counted)
+                member.refresh(range(RANKS))  # native code has read samples already
             case 2:
                 member.refresh(range(RANKS))
             case 3:
@@ -88,6 +89,21 @@ def test_native_reports_leave_and_find_what_those_of_python_do(
     seed: int, counts_others: bool
 ) -> None:
     assert play(True, seed, counts_others) == play(False, seed, counts_others)
+
+
+def test_a_step_reads_the_samples_of_others_and_sees_that_a_status_has_changed() -> None:
+    _, ranks, _ = members(True)
+    ranks[1].report_samples(40)
+    ranks[0].end_step(8, range(RANKS))
+    assert list(ranks[0].samples) == [8, 40, 0, 0]
+    assert ranks[0].reads_in_steps and not ranks[0].has_news
+    ranks[2].publish_status(FAILED, 3)
+    ranks[0].end_step(16, range(RANKS))
+    assert ranks[0].has_news and ranks[0].status[2] == RUNNING
+    ranks[0].refresh(range(RANKS))
+    assert not ranks[0].has_news and ranks[0].status[2] == FAILED
+    ranks[0].end_step(24, range(RANKS))
+    assert not ranks[0].has_news
 
 
 def test_gradients_of_a_dead_rank_are_those_last_seen() -> None:

@@ -117,6 +117,7 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdStepWords, gradients);
     MPD_FIELD(layout, MpdStepWords, samples);
     MPD_FIELD(layout, MpdStepWords, status);
+    MPD_FIELD(layout, MpdStepWords, news);
     MPD_VALUE(layout, kTrivial);
     MPD_VALUE(layout, kStreamed);
     MPD_VALUE(layout, kCopy);

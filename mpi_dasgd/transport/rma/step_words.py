@@ -32,6 +32,7 @@ class StepWordsStruct(ctypes.Structure):
         ("gradients", ctypes.c_void_p),
         ("samples", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
+        ("news", ctypes.c_int64),
     )
 
 
@@ -43,12 +44,14 @@ class StepWords:
         words: control words of all ranks.
         rank: this rank.
         size: number of ranks.
-        counts_others: whether a step reads the gradients of other ranks.
+        counts_others: whether a step reads the words of other ranks.
 
     Attributes:
+        counts_others: as given.
         gradients, samples: of each rank, as last seen here; may be changed.
         begin_step: reports a number of gradients; returns those of all ranks.
-        end_step: reports a number of samples; returns the gradients of all ranks.
+        end_step: reports a number of samples, and reads those of others; returns the gradients of
+            all ranks.
         read_peers: reads status and samples of the others; returns whether a status has changed.
     """
 
@@ -66,7 +69,7 @@ class StepWords:
         counts_others: bool = True,
     ) -> None:
         self._rank, self._size = rank, size
-        self._counts_others = counts_others
+        self.counts_others = counts_others
         gradients, samples, self._status = (array("q", [0] * size) for _ in range(3))
         self.gradients: MutableSequence[int] = gradients
         self.samples: MutableSequence[int] = samples
@@ -88,14 +91,19 @@ class StepWords:
         self.read_peers = partial(library.mpd_read_peers, step)
 
     @property
+    def has_news(self) -> bool:
+        """Whether `end_step` has seen that the status of a rank is another one than known."""
+        return self._struct.news != 0
+
+    @property
     def status(self) -> list[int]:
         """Status words of all ranks, as `read_peers` has found them; 0 for this rank."""
         return list(self._status)
 
     def forget(self, dead: Container[int]) -> None:
-        """Read the gradients of `dead` ranks no more."""
+        """Read `dead` ranks in a step no more."""
         for rank in range(self._size):
-            is_read = self._counts_others and rank != self._rank and rank not in dead
+            is_read = self.counts_others and rank != self._rank and rank not in dead
             self._counted[rank] = is_read
 
     def close(self) -> None:
