@@ -95,10 +95,10 @@ class ExchangeRecorder:
         """Hand on the rows that native code has written, where they go to a function."""
         if self._rows is not None:
             return
-        rows = self.ring.take()
         if self.record is _ignore:
+            self.ring.discard()
             return
-        for row in rows.tolist():
+        for row in self.ring.take().tolist():
             step, _, partner, kind, partner_step, _, *rest = row
             self.record(ExchangeRecord(step, partner, kind, partner_step, *rest))
 

@@ -111,6 +111,10 @@ class RecordRing:
         with self._lock:
             self._spilled.append(self._copy_new())
 
+    def discard(self) -> None:
+        """Forget the rows: of a ring from which nobody takes any."""
+        self._words[_TAKEN] = self._words[_WRITTEN]
+
     def take(self) -> np.ndarray:
         """Return the rows since the last call, (rows,) of `dtype`."""
         with self._lock:

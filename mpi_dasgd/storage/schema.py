@@ -91,9 +91,17 @@ class TrainRow:
     total_samples: Annotated[int, _TOTAL_SAMPLES]
     loss: Annotated[float, Unit("f8", "1", "training loss of the step's batch")]
     learning_rate: Annotated[float, Unit("f8", "1", "step size")]
-    compute_s: Annotated[float, Unit("f8", "s", "time in forward, backward and update")]
+    compute_s: Annotated[
+        float, Unit("f8", "s", "time in forward, backward, and an update of its own")
+    ]
     exchange_s: Annotated[
-        float, Unit("f8", "s", "time in exchange: encode, decode, average, window calls")
+        float,
+        Unit(
+            "f8",
+            "s",
+            "time in exchange: encode, decode, average, window calls, and the update that is made "
+            "in the same pass",
+        ),
     ]
     wait_s: Annotated[float, Unit("f8", "s", "time spent waiting for other ranks")]
     delay: Annotated[

@@ -105,6 +105,15 @@ def test_who_asks_for_it_sees_each_row_once_when_it_leaves_the_ring() -> None:
     assert seen == list(range(20))
 
 
+def test_rows_that_nobody_takes_are_forgotten() -> None:
+    ring = RecordRing("exchange", 4)
+    for step in range(100):
+        ring.append(*exchange(step))
+        ring.discard()
+    ring.append(*exchange(100))
+    assert ring.take()["step"].tolist() == [100]
+
+
 def test_a_row_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     ring = RecordRing("exchange", 8)
     ring.append(*exchange(1))
