@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Container, Iterable, Iterator, MutableSequence
 from typing import Protocol
 
 from mpi_dasgd.errors import PeerFailed, Unreachable
@@ -97,7 +97,6 @@ class Membership:
         self.exit_codes = [0] * size
         self.causes = list(range(size))
         self.dead: set[int] = set()
-        self._others: list[int] = []  # living ranks but this one, as `read_gradients` saw them
         self._locks = [threading.Lock() for _ in range(size)]
         self._heartbeats = [-1] * size
         self._silent_seconds = [0.0] * size
@@ -169,14 +168,6 @@ class Membership:
                     self.gradients[rank] = self._words.read(rank, GRADIENTS)
                 except Unreachable:
                     self.dead.add(rank)
-
-    def read_gradients(self, read: Callable[[Sequence[int]], Sequence[int]]) -> None:
-        """Read how many gradients each living rank has computed, by one call of `read`."""
-        if len(self._others) != len(self.gradients) - 1 - len(self.dead):
-            ranks = range(len(self.gradients))
-            self._others = [r for r in ranks if r != self._rank and r not in self.dead]
-        for rank, gradients in zip(self._others, read(self._others), strict=True):
-            self.gradients[rank] = gradients
 
     def publish_status(self, status: int, exit_code: int = 0, cause: int | None = None) -> None:
         """Publish this rank's status.

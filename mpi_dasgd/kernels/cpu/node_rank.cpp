@@ -13,18 +13,9 @@ MpdNodeRank::MpdNodeRank(const MpdNodeSetup& setup)
   arrivals_.reserve(setup.inbox_slots);
 }
 
-void MpdNodeRank::gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const {
-  for (int64_t i = 0; i < count; ++i) gradients[i] = read(ranks[i], setup_.gradients_word);
-}
-
 extern "C" {
 
 MpdNodeRank* mpd_node_create(const MpdNodeSetup* setup) { return new MpdNodeRank(*setup); }
 
 void mpd_node_destroy(MpdNodeRank* node) { delete node; }
-
-void mpd_node_gradients(MpdNodeRank* node, const int64_t* ranks, int64_t count,
-                        int64_t* gradients) {
-  node->gradients(ranks, count, gradients);
-}
 }

@@ -23,10 +23,10 @@ typedef void (*MpdFenceHook)();
 struct MpdNodeSetup {
   int64_t rank, size;
   int64_t publication_slots, inbox_slots, max_claims;
-  int64_t first_slot_word, head_word, gradients_word;  // indices of a rank's words
-  int64_t nbytes;                                      // of a message
-  int64_t* const* words;                               // of each rank; read by mpd_node_create only
-  uint8_t* const* slots;                               // likewise
+  int64_t first_slot_word, head_word;  // indices of a rank's words
+  int64_t nbytes;                      // of a message
+  int64_t* const* words;               // of each rank; read by mpd_node_create only
+  uint8_t* const* slots;               // likewise
   MpdTransportCounters* counters;
   MpdReadHook read;  // null: the processor's atomics; so are the two that follow
   MpdSwapHook swap;
@@ -103,9 +103,6 @@ class MpdNodeRank {
   bool free(const MpdArrival& arrival) const;  // false: others have changed its word
   void reclaim_inbox_from(int64_t rank);
   int64_t sent(int64_t rank) const { return sent_[rank]; }
-
-  // Reads how many gradients each of `ranks` has counted.
-  void gradients(const int64_t* ranks, int64_t count, int64_t* gradients) const;
 
  private:
   struct Replaced {  // a slot of an earlier version that is not known to be free

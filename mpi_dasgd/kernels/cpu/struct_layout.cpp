@@ -135,7 +135,6 @@ extern "C" const char* mpd_struct_layout() {
     MPD_FIELD(layout, MpdNodeSetup, max_claims);
     MPD_FIELD(layout, MpdNodeSetup, first_slot_word);
     MPD_FIELD(layout, MpdNodeSetup, head_word);
-    MPD_FIELD(layout, MpdNodeSetup, gradients_word);
     MPD_FIELD(layout, MpdNodeSetup, nbytes);
     MPD_FIELD(layout, MpdNodeSetup, words);
     MPD_FIELD(layout, MpdNodeSetup, slots);

@@ -57,7 +57,6 @@ __all__ = ["RmaEndpoint"]
 
 _HEARTBEAT_SECONDS = 0.05  # between heartbeats, and between polls of ranks of other nodes
 _SWITCH_INTERVAL = 0.0005  # seconds by which a GIL holder delays the progress thread's answer
-_FEW_RANKS = 4  # whose words are read faster one by one than in a native call
 _MANY_RANKS = 128  # of a node, above which their gradients are not read at every step
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
-from mpi_dasgd.transport.control_words import GRADIENTS, HEAD, WordMap
+from mpi_dasgd.transport.control_words import HEAD, WordMap
 from mpi_dasgd.transport.counters import Counters
 from mpi_dasgd.transport.rma.shared_memory import NodeWords
 from mpi_dasgd.transport.rma.windows import WindowSlots
@@ -36,7 +36,6 @@ class NodeSetupStruct(ctypes.Structure):
         ("max_claims", ctypes.c_int64),
         ("first_slot_word", ctypes.c_int64),
         ("head_word", ctypes.c_int64),
-        ("gradients_word", ctypes.c_int64),
         ("nbytes", ctypes.c_int64),
         ("words", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
@@ -86,11 +85,10 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments after the rank's object
     "inbox_free": (_INTEGER, _INTEGER),
     "inbox_reclaim_from": (_INTEGER,),
     "inbox_sent": (_INTEGER,),
-    "node_gradients": (_POINTER, _INTEGER, _POINTER),
 }
 _NO_RESULT = (
     "publication_release", "publication_reclaim_from", "inbox_send", "inbox_cancel",
-    "inbox_reclaim_from", "node_gradients",
+    "inbox_reclaim_from",
 )  # fmt: skip
 
 
@@ -135,7 +133,7 @@ class NativeRank:
         words_of, slots_of = addresses(*words), addresses(*slots)
         setup = NodeSetupStruct(
             rank, size, len(word_map.publication), len(word_map.inbox), max_claims,
-            word_map.publication.start, HEAD, GRADIENTS, nbytes, ctypes.addressof(words_of),
+            word_map.publication.start, HEAD, nbytes, ctypes.addressof(words_of),
             ctypes.addressof(slots_of), ctypes.addressof(counters),
         )  # fmt: skip
         if hooks is not None:
@@ -145,8 +143,6 @@ class NativeRank:
             )
         self.counters = counters
         self.library = library
-        self._gradients_of: Sequence[int] | None = None
-        self._gradients: tuple[Any, ...] = ()
         self.on_close: list[Callable[[], None]] = []
         library.mpd_node_create.restype = ctypes.c_void_p
         library.mpd_node_destroy.argtypes = [ctypes.c_void_p]
@@ -186,18 +182,6 @@ class NativeRank:
             function()
         self.on_close.clear()
         self._destroy()
-
-    def read_gradients(self, ranks: Sequence[int]) -> Sequence[int]:
-        """Return how many gradients each of `ranks` has computed."""
-        if ranks != self._gradients_of:
-            self._gradients_of = ranks
-            integers = ctypes.c_int64 * len(ranks)
-            read, gradients = integers(*ranks), integers()
-            addresses = ctypes.addressof(read), len(ranks), ctypes.addressof(gradients)
-            self._gradients = read, gradients, addresses
-        _, gradients, addresses = self._gradients
-        self.call.node_gradients(*addresses)
-        return gradients[:]
 
 
 class _Functions:
