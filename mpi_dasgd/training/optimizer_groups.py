@@ -96,6 +96,7 @@ class SgdGroups(StepGroups):
     starts_empty = True
     _keys = (
         "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable",
+        "fused",
     )  # fmt: skip
 
     def write(self, step: OptimizerStep, group_of: Sequence[int], starting: Sequence[int]) -> None:
@@ -120,7 +121,7 @@ class SgdGroups(StepGroups):
 
     def _require_served(self, setting: Sequence[Any]) -> None:
         _require_numbers(setting[:4])
-        _require_eager(setting[6:])
+        _require_eager(setting[6:7])
 
     def _state_names(self, setting: Sequence[Any]) -> tuple[str, ...]:
         return self.order if setting[1] != 0 else ()
@@ -182,10 +183,11 @@ class AdamGroups(StepGroups):
 
 def _sgd_row(setting: Sequence[Any], first: bool) -> tuple[Any, ...]:
     lr, momentum, dampening, decay = map(float, setting[:4])
-    nesterov, maximize = map(bool, setting[4:6])
+    nesterov, maximize, _, fused = map(bool, setting[4:8])
     return sgd_group(
-        lr, momentum, dampening, decay, nesterov=nesterov, maximize=maximize, first=first
-    )
+        lr, momentum, dampening, decay, nesterov=nesterov, maximize=maximize, first=first,
+        fused=fused,
+    )  # fmt: skip
 
 
 def _adam_row(setting: Sequence[Any], count: float) -> tuple[Any, ...]:

@@ -45,6 +45,14 @@ def test_steps_have_the_bits_of_torch(pair: OptimizerPair) -> None:
         pair.require_equal()
 
 
+def test_a_fused_sgd_has_the_bits_of_torchs_fused_sgd() -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01, "fused": True}
+    pair = OptimizerPair(SGD, options)
+    for step in range(3 * STEPS):
+        pair.step(torchs=step % 4 == 3)
+        pair.require_equal()
+
+
 def test_gradients_may_be_missing_at_any_time(pair: OptimizerPair) -> None:
     for step in range(STEPS):
         pair.set_gradients(lambda i: (i * 7 + step * 3) % 5 > 1)  # noqa: B023
