@@ -71,6 +71,14 @@ class World:
             self.ranks[rank].x[:] = 0
         self.busy.discard(rank)
 
+    def give_up(self, rank: int, other: int) -> None:
+        """A rank takes another one for dead."""
+        self.busy.add(rank)
+        endpoint = self.ranks[rank].endpoint
+        endpoint.publication.reclaim_from(other)
+        endpoint.inbox.reclaim_from(other)
+        self.busy.discard(rank)
+
     def _move(self, rank: NodeRank, move: str, step: int, seed: int) -> Any:
         dice, pairs, x = random.Random(seed), rank.pairs, rank.x
         x += (dice.random() * 10.0 ** dice.randrange(-6, -1)) * np.sin(
@@ -136,10 +144,8 @@ def play(
             if flips is not None and codec != "none":
                 world.memory.flip(flips)
             world.act(rank, move, step, own)
-            if dies is not None:  # one takes the other for dead
-                endpoint = world.ranks[dies[0]].endpoint
-                endpoint.publication.reclaim_from(dies[1])
-                endpoint.inbox.reclaim_from(dies[1])
+            if dies is not None:
+                world.give_up(*dies)
         first, second = (world.state() for world in worlds)
         for name, expected in first.items():
             if expected != second[name]:
