@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mpi_dasgd.config.schema import AlgorithmConfig
 
-__all__ = ["delay_adaptive", "delay_rule"]
+__all__ = ["constant_step", "delay_adaptive", "delay_rule"]
 
 
 def delay_adaptive(delay: int, threshold: float, cap: float | None = None) -> float:
@@ -34,6 +34,11 @@ def delay_adaptive(delay: int, threshold: float, cap: float | None = None) -> fl
     return min(1.0, (1.0 if cap is None else cap) / delay)
 
 
+def constant_step(delay: int) -> float:
+    """Return 1, whatever the delay of a gradient: its step is that of any other."""
+    return 1.0
+
+
 def delay_rule(config: AlgorithmConfig, default_threshold: int) -> Callable[[int], float]:
     """Return the configured factor on the learning rate as a function of the delay.
 
@@ -48,5 +53,5 @@ def delay_rule(config: AlgorithmConfig, default_threshold: int) -> Callable[[int
         "drop": 0.0,
     }
     if config.delay_adaptive_rule == "constant":
-        return lambda delay: 1.0
+        return constant_step
     return lambda delay: delay_adaptive(delay, threshold, caps[config.delay_adaptive_rule])

@@ -66,7 +66,7 @@ class Budget:
         """
         if self._lockstep and self._is_running:
             return self.samples * self._size
-        return self._membership.total_samples
+        return sum(self._membership.samples)
 
     @property
     def progress(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpi_dasgd.algorithms.build import RunParts
+from mpi_dasgd.staleness.step_rule import constant_step
 from mpi_dasgd.training.budget import Budget
 from mpi_dasgd.transport.endpoint import Endpoint
 
@@ -26,7 +27,9 @@ class LearningRate:
         self.gradients_seen = 0
         self.delay, self.delay_factor = 0, 1.0
         self._schedule, self._step_rule = parts.schedule, parts.step_rule
-        self._applies_step_rule = not parts.algorithm_cls.capabilities.applies_step_rule
+        self._applies_step_rule = not (
+            parts.algorithm_cls.capabilities.applies_step_rule or parts.step_rule is constant_step
+        )
         self._endpoint = endpoint
 
     def scheduled(self, progress: float) -> float:

@@ -41,6 +41,9 @@ class Waiter:
         self._algorithm = algorithm
         self._stall = StallWatch(endpoint, stall_timeout)
         self._last_check = time.monotonic()
+        membership = endpoint.membership
+        self._news = membership.news
+        self._interval = _STEP_CHECK_SECONDS if membership.reads_in_steps else PEER_CHECK_SECONDS
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Call `is_done` until it returns True; yield the core between calls, up to 0.5 ms.
@@ -91,9 +94,7 @@ class Waiter:
 
     def check_peers_if_due(self) -> None:
         """Call `check_peers` after a step, if the last call is long ago or a status has changed."""
-        membership = self._endpoint.membership
-        interval = _STEP_CHECK_SECONDS if membership.reads_in_steps else PEER_CHECK_SECONDS
-        if membership.has_news or time.monotonic() - self._last_check > interval:
+        if self._news[0] or time.monotonic() - self._last_check > self._interval:
             self.check_peers()
 
     def check_peers(self) -> None:

@@ -39,10 +39,8 @@ class StepWords(Protocol):
 
     gradients: MutableSequence[int]
     samples: MutableSequence[int]
+    news: MutableSequence[int]
     counts_others: bool
-
-    @property
-    def has_news(self) -> bool: ...
 
     @property
     def status(self) -> list[int]: ...
@@ -73,6 +71,7 @@ class Membership:
         checksums: newest checksum of each rank's model; `training/replica_check.py` has the values.
         exit_codes: exit code of a rank that has failed, per rank; 0 if there is none.
         causes: rank by whose failure a rank has failed, per rank; itself if by its own.
+        news: whether a step has seen that the status of a rank is another one than known, (1,).
         dead: ranks that were silent too long or cannot be reached.
     """
 
@@ -89,6 +88,7 @@ class Membership:
         )
         self.samples: MutableSequence[int] = [0] * size
         self.gradients: MutableSequence[int] = [0] * size
+        self.news: MutableSequence[int] = [0]
         self._step_words: StepWords | None = None
         self.status = [RUNNING] * size
         self.activities = [ReportedActivity()] * size
@@ -103,6 +103,8 @@ class Membership:
         self._last_check = time.monotonic()
 
     def _set(self, index: int, value: int, words: Words | None = None) -> None:
+        if self._step_words is not None and index in (GRADIENTS, SAMPLES):
+            self._own_values[index] = self._words.read(self._rank, index)  # a step may have set it
         if value != self._own_values[index]:
             (words or self._words).swap(self._rank, index, self._own_values[index], value)
             self._own_values[index] = value
@@ -111,16 +113,12 @@ class Membership:
         """Write and read the words of a step by native calls, from before the first step on."""
         self._step_words = step_words
         self.gradients, self.samples = step_words.gradients, step_words.samples
+        self.news = step_words.news
 
     @property
     def reads_in_steps(self) -> bool:
-        """Whether a step reads samples and status of the other ranks, so that `has_news` counts."""
+        """Whether a step reads samples and status of the other ranks, so that `news` counts."""
         return self._step_words is not None and self._step_words.counts_others
-
-    @property
-    def has_news(self) -> bool:
-        """Whether a step has seen that the status of a rank is another one than known."""
-        return self._step_words is not None and self._step_words.has_news
 
     def begin_step(self, gradients: int, ranks: Iterable[int]) -> int:
         """Publish how many gradients this rank has computed; return those of all ranks.
@@ -133,7 +131,6 @@ class Membership:
             self.report_gradients(gradients)
             self.refresh_gradients(ranks)
             return sum(self.gradients)
-        self._own_values[GRADIENTS] = gradients
         return self._step_words.begin_step(gradients)
 
     def end_step(self, samples: int, ranks: Iterable[int]) -> int:
@@ -147,7 +144,6 @@ class Membership:
             self.report_samples(samples)
             self.refresh_gradients(ranks)
             return sum(self.gradients)
-        self._own_values[SAMPLES] = samples
         return self._step_words.end_step(samples)
 
     def report_samples(self, samples: int) -> None:

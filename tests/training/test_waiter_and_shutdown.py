@@ -51,7 +51,7 @@ class Endpoint:
             status=[RUNNING] * 3, calls=[0] * 3, dead=set(), publish_status=self._publish,
             gradients=[5, 6, 7], samples=[50, 60, 70], activities=[ReportedActivity()] * 3,
             report_activity=self._report, is_unreachable=lambda rank: False,
-            exit_codes=[0, 9, 0], causes=[0, 1, 2], _rank=0, has_news=False, reads_in_steps=False,
+            exit_codes=[0, 9, 0], causes=[0, 1, 2], _rank=0, news=[0], reads_in_steps=False,
             check_failures=lambda: Membership.check_failures(self.membership),  # type: ignore[arg-type]
         )  # fmt: skip
         self.reported: list[Activity] = []
@@ -150,11 +150,12 @@ def test_peers_are_checked_no_more_often_than_they_must(clock: Clock) -> None:
     assert checks[8] == 0
     assert checks[-1] == 3
     endpoint.membership.reads_in_steps = True
+    _, _, waiter = _parts(endpoint)
     for _ in range(50):
         clock.sleep(PEER_CHECK_SECONDS / 10)
         waiter.check_peers_if_due()
     assert endpoint.refreshed == 4, "a step has read the others already"
-    endpoint.membership.has_news = True
+    endpoint.membership.news[0] = 1
     waiter.check_peers_if_due()
     assert endpoint.refreshed == 5, "at once, when one has reported something"
 

@@ -96,14 +96,14 @@ def test_a_step_reads_the_samples_of_others_and_sees_that_a_status_has_changed()
     ranks[1].report_samples(40)
     ranks[0].end_step(8, range(RANKS))
     assert list(ranks[0].samples) == [8, 40, 0, 0]
-    assert ranks[0].reads_in_steps and not ranks[0].has_news
+    assert ranks[0].reads_in_steps and not ranks[0].news[0]
     ranks[2].publish_status(FAILED, 3)
     ranks[0].end_step(16, range(RANKS))
-    assert ranks[0].has_news and ranks[0].status[2] == RUNNING
+    assert ranks[0].news[0] and ranks[0].status[2] == RUNNING
     ranks[0].refresh(range(RANKS))
-    assert not ranks[0].has_news and ranks[0].status[2] == FAILED
+    assert not ranks[0].news[0] and ranks[0].status[2] == FAILED
     ranks[0].end_step(24, range(RANKS))
-    assert not ranks[0].has_news
+    assert not ranks[0].news[0]
 
 
 def test_gradients_of_a_dead_rank_are_those_last_seen() -> None:

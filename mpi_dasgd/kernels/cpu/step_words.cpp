@@ -34,21 +34,21 @@ int64_t mpd_begin_step(const MpdStepWords* step, int64_t gradients) {
 
 // Reports how many samples this rank has processed, and reads those of others; returns the
 // gradients of all ranks.
-int64_t mpd_end_step(MpdStepWords* step, int64_t samples) {
+int64_t mpd_end_step(const MpdStepWords* step, int64_t samples) {
   report(step, step->samples_word, samples);
   step->samples[step->rank] = samples;
   for (int64_t rank = 0; rank < step->size; ++rank) {
     if (!step->counted[rank]) continue;
-    if (mpd_word_read(step->words[rank] + step->status_word) != step->status[rank]) step->news = 1;
+    if (mpd_word_read(step->words[rank] + step->status_word) != step->status[rank]) *step->news = 1;
     step->samples[rank] = mpd_word_read(step->words[rank] + step->samples_word);
   }
   return count_gradients(step);
 }
 
 // Reads status and samples of the other ranks; returns whether the status of one has changed.
-int mpd_read_peers(MpdStepWords* step) {
+int mpd_read_peers(const MpdStepWords* step) {
   int is_changed = 0;
-  step->news = 0;
+  *step->news = 0;
   for (int64_t rank = 0; rank < step->size; ++rank) {
     if (rank == step->rank) continue;
     // The status first: the samples are final then.

@@ -12,7 +12,7 @@ struct MpdStepWords {
   int64_t* gradients;  // of each rank, as last seen here; Python reads and changes them, too
   int64_t* samples;    // likewise
   int64_t* status;     // likewise: the whole word, as mpd_read_peers has found it
-  int64_t news;        // whether mpd_end_step has seen another status
+  int64_t* news;       // [1]: whether mpd_end_step has seen another status
 };
 
 #endif

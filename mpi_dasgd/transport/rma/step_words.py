@@ -32,7 +32,7 @@ class StepWordsStruct(ctypes.Structure):
         ("gradients", ctypes.c_void_p),
         ("samples", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
-        ("news", ctypes.c_int64),
+        ("news", ctypes.c_void_p),
     )
 
 
@@ -49,6 +49,7 @@ class StepWords:
     Attributes:
         counts_others: as given.
         gradients, samples: of each rank, as last seen here; may be changed.
+        news: whether `end_step` has seen that the status of a rank is another one than known, (1,).
         begin_step: reports a number of gradients; returns those of all ranks.
         end_step: reports a number of samples, and reads those of others; returns the gradients of
             all ranks.
@@ -75,7 +76,9 @@ class StepWords:
         self.samples: MutableSequence[int] = samples
         self._counted = (ctypes.c_uint8 * size)()
         self._addresses = (ctypes.c_void_p * size)(*(words.address(r, 0) for r in range(size)))
-        known = (numbers.buffer_info()[0] for numbers in (gradients, samples, self._status))
+        self.news: MutableSequence[int]
+        self.news = news = array("q", [0])
+        known = (seen.buffer_info()[0] for seen in (gradients, samples, self._status, news))
         self._struct = StepWordsStruct(
             *(rank, size, GRADIENTS, SAMPLES, STATUS),
             *(ctypes.addressof(self._addresses), ctypes.addressof(self._counted), *known),
@@ -89,11 +92,6 @@ class StepWords:
         self.begin_step = partial(library.mpd_begin_step, step)
         self.end_step = partial(library.mpd_end_step, step)
         self.read_peers = partial(library.mpd_read_peers, step)
-
-    @property
-    def has_news(self) -> bool:
-        """Whether `end_step` has seen that the status of a rank is another one than known."""
-        return self._struct.news != 0
 
     @property
     def status(self) -> list[int]:
