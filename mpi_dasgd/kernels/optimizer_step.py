@@ -94,7 +94,8 @@ class OptimizerStep:
         gradients: what keeps the gradients alive until the pass is made.
         refuses_nonfinite: whether `on_made` raises if `nonfinite` is set.
         on_made: called when the pass is made (on a GPU: asked for), before anything that it has
-            written is given away; raises `Diverged` if the model is not finite, and that is refused.
+            written is given away; raises `Diverged` if the model is not finite and that
+            is refused.
         native: description of the arrays that a back end keeps from call to call, or None.
     """
 
