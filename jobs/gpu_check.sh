@@ -111,7 +111,7 @@ intel=/tmp/impi_min
 
 # A kernels, B order and training, C windows on device memory (Intel's MPI, which takes it; MPICH
 # over a UCX that does), D what an exchange costs a step, E the baseline over gloo.
-step A1-bits 90 $pytest -m gpu -k "not large" $gpu_tests
+step A1-bits 120 $pytest -m gpu -k "not large" $gpu_tests
 step B0-ipc 40 "$python" -m mpi_dasgd.device.ipc_probe --kill-owner --timeout 35
 step B1-order 60 $(dasgd bench gpu order --out "$raw")
 step B2-ipc-2 45 $(ranks 2 ipc)

@@ -42,16 +42,16 @@ def backend_of(array: Array) -> ModuleType:
     Raises:
         UserError: it is neither a NumPy nor a CuPy array.
     """
+    if type(array).__module__.split(".")[0] == "cupy":
+        from mpi_dasgd.kernels import cuda
+
+        return cuda
     if isinstance(array, np.ndarray):
         if native.load() is None:
             return reference
         from mpi_dasgd.kernels import cpu
 
         return cpu
-    if type(array).__module__.split(".")[0] == "cupy":
-        from mpi_dasgd.kernels import cuda
-
-        return cuda
     raise UserError(f"array: expected one of NumPy or CuPy, got {type(array)}")
 
 

@@ -84,7 +84,7 @@ class TorchLocalOptimizer:
         else:
             self._model_is_finite = prepare_all_finite(parameters.vector)
         self._fused: FusedOptimizer | None = None
-        if fused and not self.device.is_asynchronous:
+        if fused:
             self._fused = FusedOptimizer(optimizer, parameters)
         self._threads = threads
         self._made_alone: OptimizerStep | None = None  # what `_make_alone` makes
@@ -191,7 +191,7 @@ class TorchLocalOptimizer:
         update = self._fused.prepare(self.lr_scale, lr_scale)
         if update is not None:
             self.lr = self._fused.lr
-            update.on_made, update.refuses_nonfinite = self._on_made, self._check_finite
+            update.on_made = self._on_made
             self._made = update
         return update
 

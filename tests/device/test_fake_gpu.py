@@ -28,6 +28,7 @@ def test_ranks_train_as_on_the_host(libraries: tuple[str, str], tmp_path: Path) 
         exchanges = report["sum"]
         assert exchanges["kinds"] == ["CudaDevice", "Launched", "in place (CUDA IPC)"]
         assert exchanges["records"] > 200
+        assert exchanges["steps_of_optimizer"] == exchanges["steps"]  # none by torch
         assert exchanges["of_sum"] < 2e-6
         assert exchanges["apart"][1] < 1e-3 * exchanges["apart"][0]
         assert exchanges["corrupt"] == exchanges["waits_in_steps"] == exchanges["in_use"] == 0

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpi_dasgd.kernels import cuda, lattice, reference
+from mpi_dasgd.kernels import cuda, lattice, optimizer, optimizer_reference, reference
 from mpi_dasgd.kernels.cuda.pair_average import pair_average
 from mpi_dasgd.kernels.cuda.scale import BucketScales
 from mpi_dasgd.kernels.encoded import BITS, BUCKET, BUCKET_STATS, EncodedVector, buckets_of
+from mpi_dasgd.kernels.optimizer import OptimizerStep
 from tests.support.average_cases import (
     FORMATS,
     AverageCase,
@@ -22,6 +23,7 @@ from tests.support.average_cases import (
     plain,
 )
 from tests.support.lattice_cases import cases, outcomes
+from tests.support.optimizer_cases import cases as optimizer_cases
 from tests.support.scale_cases import compare_scales
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +56,22 @@ def test_same_bits_as_the_reference(device: Any, host: Any, bits: int, nearest: 
         expected = outcomes(case, reference.run)
         results = outcomes(case, cuda.run, device, host)
         assert not [name for name in results if results[name] != expected[name]], case
+
+
+def test_steps_of_optimizers_are_those_of_numpy(device: Any, host: Any) -> None:
+    for case in list(optimizer_cases((5000,)))[::2]:
+        (x, expected), (y, found) = case.make(), case.make()
+        optimizer_reference.update(expected, x)
+        gradients = [device(gradient) for gradient in found.gradients]
+        at = np.array([gradient.data.ptr for gradient in gradients], np.uint64)
+        found.segments["gradient"] = np.where(found.segments["gradient"], at, 0)
+        state = [device(array) for array in (found.first, found.second, found.third)]
+        model, step = device(y), OptimizerStep(found.segments, found.groups, *state)
+        optimizer.run(step, model)
+        pairs = zip(
+            (x, expected.first, expected.second, expected.third), (model, *state), strict=True
+        )
+        assert [a.tobytes() == host(b).tobytes() for a, b in pairs] == [True] * 4, str(case)
 
 
 @pytest.mark.parametrize("bits", BITS)

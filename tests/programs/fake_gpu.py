@@ -124,6 +124,8 @@ def conserve(world: Any, cuda: FakeCuda) -> dict[str, Any]:
             training.endpoint.transfer_mode,
         ],
         "events_created_in_steps": events,
+        "steps": training.local.local_step,
+        "steps_of_optimizer": sum("sgd" in name for name in cuda.shim.launched),
         "waits_in_steps": len(cuda.runtime.of("deviceSynchronize")) - len(waits),
     }
     training.close()

@@ -66,6 +66,7 @@ class DeviceArray(fake_cupy.DeviceArray):
         sources: arrays that are copied to a device until the host waits for an event.
     """
 
+    __module__ = "cupy"
     sources: ClassVar[list[weakref.ref[np.ndarray]]] = []
 
     def __new__(cls, shape: Any, dtype: Any = float, memory: Any = None) -> DeviceArray:

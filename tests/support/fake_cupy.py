@@ -28,7 +28,9 @@ ARGUMENTS = r"^struct (Mpd\w+Arguments) \{"
 
 
 class DeviceArray(np.ndarray):
-    """A NumPy array that gives its address as CuPy's arrays do."""
+    """A NumPy array that gives its address as CuPy's arrays do, and is taken for one of them."""
+
+    __module__ = "cupy"
 
     @property
     def data(self) -> Any:

@@ -23,6 +23,7 @@ ALIGNMENT = 256  # of CUDA's allocations
 class GuardedArray(DeviceArray):
     """An array that refuses to be used by anything but kernels and views, while it is guarded."""
 
+    __module__ = "cupy"
     is_guarded = False
 
     @classmethod
