@@ -10,7 +10,7 @@ PACKAGE, TESTS = ROOT / "mpi_dasgd", ROOT / "tests"
 
 TESTED_BY = {
     "algorithms/test_adpsgd": "algorithms: adpsgd_bipartite adpsgd_pull neighbour_exchange "
-    "pair_averaging pull_averaging",
+    "pull_averaging",
     "algorithms/test_asgd": "algorithms: gradient_server minibatch server work_queue "
     "/ staleness: delay_meter",
     "algorithms/test_catalogue": "algorithms: description",

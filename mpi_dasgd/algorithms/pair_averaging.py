@@ -64,10 +64,12 @@ class PairExchange(NeighbourExchange):
             Diverged: `y` is not finite after `update`; no other rank has seen it.
         """
         if self._native is not None:
-            self._native.exchange(
-                y, step, self._draw(), publish_result=publish_result, update=update
-            )
-            self._records.deliver()
+            try:
+                self._native.exchange(
+                    y, step, self._draw(), publish_result=publish_result, update=update
+                )
+            finally:
+                self._records.deliver()
             return
         endpoint = self._endpoint
         endpoint.catch_up()
@@ -87,7 +89,7 @@ class PairExchange(NeighbourExchange):
             ),
         )
         if update is not None:
-            self._complete(update, request if settled else None)
+            self._complete(update, request, settled, received, step)
         self._free(received, step)
         if settled:
             self.commit(request, step, outcome)
@@ -105,13 +107,22 @@ class PairExchange(NeighbourExchange):
             return self._native.publish(y, step, update)
         return super().publish(y, step, update)
 
-    def _complete(self, update: OptimizerStep, request: ExchangeRequest | None) -> None:
-        """Give away nothing that a diverged model has made."""
+    def _complete(
+        self,
+        update: OptimizerStep,
+        request: ExchangeRequest,
+        settled: bool,
+        received: list[ReceivedMessage],
+        step: int,
+    ) -> None:
+        """Give away nothing that a diverged model has made; it has absorbed what was received."""
         try:
             update.on_made()
         except BaseException:
-            if request is not None:
+            if settled:
                 self._endpoint.abort_exchange(request)
+            self._request = None if settled else request
+            self._free(received, step)
             raise
 
     def _draw(self) -> list[int]:

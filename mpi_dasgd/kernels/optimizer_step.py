@@ -92,14 +92,16 @@ class OptimizerStep:
         nonfinite: int64, (1,); set to 1 by a pass that leaves an element of the model that is
             infinite or NaN behind the update, before it exchanges. Whoever makes a step clears it.
         gradients: what keeps the gradients alive until the pass is made.
+        refuses_nonfinite: whether `on_made` raises if `nonfinite` is set.
         on_made: called when the pass is made (on a GPU: asked for), before anything that it has
-            written is given away; raises `Diverged` if the model is not finite.
+            written is given away; raises `Diverged` if the model is not finite and that
+            is refused.
         native: description of the arrays that a back end keeps from call to call, or None.
     """
 
     __slots__ = (
-        "first", "gradients", "groups", "native", "nonfinite", "on_made", "second", "segments",
-        "third",
+        "first", "gradients", "groups", "native", "nonfinite", "on_made", "refuses_nonfinite",
+        "second", "segments", "third",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +116,7 @@ class OptimizerStep:
         self.first, self.second, self.third = first, second, third
         self.nonfinite = np.zeros(1, np.int64)
         self.gradients: Any = None
+        self.refuses_nonfinite = True
         self.on_made: Callable[[], None] = _nothing
         self.native: Any = None
 

@@ -191,7 +191,7 @@ class TorchLocalOptimizer:
         update = self._fused.prepare(self.lr_scale, lr_scale)
         if update is not None:
             self.lr = self._fused.lr
-            update.on_made = self._on_made
+            update.on_made, update.refuses_nonfinite = self._on_made, self._check_finite
             self._made = update
         return update
 

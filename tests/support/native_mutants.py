@@ -75,8 +75,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 EXCHANGE_MUTANTS: dict[str, tuple[str, str, str]] = {
     "publishes what has diverged": (
         "pair_exchange.cpp",
-        "    return kDiverged;",
+        "    return free_received(*pass) ? kDiverged : kForeignSwap;",
         "    return 0;",
+    ),
+    "keeps what a model that has diverged received": (
+        "pair_exchange.cpp",
+        "    return free_received(*pass) ? kDiverged : kForeignSwap;",
+        "    return kDiverged;",
     ),
     "keeps the claim of what has diverged": (
         "pair_exchange.cpp",

@@ -138,7 +138,7 @@ class NodeRank:
         return self.update
 
     def _made(self) -> None:
-        if self.update.nonfinite[0]:
+        if self.update.nonfinite[0] and self.update.refuses_nonfinite:
             raise Diverged("the model is not finite")
 
     def state(self) -> dict[str, Any]:

@@ -172,11 +172,13 @@ def test_a_model_that_is_not_finite_is_refused_behind_the_pass(value: float) -> 
     pair.model[4].bias.grad.fill_(value)
     pair.local.begin_step(None)
     update = pair.local.fused_update()
-    assert update is not None
+    assert update is not None and update.refuses_nonfinite
     assert torch.equal(pair.model[4].bias, pair.plain[4].bias)  # nothing is made yet
     with pytest.raises(Diverged, match=r"step 2: parameter 4\.bias became nan"):
         pair.local.apply()
     pair.local._check_finite = False
+    update = pair.local.fused_update()
+    assert update is not None and not update.refuses_nonfinite
     pair.local.apply()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpi_dasgd.algorithms.records import ABSORBED
 from mpi_dasgd.config.schema import AlgorithmConfig
 from mpi_dasgd.errors import Diverged, MpiDasgdError, UserError
 from mpi_dasgd.kernels import native
@@ -97,6 +98,7 @@ class World:
         if move == "publish_update":
             return pairs.publish(x, step, rank.next_update(dice))
         update = rank.next_update(dice) if move == "update" else None
+        rank.update.refuses_nonfinite = dice.random() < 0.8
         return pairs.exchange(x, step, publish_result=move != "quiet", update=update)
 
     def state(self) -> dict[str, Any]:
@@ -182,8 +184,10 @@ def test_the_differential_test_finds_faults(name: str | None, tmp_path: Path) ->
     assert any(found) is (name is not None)
 
 
-def two_ranks(codec: str = "lattice8", sinks: tuple[Any, Any] = (None, None)) -> list[NodeRank]:
-    """Two native ranks that have published."""
+def two_ranks(
+    codec: str = "lattice8", sinks: tuple[Any, Any] = (None, None), *, native: bool = True
+) -> list[NodeRank]:
+    """Two ranks that have published."""
     memory = TracedMemory(codec_of(codec, 3000, 1, 0).layout, 2)
     ranks = []
     for rank in range(2):
@@ -191,7 +195,7 @@ def two_ranks(codec: str = "lattice8", sinks: tuple[Any, Any] = (None, None)) ->
         ranks.append(
             NodeRank(
                 memory, rank, x, codec, 1, AlgorithmConfig(name="adpsgd"),
-                native=True, traced=False, sink=sinks[rank],
+                native=native, traced=False, sink=sinks[rank],
             )
         )  # fmt: skip
     for actor in ranks:
@@ -211,6 +215,23 @@ def test_the_sum_of_the_models_is_kept(codec: str) -> None:
     after = sum(float(rank.x.astype(np.float64).sum()) for rank in ranks)
     assert abs(after - before) < 1e-3
     assert all(rank.endpoint.counters.messages > 20 for rank in ranks)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("codec", ["lattice8", "none"])
+def test_a_model_that_diverges_has_absorbed_what_it_received(codec: str, native: bool) -> None:
+    """Else its messages would fill the inbox for ever, and no pause would end."""
+    one, two = two_ranks(codec, native=native)
+    two.pairs.exchange(two.x, 1, publish_result=True)
+    assert one.endpoint.inbox.has_messages
+    update = one.next_update(random.Random(1))
+    one._gradient[7] = np.nan
+    with pytest.raises(Diverged):
+        one.pairs.exchange(one.x, 1, publish_result=True, update=update)
+    assert not one.endpoint.inbox.has_messages
+    assert [(r.kind, r.partner) for r in one.records] == [(ABSORBED, 1)]
+    assert two.endpoint.publication.claims == 0
+    assert not two.endpoint.inbox.has_messages
 
 
 def test_a_full_ring_of_records_loses_no_row() -> None:

@@ -23,9 +23,9 @@ class MpdPairExchange {
 
   // PairExchange.exchange: 1 if there was a partner, 0 if not.
   int64_t exchange(float* x, int64_t step, bool publishes, const MpdOptimizer* optimizer,
-                   const int64_t* candidates, int64_t count) {
+                   bool refuses, const int64_t* candidates, int64_t count) {
     if (!has_room()) return kNoRoom;
-    Pass pass(x, step, optimizer);
+    Pass pass(x, step, optimizer, refuses);
     receive(&pass);
     begin(candidates, count, &pass);
     if (publishes) reserve_publication(&pass);
@@ -38,7 +38,7 @@ class MpdPairExchange {
   // PairExchange.absorb: the number of deltas.
   int64_t absorb(float* x, int64_t step, bool publishes) {
     if (!has_room()) return kNoRoom;
-    Pass pass(x, step, nullptr);
+    Pass pass(x, step, nullptr, false);
     receive(&pass);
     const auto count = static_cast<int64_t>(node_.arrivals().size());
     if (count == 0) return 0;
@@ -48,8 +48,8 @@ class MpdPairExchange {
   }
 
   // NeighbourExchange.publish: 1 if a slot was free, 0 if not.
-  int64_t publish_vector(float* x, int64_t step, const MpdOptimizer* optimizer) {
-    Pass pass(x, step, optimizer);
+  int64_t publish_vector(float* x, int64_t step, const MpdOptimizer* optimizer, bool refuses) {
+    Pass pass(x, step, optimizer, refuses);
     reserve_publication(&pass);
     if (pass.publication == nullptr && optimizer == nullptr) return 0;
     if (const int64_t failure = average(&pass)) return failure;
@@ -61,11 +61,12 @@ class MpdPairExchange {
  private:
   // One exchange; messages are null where there is none.
   struct Pass {
-    Pass(float* model, int64_t local_step, const MpdOptimizer* update)
-        : x(model), step(local_step), optimizer(update) {}
+    Pass(float* model, int64_t local_step, const MpdOptimizer* update, bool refuses_nonfinite)
+        : x(model), step(local_step), optimizer(update), refuses(refuses_nonfinite) {}
     float* x;
     int64_t step;
     const MpdOptimizer* optimizer;
+    bool refuses;  // a model that is not finite behind the optimizer's step
     bool absorbs = false;
     MpdClaim claim{};
     int64_t place = 0, failed_attempts = 0;  // slot of the partner's inbox; candidates that failed
@@ -123,12 +124,12 @@ class MpdPairExchange {
       average_on_lattice(pass, count);
     else
       average_elements(*pass, count);
-    if (pass->optimizer == nullptr || *pass->optimizer->nonfinite == 0) return 0;
+    if (!pass->refuses || *pass->optimizer->nonfinite == 0) return 0;
     if (pass->partner_model != nullptr) {
       node_.cancel(pass->claim.rank, pass->place);
       node_.release(pass->claim);
     }
-    return kDiverged;
+    return free_received(*pass) ? kDiverged : kForeignSwap;
   }
 
   bool is_good(uint8_t* message) const {
@@ -297,17 +298,19 @@ MpdPairExchange* mpd_pair_create(const MpdPairExchangeSetup* setup) {
 void mpd_pair_destroy(MpdPairExchange* exchange) { delete exchange; }
 
 int64_t mpd_pair_exchange(MpdPairExchange* exchange, float* x, int64_t step, int64_t publishes,
-                          const MpdOptimizer* optimizer, const int64_t* candidates, int64_t count) {
-  return exchange->exchange(x, step, publishes != 0, optimizer, candidates, count);
+                          const MpdOptimizer* optimizer, int64_t refuses, const int64_t* candidates,
+                          int64_t count) {
+  return exchange->exchange(x, step, publishes != 0, optimizer, refuses != 0, candidates, count);
 }
 
 int64_t mpd_pair_absorb(MpdPairExchange* exchange, float* x, int64_t step, int64_t publishes) {
   return exchange->absorb(x, step, publishes != 0);
 }
 
+// `refuses`: whether a model that is not finite behind the optimizer's step is kDiverged.
 int64_t mpd_pair_publish(MpdPairExchange* exchange, float* x, int64_t step,
-                         const MpdOptimizer* optimizer) {
-  return exchange->publish_vector(x, step, optimizer);
+                         const MpdOptimizer* optimizer, int64_t refuses) {
+  return exchange->publish_vector(x, step, optimizer, refuses != 0);
 }
 
 int64_t mpd_pair_result(MpdPairExchange* exchange, MpdPairResult* result) {

@@ -85,9 +85,11 @@ class NativeExchange:
             made.argtypes, made.restype = [pointer, *arguments], integer
             return partial(made, address)
 
-        self._exchange = function("exchange", pointer, integer, integer, pointer, pointer, integer)
+        self._exchange = function(
+            "exchange", pointer, integer, integer, pointer, integer, pointer, integer
+        )
         self._absorb = function("absorb", pointer, integer, integer)
-        self._publish = function("publish", pointer, integer, pointer)
+        self._publish = function("publish", pointer, integer, pointer, integer)
         self._result = function("result", pointer)
         native.on_close.append(self._close)
         self._candidates = (ctypes.c_int64 * 0)()
@@ -127,7 +129,7 @@ class NativeExchange:
             self._candidates[position] = rank
         arguments = (
             self._address_of(y), step, publish_result, optimizer_struct(update),
-            self._candidates_at, count,
+            _refuses(update), self._candidates_at, count,
         )  # fmt: skip
         self._check(self._exchange(*arguments), self._exchange, arguments, update)
 
@@ -138,7 +140,7 @@ class NativeExchange:
 
     def publish(self, y: np.ndarray, step: int, update: OptimizerStep | None = None) -> bool:
         """Do what `PairExchange.publish` does; arguments and errors are those of `exchange`."""
-        arguments = self._address_of(y), step, optimizer_struct(update)
+        arguments = self._address_of(y), step, optimizer_struct(update), _refuses(update)
         return self._check(self._publish(*arguments), self._publish, arguments, update) > 0
 
     def _address_of(self, y: np.ndarray) -> int:
@@ -173,6 +175,10 @@ class NativeExchange:
         """Free the native object; any call raises from now on."""
         self._exchange = self._absorb = self._publish = self._result = _raise_closed
         self._destroy()
+
+
+def _refuses(update: OptimizerStep | None) -> bool:
+    return update is not None and update.refuses_nonfinite
 
 
 def _raise_closed(*arguments: Any) -> int:
