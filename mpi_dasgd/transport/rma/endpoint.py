@@ -178,8 +178,9 @@ class RmaEndpoint(Endpoint):
         words, slots, library = self._words, self._slots, native.load()
         if not isinstance(words, NodeWords) or not isinstance(slots, WindowSlots):
             return None
-        if library is None or self._device is not HOST:
+        if not hasattr(library, "mpd_pair_create") or self._device is not HOST:
             return None
+        assert library is not None
         return NativeRank.on_node(library, self.rank, words, slots, word_map)
 
     def _make_step_words(self) -> StepWords | None:
