@@ -13,6 +13,7 @@ from mpi_dasgd import codecs, topology
 from mpi_dasgd.algorithms.adpsgd import ADPSGD
 from mpi_dasgd.codecs import ExchangeBuffers, ExchangeOutcome, NoCodec
 from mpi_dasgd.config.schema import AlgorithmConfig
+from mpi_dasgd.kernels import native
 from mpi_dasgd.transport.virtual.clock import Clock
 from mpi_dasgd.transport.virtual.endpoint import VirtualEndpoint
 from mpi_dasgd.transport.virtual.memory import SharedMemory
@@ -46,6 +47,8 @@ def test_sum_of_models_is_conserved(mpi: str, path: str) -> None:
     for report in reports.values():
         assert_exchanged(report, exchanges)
         assert report["path"] == {"auto": "in place", "rma": "Get and Put"}[path]
+    is_native = path == "auto" and native.load() is not None
+    assert (reports["exact"]["native"], reports["float"]["native"]) == (False, is_native)
     assert reports["exact"]["error"] == 0.0
     assert 0.0 < reports["float"]["error"] < reports["float"]["tolerance"] < 0.1
 

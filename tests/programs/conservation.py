@@ -213,6 +213,7 @@ def run(comm: MPI.Intracomm, options: argparse.Namespace, mode: str) -> dict:
         "size": comm.allreduce(float(np.abs(x).mean())) / comm.size,
         "seconds": time.monotonic() - started,
         "path": path,
+        "native": algorithm._pairs._native is not None,
         "launches": comm.allreduce(work.launches),
         "wrong": comm.allreduce(work.wrong),
     }
