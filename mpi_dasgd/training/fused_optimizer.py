@@ -57,7 +57,11 @@ class FusedOptimizer:
         self.lr = 0.0
         self._optimizer, self._parameters = optimizer, parameters
         self._eligibility = Eligibility(optimizer)
-        self._groups = SgdGroups() if isinstance(optimizer, torch.optim.SGD) else AdamGroups()
+        self._groups = (
+            SgdGroups()
+            if isinstance(optimizer, torch.optim.SGD)
+            else AdamGroups(on_device=parameters.device.is_asynchronous)
+        )
         self._said: set[str] = set()
         self._places = [
             s

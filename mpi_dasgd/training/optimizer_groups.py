@@ -128,14 +128,22 @@ class SgdGroups(StepGroups):
 
 
 class AdamGroups(StepGroups):
-    """Groups of Adam and AdamW: a row for each, at each number of steps made."""
+    """Groups of Adam and AdamW: a row for each, at each number of steps made.
+
+    Args:
+        on_device: whether the parameters are on a device, where torch's fused steps count there.
+    """
 
     order = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     starts_empty = False
     _keys = (
         "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay",
-        "capturable", "differentiable",
+        "capturable", "differentiable", "fused",
     )  # fmt: skip
+
+    def __init__(self, *, on_device: bool) -> None:
+        super().__init__()
+        self._on_device = on_device
 
     def write(
         self,
@@ -174,7 +182,9 @@ class AdamGroups(StepGroups):
 
     def _require_served(self, setting: Sequence[Any]) -> None:
         _require_numbers((setting[0], *setting[1], *setting[2:4]))
-        _require_eager(setting[7:])
+        _require_eager(setting[7:9])
+        if self._on_device and setting[9]:
+            raise NotServed("fused=True counts the steps on the device")
 
     def _state_names(self, setting: Sequence[Any]) -> tuple[str, ...]:
         names = STEP, *self.order

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from mpi_dasgd.device.host import HOST
 from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.local_optimizer import TorchLocalOptimizer
 
@@ -40,25 +41,28 @@ class OptimizerPair:
     Args:
         kind: class of the optimizers.
         options: their options.
+        device: where the second model is exchanged.
         model: options of the models.
 
     Attributes:
         torchs_steps: steps that torch has made of the second model.
     """
 
-    def __init__(self, kind: Any, options: dict[str, Any], **model: bool) -> None:
+    def __init__(
+        self, kind: Any, options: dict[str, Any], device: Any = HOST, **model: bool
+    ) -> None:
         self.plain, self.model = _model(**model), _model(**model)
         options = options if issubclass(kind, SGD) else {**options, "fused": True}
         self.reference = kind(_groups(self.plain), **copy.deepcopy(options))
         if not issubclass(kind, SGD):
             options["fused"] = None
-        self.set_up(self.model, kind(_groups(self.model), **copy.deepcopy(options)))
+        self.set_up(self.model, kind(_groups(self.model), **copy.deepcopy(options)), device)
         self._generator = torch.Generator().manual_seed(4)
 
-    def set_up(self, model: nn.Module, optimizer: Any) -> None:
-        """Train `model`."""
+    def set_up(self, model: nn.Module, optimizer: Any, device: Any = HOST) -> None:
+        """Train `model`, exchanged on `device`."""
         self.optimizer = optimizer
-        self.parameters = FlatParameters(model, optimizer)
+        self.parameters = FlatParameters(model, optimizer, device)
         self.local = TorchLocalOptimizer(optimizer, self.parameters)
         self.local.run_step = self._run_torch
         self.torchs_steps = 0

@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from mpi_dasgd.algorithms.neighbour_exchange import PAIR_CODECS
 from mpi_dasgd.errors import Diverged
+from tests.support.late_device import LateDevice
 from tests.support.mpi_ranks import ROOT
 from tests.support.optimizer_pair import OptimizerPair
 from tests.support.rank_pool import run_pooled
@@ -162,6 +163,30 @@ def test_backward_refuses_what_a_pass_has_changed() -> None:
     pair.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize(("kind", "options"), [(SGD, MOMENTUM), (AdamW, {"lr": 0.01})])
+def test_steps_are_made_on_a_device_with_aligned_parameters(
+    kind: Any, options: dict[str, Any]
+) -> None:
+    pair = OptimizerPair(kind, options, device=LateDevice((0, 0)))
+    assert pair.parameters.segments[1].start % 4 == 0
+    for _ in range(STEPS):
+        pair.step()
+        pair.require_equal()
+    pair.local.require_finite_updates()
+    pair.set_gradients()
+    pair.model[4].bias.grad.fill_(torch.nan)
+    pair.local.begin_step(None)
+    pair.local.apply()
+    with pytest.raises(Diverged, match=r"step 6: parameter 4\.bias became nan"):
+        pair.local.fused_update()
+
+
+def test_a_fused_adam_counts_its_steps_on_the_device() -> None:
+    pair = OptimizerPair(AdamW, {"lr": 0.01}, device=LateDevice((0, 0)))
+    pair.optimizer.param_groups[1]["fused"] = True
+    pair.step(torchs=True)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
