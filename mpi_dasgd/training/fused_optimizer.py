@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._C._dynamo.eval_frame import set_eval_frame
 
 from mpi_dasgd.kernels.optimizer import GROUP, SEGMENT, OptimizerStep
 from mpi_dasgd.model.flat_memory import same_format
@@ -25,6 +24,7 @@ from mpi_dasgd.model.flat_parameters import FlatParameters
 from mpi_dasgd.training.optimizer_eligibility import Eligibility
 from mpi_dasgd.training.optimizer_groups import AdamGroups, SgdGroups
 from mpi_dasgd.training.optimizer_state import STEP, NotServed, OptimizerState
+from mpi_dasgd.training.torch_internals import increment_versions, set_compiler
 
 __all__ = ["FusedOptimizer"]
 
@@ -88,7 +88,7 @@ class FusedOptimizer:
         Args:
             factors: on the learning rates.
         """
-        compiler = set_eval_frame(None)  # where the user compiles steps, this stays as it is
+        compiler = set_compiler(None)  # where the user compiles steps, this stays as it is
         try:
             return self._prepare(factors)
         except NotServed as error:
@@ -96,7 +96,7 @@ class FusedOptimizer:
         except KeyError as error:
             reason = f"its groups have no {error}"
         finally:
-            set_eval_frame(compiler)
+            set_compiler(compiler)
         if reason not in self._said:
             self._said.add(reason)
             _log.debug("optimizer: torch makes its own step: %s", reason)
@@ -113,7 +113,7 @@ class FusedOptimizer:
             self._state.add(self._order[segment], self._groups.order, zero=False)
             self._fresh = None
         served = self._served if present is None else [self._served[i] for i in present]
-        torch.autograd.graph.increment_version(served)  # what backward has saved of them is stale
+        increment_versions(served)
         if "step" in optimizer.__dict__:  # that of a scheduler, which wants to know
             optimizer._opt_called = True  # type: ignore[attr-defined]
 

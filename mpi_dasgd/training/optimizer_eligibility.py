@@ -15,6 +15,10 @@ SERVED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 _TORCH_OPTIM = f"{Path(torch_optimizer.__file__).parent}/"
 _OWN = __name__.partition(".")[0]
+_GLOBAL_HOOKS: tuple[Any, ...] = tuple(
+    getattr(torch_optimizer, name, ("unknown",))  # of a torch that has them elsewhere
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+)
 
 
 class Eligibility:
@@ -52,10 +56,7 @@ class Eligibility:
             self._hook_obstacle = f"it has the step hook {strangers[0]!r}" if strangers else ""
         if self._hook_obstacle:
             return self._hook_obstacle
-        if (
-            torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-        ):
+        if any(_GLOBAL_HOOKS):
             return "all optimizers have step hooks"
         if own.get("grad_scale") is not None or own.get("found_inf") is not None:
             return "GradScaler has its fused step divide the gradients"

@@ -23,9 +23,9 @@ from typing import Any
 
 import greenlet
 import torch
-from torch._C._dynamo.eval_frame import set_eval_frame
 
 from mpi_dasgd.training.closure import Closure
+from mpi_dasgd.training.torch_internals import set_compiler
 
 __all__ = ["StepHooks"]
 
@@ -117,13 +117,11 @@ class StepHooks:
         if self._maker is None or self._maker.dead or self._thread != thread:
             self._maker, self._thread = greenlet.greenlet(self._make_steps), thread
         self._maker.parent = greenlet.getcurrent()  # where `switch` returns to
-        compiler = set_eval_frame(
-            None
-        )  # where the user compiles steps, algorithms stay as they are
+        compiler = set_compiler(None)  # where users compile steps, algorithms stay as they are
         try:
             self._maker.switch(closure)
         finally:
-            set_eval_frame(compiler)
+            set_compiler(compiler)
 
     def _make_steps(self, closure: Closure | None) -> None:
         # A greenlet that is used again: a new one takes 8 us.
