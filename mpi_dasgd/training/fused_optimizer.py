@@ -32,6 +32,7 @@ _log = logging.getLogger("mpi_dasgd")
 _params = operator.itemgetter("params")
 _grad = operator.attrgetter("grad")
 _nbytes = operator.attrgetter("nbytes")
+_dtype = operator.attrgetter("dtype")
 _pointer = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
 _stride = torch.Tensor.stride
@@ -200,6 +201,7 @@ class FusedOptimizer:
             pointers = [*map(_pointer, gradients)]
             if (
                 [*map(_nbytes, gradients)] == self._bytes
+                and {*map(_dtype, gradients)} == {torch.float32}
                 and (
                     all(map(_is_contiguous, gradients))
                     if self._has_contiguous
@@ -222,10 +224,11 @@ class FusedOptimizer:
                 continue
             if grad.layout != torch.strided or grad.shape != p.shape or grad.device != p.device:
                 raise NotServed("a gradient is sparse, or of another shape than its parameter")
+            if grad.dtype != torch.float32:  # torch may compute with more precision then
+                raise NotServed(f"a gradient is {grad.dtype}")
             present.append(segment)
             if (
-                grad.dtype != torch.float32
-                or grad.is_neg()
+                grad.is_neg()
                 or not same_format(grad, p)
                 or (grad.data_ptr() == 0 and grad.numel())
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from mpi_dasgd.kernels.optimizer import OptimizerStep, adam_group, sgd_group
 from mpi_dasgd.training.optimizer_state import STEP, NotServed
 
 __all__ = ["AdamGroups", "SgdGroups", "StepGroups"]
+
+_LARGE = 1e30  # float32, which a pass computes with, ends at 3e38, where torch raises an error
 
 
 class StepGroups:
@@ -77,6 +80,8 @@ class StepGroups:
             lr.requires_grad or lr.device.type != "cpu" or lr.numel() != 1
         ):
             raise NotServed("a learning rate is a tensor with a gradient, or elsewhere")
+        if isinstance(lr, np.ndarray):  # may be changed in place, and Adam of torch refuses it
+            raise NotServed("a learning rate is an array")
         if any(factor != 1 for factor in factors):
             for factor in factors:
                 lr = lr * factor
@@ -213,13 +218,15 @@ def _adam_row(setting: Sequence[Any], count: float) -> tuple[Any, ...]:
             maximize=bool(maximize),
             decoupled=bool(decoupled),
         )
-    except (ZeroDivisionError, OverflowError) as error:
+    except (ArithmeticError, ValueError) as error:
         raise NotServed(f"its settings give no step: {error}") from error
 
 
 def _require_numbers(values: Sequence[Any]) -> None:
     if not all(isinstance(value, int | float | np.floating) for value in values):
         raise NotServed("its settings are not all numbers")
+    if any(_LARGE < abs(value) < math.inf for value in values):
+        raise NotServed("its settings are too large")
 
 
 def _require_eager(flags: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         set_on_group(lr=torch.tensor(0.1, requires_grad=True)),
         "learning rate is a tensor",
     ),
+    "rate in an array": (set_on_group(lr=np.array(0.1)), "learning rate is an array"),
+    "beyond float32": (set_on_group(weight_decay=1e60), "too large"),
     "scaler": (gradient_of_scaler, "GradScaler"),
 }
 
@@ -76,6 +79,36 @@ def test_torch_makes_a_step_that_has_more_to_it(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1, "it is said once"
     assert reason in said[0]
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.5), (1e200, 0.9)])
+def test_torch_makes_a_step_of_adam_that_has_no_scalars(betas: tuple[float, float]) -> None:
+    pair = OptimizerPair(AdamW, {"lr": 0.01})
+    pair.step()
+    pair.step()
+    pair.optimizer.param_groups[0]["betas"] = betas
+    pair.set_gradients()
+    pair.local.begin_step(None)
+    assert pair.local.fused_update() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])  # the first is as large as float32
+def test_torch_makes_a_step_of_gradients_of_another_type(dtype: torch.dtype) -> None:
+    pair = OptimizerPair(SGD, MOMENTUM)
+    pair.step()
+    for optimizer in (pair.optimizer, pair.reference):
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad_dtype = None  # any
+    pair.set_gradients()
+    for optimizer in (pair.optimizer, pair.reference):
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad = torch.full(p.shape, 10 / 7, dtype=torch.float64).to(dtype)
+    pair.reference.step()
+    pair.parameters.gather()
+    pair.local.begin_step(None)
+    pair.local.apply()
+    assert pair.torchs_steps == 1
+    pair.require_equal()
 
 
 def test_hooks_and_patches_may_go_again() -> None:
