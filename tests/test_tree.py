@@ -45,7 +45,6 @@ TESTED_BY = {
     "network_checks probe timing",
     "kernels/test_cuda_optimizer": "kernels: table",
     "kernels/test_lattice": "kernels: encoded reference",
-    "kernels/test_native_build": "kernels: native",
     "kernels/test_optimizer": "kernels: optimizer_native optimizer_reference optimizer_step",
     "launch/test_job": "launch: rank_status supervisor",
     "simulation/test_simulator": "simulation: drain local_optimizer metrics / tasks: convex",

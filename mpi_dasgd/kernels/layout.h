@@ -25,6 +25,10 @@
 typedef unsigned int mpd_u32;
 typedef unsigned long long mpd_u64;
 
+// Counted up when a struct or a function of the CPU library changes; native.py has the same number,
+// and loads no library of another one.
+#define MPD_ABI 2
+
 #define MPD_BUCKET 1024  // elements that share a scale and a checksum
 
 // A publication (a model) or a delta.

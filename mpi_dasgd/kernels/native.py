@@ -9,6 +9,8 @@ from pathlib import Path
 __all__ = ["load", "status"]
 
 _LIBRARY = Path(__file__).with_name("_native.so")
+_ABI = 2
+"""MPD_ABI of ``layout.h``: the functions and structs that Python expects."""
 
 
 def load() -> ctypes.CDLL | None:
@@ -32,5 +34,12 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         return None, f"NumPy kernels (the native ones cannot be loaded: {error})"
+    abi = library.mpd_abi() if hasattr(library, "mpd_abi") else 1
+    if abi != _ABI:
+        age = "an older" if abi < _ABI else "a newer"
+        return None, (
+            f"NumPy kernels (the native ones are of {age} version of mpi_dasgd: interface {abi}, "
+            f"expected {_ABI}; run `pip install .` again)"
+        )
     library.mpd_instruction_set.restype = ctypes.c_char_p
     return library, f"native kernels ({library.mpd_instruction_set().decode()}): {_LIBRARY}"

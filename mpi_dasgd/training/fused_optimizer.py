@@ -227,11 +227,7 @@ class FusedOptimizer:
             if grad.dtype != torch.float32:  # torch may compute with more precision then
                 raise NotServed(f"a gradient is {grad.dtype}")
             present.append(segment)
-            if (
-                grad.is_neg()
-                or not same_format(grad, p)
-                or (grad.data_ptr() == 0 and grad.numel())
-            ):
+            if grad.is_neg() or not same_format(grad, p) or (grad.data_ptr() == 0 and grad.numel()):
                 gradients[segment] = grad = torch.empty_like(p).copy_(grad)
             pointers[segment] = grad.data_ptr()
         return gradients, pointers, present if len(present) < len(gradients) else None

@@ -67,6 +67,8 @@ const InstructionSet*& active() {
 
 extern "C" {
 
+int64_t mpd_abi() { return MPD_ABI; }
+
 const char* mpd_instruction_set() { return active()->name; }
 
 // Names of the instruction sets that this machine supports, best first, one per line.

@@ -35,7 +35,7 @@ from mpi_dasgd.transport.endpoint import (
 from mpi_dasgd.transport.inbox import Inbox
 from mpi_dasgd.transport.membership import DEPARTED, Membership
 from mpi_dasgd.transport.publication import Publication
-from mpi_dasgd.transport.release import Release, await_release
+from mpi_dasgd.transport.release import Immediate, Release, await_release
 from mpi_dasgd.transport.rma import teardown
 from mpi_dasgd.transport.rma.allreduce import WatchedAllreduce
 from mpi_dasgd.transport.rma.device_slots import DeviceSlots
@@ -174,21 +174,19 @@ class RmaEndpoint(Endpoint):
         )
 
     def _native_rank(self, word_map: WordMap) -> NativeRank | None:
-        """Return the native state of this rank, or None if not all of it is in shared memory."""
+        """Return the native state of this rank; None: not all of it is in shared memory at once."""
         words, slots, library = self._words, self._slots, native.load()
         if not isinstance(words, NodeWords) or not isinstance(slots, WindowSlots):
             return None
-        if not hasattr(library, "mpd_pair_create") or self._device is not HOST:
+        if library is None or not isinstance(self.release, Immediate):
             return None
-        assert library is not None
         return NativeRank.on_node(library, self.rank, words, slots, word_map)
 
     def _make_step_words(self) -> StepWords | None:
         """Have the words of a step written and read by native calls, if they are in memory."""
         words, library = self._words, native.load()
-        if not isinstance(words, NodeWords) or not hasattr(library, "mpd_begin_step"):
+        if library is None or not isinstance(words, NodeWords):
             return None
-        assert library is not None
         counts_others = bool(self._counted_ranks)
         made = StepWords(library, words, self.rank, self.size, counts_others=counts_others)
         self.membership.use(made)
