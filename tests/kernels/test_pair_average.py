@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -74,3 +77,22 @@ def test_an_exchange_conserves_the_sum_exactly_where_addition_is_exact() -> None
     pair_average(partner, [reply_delta])
     np.testing.assert_array_equal(mine + partner, total)
     np.testing.assert_array_equal(mine, partner)
+
+
+WITHOUT_THREADS = """
+import resource
+import numpy as np
+from mpi_dasgd.kernels.pair_average import pair_average
+x, other = np.arange(1 << 18, dtype=np.float32), np.zeros(1 << 18, np.float32)
+expected = x / 2
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)  # less than a stack
+pair_average(x, partner_model=other, threads=4)
+assert (x == expected).all()
+"""
+
+
+@needs_native
+def test_threads_that_cannot_be_started_are_not_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

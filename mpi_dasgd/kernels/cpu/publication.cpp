@@ -8,6 +8,8 @@ int64_t MpdNodeRank::reserve_publication() {
     ++setup_.counters->publications_skipped;
     return -1;
   }
+  // Who reads without a claim sees that the head has moved on if it sees what is written now.
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
   return reserved_ = free_.back();
 }
 
