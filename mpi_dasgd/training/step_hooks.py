@@ -80,6 +80,8 @@ class StepHooks:
     def remove(self) -> None:
         """Leave the optimizer as it was before."""
         self._abandon()
+        if self._maker is not greenlet.getcurrent():
+            self._maker = None  # one that can go on is found by no garbage collection
         for handle in self._handles:
             handle.remove()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -204,3 +206,15 @@ def test_after_remove_the_optimizer_is_as_before() -> None:
     weight.grad = torch.ones(2)
     optimizer.step()
     assert algorithm.events == ["torch"]
+
+
+def test_hooks_that_are_removed_keep_nothing_alive() -> None:
+    algorithm = _Algorithm()
+    optimizer, _ = _attached(algorithm)
+    optimizer.step()
+    kept = weakref.ref(algorithm)
+    algorithm.hooks.remove()
+    optimizer._optimizer_step_pre_hooks.clear()
+    del algorithm
+    gc.collect()
+    assert kept() is None
