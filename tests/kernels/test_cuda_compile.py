@@ -92,29 +92,37 @@ class Kernel:
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
 
+class Compiled(dict[int, list[Kernel]]):
+    """All kernels of each architecture, compiled with CuPy's options when they are first asked for.
+
+    Args:
+        folder: for the compilers' output.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._nvrtc = _nvrtc()
+
+    def __missing__(self, architecture: int) -> list[Kernel]:
+        sources = [s for s in SOURCES if architecture == ALL or s not in ONLY_ONCE]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(
+                lambda source: list(_compile(self._nvrtc, self._folder, architecture, *source)),
+                sources,
+            )
+            self[architecture] = [kernel for group in compiled for kernel in group]
+        return self[architecture]
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Kernel]]:
-    """All kernels of each architecture, compiled with CuPy's options."""
-    nvrtc = _nvrtc()
-    variants = [
-        (architecture, *source)
-        for architecture in ARCHITECTURES
-        for source in SOURCES
-        if architecture == ALL or source not in ONLY_ONCE
-    ]
-    folder = tmp_path_factory.mktemp("cubin")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(lambda variant: list(_compile(nvrtc, folder, *variant)), variants)
-        result: dict[int, list[Kernel]] = {architecture: [] for architecture in ARCHITECTURES}
-        for (architecture, *_), group in zip(variants, compiled, strict=True):
-            result[architecture] += group
-    return result
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The kernels, each architecture compiled within the time of the first test that needs it."""
+    return Compiled(tmp_path_factory.mktemp("cubin"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_fit_into_the_registers(
-    kernels: dict[int, list[Kernel]], architecture: int
-) -> None:
+def test_kernels_fit_into_the_registers(kernels: Compiled, architecture: int) -> None:
     for kernel in kernels[architecture]:
         assert kernel.registers <= 128, kernel  # 2 blocks of 256 threads on a multiprocessor
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel.report
@@ -122,9 +130,7 @@ def test_kernels_fit_into_the_registers(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_vectors_pass_once_and_16_bytes_at_a_time(
-    kernels: dict[int, list[Kernel]], architecture: int
-) -> None:
+def test_vectors_pass_once_and_16_bytes_at_a_time(kernels: Compiled, architecture: int) -> None:
     found = {
         k.name: (k.count(r"LDG\.E\.128"), k.count(r"STG\.E\.128"))
         for k in kernels[architecture]
@@ -147,7 +153,7 @@ def test_vectors_pass_once_and_16_bytes_at_a_time(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_that_others_write_is_not_read_through_the_read_only_cache(
-    kernels: dict[int, list[Kernel]], architecture: int
+    kernels: Compiled, architecture: int
 ) -> None:
     for kernel in kernels[architecture]:
         assert kernel.count("LDG|LD") or kernel.name == "mpd_write_table", kernel
@@ -155,9 +161,7 @@ def test_memory_that_others_write_is_not_read_through_the_read_only_cache(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_warps_do_not_synchronize_or_share_memory(
-    kernels: dict[int, list[Kernel]], architecture: int
-) -> None:
+def test_warps_do_not_synchronize_or_share_memory(kernels: Compiled, architecture: int) -> None:
     for kernel in kernels[architecture]:
         assert not kernel.count(r"BAR|ATOM|RED\.|LDS|STS"), kernel
         if kernel.name in LATTICE_ACCESSES:
@@ -166,9 +170,7 @@ def test_warps_do_not_synchronize_or_share_memory(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nothing_is_flushed_or_contracted(
-    kernels: dict[int, list[Kernel]], architecture: int
-) -> None:
+def test_nothing_is_flushed_or_contracted(kernels: Compiled, architecture: int) -> None:
     for kernel in kernels[architecture]:
         # Their iterations use both, harmlessly: numbers near the ends of the range go another way.
         kind = kernel.name.split("_")[-2 if kernel.name in LATTICE_ACCESSES else -1]
